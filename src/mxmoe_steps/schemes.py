@@ -1,0 +1,128 @@
+"""The grammar of quantization schemes and their arithmetic: bits, groups, tensor-core type.
+
+``w{bits}a{bits}[_g{group}][_{sym|asym}][_fp8]``, for example ``w4a16``, ``w2a16_g64_sym`` or
+``w8a8_fp8``. Omitted parts take the defaults of `_defaults`; `Scheme.name` is the canonical form,
+used in file names, tables and checkpoints. Stdlib only: the Snakefile imports this module.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+
+from mxmoe_steps.errors import UserError
+
+BLOCKS = ("gate", "up", "down")
+SHARED = -1  # the expert number of a layer's shared expert
+
+SCALE_BITS = 16  # one bfloat16 scale per group
+ZERO_BITS = 16  # one bfloat16 zero point per asymmetric group
+
+_PATTERN = re.compile(
+    r"w(?P<weight>\d+)a(?P<act>\d+)(?:_g(?P<group>-?\d+))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?"
+)
+_SUPPORTED = {  # (weight bits, activation bits) the quantizers and the reference arithmetic implement
+    (16, 16), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (8, 8), (4, 8), (4, 4),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, order=True)
+class Scheme:
+    """How one linear block is stored and multiplied.
+
+    ``group`` is the number of consecutive input features that share a scale, -1 for the whole row.
+    ``fp8``: 8-bit activations (and 8-bit weights) are e4m3 rather than integers.
+    """
+
+    weight_bits: int
+    act_bits: int
+    group: int = -1
+    symmetric: bool = True
+    fp8: bool = False
+
+    @property
+    def name(self) -> str:
+        """Canonical text, e.g. ``w4a16_g128_asym``."""
+        if self.is_original:
+            return "w16a16"
+        sym = "sym" if self.symmetric else "asym"
+        tail = "_fp8" if self.fp8 else ""
+        return f"w{self.weight_bits}a{self.act_bits}_g{self.group}_{sym}{tail}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the block keeps its 16-bit weights."""
+        return self.weight_bits == 16
+
+    def group_size(self, in_features: int) -> int:
+        """Input features per scale for a row of ``in_features`` weights."""
+        return in_features if self.group == -1 else min(self.group, in_features)
+
+    def bits(self, in_features: int) -> float:
+        """True average bits per weight: codes plus 16-bit scales and zero points."""
+        if self.is_original:
+            return 16.0
+        groups = math.ceil(in_features / self.group_size(in_features))
+        overhead = SCALE_BITS + (0 if self.symmetric else ZERO_BITS)
+        return self.weight_bits + groups * overhead / in_features
+
+    @property
+    def compute_type(self) -> str:
+        """Tensor-core operand type on Hopper: ``bf16``, ``fp8`` or ``int8``.
+
+        Hopper has no 4-bit tensor cores: a4 schemes run on int8 there.
+        """
+        if self.act_bits == 16:
+            return "bf16"
+        return "fp8" if self.fp8 else "int8"
+
+    @property
+    def kernel_scheme(self) -> "Scheme":
+        """The scheme whose kernel runs this one; 1-bit weights run as 2-bit weights."""
+        if self.weight_bits == 1:
+            return Scheme(2, self.act_bits, self.group, self.symmetric, self.fp8)
+        return self
+
+
+ORIGINAL = Scheme(16, 16)
+
+
+def _defaults(weight_bits: int, act_bits: int) -> tuple[int, bool]:
+    """Group size and symmetry of a scheme that does not name them."""
+    if act_bits == 16 and weight_bits < 8:
+        return 128, False
+    if act_bits == 8 and weight_bits == 4:
+        return 128, True
+    return -1, True
+
+
+def parse_scheme(text: str) -> Scheme:
+    """Parse ``text`` to its canonical scheme; `UserError` says what is wrong and what is known."""
+    match = _PATTERN.fullmatch(text)
+    if match is None:
+        raise UserError(
+            f"scheme {text!r} is not of the form w<bits>a<bits>[_g<group>][_sym|_asym][_fp8], e.g. w4a16 or w8a8_fp8"
+        )
+    weight_bits, act_bits = int(match["weight"]), int(match["act"])
+    if (weight_bits, act_bits) not in _SUPPORTED:
+        known = ", ".join(f"w{w}a{a}" for w, a in sorted(_SUPPORTED, reverse=True))
+        raise UserError(f"scheme {text!r}: no such pair of widths; known are {known}")
+    if weight_bits == 16:
+        if text != "w16a16":
+            raise UserError(f"scheme {text!r}: 16-bit weights take no group, symmetry or fp8; write w16a16")
+        return ORIGINAL
+    group, symmetric = _defaults(weight_bits, act_bits)
+    if match["group"] is not None:
+        group = int(match["group"])
+        if group != -1 and (group < 32 or group % 32):
+            raise UserError(f"scheme {text!r}: group must be -1 (per channel) or a multiple of 32")
+    if match["sym"] is not None:
+        symmetric = match["sym"] == "sym"
+    fp8 = match["fp8"] is not None
+    if fp8 and act_bits != 8:
+        raise UserError(f"scheme {text!r}: fp8 is an 8-bit activation format; use it with a8")
+    if act_bits < 16 and not symmetric:
+        raise UserError(f"scheme {text!r}: schemes with quantized activations are symmetric; drop _asym")
+    return Scheme(weight_bits, act_bits, group, symmetric, fp8)
