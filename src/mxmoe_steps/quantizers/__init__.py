@@ -1,0 +1,1 @@
+"""Weight and activation quantization: the grid of a scheme, round-to-nearest and batched GPTQ."""

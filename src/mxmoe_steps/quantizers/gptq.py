@@ -1,0 +1,98 @@
+"""GPTQ (Frantar et al., 2023) for all experts of a layer at once.
+
+Experts share their shapes, so their Hessians and weights are stacked and every step of the column
+loop serves all of them. Act-order and static groups: columns are visited by falling Hessian
+diagonal while the grid is fixed beforehand for consecutive columns, so the stored layout is the
+plain one.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mxmoe_steps.quantizers.grid import QuantizedWeight, find_grid, quantized
+from mxmoe_steps.schemes import Scheme
+
+_BLOCK = 128  # columns whose updates are applied lazily in one matrix product
+
+
+@dataclass(frozen=True)
+class Hessians:
+    """Input second moments of a stack of experts.
+
+    ``sums``: float64 [E, K, K], sum over the expert's tokens of w^2 x x^T with w the router weight,
+    so that the quadratic form is the squared error of the layer output.
+    ``tokens``: int64 [E]. An expert's Hessian is shrunk toward ``layer``, the mean over all tokens
+    (float64 [K, K]): with n tokens of K features it keeps n / (n + K) of its own, because the rest
+    of its K directions is noise. An expert that saw no token uses the layer's alone.
+    """
+
+    sums: torch.Tensor
+    tokens: torch.Tensor
+    layer: torch.Tensor
+
+    def shrunk(self, damping: float) -> torch.Tensor:
+        """float64 [E, K, K], positive definite: shrunk and damped by ``damping`` x mean diagonal."""
+        in_features = self.sums.shape[-1]
+        tokens = self.tokens.to(self.sums.dtype).view(-1, 1, 1)
+        own = self.sums / tokens.clamp_min(1)
+        scale = _mean_diagonal(own) / _mean_diagonal(self.layer.unsqueeze(0)).clamp_min(1e-30)
+        scale = torch.where(tokens > 0, scale, torch.ones_like(scale))
+        kept = tokens / (tokens + in_features)
+        mixed = kept * own + (1 - kept) * scale * self.layer
+        damp = damping * _mean_diagonal(mixed).clamp_min(1e-30)
+        mixed.diagonal(dim1=-2, dim2=-1).add_(damp.squeeze(-1))
+        return mixed
+
+
+def gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, damping: float) -> QuantizedWeight:
+    """Quantize ``weight``, float32 [E, N, K], under ``scheme`` with error feedback.
+
+    Raises ValueError when a damped Hessian is still not positive definite (name of the cause: NaN or
+    infinite activations).
+    """
+    experts, _, in_features = weight.shape
+    hessian = hessians.shrunk(damping)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    grid = find_grid(weight, scheme, importance=diagonal.float())
+    by_column = grid.columns(order)  # scales [E, N, K] in visiting order
+
+    rows = order.unsqueeze(-1).expand(-1, -1, in_features)
+    cols = order.unsqueeze(-2).expand(-1, in_features, -1)
+    factor = _inverse_factor(hessian.gather(1, rows).gather(2, cols)).float()
+    picked = order.unsqueeze(1).expand(-1, weight.shape[1], -1)
+    work = weight.gather(2, picked)
+    codes = []
+    for start in range(0, in_features, _BLOCK):
+        stop = min(start + _BLOCK, in_features)
+        block = work[:, :, start:stop].clone()
+        errors = torch.zeros_like(block)
+        for column in range(stop - start):
+            at = start + column
+            cell = type(grid)(scheme, by_column.scales[:, :, at], by_column.zeros[:, :, at])
+            code = cell.round(block[:, :, column])
+            error = (block[:, :, column] - cell.value(code)) / factor[:, at, at, None]
+            block[:, :, column:] -= error.unsqueeze(-1) * factor[:, at, at:stop].unsqueeze(1)
+            errors[:, :, column] = error
+            codes.append(code)
+        work[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
+    inverse = order.argsort(dim=-1).unsqueeze(1).expand(experts, weight.shape[1], -1)
+    stacked = torch.stack(codes, dim=-1)
+    if stacked.dtype == torch.uint8:
+        return quantized(grid, stacked.gather(2, inverse))
+    return quantized(grid, stacked.view(torch.uint8).gather(2, inverse).view(stacked.dtype))  # no e4m3 gather
+
+
+def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
+    """Upper Cholesky factor of the inverse, [E, K, K]: row k feeds column k's error to later columns."""
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if bool(failed.any()):
+        bad = failed.nonzero().flatten().tolist()
+        raise ValueError(f"Hessians of stacked experts {bad} are not positive definite; are activations finite?")
+    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+
+
+def _mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:
+    """[E, K, K] to [E, 1, 1]."""
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)

@@ -1,0 +1,227 @@
+"""The quantization grid: per-group scales and zero points, rounding to it, and back.
+
+A weight is ``(code - zero) * scale`` with an unsigned integer code, or ``value * scale`` with an e4m3
+value. Scales and zero points are bfloat16, the 16 bits that the budget counts; codes are chosen
+against the rounded scale, so storing it in 16 bits costs no accuracy. Zero points are real numbers:
+they cost the same 16 bits as integers and fit skewed groups better. Symmetric schemes have the fixed
+zero point 2**(bits-1) and store none.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from mxmoe_steps import packing
+from mxmoe_steps.schemes import Scheme
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+
+_SHRINKS = tuple(1.0 - 0.05 * step for step in range(1, 15))  # candidate ranges, fractions of max - min
+_REFINEMENTS = 4  # alternating least-squares steps after the range search
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zero points, float32 [..., N, G] with bfloat16-representable values."""
+
+    scheme: Scheme
+    scales: torch.Tensor
+    zeros: torch.Tensor
+
+    def columns(self, index: torch.Tensor) -> "Grid":
+        """The grid of single input features: ``index`` int64 [B, c] of one batch of rows [B, N, K]."""
+        group = torch.zeros_like(index) if self.scheme.group == -1 else index // self.scheme.group
+        picked = group.unsqueeze(-2).expand(*self.scales.shape[:-1], -1)
+        return replace(self, scales=self.scales.gather(-1, picked), zeros=self.zeros.gather(-1, picked))
+
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        """Codes of ``values`` (same trailing layout as the scales): uint8, or e4m3 for fp8 weights."""
+        if _is_float(self.scheme):
+            return (values / self.scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        top = 2**self.scheme.weight_bits - 1
+        return (values / self.scales + self.zeros).round_().clamp_(0, top).to(torch.uint8)
+
+    def value(self, codes: torch.Tensor) -> torch.Tensor:
+        """float32 weights of ``codes``."""
+        return (codes.float() - self.zeros) * self.scales
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A stack of linear blocks under one scheme.
+
+    ``codes``: uint8 (or e4m3) [..., N, K]; ``scales`` bfloat16 [..., N, G]; ``zeros`` the same, or
+    None for symmetric schemes.
+    """
+
+    scheme: Scheme
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+    def __getitem__(self, index: int) -> "QuantizedWeight":
+        zeros = None if self.zeros is None else self.zeros[index]
+        return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=zeros)
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [..., N, K], exactly what the packed weights mean."""
+        return dequantize(self.scheme, self.codes, self.scales, self.zeros)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint stores: packed ``qweight``, ``scales`` and, if asymmetric, ``zeros``."""
+        codes = self.codes if _is_float(self.scheme) else packing.pack(self.codes, self.scheme.weight_bits)
+        stored = {"qweight": codes, "scales": self.scales}
+        return stored if self.zeros is None else stored | {"zeros": self.zeros}
+
+
+def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:
+    """Inverse of `QuantizedWeight.tensors`."""
+    codes = tensors["qweight"]
+    if not _is_float(scheme):
+        codes = packing.unpack(codes, scheme.weight_bits, in_features)
+    return QuantizedWeight(scheme, codes, tensors["scales"], tensors.get("zeros"))
+
+
+def dequantize(
+    scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
+) -> torch.Tensor:
+    """float32 [..., N, K] of codes [..., N, K], scales and zero points [..., N, G]."""
+    grid = Grid(scheme, scales.float(), _fixed_zeros(scheme, scales) if zeros is None else zeros.float())
+    return _expanded(grid).value(_grouped(codes.float(), scheme)).flatten(-2)[..., : codes.shape[-1]].contiguous()
+
+
+def find_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None) -> Grid:
+    """Grid for ``weight``, float32 [..., N, K], of least weighted squared error among those searched.
+
+    ``importance``: float32 [..., K], non-negative weights of the input features (all ones if None).
+    Search: shrunken min-max ranges, then alternating least squares between codes and (scale, zero),
+    which for 1 bit is Lloyd's 2-means. A constant group gets a scale that reproduces it.
+    """
+    values = _grouped(weight, scheme)
+    if importance is None:
+        mass = torch.ones_like(values[..., :1, :, :])
+    else:
+        mass = _grouped(importance.unsqueeze(-2), scheme)
+    mass = mass / mass.sum(-1, keepdim=True).clamp_min(1e-30) + 1e-6  # no feature is worthless
+    if _is_float(scheme):
+        scales = values.abs().amax(-1) / E4M3_MAX
+        return Grid(scheme, _to_bf16(_nonzero(scales)), torch.zeros_like(scales))
+    low, high = values.amin(-1), values.amax(-1)
+    if scheme.symmetric:
+        high = torch.maximum(high, -low)
+        low = -high
+    levels = 2**scheme.weight_bits - 1
+    best = _make_grid(scheme, low, high, levels)
+    best_error = _error(best, values, mass)
+    for shrink in _SHRINKS:
+        centre, half = (low + high) / 2, (high - low) / 2 * shrink
+        shrunk = _make_grid(scheme, centre - half, centre + half, levels)
+        best, best_error = _better(best, best_error, shrunk, values, mass)
+    for _ in range(_REFINEMENTS):
+        best, best_error = _better(best, best_error, _least_squares(best, values, mass), values, mass)
+    return best
+
+
+def round_to_nearest(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None) -> QuantizedWeight:
+    """Quantize ``weight`` [..., N, K] to the nearest points of its grid."""
+    grid = find_grid(weight, scheme, importance)
+    codes = grid_codes(grid, weight)
+    return quantized(grid, codes)
+
+
+def grid_codes(grid: Grid, weight: torch.Tensor) -> torch.Tensor:
+    """Nearest codes, [..., N, K], of ``weight`` [..., N, K]."""
+    grouped = _expanded(grid).round(_grouped(weight, grid.scheme))
+    return grouped.flatten(-2)[..., : weight.shape[-1]].contiguous()
+
+
+def quantized(grid: Grid, codes: torch.Tensor) -> QuantizedWeight:
+    """Bundle codes with their grid in storage types."""
+    zeros = None if grid.scheme.symmetric else grid.zeros.bfloat16()
+    return QuantizedWeight(grid.scheme, codes, grid.scales.bfloat16(), zeros)
+
+
+def quantize_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Dynamic symmetric per-token quantization of ``x`` [T, K], returned as float32 values.
+
+    The arithmetic of the kernels: one float32 scale per token, max|x| on the largest code; a 16-bit
+    scheme returns ``x`` unchanged.
+    """
+    if scheme.act_bits == 16:
+        return x
+    top = E4M3_MAX if scheme.fp8 else float(2 ** (scheme.act_bits - 1) - 1)
+    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / top
+    scaled = x.float() / scale
+    codes = scaled.clamp(-top, top).to(E4M3).float() if scheme.fp8 else scaled.round().clamp(-top, top)
+    return codes * scale
+
+
+def _is_float(scheme: Scheme) -> bool:
+    return scheme.fp8 and scheme.weight_bits == 8
+
+
+def _fixed_zeros(scheme: Scheme, scales: torch.Tensor) -> torch.Tensor:
+    value = 0.0 if _is_float(scheme) else float(2 ** (scheme.weight_bits - 1))
+    return torch.full_like(scales, value, dtype=torch.float32)
+
+
+def _grouped(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """[..., K] to [..., G, g]; a last ragged group repeats its final value, which moves no range."""
+    size = scheme.group_size(x.shape[-1])
+    missing = -x.shape[-1] % size
+    if missing:
+        x = torch.cat([x, x[..., -1:].expand(*x.shape[:-1], missing)], -1)
+    return x.unflatten(-1, (-1, size))
+
+
+def _expanded(grid: Grid) -> Grid:
+    return replace(grid, scales=grid.scales.unsqueeze(-1), zeros=grid.zeros.unsqueeze(-1))
+
+
+def _to_bf16(x: torch.Tensor) -> torch.Tensor:
+    return x.bfloat16().float()
+
+
+def _nonzero(scales: torch.Tensor) -> torch.Tensor:
+    return torch.where(scales.abs() < 1e-20, torch.ones_like(scales), scales)
+
+
+def _make_grid(scheme: Scheme, low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
+    if scheme.symmetric:
+        return Grid(scheme, _to_bf16(_nonzero(high / (2 ** (scheme.weight_bits - 1) - 0.5))), _fixed_zeros(scheme, high))
+    scales = _to_bf16(_nonzero(torch.where(high > low, (high - low) / levels, low.abs())))
+    return Grid(scheme, scales, _to_bf16(-low / scales))
+
+
+def _error(grid: Grid, values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
+    wide = _expanded(grid)
+    return ((wide.value(wide.round(values)) - values).square_() * mass).sum(-1)
+
+
+def _better(
+    best: Grid, best_error: torch.Tensor, candidate: Grid, values: torch.Tensor, mass: torch.Tensor
+) -> tuple[Grid, torch.Tensor]:
+    error = _error(candidate, values, mass)
+    wins = error < best_error
+    merged = Grid(
+        best.scheme,
+        torch.where(wins, candidate.scales, best.scales),
+        torch.where(wins, candidate.zeros, best.zeros),
+    )
+    return merged, torch.minimum(error, best_error)
+
+
+def _least_squares(grid: Grid, values: torch.Tensor, mass: torch.Tensor) -> Grid:
+    """Best (scale, zero) for the codes that ``grid`` gives: weighted regression of values on codes."""
+    codes = _expanded(grid).round(values).float()
+    if grid.scheme.symmetric:
+        centred = codes - grid.zeros.unsqueeze(-1)
+        scale = (mass * centred * values).sum(-1) / (mass * centred.square()).sum(-1).clamp_min(1e-30)
+        return Grid(grid.scheme, _to_bf16(torch.where(scale > 1e-20, scale, grid.scales)), grid.zeros)
+    total = mass.sum(-1)
+    code_mean, value_mean = (mass * codes).sum(-1) / total, (mass * values).sum(-1) / total
+    code_dev, value_dev = codes - code_mean.unsqueeze(-1), values - value_mean.unsqueeze(-1)
+    scale = (mass * code_dev * value_dev).sum(-1) / (mass * code_dev.square()).sum(-1).clamp_min(1e-30)
+    scale = _to_bf16(torch.where(scale > 1e-20, scale, grid.scales))
+    return Grid(grid.scheme, scale, _to_bf16(code_mean - value_mean / scale))
