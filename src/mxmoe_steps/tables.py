@@ -63,8 +63,8 @@ LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
             ("bits", pa.float64()),  # true bits per weight of this block, scales and zero points counted
             ("tokens", pa.int64()),  # calibration tokens the expert saw
             ("out_sq", pa.float64()),  # sum over tokens of ||change of the layer output||^2
-            ("fisher", pa.float64()),  # 1/2 sum over tokens of (gradient . change)^2, nats; see calibrate
-            ("fallback", pa.bool_()),  # too few tokens for the quantizer's statistics: round to nearest
+            ("fisher", pa.float64()),  # 1/2 mean over tokens of (gradient . change)^2: KL in nats per token
+            ("fallback", pa.bool_()),  # too few tokens for statistics of its own: mostly the layer's were used
         ]
     ),
     ("layer", "expert", "block"),

@@ -1,0 +1,40 @@
+"""Text sources from plain dictionaries, as the config and the command lines give them."""
+
+import json
+from dataclasses import fields
+from typing import Any
+
+from mxmoe_steps.data.sources import FileText, HubText, MixText, PackageText, Source
+from mxmoe_steps.errors import UserError
+
+_KINDS: dict[str, type[Source]] = {"package": PackageText, "files": FileText, "mix": MixText}
+
+
+def parse_source(name: str, value: dict[str, Any]) -> Source:
+    """One source: ``{package: wiki-en}``, ``{files: [a.txt]}``, ``{hub: wikitext, ...}`` or ``{mix: [a, b]}``.
+
+    Other keys are the fields of the kind's dataclass; ``hub`` names `HubText.path`.
+    `UserError` names the source and the key that is wrong.
+    """
+    kinds = sorted({*_KINDS, "hub"} & set(value))
+    if len(kinds) != 1:
+        raise UserError(f"texts.{name}: needs exactly one of the keys package, files, hub, mix; found {sorted(value)}")
+    kind = _KINDS.get(kinds[0], HubText)
+    given = {("path" if key == "hub" else key): tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+    known = {field.name for field in fields(kind)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise UserError(f"texts.{name}: unknown key {unknown[0]!r}; a {kinds[0]} source takes {', '.join(sorted(known))}")
+    return kind(**given)
+
+
+def parse_sources(text: str) -> dict[str, Source]:
+    """Named sources from a JSON object; `UserError` for anything else."""
+    try:
+        values = json.loads(text)
+        return {name: parse_source(name, value) for name, value in values.items()}
+    except (json.JSONDecodeError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--sources is not a JSON object of text sources ({error}); for example"
+            ' \'{"en": {"package": "wiki-en"}, "mine": {"files": ["notes.txt"]}}\''
+        ) from error

@@ -1,0 +1,143 @@
+"""Where each supported model family keeps its expert weights, as names of checkpoint tensors.
+
+Facts of the published checkpoints (one tensor per expert and block), not of the model classes:
+`calibrate` and `quantize` read weights straight from safetensors and never build a model.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import BLOCKS, SHARED
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tensor and configuration names of one ``model_type``.
+
+    ``moe`` is the MoE module of a layer inside the checkpoint; ``blocks`` the names of gate, up and
+    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate.
+    ``module`` is the MoE module's name in transformers, when it differs from ``moe``.
+    """
+
+    experts_key: str
+    moe: str = "mlp"
+    blocks: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    shared: str | None = None
+    shared_gate: str | None = None
+    module: str = "mlp"
+
+
+_W123 = ("w1", "w3", "w2")
+FAMILIES: Mapping[str, Family] = {
+    "qwen2_moe": Family("num_experts", shared="shared_expert", shared_gate="shared_expert_gate"),
+    "qwen3_moe": Family("num_experts"),
+    "olmoe": Family("num_experts"),
+    "mixtral": Family("num_local_experts", moe="block_sparse_moe", blocks=_W123),
+    "phimoe": Family("num_local_experts", moe="block_sparse_moe", blocks=_W123),
+    "minimax": Family("num_local_experts", moe="block_sparse_moe", blocks=_W123),
+    "deepseek_v2": Family("n_routed_experts", shared="shared_experts"),
+    "deepseek_v3": Family("n_routed_experts", shared="shared_experts"),
+    "glm4_moe": Family("n_routed_experts", shared="shared_experts"),
+    "dots1": Family("n_routed_experts", shared="shared_experts"),
+}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A local checkpoint folder and what its ``config.json`` says about experts."""
+
+    path: Path
+    family: Family
+    config: dict[str, Any]
+
+    @property
+    def experts(self) -> int:
+        """Routed experts per layer."""
+        return int(self.config[self.family.experts_key])
+
+    @property
+    def activation(self) -> str:
+        """Name of the activation between gate and down, e.g. ``silu``."""
+        return str(self.config.get("hidden_act", "silu"))
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> safetensors file."""
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: self.path / file for name, file in weight_map.items()}
+        single = self.path / "model.safetensors"
+        if not single.is_file():
+            raise UserError(f"{self.path}: holds neither model.safetensors nor model.safetensors.index.json")
+        from safetensors import safe_open
+
+        with safe_open(single, "np") as file:
+            return {name: single for name in file.keys()}  # noqa: SIM118 - not a mapping
+
+    @cached_property
+    def moe_layers(self) -> list[int]:
+        """Indices of the decoder layers that have experts."""
+        found = [
+            layer
+            for layer in range(int(self.config["num_hidden_layers"]))
+            if self.block_name(layer, 0, "gate") in self.files
+        ]
+        if not found:
+            raise UserError(f"{self.path}: no tensor named like {self.block_name(0, 0, 'gate')}; is it an MoE model?")
+        return found
+
+    def moe_name(self, layer: int) -> str:
+        """Checkpoint name of a layer's MoE module."""
+        return f"model.layers.{layer}.{self.family.moe}"
+
+    def block_name(self, layer: int, expert: int, block: str) -> str:
+        """Checkpoint name of one linear block's weight, [out_features, in_features]."""
+        inner = self.family.shared if expert == SHARED else f"experts.{expert}"
+        return f"{self.moe_name(layer)}.{inner}.{self.family.blocks[BLOCKS.index(block)]}.weight"
+
+    def expert_ids(self) -> list[int]:
+        """Routed experts, then the shared one (`SHARED`) where the family has it."""
+        shared = [SHARED] if self.family.shared is not None else []
+        return [*range(self.experts), *shared]
+
+
+def open_model(path: str | Path) -> ModelFolder:
+    """Read a local model folder's ``config.json``; `UserError` for a missing or unsupported model."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"model folder {folder} does not exist; set model.path to a local folder or a hub id")
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{folder}: no config.json; set model.path to a transformers checkpoint folder")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
+    family = FAMILIES.get(config.get("model_type"))
+    if family is None:
+        raise UserError(
+            f"{config_file}: model_type {config.get('model_type')!r} is not supported;"
+            f" supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return ModelFolder(folder, family, config)
+
+
+def resolve_model(path: str) -> Path:
+    """A local folder as it is; a hub id becomes its downloaded snapshot."""
+    if Path(path).is_dir():
+        return Path(path)
+    if path.count("/") != 1 or path.startswith((".", "/")):
+        raise UserError(f"model folder {path} does not exist; set model.path to a local folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
+        raise UserError(
+            f"model.path {path!r} is neither a folder nor a hub model that can be downloaded ({type(error).__name__});"
+            " log in for a gated model, or download it elsewhere and give the folder"
+        ) from error
