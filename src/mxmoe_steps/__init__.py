@@ -1,3 +1,12 @@
 """Mixed-precision quantization of Mixture-of-Experts language models, one module per pipeline step."""
 
 __version__ = "0.1.0"
+
+from typing import Any
+
+
+def load_quantized(path: str, device: str = "cpu", dtype: Any = "auto") -> Any:
+    """A transformers causal LM from a folder that ``quantize`` wrote; see `mxmoe_steps.inference.plugin`."""
+    from mxmoe_steps.inference import plugin
+
+    return plugin.load_quantized(path, device, dtype)

@@ -7,7 +7,7 @@ fill exactly ``b`` bytes and a row of K codes takes ``ceil(K/8)*b`` bytes::
     bit      76543210         76543210         76543210
     code     22111000         54443332         77766655
 
-8-bit codes are plain bytes; e4m3 weights are stored as they are. This is the layout of checkpoints;
+8-bit codes and e4m3 weights are plain bytes. This is the layout of checkpoints;
 kernels rearrange it at load time.
 """
 

@@ -17,11 +17,11 @@ Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 def load_model(path: Path, dtype: str, device: str, trust_remote_code: bool = False) -> tuple[ModelFolder, Any]:
     """The checkpoint's folder facts and its causal LM in evaluation mode without gradients."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     folder = open_model(path)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=getattr(torch, dtype) if dtype != "auto" else "auto", trust_remote_code=trust_remote_code
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     return folder, model.to(resolve_device(device)).eval().requires_grad_(False)
 
 

@@ -70,7 +70,10 @@ class QuantizedWeight:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint stores: packed ``qweight``, ``scales`` and, if asymmetric, ``zeros``."""
-        codes = self.codes if _is_float(self.scheme) else packing.pack(self.codes, self.scheme.weight_bits)
+        if _is_float(self.scheme):
+            codes = self.codes.view(torch.uint8)  # loaders that cast floating tensors leave bytes alone
+        else:
+            codes = packing.pack(self.codes, self.scheme.weight_bits)
         stored = {"qweight": codes, "scales": self.scales}
         return stored if self.zeros is None else stored | {"zeros": self.zeros}
 
@@ -78,8 +81,7 @@ class QuantizedWeight:
 def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:
     """Inverse of `QuantizedWeight.tensors`."""
     codes = tensors["qweight"]
-    if not _is_float(scheme):
-        codes = packing.unpack(codes, scheme.weight_bits, in_features)
+    codes = codes.view(E4M3) if _is_float(scheme) else packing.unpack(codes, scheme.weight_bits, in_features)
     return QuantizedWeight(scheme, codes, tensors["scales"], tensors.get("zeros"))
 
 

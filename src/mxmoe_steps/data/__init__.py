@@ -1,0 +1,1 @@
+"""Text sources to documents (`sources`), documents to token sequences (`tokens`)."""

@@ -1,0 +1,1 @@
+"""Running a quantized checkpoint: packed modules and their registration with transformers."""

@@ -1,0 +1,80 @@
+"""Modules that hold packed weights and compute what they mean, on any device PyTorch runs on.
+
+The reference arithmetic: activations are quantized per token as the scheme says, weights are
+dequantized exactly, the product is taken in the activations' precision.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from mxmoe_steps.packing import packed_width
+from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
+from mxmoe_steps.schemes import Scheme
+
+
+class PackedLinear(nn.Module):
+    """A bias-free linear block [N, K] under one scheme, stored as the checkpoint stores it."""
+
+    def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
+        super().__init__()
+        self.scheme, self.out_features, self.in_features = scheme, out_features, in_features
+        groups = -(-in_features // scheme.group_size(in_features))
+        width = packed_width(in_features, scheme.weight_bits)
+        self.register_buffer("qweight", torch.empty(out_features, width, dtype=torch.uint8))
+        self.register_buffer("scales", torch.empty(out_features, groups, dtype=torch.bfloat16))
+        if not scheme.symmetric:
+            self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.bfloat16))
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 [N, K]."""
+        return from_tensors(self.scheme, self.in_features, dict(self.named_buffers())).dequantize()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] to [..., N] in the precision of ``x``."""
+        seen = quantize_activations(x, self.scheme).to(x.dtype)
+        return nn.functional.linear(seen, self.dequantize().to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        return f"{self.scheme}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def make_linear(scheme: Scheme, out_features: int, in_features: int) -> nn.Module:
+    """A packed block, or a plain linear where the scheme keeps 16-bit weights."""
+    if scheme.is_original:
+        return nn.Linear(in_features, out_features, bias=False)
+    return PackedLinear(scheme, out_features, in_features)
+
+
+class MixedExpert(nn.Module):
+    """One expert: three blocks, each under its own scheme."""
+
+    def __init__(
+        self, schemes: Sequence[Scheme], hidden: int, inner: int, activation: Callable[[torch.Tensor], torch.Tensor]
+    ) -> None:
+        super().__init__()
+        gate, up, down = schemes
+        self.gate_proj = make_linear(gate, inner, hidden)
+        self.up_proj = make_linear(up, inner, hidden)
+        self.down_proj = make_linear(down, hidden, inner)
+        self.act_fn = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] to [..., H]."""
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class MixedExperts(nn.ModuleList):
+    """All routed experts of a layer; takes the place of the experts module of transformers."""
+
+    def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        """[T, H], expert ids [T, k] and router weights [T, k] to the routed sum [T, H]."""
+        result = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        for number, expert in enumerate(self):
+            token, slot = (top_k_index == number).nonzero(as_tuple=True)
+            if len(token):
+                weighted = expert(hidden[token]).float() * top_k_weights[token, slot].unsqueeze(-1).float()
+                result.index_add_(0, token, weighted)
+        return result.to(hidden.dtype)

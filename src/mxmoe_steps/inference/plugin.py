@@ -1,0 +1,98 @@
+"""The transformers quantizer ``mxmoe``: importing this module lets ``from_pretrained`` read our checkpoints.
+
+``config.json`` carries ``quantization_config``::
+
+    {"quant_method": "mxmoe", "version": 1, "schemes": ["w2a16_g128_asym", ...],
+     "blocks": {"0": {"-1": [1, 1, 2], "0": [0, 0, 1], ...}, ...}}
+
+``blocks[layer][expert]`` are the scheme numbers of gate, up and down; expert -1 is the shared expert.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.modules import MixedExpert, MixedExperts
+from mxmoe_steps.models.families import FAMILIES
+from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
+
+METHOD = "mxmoe"
+VERSION = 1
+
+
+@register_quantization_config(METHOD)
+class MixedPrecisionConfig(QuantizationConfigMixin):
+    """Scheme of every expert block, as stored in ``config.json``."""
+
+    def __init__(self, schemes: list[str], blocks: dict[str, dict[str, list[int]]], version: int, **_: Any) -> None:
+        if version != VERSION:
+            raise UserError(f"the checkpoint has mxmoe format version {version}; this release reads version {VERSION}")
+        self.quant_method = METHOD
+        self.schemes, self.blocks, self.version = schemes, blocks, version
+
+    def of(self, layer: int, expert: int) -> list[Scheme]:
+        """Schemes of gate, up and down."""
+        return [parse_scheme(self.schemes[number]) for number in self.blocks[str(layer)][str(expert)]]
+
+
+@register_quantizer(METHOD)
+class MixedPrecisionQuantizer(HfQuantizer):
+    """Replaces experts modules before weights are loaded; the checkpoint's tensors then fit by name."""
+
+    requires_calibration = True
+    quantization_config: MixedPrecisionConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        config = model.config
+        family = FAMILIES[config.model_type]
+        activation = ACT2FN[config.hidden_act]
+        with torch.device("meta"):
+            for layer, experts in self.quantization_config.blocks.items():
+                moe = model.get_submodule(f"model.layers.{layer}.{family.module}")
+                inner = moe.experts.down_proj.shape[-1]
+                moe.experts = MixedExperts(
+                    MixedExpert(
+                        self.quantization_config.of(int(layer), expert), config.hidden_size, inner, activation
+                    )
+                    for expert in range(len(experts) - (str(SHARED) in experts))
+                )
+                if family.shared is not None and str(SHARED) in experts:
+                    old = getattr(moe, family.shared)
+                    schemes = self.quantization_config.of(int(layer), SHARED)
+                    new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, activation)
+                    setattr(moe, family.shared, new)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Drop the converters that stack experts: ours stay apart."""
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not any("experts." in source for source in conversion.source_patterns)
+        ]
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """``save_pretrained`` writes the packed tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
+
+
+def load_quantized(path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> Any:
+    """A transformers causal LM with packed experts from a folder that ``quantize`` wrote.
+
+    ``dtype`` is the precision of activations and of everything that is not an expert.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise UserError(f"{path}: no config.json; give a folder that the quantize step wrote")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()

@@ -1,0 +1,80 @@
+"""What makes Snakemake re-run a job: the code a step really uses, told by name. Stdlib only.
+
+Snakemake compares the *values* of a rule's params. A rule therefore carries one stamp per module that
+its step imports, directly or not, and one per package whose version can change results. A stamp is the
+hash of the module's syntax tree without docstrings, so comments and layout re-run nothing.
+"""
+
+import ast
+import hashlib
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+PACKAGE = "mxmoe_steps"
+_ROOT = Path(__file__).parent
+
+
+@cache
+def module_file(module: str) -> Path | None:
+    """Source file of one of our modules, None when ``module`` is not one."""
+    parts = module.split(".")
+    if parts[0] != PACKAGE:
+        return None
+    base = _ROOT.joinpath(*parts[1:])
+    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+        if candidate.is_file() and base != _ROOT:
+            return candidate
+    return None
+
+
+@cache
+def _parse(module: str) -> ast.Module:
+    file = module_file(module)
+    assert file is not None
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    """Our modules that ``module`` imports anywhere, inside functions too."""
+    names: set[str] = set()
+    for node in ast.walk(_parse(module)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(name for name in names if module_file(name) is not None)
+
+
+def closure(module: str) -> list[str]:
+    """``module`` and all of our modules that it needs, sorted."""
+    seen: set[str] = set()
+    todo = [module]
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += imported(current)
+    return sorted(seen)
+
+
+@cache
+def module_hash(module: str) -> str:
+    """Hash of the module's code: comments, docstrings and layout do not count."""
+    tree = ast.parse(ast.unparse(_parse(module)))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body
+            first = body[0] if body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:10]
+
+
+def stamps(module: str, *packages: str) -> dict[str, str]:
+    """Params of a rule: ``code_<module>`` for every module used, ``version_<package>`` for ``packages``."""
+    code = {f"code_{name.removeprefix(f'{PACKAGE}.')}": f"{name}@{module_hash(name)}" for name in closure(module)}
+    versions = {f"version_{package}": f"{package} {metadata.version(package)}" for package in packages}
+    return {key.replace(".", "_").replace("-", "_"): value for key, value in (code | versions).items()}
