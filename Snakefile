@@ -1,0 +1,22 @@
+"""Mixed-precision quantization of MoE models: what can be asked for. The rules live in rules/."""
+
+
+configfile: "config/config.yaml"
+
+
+include: "rules/common.smk"
+include: "rules/trace.smk"
+include: "rules/capture.smk"
+include: "rules/calibrate.smk"
+include: "rules/profile.smk"
+include: "rules/frontier.smk"
+include: "rules/solve.smk"
+include: "rules/quantize.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+
+
+rule all:
+    input:
+        rules.report.output,
+    default_target: True

@@ -1,0 +1,82 @@
+"""The checked configuration, its points, and the params that decide when a job runs again.
+
+Each rule has two kinds of params. `flags` holds the step's options as one canonical text: the command
+line and the record that Snakemake compares are the same thing. `stamps` name the code the step uses.
+Nothing else of the configuration reaches a step.
+"""
+
+import shlex
+import sys
+
+from snakemake.exceptions import WorkflowError
+
+from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.config import load_config, points
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.provenance import stamps
+
+try:
+    CONFIG = load_config(config, "the configuration")
+except UserError as error:
+    raise WorkflowError(str(error))
+
+MODEL = CONFIG.model.name
+POINTS = {point.name: point for point in points(CONFIG)}
+FRONTIERS = {point.frontier: point for point in POINTS.values()}
+OUT = f"results/{MODEL}"
+
+
+wildcard_constraints:
+    quantizer="rtn|gptq",
+    scheme=r"w\d+a\d+[a-z0-9_-]*",
+    frontier="|".join(sorted(FRONTIERS)).replace(".", r"\."),
+    point="|".join(sorted(POINTS)).replace(".", r"\."),
+
+
+def flags(**options):
+    """Command-line options in a fixed order; lists become several words, None and False nothing."""
+    words = []
+    for name, value in sorted(options.items()):
+        if value is None or value is False:
+            continue
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words += [str(word) for word in (value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def model_flags():
+    """Which model and how to run it."""
+    runtime = CONFIG.runtime
+    return {
+        "model": CONFIG.model.path,
+        "dtype": CONFIG.model.dtype,
+        "trust_remote_code": CONFIG.model.trust_remote_code,
+        "device": runtime.device,
+        "threads": runtime.threads,
+        "batch": runtime.batch,
+        "seed": runtime.seed,
+    }
+
+
+def text_flags(names, section):
+    """The text sources that ``names`` need, and how much of each."""
+    needed = set(names)
+    for name in names:
+        needed.update(CONFIG.texts[name].get("mix", []))
+    sources = {name: CONFIG.texts[name] for name in sorted(needed)}
+    return {"sources": canonical_json(sources), "sequences": section.sequences, "length": section.length}
+
+
+def frontier_flags(point):
+    """The allocation problem of one frontier."""
+    return flags(
+        budget_bits=f"{point.budget_bits:g}",
+        tokens=point.tokens,
+        granularity=point.granularity,
+        scope=CONFIG.solve.scope,
+        metric=CONFIG.solve.metric,
+        traffic_text=CONFIG.solve.traffic,
+        keep_original=CONFIG.solve.keep_original,
+        seed=CONFIG.runtime.seed,
+    )

@@ -1,0 +1,328 @@
+"""The configuration: every key with its type, default and meaning, and the sweep it spells out.
+
+`load_config` checks a whole configuration before any job starts; `points` turns the sweep into the
+points that the workflow computes. ``python -m mxmoe_steps.config`` prints the reference that
+``config/README.md`` holds.
+"""
+
+import difflib
+import itertools
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from mxmoe_steps.data.parsing import parse_source
+from mxmoe_steps.data.sources import FileText, MixText
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.schemes import parse_scheme
+
+Granularity = Literal["block", "expert", "layer", "uniform"]
+Quantizer = Literal["rtn", "gptq"]
+
+
+class Section(BaseModel):
+    """A block of keys: unknown keys are errors, and values are never converted silently."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    close = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(cls.model_fields)}"
+                    raise ValueError(f"unknown key {key!r}; {hint}")
+        return values
+
+
+class Model(Section):
+    """The model to quantize."""
+
+    name: str = Field(description="name in result paths", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    path: str = Field(description="local checkpoint folder (relative to the working directory) or hub id")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        "auto", description="precision of activations; auto is the checkpoint's own; float32 is fastest on most CPUs"
+    )
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+
+class Trace(Section):
+    """Expert traffic."""
+
+    texts: list[str] = Field(description="text sources to trace", min_length=1)
+    sequences: int = Field(32, description="sequences per text", gt=0)
+    length: int = Field(512, description="tokens per sequence", gt=1)
+
+
+class Calibrate(Section):
+    """Losses and quantized weights per scheme."""
+
+    text: str = Field(description="text source to calibrate on")
+    sequences: int = Field(128, description="calibration sequences", gt=0)
+    length: int = Field(512, description="tokens per sequence", gt=1)
+    schemes: list[str] = Field(description="candidate schemes, e.g. w4a16 or w8a8_fp8 (docs/schemes.md)", min_length=1)
+    quantizers: list[Quantizer] = Field(["gptq"], description="rtn and/or gptq", min_length=1)
+    damping: float = Field(0.01, description="GPTQ: fraction of the mean Hessian diagonal added to it", gt=0)
+    gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
+
+    @field_validator("schemes")
+    @classmethod
+    def _canonical(cls, schemes: list[str]) -> list[str]:
+        try:
+            names = [parse_scheme(scheme).name for scheme in schemes]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if "w16a16" in names:
+            raise ValueError("w16a16 is the original; allow it with solve.keep_original instead")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two entries are the same scheme: {', '.join(sorted(names))}")
+        return names
+
+
+class Profile(Section):
+    """Kernel times."""
+
+    hardware: str = Field("h100", description="GPU whose profile in resources/profiles to use")
+
+
+class Solve(Section):
+    """The allocation problem."""
+
+    metric: Literal["fisher", "out_sq"] = Field(
+        "fisher", description="loss: estimated KL divergence (fisher), or squared change of the layer output (out_sq)"
+    )
+    scope: Literal["model", "layer"] = Field("model", description="one bit budget for the model, or the same per layer")
+    traffic: str = Field(description="traced text whose routing decides predicted times")
+    keep_original: bool = Field(False, description="let blocks stay at 16 bits (w16a16)")
+
+
+class Sweep(Section):
+    """A grid of allocations: every combination of the listed values."""
+
+    budget_bits: list[float] = Field(description="average bits per expert weight, scales and zero points counted")
+    tokens: list[int] = Field(description="tokens in one forward step, for predicted time")
+    granularity: list[Granularity] = Field(["block"], description="what shares a scheme: block, expert, layer, uniform")
+    r: list[float] = Field([0.75], description="accuracy against time: minimise loss^r time^(1-r)")
+    quantizer: list[Quantizer] = Field(["gptq"], description="quantizer of the weights")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _single_values(cls, values: Any) -> Any:
+        """``budget_bits: 3`` means ``budget_bits: [3]``."""
+        if not isinstance(values, dict):
+            return values
+        return {key: value if isinstance(value, list) else [value] for key, value in values.items()}
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "Sweep":
+        for name in type(self).model_fields:
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; list at least one value")
+        if min(self.budget_bits) <= 0 or max(self.budget_bits) > 16:
+            raise ValueError(f"budget_bits must lie in (0, 16]; found {self.budget_bits}")
+        if min(self.tokens) < 1:
+            raise ValueError(f"tokens must be positive; found {self.tokens}")
+        if min(self.r) < 0 or max(self.r) > 1:
+            raise ValueError(f"r must lie in [0, 1]; found {self.r}")
+        return self
+
+
+class Evaluate(Section):
+    """Held-out evaluation."""
+
+    texts: list[str] = Field(description="text sources to evaluate on", min_length=1)
+    sequences: int = Field(32, description="sequences per text", gt=0)
+    length: int = Field(512, description="tokens per sequence", gt=1)
+
+
+class Runtime(Section):
+    """Where and how to compute; every value is part of a result's identity."""
+
+    device: str = Field("auto", description="cpu, cuda or auto", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
+    threads: int = Field(1, description="CPU threads of one job", gt=0)
+    batch: int = Field(8, description="sequences per forward pass", gt=0)
+    seed: int = Field(0, description="seed of text order, sampled steps and sampled labels", ge=0)
+
+
+class Config(Section):
+    """A whole configuration."""
+
+    model: Model
+    texts: dict[str, dict[str, Any]] = Field(
+        description="named text sources: {package: wiki-en}, {files: [a.txt]}, {hub: wikitext, ...} or {mix: [a, b]}"
+    )
+    trace: Trace
+    calibrate: Calibrate
+    profile: Profile = Field(default_factory=Profile)
+    solve: Solve
+    sweep: list[Sweep] = Field(description="grids of allocations to compute", min_length=1)
+    baselines: list[Quantizer] = Field(
+        ["rtn", "gptq"], description="quantizers of the uniform baselines: the best single scheme within each budget"
+    )
+    evaluate: Evaluate
+    runtime: Runtime = Field(default_factory=Runtime)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        sources = {}
+        for name, value in self.texts.items():
+            try:
+                sources[name] = parse_source(name, value)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        used = {
+            "trace.texts": self.trace.texts,
+            "calibrate.text": [self.calibrate.text],
+            "evaluate.texts": self.evaluate.texts,
+        }
+        for name, source in sources.items():
+            if isinstance(source, MixText):
+                used[f"texts.{name}.mix"] = list(source.mix)
+            if isinstance(source, FileText):
+                missing = [file for file in (*source.files, *source.test_files) if not Path(file).is_file()]
+                if missing:
+                    raise ValueError(f"texts.{name}.files: no such file {missing[0]}")
+        for key, names in used.items():
+            _known(key, names, list(sources), "a text source")
+        _known("solve.traffic", [self.solve.traffic], self.trace.texts, "one of trace.texts")
+        wanted = {quantizer for grid in self.sweep for quantizer in grid.quantizer} | set(self.baselines)
+        _known("sweep and baselines: quantizer", sorted(wanted), self.calibrate.quantizers, "in calibrate.quantizers")
+        if self.solve.metric == "fisher" and not self.calibrate.gradient:
+            raise ValueError("solve.metric fisher needs calibrate.gradient: true; or set solve.metric: out_sq")
+        self._budgets_reachable()
+        return self
+
+    def _budgets_reachable(self) -> None:
+        """No candidate can go below its codes and group overhead; `frontier` knows the exact figure."""
+        wide = 1 << 20  # input features: per-channel overhead vanishes, so this is a lower bound
+        least = min(self.calibrate.schemes, key=lambda name: parse_scheme(name).bits(wide))
+        bits = parse_scheme(least).bits(wide)
+        for grid in self.sweep:
+            if min(grid.budget_bits) < bits:
+                raise ValueError(
+                    f"sweep: budget_bits {min(grid.budget_bits):g} is below {bits:g}, what the smallest candidate"
+                    f" {least} takes; raise the budget or add a smaller scheme to calibrate.schemes"
+                )
+
+
+def _known(key: str, names: list[str], known: list[str] | list[Quantizer], what: str) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+            raise ValueError(f"{key}: {name!r} is not {what}; {hint}")
+
+
+def load_config(values: dict[str, Any], origin: str) -> Config:
+    """Validate ``values``; `UserError` lists every mistake with its key. ``origin`` names the file(s)."""
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {_where(item['loc'])}{_message(item)}" for item in error.errors()]
+        raise UserError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
+    if Path(config.model.path).is_dir() or config.model.path.startswith((".", "/")) or config.model.path.count("/") != 1:
+        open_model(config.model.path)
+    elif not Path(config.model.path).exists() and Path(config.model.path).parent.is_dir():
+        open_model(config.model.path)  # a misspelt local folder, not a hub id
+    return config
+
+
+def _where(location: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, location)) + ": " if location else ""
+
+
+def _message(item: Any) -> str:
+    if item["type"] == "missing":
+        return "this key is required"
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])
+    value = item["input"]
+    advice = ""
+    if isinstance(value, str) and item["type"] in ("int_type", "float_type"):
+        advice = " (in YAML write numbers without quotes, and 1.0e-3 rather than 1e-3)"
+    return f"{item['msg']}; found {value!r}{advice}"
+
+
+class Point(BaseModel):
+    """One allocation of the sweep; its `name` is the wildcard in result paths."""
+
+    model_config = ConfigDict(frozen=True)
+
+    budget_bits: float
+    tokens: int
+    r: float
+    granularity: Granularity
+    quantizer: Quantizer
+
+    @property
+    def frontier(self) -> str:
+        """Name of the frontier the point lies on: everything but r."""
+        return f"b{self.budget_bits:g}_t{self.tokens}_{self.granularity}_{self.quantizer}"
+
+    @property
+    def name(self) -> str:
+        """For example ``b2.25_t64_block_gptq_r0.75``."""
+        return f"{self.frontier}_r{self.r:g}"
+
+
+def points(config: Config) -> list[Point]:
+    """Every point of the sweep, then the uniform baselines of every budget; sorted, without repeats.
+
+    A baseline is the single scheme of least loss within the budget (granularity uniform, r = 1).
+    """
+    found = set()
+    for grid in config.sweep:
+        for values in itertools.product(grid.budget_bits, grid.tokens, grid.r, grid.granularity, grid.quantizer):
+            found.add(Point(**dict(zip(("budget_bits", "tokens", "r", "granularity", "quantizer"), values, strict=True))))
+        for budget, quantizer in itertools.product(grid.budget_bits, config.baselines):
+            found.add(
+                Point(budget_bits=budget, tokens=min(_token_counts(config)), r=1.0, granularity="uniform", quantizer=quantizer)
+            )
+    return sorted(found, key=lambda point: (point.budget_bits, point.name))
+
+
+def _token_counts(config: Config) -> set[int]:
+    return {tokens for grid in config.sweep for tokens in grid.tokens}
+
+
+def reference() -> str:
+    """The configuration reference in Markdown."""
+    lines = [
+        "# Configuration reference",
+        "",
+        "`config.yaml` beside this file is the demo. Copy it, edit it, and run"
+        " `snakemake --cores N --configfile my.yaml`. Keys that it leaves out keep the values of the demo.",
+        "",
+        "This page is generated: `python -m mxmoe_steps.config > config/README.md`.",
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
+    for name, field in Config.model_fields.items():
+        section = next((kind for kind in (field.annotation, *get_args(field.annotation)) if _is_section(kind)), None)
+        if section is None:
+            lines.append(_row(name, field))
+            continue
+        lines.append(f"| **{name}** | | | {section.__doc__.splitlines()[0]} |")
+        prefix = f"{name}[]" if get_args(field.annotation) else name
+        lines += [_row(f"{prefix}.{key}", inner) for key, inner in section.model_fields.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)
+
+
+def _row(name: str, field: Any) -> str:
+    kind = field.annotation
+    text = kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+    default = "required" if field.is_required() else f"`{field.default!r}`".replace("'", "")
+    return f"| `{name}` | {text.replace('|', ' or ')} | {default} | {field.description} |"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

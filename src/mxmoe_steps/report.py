@@ -1,0 +1,149 @@
+"""report: the summary table, the figures and one self-contained HTML page.
+
+Reads every evaluated checkpoint with its allocation, the trace, the losses and the GPU profile. Writes
+summary.csv (a row per checkpoint), report.html and the figures as SVG files.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.atomic import atomic_path
+from mxmoe_steps.errors import UserError, run_cli
+
+_VARIES = 1.05  # predicted times that differ by less than this factor are called equal
+
+
+def predicted_times(args: argparse.Namespace, assignments: dict[str, Any]) -> dict[str, dict[int, float]]:
+    """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
+    from mxmoe_steps.allocation.predict import mean_layer_us
+
+    return {
+        name: {
+            tokens: mean_layer_us(rows, args.losses[0], args.trace, args.profile, args.traffic_text, tokens, args.seed)
+            for tokens in sorted(args.tokens)
+        }
+        for name, rows in assignments.items()
+    }
+
+
+def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any]) -> str:
+    """What the predicted times are, and at which token counts they tell checkpoints apart."""
+    source = "a roofline estimate from the data sheet" if facts["estimate"] else "a model fitted to measured kernels"
+    sentences = [f"Layer times are predicted for {facts['device']} by {source}."]
+    for tokens in sorted(next(iter(times.values()))):
+        values = [one[tokens] for one in times.values()]
+        if max(values) < _VARIES * min(values):
+            sentences.append(
+                f"At {tokens} tokens in a step all checkpoints take within {100 * (_VARIES - 1):.0f} % of the same"
+                f" time ({min(values):.1f} to {max(values):.1f} µs): GEMMs this small sit on launch latency, so the"
+                " allocation there is decided by accuracy alone."
+            )
+    return " ".join(sentences)
+
+
+def read_inputs(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+    """Evaluated checkpoints and, by name, the allocations of all but the original."""
+    from mxmoe_steps.allocation.files import read_allocation
+    from mxmoe_steps.reporting.summary import Checkpoint, read_json
+
+    allocations = {Path(path).stem: read_allocation(path) for path in args.allocations}
+    checkpoints = []
+    for path in args.evaluations:
+        metrics, name = read_json(path), Path(path).stem
+        if metrics["allocation"] is not None and name not in allocations:
+            raise UserError(f"{path}: no allocation of that name among --allocations")
+        checkpoints.append(Checkpoint(name, metrics, allocations.get(name)))
+    if not any(checkpoint.allocation is None for checkpoint in checkpoints):
+        raise UserError("--evaluations holds no evaluation of the original model")
+    return checkpoints, allocations
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the table, the figures and the page."""
+    from mxmoe_steps.reporting import figures
+    from mxmoe_steps.reporting.page import figure, page, table_html
+    from mxmoe_steps.reporting.summary import headlines, summary_table
+    from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table
+
+    checkpoints, allocations = read_inputs(args)
+    assignments = {name: one["assignment"] for name, one in allocations.items()}
+    original = next(checkpoint.name for checkpoint in checkpoints if checkpoint.allocation is None)
+    some = next(iter(assignments.values()))
+    assignments[original] = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some]
+    times = predicted_times(args, assignments)
+    table = summary_table(checkpoints, times)
+    losses = {}
+    for path in args.losses:
+        rows, facts = read_table(LOSSES, path)
+        losses[facts["scheme"]] = rows.to_pandas()
+    profile_facts = read_table(PROFILE, args.profile)[1]
+    estimate = bool(profile_facts["estimate"])
+    maps = [(name, one) for name, one in sorted(allocations.items()) if one["granularity"] == "block"]
+    drawn = {
+        "quality": figures.quality(table),
+        "speed": figures.speed(table, estimate),
+        "allocation": figures.allocation(maps or sorted(allocations.items())),
+        "sensitivity": figures.sensitivity(losses, args.metric),
+        "traffic": figures.traffic(read_table(TRAFFIC, Path(args.trace) / "traffic.parquet")[0].to_pandas()),
+    }
+    lines = headlines(table)
+    parts = [
+        ("Checkpoints", TEXTS["table"], table_html(table, estimate)),
+        *((HEADINGS[name], TEXTS[name], figure(svg)) for name, svg in drawn.items()),
+    ]
+    html = page(f"Mixed-precision quantization of {args.title}", lines, [time_note(times, profile_facts)], parts)
+    for name, svg in drawn.items():
+        _write(Path(args.figures) / f"{name}.svg", svg)
+    _write(args.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    _write(args.html, html)
+    print("\n".join([f"report   {args.html}", f"summary  {args.csv}", *lines]), file=sys.stderr)
+
+
+def _write(path: str | Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+HEADINGS = {
+    "quality": "Quality over size",
+    "speed": "Quality over predicted time",
+    "allocation": "Allocations",
+    "sensitivity": "Sensitivity",
+    "traffic": "Expert traffic",
+}
+TEXTS = {
+    "table": "Bits count 16-bit scales and zero points, averaged over all weights of routed and shared experts. Perplexity "
+    "and KL divergence are of the packed weights on held-out text. Uniform checkpoints use the best single scheme within "
+    "the budget.",
+    "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
+    "speed": "Each marker is a checkpoint. Left and down is better.",
+    "allocation": "The scheme of every gate, up and down block; S is the shared expert.",
+    "sensitivity": "What quantizing one block alone does to the model, per scheme.",
+    "traffic": "How many tokens each expert gets, relative to an even split.",
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = parser_for(__doc__)
+    parser.add_argument("--title", required=True, help="name of the model")
+    parser.add_argument("--evaluations", nargs="+", required=True, metavar="FILE", help="what evaluate wrote")
+    parser.add_argument("--allocations", nargs="+", required=True, metavar="FILE", help="what solve wrote")
+    parser.add_argument("--losses", nargs="+", required=True, metavar="FILE", help="losses to draw, one per scheme")
+    parser.add_argument("--trace", required=True, help="folder that trace wrote")
+    parser.add_argument("--profile", required=True, help="table that profile wrote")
+    parser.add_argument("--traffic-text", required=True, metavar="NAME", help="traced text that times assume")
+    parser.add_argument("--tokens", nargs="+", type=int, required=True, help="tokens in a step, for predicted times")
+    parser.add_argument("--metric", default="fisher", choices=["fisher", "out_sq"], help="loss to draw")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled steps")
+    parser.add_argument("--html", required=True, help="page to write")
+    parser.add_argument("--csv", required=True, help="table to write")
+    parser.add_argument("--figures", required=True, help="folder for the SVG files")
+    report(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,1 @@
+"""The summary table, the figures and the HTML page of `report`."""

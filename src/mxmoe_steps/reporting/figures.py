@@ -1,0 +1,171 @@
+"""The figures of the report. Each function draws one and returns it as SVG text, the same every time."""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.colors import ListedColormap, LogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+
+mpl.rcParams.update({"svg.hashsalt": "mxmoe", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
+mpl.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False})
+
+STYLE = {  # kind or granularity -> colour, marker
+    "uniform rtn": ("#9e9e9e", "s"),
+    "uniform gptq": ("#424242", "o"),
+    "layer": ("#e6a23c", "v"),
+    "expert": ("#4c9f70", "^"),
+    "block": ("#c0392b", "*"),
+}
+_BITS_COLOURS = {1: "#8e1b3d", 2: "#d1495b", 3: "#edae49", 4: "#66a182", 8: "#2e6f95", 16: "#13293d"}
+
+
+def to_svg(figure: Figure) -> str:
+    """SVG text without dates, so that equal data gives equal bytes."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def quality(table: pd.DataFrame) -> str:
+    """KL divergence and perplexity over true bits, for uniform baselines and our granularities."""
+    figure = Figure(figsize=(9.5, 3.6))
+    left, right = figure.subplots(1, 2)
+    for name, group in _series(table):
+        colour, marker = STYLE[name]
+        group = group.sort_values("bits")
+        line = "--" if name.startswith("uniform") else "-"
+        for axis, metric in ((left, "kl"), (right, "perplexity")):
+            size = 9 if marker == "*" else 6
+            label = name if name.startswith("uniform") else f"ours, per {name}"
+            axis.plot(group["bits"], group[metric], line, color=colour, marker=marker, ms=size, label=label, lw=1)
+    original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
+    right.axhline(original, color="#2e6f95", lw=0.8, ls=":", label="original")
+    left.set(yscale="log", ylabel="KL from the original, nats per token", xlabel="bits per expert weight")
+    right.set(yscale="log", ylabel="perplexity", xlabel="bits per expert weight")
+    right.yaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
+    right.yaxis.set_minor_formatter(mpl.ticker.ScalarFormatter())
+    right.legend(fontsize=8)
+    return to_svg(figure)
+
+
+def _series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(style name, rows): uniform kinds, and ours by granularity."""
+    names = table["kind"].where(table["kind"] != "ours", table["granularity"])
+    return [(name, table[names == name]) for name in STYLE if (names == name).any()]
+
+
+def speed(table: pd.DataFrame, estimate: bool) -> str:
+    """KL divergence over the predicted time of an MoE layer, one panel per token count."""
+    columns = [name for name in table.columns if name.startswith("layer_us_")]
+    figure = Figure(figsize=(max(4.8 * len(columns), 5), 3.4))
+    axes = figure.subplots(1, len(columns), squeeze=False)[0]
+    original = table[table["kind"] == "original"].iloc[0]
+    for axis, column in zip(axes, columns, strict=True):
+        tokens = column.split("_")[2]
+        for name, group in _series(table):
+            colour, marker = STYLE[name]
+            size = 80 if marker == "*" else 30
+            label = name if name.startswith("uniform") else f"ours, per {name}"
+            axis.scatter(group[column], group["kl"], color=colour, marker=marker, s=size, label=label)
+        axis.axvline(original[column], color="#2e6f95", lw=0.8, ls=":", label="original (16 bits)")
+        label = "estimated" if estimate else "predicted"
+        axis.set(yscale="log", title=f"{tokens} tokens in a step", xlabel=f"{label} time of a layer, µs")
+    axes[0].set_ylabel("KL from the original, nats per token")
+    axes[-1].legend(fontsize=8)
+    return to_svg(figure)
+
+
+def traffic(table: pd.DataFrame) -> str:
+    """Share of tokens per layer and expert, one panel per text; 1 is an even split."""
+    texts = list(dict.fromkeys(table["text"]))
+    figure = Figure(figsize=(min(2.6 * len(texts) + 0.8, 14), 2.4))
+    axes = figure.subplots(1, len(texts), squeeze=False, sharey=True)[0]
+    image = None
+    for axis, text in zip(axes, texts, strict=True):
+        share = table[table["text"] == text].pivot(index="layer", columns="expert", values="share")
+        values = np.clip(share.to_numpy() * share.shape[1], 1 / 16, 16)
+        image = axis.imshow(values, aspect="auto", cmap="RdBu_r", norm=LogNorm(1 / 8, 8), interpolation="nearest")
+        axis.set(title=text, xlabel="expert")
+        axis.set_yticks(range(len(share)), share.index)
+    axes[0].set_ylabel("layer")
+    bar = figure.colorbar(image, ax=axes, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], format="%g", shrink=0.9)
+    bar.set_label("tokens / even share")
+    return to_svg(figure)
+
+
+def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
+    """Loss of each block under each scheme: rows are schemes, columns gate, up and down."""
+    schemes = sorted(losses, key=lambda name: parse_scheme(name))
+    figure = Figure(figsize=(10, 1.25 * len(schemes) + 0.9))
+    axes = figure.subplots(len(schemes), 3, squeeze=False, sharex=True, sharey=True)
+    values = np.concatenate([table[metric].to_numpy() for table in losses.values()])
+    positive = values[values > 0]
+    norm = LogNorm(np.quantile(positive, 0.01), positive.max())
+    image = None
+    for row, scheme in enumerate(schemes):
+        for column, block in enumerate(BLOCKS):
+            table = losses[scheme]
+            grid = table[table["block"] == block].pivot(index="layer", columns="expert", values=metric)
+            floor = np.clip(grid.to_numpy(), norm.vmin, None)
+            image = axes[row, column].imshow(floor, aspect="auto", norm=norm, cmap="magma", interpolation="nearest")
+            axes[row, column].set_yticks(range(len(grid)), grid.index)
+            _expert_ticks(axes[row, column], list(grid.columns))
+            if row == 0:
+                axes[row, column].set_title(block)
+        axes[row, 0].set_ylabel(scheme.replace("_", "\n", 1), fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("expert")
+    label = "estimated KL, nats per token" if metric == "fisher" else "squared change of the layer output"
+    figure.colorbar(image, ax=axes, shrink=0.6).set_label(label)
+    return to_svg(figure)
+
+
+def allocation(allocations: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The chosen scheme of every block; one row of panels per allocation, columns gate, up and down."""
+    schemes = sorted({name for _, one in allocations for row in one["assignment"] for name in row[2:]}, key=parse_scheme)
+    colours, seen = [], dict.fromkeys(_BITS_COLOURS, 0)
+    for name in schemes:  # one hue per width, lighter for a second scheme of the same width
+        bits = parse_scheme(name).weight_bits
+        base = np.array(mpl.colors.to_rgb(_BITS_COLOURS[bits]))
+        colours.append(tuple(base + (1 - base) * 0.45 * seen[bits]))
+        seen[bits] += 1
+    figure = Figure(figsize=(10, 1.25 * len(allocations) + 1.1))
+    axes = figure.subplots(len(allocations), 3, squeeze=False, sharex=True, sharey=True)
+    for row, (name, one) in enumerate(allocations):
+        table = pd.DataFrame(one["assignment"], columns=["layer", "expert", *BLOCKS])
+        for column, block in enumerate(BLOCKS):
+            codes = table.assign(code=table[block].map(schemes.index))
+            grid = codes.pivot(index="layer", columns="expert", values="code")
+            axes[row, column].imshow(
+                grid.to_numpy(),
+                aspect="auto",
+                cmap=ListedColormap(colours),
+                vmin=-0.5,
+                vmax=len(schemes) - 0.5,
+                interpolation="nearest",
+            )
+            axes[row, column].set_yticks(range(len(grid)), grid.index)
+            _expert_ticks(axes[row, column], list(grid.columns))
+            if row == 0:
+                axes[row, column].set_title(block)
+        axes[row, 0].set_ylabel(name, fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel("expert")
+    handles = [Patch(color=colour, label=name) for colour, name in zip(colours, schemes, strict=True)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(schemes), 4), fontsize=8)
+    return to_svg(figure)
+
+
+def _expert_ticks(axis: Any, experts: list[int]) -> None:
+    """A few expert numbers; the shared expert is called S."""
+    step = max(1, len(experts) // 8)
+    positions = [place for place, expert in enumerate(experts) if expert == SHARED or expert % step == 0]
+    axis.set_xticks(positions, ["S" if experts[place] == SHARED else str(experts[place]) for place in positions])

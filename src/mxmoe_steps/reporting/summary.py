@@ -1,0 +1,102 @@
+"""The summary table: one row per evaluated checkpoint, and what it says in a few lines."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mxmoe_steps.errors import UserError
+
+KEYS = ["checkpoint", "kind", "granularity", "quantizer", "budget_bits", "bits", "tokens", "r"]
+METRICS = ["perplexity", "kl", "size_mb"]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An evaluated checkpoint: its metrics and, unless it is the original, its allocation."""
+
+    name: str
+    metrics: dict[str, Any]
+    allocation: dict[str, Any] | None
+
+    @property
+    def kind(self) -> str:
+        """``original``, ``uniform rtn``, ``uniform gptq`` or ``ours``."""
+        if self.allocation is None:
+            return "original"
+        if self.allocation["granularity"] == "uniform":
+            return f"uniform {self.allocation['quantizer']}"
+        return "ours"
+
+    @property
+    def label(self) -> str:
+        """For tables: the scheme of a uniform checkpoint, the granularity of ours."""
+        if self.allocation is None:
+            return "w16a16"
+        if self.allocation["granularity"] == "uniform":
+            return str(self.allocation["assignment"][0][2])
+        return str(self.allocation["granularity"])
+
+
+def read_json(path: str | Path) -> Any:
+    """A JSON file; `UserError` when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}); run the step that writes it again") from error
+
+
+def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, float]]) -> pd.DataFrame:
+    """One row per checkpoint, sorted by budget, kind and name.
+
+    ``times``: checkpoint name -> tokens in a step -> predicted microseconds of one MoE layer's expert
+    GEMMs, the mean over layers. ``size_mb`` is the size of the weights on disk.
+    """
+    rows = []
+    for checkpoint in checkpoints:
+        allocation = checkpoint.allocation or {}
+        ours = checkpoint.kind == "ours"
+        rows.append(
+            {
+                "checkpoint": checkpoint.name,
+                "kind": checkpoint.kind,
+                "granularity": checkpoint.label,
+                "quantizer": allocation.get("quantizer"),
+                "budget_bits": allocation.get("budget_bits"),
+                "bits": allocation.get("bits", 16.0),
+                "tokens": allocation.get("tokens") if ours else None,
+                "r": allocation.get("r") if ours else None,
+                "perplexity": checkpoint.metrics["overall"]["perplexity"],
+                "kl": checkpoint.metrics["overall"]["kl"],
+                "size_mb": checkpoint.metrics["weights_bytes"] / 1e6,
+                **{f"layer_us_{tokens}_tokens": us for tokens, us in times[checkpoint.name].items()},
+                **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
+            }
+        )
+    order = {"original": 0, "uniform rtn": 1, "uniform gptq": 2, "ours": 3}
+    table = pd.DataFrame(rows).astype({"tokens": "Int64"})
+    table["_order"] = table["kind"].map(order)
+    table = table.sort_values(["budget_bits", "_order", "checkpoint"], na_position="first", ignore_index=True)
+    return table.drop(columns="_order")
+
+
+def headlines(table: pd.DataFrame) -> list[str]:
+    """One line per budget: our best checkpoint against the uniform baselines within the same budget."""
+    original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
+    lines = []
+    for budget, group in table.groupby("budget_bits"):
+        ours = group[group["kind"] == "ours"].sort_values("kl")
+        if ours.empty:
+            continue
+        best = ours.iloc[0]
+        parts = [
+            f"{row['kind']} {row['granularity'].split('_')[0]} {row['perplexity']:.2f} (KL {row['kl']:.4f})"
+            for _, row in group[group["kind"] != "ours"].iterrows()
+        ]
+        lines.append(
+            f"{budget:g} bits: perplexity {best['perplexity']:.2f} (KL {best['kl']:.4f}) with one scheme per "
+            f"{best['granularity']}; {', '.join(parts)}; original {original:.2f}"
+        )
+    return lines
