@@ -1,0 +1,163 @@
+"""Expert-local losses against whole-layer forwards in float64, and against the KL they estimate."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mxmoe_steps import calibrate, capture
+from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.loading import load_model, moe_module
+from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
+from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.tables import LOSSES, read_table
+
+RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
+
+
+@pytest.fixture(scope="module")
+def captured(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("capture")
+    sources = canonical_json({"words": {"files": [str(text_file)], "separator": "-----"}})
+    model = {"model": str(tiny_moe), "dtype": "float32", "trust_remote_code": False}
+    text = {"sources": sources, "text": "words", "sequences": 8, "length": 64}
+    capture.capture(argparse.Namespace(**model, **text, **RUNTIME, no_gradient=False, out=str(out)))
+    return out
+
+
+def run(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str) -> pd.DataFrame:
+    options = {"quantizer": quantizer, "scheme": scheme, "damping": 0.01, "out": str(out)}
+    calibrate.calibrate(argparse.Namespace(model=str(tiny_moe), capture=str(captured), **options, **RUNTIME))
+    return read_table(LOSSES, out / f"{parse_scheme(scheme)}.parquet")[0].to_pandas()
+
+
+def layer_output(moe: torch.nn.Module, tensors: dict[str, torch.Tensor], changed: tuple | None) -> torch.Tensor:
+    """The MoE layer in float64, written out; ``changed`` = (expert, block, weight, scheme)."""
+    x = tensors["hidden"].double()
+    result = torch.zeros_like(x)
+    experts = moe.experts.gate_up_proj.shape[0]
+    for expert in [*range(experts), SHARED]:
+        if expert == SHARED:
+            shared = moe.shared_expert
+            weights = [shared.gate_proj.weight, shared.up_proj.weight, shared.down_proj.weight]
+            scale = tensors["shared"].double()
+        else:
+            gate, up = moe.experts.gate_up_proj[expert].chunk(2)
+            weights = [gate, up, moe.experts.down_proj[expert]]
+            scale = ((tensors["ids"] == expert) * tensors["weights"]).sum(-1).double()
+        weights = [weight.double() for weight in weights]
+        if changed is not None and changed[0] == expert:
+            weights[changed[1]] = changed[2].double()
+        gate_in = up_in = x
+        if changed is not None and changed[0] == expert and changed[1] < 2:
+            quantized = quantize_activations(x, changed[3]).double()
+            gate_in, up_in = (quantized, x) if changed[1] == 0 else (x, quantized)
+        inner = torch.nn.functional.silu(gate_in @ weights[0].T) * (up_in @ weights[1].T)
+        if changed is not None and changed[0] == expert and changed[1] == 2:
+            inner = quantize_activations(inner, changed[3]).double()
+        result += (inner @ weights[2].T) * scale.unsqueeze(-1)
+    return result
+
+
+@pytest.mark.parametrize("scheme", ["w2a16_g32", "w8a8_fp8", "w4a8_g32"])
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+def test_losses_equal_whole_layer_differences(
+    tiny_moe: Path, captured: Path, tmp_path: Path, quantizer: str, scheme: str
+) -> None:
+    losses = run(tiny_moe, captured, tmp_path, quantizer, scheme).set_index(["layer", "expert", "block"])
+    packed = load_file(tmp_path / f"{parse_scheme(scheme)}.safetensors")
+    folder, model = load_model(tiny_moe, "float32", "cpu")
+    assert len(losses) == 2 * 5 * 3
+    for layer in range(2):
+        tensors = load_file(captured / f"layer-{layer:03d}.safetensors")
+        moe = moe_module(folder, model, layer)
+        original = layer_output(moe, tensors, None)
+        with torch.no_grad():  # the model's own layer says the same, in its float32
+            assert torch.allclose(moe(tensors["hidden"].unsqueeze(0)).squeeze(0).double(), original, atol=1e-5)
+        for expert in [0, 3, SHARED]:
+            for number, block in enumerate(BLOCKS):
+                parts = {
+                    part: packed[key]
+                    for part in ("qweight", "scales", "zeros")
+                    if (key := f"{layer}.{expert}.{block}.{part}") in packed
+                }
+                row = losses.loc[(layer, expert, block)]
+                weight = from_tensors(parse_scheme(scheme), int(row["in_features"]), parts).dequantize()
+                change = layer_output(moe, tensors, (expert, number, weight, parse_scheme(scheme))) - original
+                assert row["out_sq"] == pytest.approx(float(change.square().sum()), rel=2e-3, abs=1e-9)
+                fisher = 0.5 * (change * tensors["gradient"].double()).sum(-1).square().mean()
+                assert row["fisher"] == pytest.approx(float(fisher), rel=2e-3, abs=1e-12)
+
+
+def test_experts_without_tokens_are_quantized_and_reported(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
+    losses = run(tiny_moe, captured, tmp_path, "gptq", "w4a16_g32")
+    ids = load_file(captured / "layer-001.safetensors")["ids"]
+    counts = np.bincount(ids.flatten(), minlength=4)
+    assert counts.min() == 0, "the fixture should starve an expert"
+    starved = losses[(losses["layer"] == 1) & (losses["expert"] == int(counts.argmin()))]
+    assert (starved["tokens"] == 0).all()
+    assert starved["fallback"].all()
+    assert (starved["out_sq"] == 0).all()
+    packed = load_file(tmp_path / "w4a16_g32_asym.safetensors")
+    codes = packed[f"1.{int(counts.argmin())}.down.qweight"]
+    assert codes.unique().numel() > 16  # real codes, not zeros
+
+
+def test_gptq_loses_less_than_rounding(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
+    rounded = run(tiny_moe, captured, tmp_path / "rtn", "rtn", "w2a16_g32")
+    trained = run(tiny_moe, captured, tmp_path / "gptq", "gptq", "w2a16_g32")
+    assert trained["out_sq"].sum() < 0.9 * rounded["out_sq"].sum()
+
+
+def test_fisher_estimates_kl(tiny_moe: Path, captured: Path, tmp_path: Path, text_file: Path) -> None:
+    """1/2 (gradient . change)^2 with labels drawn from the model is the second-order KL of a change."""
+    losses = run(tiny_moe, captured, tmp_path, "rtn", "w3a16_g32").set_index(["layer", "expert", "block"])
+    packed = load_file(tmp_path / "w3a16_g32_asym.safetensors")
+    _, model = load_model(tiny_moe, "float32", "cpu")
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, model.config.vocab_size, (64, 64), generator=generator)
+    # Both sides on the same random tokens: capture them in memory rather than from the text.
+    folder = open_model(tiny_moe)
+    inputs = capture.capture_batch(folder, model, tokens, True, torch.Generator().manual_seed(2))
+    names = ("qweight", "scales", "zeros")
+    weight = from_tensors(
+        parse_scheme("w3a16_g32"), 160, {part: packed[f"0.-1.down.{part}"] for part in names}
+    ).dequantize()
+    shared = model.model.layers[0].mlp.shared_expert
+    with torch.no_grad():
+        before = torch.log_softmax(model(tokens).logits, -1)
+        hidden = inputs[0]["hidden"]
+        inner = shared.act_fn(shared.gate_proj(hidden)) * shared.up_proj(hidden)
+        change = (inner @ (weight - shared.down_proj.weight).T) * inputs[0]["shared"].unsqueeze(-1)
+        estimate = 0.5 * (change * inputs[0]["gradient"]).sum(-1).square().mean()
+        shared.down_proj.weight.copy_(weight)
+        after = torch.log_softmax(model(tokens).logits, -1)
+    kl = (before.exp() * (before - after)).sum(-1).mean()
+    assert losses.loc[(0, SHARED, "down"), "fisher"] > 0
+    assert float(estimate) == pytest.approx(float(kl), rel=0.35)
+
+
+def test_missing_capture_is_one_clear_error(tiny_moe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"layer-000.safetensors: no such captured layer"):
+        run(tiny_moe, tmp_path, tmp_path / "out", "rtn", "w4a16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_weights_name_layer_expert_and_block(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_moe, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.1.mlp.experts.2.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="layer 1, expert 2, up"):
+        run(broken, captured, tmp_path / "out", "rtn", "w4a16")
