@@ -1,0 +1,46 @@
+"""Every step's command line: complete, instant, and runnable from any folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEPS = ["trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "evaluate", "report"]
+HEAVY = ["torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "ortools", "matplotlib", "safetensors"]
+PROBE = """
+import contextlib, io, json, runpy, sys
+sys.argv = [{module!r}, "--help"]
+text = io.StringIO()
+with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+    runpy.run_module({module!r}, run_name="__main__")
+print(json.dumps([text.getvalue(), sorted(set({heavy!r}) & set(sys.modules))]))
+"""
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_help_is_complete_and_loads_nothing_heavy(step: str, tmp_path: Path) -> None:
+    code = PROBE.format(module=f"mxmoe_steps.{step}", heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    text, heavy = json.loads(done.stdout)
+    assert heavy == []
+    assert f"{step}: " in text
+    assert "--out" in text or "--html" in text
+
+
+def test_solve_never_loads_torch(tmp_path: Path) -> None:
+    code = "import sys, mxmoe_steps.solve, mxmoe_steps.allocation.parts; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_a_user_error_is_one_line_without_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mxmoe_steps.calibrate", "--model", "nowhere", "--capture", ".", "--out", "out"]
+    done = subprocess.run(
+        [*command, "--quantizer", "rtn", "--scheme", "w4a16"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        "error: model folder nowhere does not exist; set model.path to a local folder or a hub id"
+    )
+    assert not (tmp_path / "out").exists()
