@@ -1,0 +1,1 @@
+"""Allocation of schemes to blocks: time model, exact weighted-sum solver, frontier, files."""

@@ -1,0 +1,123 @@
+"""The linear blocks of a model and what each scheme does to them: losses and weight bits."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme, parse_scheme
+from mxmoe_steps.tables import LOSSES, read_table
+
+METRICS = ("out_sq", "fisher")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The B allocated linear blocks, sorted by layer, expert (shared first) and gate, up, down. All int64 [B]."""
+
+    layer: NDArray[np.int64]
+    expert: NDArray[np.int64]
+    kind: NDArray[np.int64]  # index into schemes.BLOCKS
+    out_features: NDArray[np.int64]
+    in_features: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.layer)
+
+    @property
+    def params(self) -> NDArray[np.int64]:
+        """Weights per block."""
+        return self.out_features * self.in_features
+
+    @property
+    def launch(self) -> NDArray[np.int64]:
+        """0: the block is multiplied in the gate+up launch of its layer, 1: in the down launch."""
+        return (self.kind == BLOCKS.index("down")).astype(np.int64)
+
+    def name(self, index: int) -> str:
+        """For messages, e.g. ``layer 3 expert 17 up``."""
+        expert = "shared expert" if self.expert[index] == SHARED else f"expert {self.expert[index]}"
+        return f"layer {self.layer[index]} {expert} {BLOCKS[self.kind[index]]}"
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Loss and weight bits of every block under every scheme: float64 and int64 [B, S]."""
+
+    blocks: Blocks
+    schemes: tuple[Scheme, ...]
+    loss: NDArray[np.float64]
+    bits: NDArray[np.int64]
+    quantizer: str
+
+
+def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
+    """Read one LOSSES table per scheme; ``original`` adds w16a16, whose loss is zero and needs no table.
+
+    `UserError`: tables of different quantizers or models, a scheme twice, a missing block, a loss that is
+    NaN, infinite or negative.
+    """
+    tables = {}
+    quantizers = {}
+    for path in paths:
+        table, facts = read_table(LOSSES, path)
+        scheme = parse_scheme(facts["scheme"])
+        if scheme in tables:
+            raise UserError(f"{path}: a second table of losses for {scheme}; give one table per scheme")
+        columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        kind = np.array([BLOCKS.index(block) for block in columns["block"]], np.int64)
+        order = np.lexsort((kind, columns["expert"], columns["layer"]))
+        tables[scheme] = {**columns, "kind": kind, "order": order, "path": path}
+        quantizers[path] = facts["quantizer"]
+    if len(set(quantizers.values())) > 1:
+        raise UserError(
+            f"losses of different quantizers do not compare: {', '.join(f'{p} is {q}' for p, q in quantizers.items())}"
+        )
+    first = next(iter(tables.values()))
+    blocks = Blocks(
+        *(
+            first[name][first["order"]].astype(np.int64)
+            for name in ("layer", "expert", "kind", "out_features", "in_features")
+        )
+    )
+    schemes = tuple(sorted({*tables, ORIGINAL} if original else tables))
+    loss = np.zeros((len(blocks), len(schemes)))
+    bits = np.repeat(blocks.params[:, None] * ORIGINAL.weight_bits, len(schemes), 1)
+    for column, scheme in enumerate(schemes):
+        if scheme not in tables:
+            continue
+        table = tables[scheme]
+        _check_same_blocks(blocks, table, first["path"])
+        values = table[metric][table["order"]]
+        bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
+        if len(bad):
+            raise UserError(
+                f"{table['path']}: {metric} of {blocks.name(bad[0])} under {scheme} is {values[bad[0]]}; "
+                "losses are finite and not negative"
+            )
+        loss[:, column] = values
+        bits[:, column] = np.rint(table["bits"][table["order"]] * blocks.params)
+    return Losses(blocks, schemes, loss, bits, next(iter(quantizers.values())))
+
+
+def _check_same_blocks(blocks: Blocks, table: dict, path: Path) -> None:
+    """Raise unless ``table`` holds exactly the blocks of the first table."""
+    keys = np.stack([blocks.layer, blocks.expert, blocks.kind, blocks.out_features, blocks.in_features], 1)
+    names = ("layer", "expert", "kind", "out_features", "in_features")
+    found = np.stack([table[name][table["order"]] for name in names], 1)
+    if keys.shape == found.shape and (keys == found).all():
+        return
+    rows, others = {tuple(row) for row in keys.tolist()}, {tuple(row) for row in found.tolist()}
+    layer, expert, kind, *_ = sorted(rows ^ others)[0]
+    raise UserError(
+        f"{table['path']} and {path} do not describe the same blocks: they differ at layer {layer} expert {expert} "
+        f"{BLOCKS[kind]}; calibrate every scheme on the same model"
+    )
+
+
+def budget_in_bits(budget_bits: str, params: int) -> int:
+    """Total weight bits that an average of ``budget_bits`` allows, exact: 2.25 admits 2.25."""
+    return int(Fraction(budget_bits) * params)

@@ -1,0 +1,69 @@
+"""The lower-left convex hull of (loss, time): all that any r in L^r T^(1-r) can ask for."""
+
+from dataclasses import dataclass
+
+from mxmoe_steps.allocation.core import Point, minimize
+from mxmoe_steps.allocation.pick import corners, envelope
+from mxmoe_steps.allocation.problem import Problem
+from mxmoe_steps.allocation.relaxation import Relaxation
+from mxmoe_steps.errors import UserError
+
+TIE = 1e-9  # weight of the other quantity, relative, where one alone is minimised
+ON_EDGE = 1e-10  # relative distance below a hull edge that counts as on it
+
+
+@dataclass(frozen=True)
+class Hull:
+    """Vertices by rising loss, and proven half-planes a x loss + b x time >= bound as (a, b, bound)."""
+
+    points: list[Point]
+    cuts: list[tuple[float, float, float]]
+
+
+def lower_left_hull(problem: Problem, gap: float, workers: int = 1) -> Hull:
+    """Dichotomic search (Aneja and Nair 1979): solve along each edge's normal until no edge moves.
+
+    With ``gap`` > 0 an edge is left once the proven half-planes are within that relative distance of it.
+    """
+    relaxation = Relaxation(problem)
+    if relaxation.smallest_bits > problem.budget:
+        raise UserError(
+            f"no allocation meets an average of {problem.budget / problem.params:g} bits per weight: the smallest "
+            f"reachable average is {relaxation.smallest_bits / problem.params:.4f} bits with these candidates"
+        )
+    cuts: list[tuple[float, float, float]] = []
+    fastest = _end(relaxation, 0.0, cuts, gap, workers)
+    accurate = _end(relaxation, 1.0, cuts, gap, workers)
+    points = [accurate]
+
+    def refine(left: Point, right: Point) -> None:
+        """Append the vertices after ``left`` up to ``right``; left has the smaller loss."""
+        a, b = left.time_us - right.time_us, right.loss - left.loss
+        if a <= 0 or b <= 0:  # the same point, up to ties
+            return
+        edge = a * left.loss + b * left.time_us
+        if gap and min(a * loss + b * time_us for loss, time_us in corners(cuts)) >= edge * (1 - gap):
+            points.append(right)
+            return
+        middle = minimize(relaxation, a / edge, b / edge, gap / 2, workers)
+        cuts.append((middle.a, middle.b, middle.bound))
+        if middle.value >= 1 - ON_EDGE or not left.loss < middle.loss < right.loss:
+            points.append(right)
+            return
+        refine(left, middle)
+        refine(middle, right)
+
+    refine(accurate, fastest)
+    return Hull(points, envelope(cuts))
+
+
+def _end(
+    relaxation: Relaxation, share: float, cuts: list[tuple[float, float, float]], gap: float, workers: int
+) -> Point:
+    """Least loss (share 1) or least time (share 0), ties broken by the other quantity."""
+    first = minimize(relaxation, share, 1 - share, gap / 2, workers)
+    cuts.append((share, 1 - share, first.bound))
+    a, b = (1.0, TIE * first.loss / first.time_us) if share else (TIE * first.time_us / (first.loss or 1.0), 1.0)
+    last = minimize(relaxation, a, b or TIE, gap / 2, workers)
+    cuts.append((a, b or TIE, last.bound))
+    return last

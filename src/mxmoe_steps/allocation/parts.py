@@ -1,0 +1,68 @@
+"""From tables to the frontier of one part: a layer (scope layer) or the model (scope model)."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mxmoe_steps.allocation.blocks import Losses
+from mxmoe_steps.allocation.constraints import Constraints
+from mxmoe_steps.allocation.files import DIGITS
+from mxmoe_steps.allocation.hull import lower_left_hull
+from mxmoe_steps.allocation.pick import Part, Vertex, corners, envelope
+from mxmoe_steps.allocation.problem import build_problem
+from mxmoe_steps.allocation.time_model import Times
+from mxmoe_steps.schemes import Scheme
+
+
+def part_frontier(
+    losses: Losses,
+    candidates: list[Scheme],
+    times: dict[int | None, Times],
+    granularity: str,
+    budget_bits: str,
+    constraints: Constraints,
+    mask: NDArray[np.bool_],
+    gap: float,
+    workers: int,
+) -> Part:
+    """Frontier over the blocks ``mask`` (bool [B]).
+
+    ``times`` has one entry, key None, or one per token tile when the whole kernel shares a tile: then the
+    frontier is the hull of the tiles' frontiers.
+    """
+    found = []
+    for tile, tile_times in times.items():
+        problem, place, scheme = build_problem(
+            losses, candidates, tile_times, granularity, budget_bits, constraints, mask
+        )
+        hull = lower_left_hull(problem, gap, workers)
+        vertices = []
+        for point in hull.points:
+            chosen = point.choice[place[:, 0], place[:, 1]]
+            columns = scheme[np.arange(len(place)), chosen]
+            price = point.lam * problem.params / point.value if point.value else 0.0
+            text = "".join(DIGITS[column] for column in columns)
+            vertices.append(Vertex(point.loss, point.time_us, point.bits, price, text, tile))
+        found.append(Part(vertices, hull.cuts))
+    return found[0] if len(found) == 1 else _merge(found)
+
+
+def _merge(found: list[Part]) -> Part:
+    """The hull of several frontiers."""
+    cuts = []
+    regions = [corners(part.cuts) for part in found]
+    for a, b, _ in {cut for part in found for cut in part.cuts}:
+        cuts.append((a, b, min(a * loss + b * time_us for region in regions for loss, time_us in region)))
+    hull: list[Vertex] = []
+    for vertex in sorted((v for part in found for v in part.vertices), key=lambda v: (v.loss_sum, v.time_us)):
+        if hull and vertex.time_us >= hull[-1].time_us:
+            continue
+        while len(hull) > 1 and _above(hull[-2], hull[-1], vertex):
+            hull.pop()
+        hull.append(vertex)
+    return Part(hull, envelope(cuts))
+
+
+def _above(left: Vertex, middle: Vertex, right: Vertex) -> bool:
+    """Whether ``middle`` lies on or above the line from ``left`` to ``right``."""
+    a, b = left.time_us - right.time_us, right.loss_sum - left.loss_sum
+    return a * middle.loss_sum + b * middle.time_us >= a * left.loss_sum + b * left.time_us

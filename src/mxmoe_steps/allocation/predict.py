@@ -1,0 +1,26 @@
+"""Predicted time of a given allocation at any token count, for comparing checkpoints."""
+
+from typing import Any
+
+import numpy as np
+
+from mxmoe_steps.allocation.blocks import Blocks
+from mxmoe_steps.allocation.time_model import Profile, block_times, layer_times, timing_schemes
+from mxmoe_steps.allocation.traffic import Traffic
+from mxmoe_steps.schemes import BLOCKS, parse_scheme
+
+
+def mean_layer_us(assignment: list[list[Any]], blocks: Blocks, traffic: Traffic, profile: Profile) -> float:
+    """Microseconds of one layer's expert GEMMs, the mean over layers.
+
+    ``assignment``: rows [layer, expert, gate, up, down] of every expert in ``blocks``.
+    """
+    named = {(layer, expert): names for layer, expert, *names in assignment}
+    schemes = sorted({parse_scheme(name) for names in named.values() for name in names})
+    choice = [
+        schemes.index(parse_scheme(named[layer, expert][kind]))
+        for layer, expert, kind in zip(blocks.layer.tolist(), blocks.expert.tolist(), blocks.kind.tolist(), strict=True)
+    ]
+    assert len(choice) == len(BLOCKS) * len(named)
+    times = block_times(blocks, timing_schemes(tuple(schemes), profile, {}), traffic, profile)
+    return float(np.mean(list(layer_times(blocks, times, np.array(choice)).values())))

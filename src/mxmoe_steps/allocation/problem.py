@@ -1,0 +1,205 @@
+"""The allocation problem as arrays: units, groups, choices.
+
+A *group* is a set of blocks that take the same choice (granularity), a *unit* a set of groups that share
+launches. Minimising a x loss + b x time under the budget then reads
+
+    sum_g a q[g, x_g]  +  b sum_j max(compute_j(x) + longest_j(x), memory_j(x))     subject to  sum_g w[g, x_g] <= M
+
+where launch j belongs to one unit, compute_j and memory_j are sums over the unit's groups and longest_j is the
+maximum over them. A *mode* of a unit caps longest_j (and, with at most k schemes per layer, names the k): inside
+a mode the groups are independent.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mxmoe_steps.allocation.blocks import Blocks, Losses, budget_in_bits
+from mxmoe_steps.allocation.constraints import Constraints, select
+from mxmoe_steps.allocation.time_model import LAUNCHES, Times
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import Scheme
+
+GRANULARITIES = ("block", "expert", "layer", "uniform")
+SCOPES = ("layer", "model")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Arrays over U units, G groups per unit (padded with free ones), C choices and J launches per unit."""
+
+    loss: NDArray[np.float64]  # [U, G, C]
+    bits: NDArray[np.int64]  # [U, G, C]
+    allowed: NDArray[np.bool_]  # [U, G, C]
+    compute: NDArray[np.float64]  # [U, G, C, J] microseconds
+    longest: NDArray[np.float64]  # [U, G, C, J]
+    memory: NDArray[np.float64]  # [U, G, C, J]
+    scheme_sets: NDArray[np.bool_]  # [U, G, C, S]: schemes that a choice brings into the layer
+    constant_us: float  # launch overheads
+    budget: int  # bits
+    params: int
+    max_schemes: int | None = None
+    max_time_us: float | None = None
+
+    @cached_property
+    def modes(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """Masks of allowed choices [N, U, G, C] and caps on the longest tile [N, U, J]; absent modes allow nothing."""
+        masks, caps = [], []
+        for unit in range(len(self.loss)):
+            modes = list(_unit_modes(self, unit))
+            masks.append([mask for mask, _ in modes])
+            caps.append([cap for _, cap in modes])
+        count = max(map(len, masks))
+        all_masks = np.zeros((count, *self.allowed.shape), bool)
+        all_caps = np.zeros((count, len(masks), self.longest.shape[3]))
+        for unit, (unit_masks, unit_caps) in enumerate(zip(masks, caps, strict=True)):
+            all_masks[: len(unit_masks), unit] = unit_masks
+            all_caps[: len(unit_caps), unit] = unit_caps
+        return all_masks, all_caps
+
+    def evaluate(self, choice: NDArray[np.int64]) -> tuple[float, float, int]:
+        """Squared loss (or what adds up), time in microseconds and bits of an assignment [U, G]."""
+        taken = np.take_along_axis(self.loss, choice[..., None], 2).sum()
+        used = int(np.take_along_axis(self.bits, choice[..., None], 2).sum())
+        return float(taken), float(self.launch_times(choice).sum()) + self.constant_us, used
+
+    def launch_times(self, choice: NDArray[np.int64]) -> NDArray[np.float64]:
+        """max(compute + longest, memory) per unit and launch, [U, J]."""
+        index = choice[..., None, None]
+        compute, longest, memory = (
+            np.take_along_axis(part, index, 2)[:, :, 0] for part in (self.compute, self.longest, self.memory)
+        )
+        return np.maximum(compute.sum(1) + longest.max(1), memory.sum(1))
+
+
+def _unit_modes(problem: Problem, unit: int):  # type: ignore[no-untyped-def]
+    """Yield (mask [G, C], cap [J]) of a unit's modes, fewest and shortest first."""
+    allowed, longest = problem.allowed[unit], problem.longest[unit]
+    sets = problem.scheme_sets[unit]
+    schemes = sets.shape[2]
+    subsets = [np.ones(schemes, bool)]
+    if problem.max_schemes is not None and problem.max_schemes < schemes:
+        subsets = [np.isin(np.arange(schemes), chosen) for chosen in combinations(range(schemes), problem.max_schemes)]
+    for subset in subsets:
+        inside = allowed & ~(sets & ~subset).any(2)
+        if not inside.any(1).all():
+            continue
+        floor = np.where(inside[..., None], longest, np.inf).min(1).max(0)  # some group needs this tile
+        tiles = np.unique(np.maximum(longest[inside], floor), axis=0)
+        # Componentwise maxima of the tiles in use: every reachable pair of longest tiles is among them.
+        grid = np.stack([axis.ravel() for axis in np.meshgrid(*(np.unique(t) for t in tiles.T), indexing="ij")], 1)
+        reached = (tiles[None] <= grid[:, None]).all(2)  # [caps, tiles]
+        tight = (np.where(reached[..., None], tiles[None], -np.inf).max(1) == grid).all(1)
+        for cap in grid[tight]:
+            mask = inside & (longest <= cap).all(2)
+            if mask.any(1).all():
+                yield mask, cap
+
+
+def build_problem(
+    losses: Losses,
+    candidates: list[Scheme],
+    times: Times,
+    granularity: str,
+    budget_bits: str,
+    constraints: Constraints,
+    part: NDArray[np.bool_],
+) -> tuple[Problem, NDArray[np.int64], NDArray[np.int64]]:
+    """The problem over the blocks ``part`` (bool [B]).
+
+    Also returns, for each of these blocks b, its place [b, 2] (unit, group) and the scheme [b, C] (column of
+    ``losses``) that each choice gives it.
+    """
+    index = np.flatnonzero(part)
+    blocks = Blocks(
+        *(getattr(losses.blocks, name)[index] for name in ("layer", "expert", "kind", "out_features", "in_features"))
+    )
+    column = {scheme: number for number, scheme in enumerate(losses.schemes)}
+    scheme = np.repeat([[column[candidate] for candidate in candidates]], len(blocks), 0)
+    fixed = np.zeros(len(blocks), bool)
+    for selector, wanted in constraints.fixed:
+        chosen = select(selector, losses.blocks)[index]
+        scheme[chosen], fixed[chosen] = column[wanted], True
+    at = np.arange(len(blocks))[:, None]
+    loss, bits = losses.loss[index][at, scheme], losses.bits[index][at, scheme]
+    compute, longest, memory = (part[index][at, scheme] for part in (times.compute, times.longest, times.memory))
+    allowed = np.ones(scheme.shape, bool)
+    for selector, floor in constraints.min_bits:
+        chosen = select(selector, losses.blocks)[index]
+        allowed[chosen] = bits[chosen] >= floor * blocks.params[chosen, None]
+    _check_some_allowed(allowed, blocks, candidates)
+
+    place, slot = _places(blocks, granularity, constraints)
+    units, groups = place.max(0) + 1
+    shape = (units, groups, len(candidates))
+    launches = 1 if granularity in ("layer", "uniform") else int(slot.max()) + 1
+    unit, group = place.T
+    ok = np.ones(shape, bool)
+    np.logical_and.at(ok, (unit, group), allowed)
+    free = np.zeros(shape[:2], bool)
+    free[unit[~fixed], group[~fixed]] = True
+    ok[~free, 1:] = False  # fixed and padding groups have one choice
+    sums = [np.zeros(shape), np.zeros(shape, np.int64)]
+    for total, value in zip(sums, (loss, bits), strict=True):
+        np.add.at(total, (unit, group), value)
+    sets = np.zeros((*shape, len(losses.schemes)), bool)
+    sets[unit[:, None], group[:, None], np.arange(len(candidates)), scheme] = True
+    parts = [np.zeros((*shape, launches)) for _ in range(3)]
+    constant_us = 0.0
+    if granularity in ("layer", "uniform"):  # a choice decides whole launches, so their times are plain numbers
+        for layer in np.unique(blocks.layer):
+            for launch in range(LAUNCHES):
+                of = (blocks.layer == layer) & (blocks.launch == launch)
+                time = np.maximum(compute[of].sum(0) + longest[of].max(0), memory[of].sum(0))
+                constant_us += times.launch_us
+                parts[0][*place[of][0], :, 0] += time
+    else:
+        for target, value in zip((parts[0], parts[2]), (compute, memory), strict=True):
+            for choice in range(len(candidates)):
+                np.add.at(target[:, :, choice], (unit, group, slot), value[:, choice])
+        for choice in range(len(candidates)):
+            np.maximum.at(parts[1][:, :, choice], (unit, group, slot), longest[:, choice])
+        constant_us = times.launch_us * LAUNCHES * len(np.unique(blocks.layer))
+    params = int(blocks.params.sum())
+    problem = Problem(
+        sums[0], sums[1], ok, *parts, sets, constant_us, budget_in_bits(budget_bits, params), params,
+        constraints.max_schemes, constraints.max_time_us,
+    )  # fmt: skip
+    return problem, place, scheme
+
+
+def _check_some_allowed(allowed: NDArray[np.bool_], blocks: Blocks, candidates: list[Scheme]) -> None:
+    """Raise when minimum bits leave a block without a scheme."""
+    stuck = np.flatnonzero(~allowed.any(1))
+    if len(stuck):
+        raise UserError(
+            f"{blocks.name(stuck[0])}: no candidate has the minimum bits; candidates are "
+            f"{', '.join(map(str, candidates))}"
+        )
+
+
+def _places(blocks: Blocks, granularity: str, constraints: Constraints) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Unit and group of every block [B, 2], and which launch of its unit it belongs to [B]."""
+    zero = np.zeros(len(blocks), np.int64)
+    whole_layer = constraints.max_schemes is not None  # the schemes of both launches count together
+    kind = np.where(constraints.tie_gate_up, blocks.launch, blocks.kind)
+    if granularity == "block":
+        unit_keys = (blocks.layer, zero if whole_layer else blocks.launch)
+        group_keys = (blocks.expert, kind)
+        slot = blocks.launch if whole_layer else zero
+    elif granularity == "expert":
+        unit_keys, group_keys, slot = (blocks.layer, zero), (blocks.expert, zero), blocks.launch
+    elif granularity == "layer":
+        unit_keys, group_keys, slot = (blocks.layer, zero), (zero, zero), zero
+    else:
+        unit_keys, group_keys, slot = (zero, zero), (zero, zero), zero
+    unit = np.unique(np.stack(unit_keys, 1), axis=0, return_inverse=True)[1].ravel()
+    place = np.zeros((len(blocks), 2), np.int64)
+    place[:, 0] = unit
+    for number in range(unit.max() + 1):
+        of = unit == number
+        place[of, 1] = np.unique(np.stack(group_keys, 1)[of], axis=0, return_inverse=True)[1].ravel()
+    return place, slot

@@ -1,0 +1,87 @@
+"""Sampled inference steps: how many token rows each expert of each layer gets in one forward step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.tables import TRAFFIC, read_table
+
+DECODE_TOKENS = 256  # phase auto: a step of at most this many tokens is one token each of many sequences
+PHASES = ("auto", "prefill", "decode")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Rows per expert in sampled steps of ``tokens`` tokens.
+
+    ``rows`` int64 [layers, steps, experts]; ``weight`` float64, same shape: the share of steps that each
+    sample stands for. A step's expectation is the sum of weight x cost(rows) over the steps axis.
+    """
+
+    layers: tuple[int, ...]
+    tokens: int
+    rows: NDArray[np.int64]
+    weight: NDArray[np.float64]
+
+
+def sample_positions(
+    phase: str, tokens: int, sequences: int, length: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Flat positions [tokens] in a trace of ``sequences`` x ``length`` tokens that form one step.
+
+    decode: single tokens anywhere; prefill: contiguous windows of sequences. With replacement only
+    where the trace is too short.
+    """
+    if phase == "decode":
+        return generator.choice(sequences * length, tokens, replace=tokens > sequences * length)
+    windows = -(-tokens // length)
+    chosen = generator.choice(sequences, windows, replace=windows > sequences)
+    last = tokens - (windows - 1) * length
+    starts = np.zeros(windows, np.int64)
+    starts[-1] = generator.integers(length - last + 1)
+    flat = (chosen * length + starts)[:, None] + np.arange(length)
+    return flat.ravel()[:tokens]
+
+
+def sample_traffic(
+    folder: str, texts: list[str], tokens: int, phase: str = "auto", steps: int = 16, seed: int = 0
+) -> Traffic:
+    """Sample ``steps`` forward steps from the routing that `trace` wrote; texts (default: all) take turns.
+
+    An expert that no sampled step reaches gets one row in a fraction of a step that follows its traffic in
+    the whole trace, so no expert is free.
+    """
+    from safetensors.numpy import safe_open
+
+    _, facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
+    texts = texts or facts["texts"]
+    unknown = sorted(set(texts) - set(facts["texts"]))
+    if unknown:
+        raise UserError(f"{folder}: no text {unknown[0]!r} in this trace; it has {', '.join(facts['texts'])}")
+    if tokens < 1:
+        raise UserError(f"tokens per step must be at least 1, not {tokens}")
+    layers, experts = tuple(facts["layers"]), facts["experts"]
+    if phase == "auto":
+        phase = "decode" if tokens <= DECODE_TOKENS else "prefill"
+    generator = np.random.default_rng(seed)
+    shape = (facts["sequences"], facts["length"])
+    turns = [texts[step % len(texts)] for step in range(steps)]
+    positions = [(text, sample_positions(phase, tokens, *shape, generator)) for text in turns]
+    rows = np.zeros((len(layers), steps, experts), np.int64)
+    seen = np.zeros((len(layers), experts))  # tokens of each expert in all the texts
+    with safe_open(Path(folder) / "routing.safetensors", "numpy") as routing:
+        for index, layer in enumerate(layers):
+            ids = {text: routing.get_tensor(f"{text}/{layer}").reshape(shape[0] * shape[1], -1) for text in texts}
+            for text in texts:
+                seen[index] += np.bincount(ids[text].ravel(), minlength=experts)
+            for step, (text, chosen) in enumerate(positions):
+                rows[index, step] = np.bincount(ids[text][chosen].ravel(), minlength=experts)
+    weight = np.full(rows.shape, 1 / steps)
+    expected = tokens * np.maximum(seen, 0.5) / (shape[0] * shape[1] * len(texts))
+    layer, expert = np.nonzero(rows.sum(1) == 0)
+    rows[layer, 0, expert] = 1
+    weight[layer, 0, expert] = np.minimum(1 / steps, expected[layer, expert])
+    return Traffic(layers, tokens, rows, weight)

@@ -1,0 +1,129 @@
+"""frontier: every allocation that some exchange rate between loss and time would choose, under a bit budget.
+
+Reads one table of losses per scheme, the traced traffic and a GPU profile; writes the lower-left convex hull
+of (loss, time) with the schemes of every vertex. `solve` picks from it for any r or ceiling, at no cost.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.errors import UserError, run_cli
+
+MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
+
+
+def frontier(args: argparse.Namespace) -> None:
+    """Compute and write the frontier."""
+    import numpy as np
+
+    from mxmoe_steps.allocation.blocks import read_losses
+    from mxmoe_steps.allocation.constraints import parse_constraints
+    from mxmoe_steps.allocation.files import write_frontier
+    from mxmoe_steps.allocation.parts import part_frontier
+    from mxmoe_steps.allocation.time_model import block_times, read_profile, timing_schemes
+    from mxmoe_steps.allocation.traffic import sample_traffic
+    from mxmoe_steps.schemes import ORIGINAL, parse_scheme
+
+    constraints = parse_constraints(
+        args.fix, args.min_bits, args.time_as, args.max_schemes, args.tie_gate_up, args.max_time_us
+    )
+    try:
+        if Fraction(args.budget_bits) <= 0:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--budget-bits {args.budget_bits!r}: expected a positive number, e.g. 2.25") from None
+    if args.loss == "sum_of_norms" and args.metric != "out_sq":
+        raise UserError("--loss sum_of_norms is the norm of out_sq; use it with --metric out_sq")
+    wanted = {parse_scheme(text) for text in args.candidates}
+    fixed = {scheme for _, scheme in constraints.fixed}
+    losses = read_losses(args.losses, args.metric, ORIGINAL in wanted | fixed)
+    candidates = sorted(wanted or set(losses.schemes))
+    missing = sorted((wanted | fixed) - set(losses.schemes))
+    if missing:
+        raise UserError(f"no table of losses for {missing[0]}: calibrate it, or take it out of the candidates")
+    if args.loss == "sum_of_norms":
+        losses = replace(losses, loss=np.sqrt(losses.loss))
+
+    profile = read_profile(args.profile)
+    traffic = sample_traffic(args.trace, args.traffic_text, args.tokens, args.phase, args.steps, args.seed)
+    kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
+    tiles: list[int | None] = [None]
+    if args.shared_tile:
+        tiles = sorted({int(tile) for kernel in kernels for tile in profile.tiles[kernel][:, 0]})
+    times = {
+        tile: block_times(losses.blocks, kernels, traffic, profile.only_tile(tile) if tile else profile)
+        for tile in tiles
+    }
+    whole = args.scope == "model" or args.granularity == "uniform"
+    layers = np.unique(losses.blocks.layer).tolist()
+    masks = [np.ones(len(losses.blocks), bool)] if whole else [losses.blocks.layer == layer for layer in layers]
+    gap = args.gap if args.gap is not None else (MODEL_GAP if whole else 0.0)
+    parts = []
+    for mask in masks:
+        part = part_frontier(
+            losses, candidates, times, args.granularity, args.budget_bits, constraints, mask, gap, args.threads
+        )
+        print(f"frontier: part {len(parts) + 1} of {len(masks)}: {len(part.vertices)} vertices", file=sys.stderr)
+        parts.append(part)
+    blocks = losses.blocks
+    facts: dict[str, Any] = {
+        "budget_bits": float(Fraction(args.budget_bits)),
+        "candidates": [scheme.name for scheme in candidates],
+        "constraints": {
+            "fix": args.fix, "max_schemes": args.max_schemes, "max_time_us": args.max_time_us,
+            "min_bits": args.min_bits, "shared_tile": args.shared_tile, "tie_gate_up": args.tie_gate_up,
+        },
+        "device": profile.device,
+        "experts": [[layer, blocks.expert[(blocks.layer == layer) & (blocks.kind == 0)].tolist()] for layer in layers],
+        "granularity": args.granularity,
+        "loss": args.loss,
+        "metric": args.metric,
+        "params": int(blocks.params.sum()),
+        "quantizer": losses.quantizer,
+        "schemes": [scheme.name for scheme in losses.schemes],
+        "scope": args.scope,
+        "time_is_estimate": profile.estimate,
+        "timed_as": {s.name: k.name for s, k in zip(losses.schemes, kernels, strict=True) if s != k},
+        "tokens": args.tokens,
+        "traffic": {"phase": args.phase, "seed": args.seed, "steps": args.steps, "texts": args.traffic_text},
+    }  # fmt: skip
+    write_frontier(args.out, facts, parts)
+
+
+def main() -> None:
+    """Command line."""
+    parser = parser_for(__doc__)
+    add = parser.add_argument
+    add("--losses", nargs="+", required=True, metavar="PARQUET", help="one table of losses per scheme")
+    add("--trace", required=True, help="folder that trace wrote")
+    add("--profile", required=True, help="table that profile wrote")
+    add("--budget-bits", required=True, metavar="BITS", help="average true bits per expert weight, e.g. 2.25")
+    add("--tokens", type=int, required=True, help="tokens in one forward step")
+    add("--candidates", nargs="+", default=[], metavar="SCHEME", help="default: all with a table; may add w16a16")
+    add("--granularity", default="block", choices=["block", "expert", "layer", "uniform"])
+    add("--scope", default="layer", choices=["layer", "model"], help="whether the budget holds in each layer")
+    add("--metric", default="out_sq", choices=["out_sq", "fisher"], help="fisher compares across layers")
+    add("--loss", default="root_sum_squares", choices=["root_sum_squares", "sum_of_norms"])
+    add("--traffic-text", nargs="+", default=[], metavar="NAME", help="texts to sample steps from (default: all)")
+    add("--phase", default="auto", choices=["auto", "prefill", "decode"])
+    add("--steps", type=int, default=16, help="sampled steps that times average over (default 16)")
+    add("--seed", type=int, default=0)
+    add("--fix", action="append", default=[], metavar="SELECTOR=SCHEME", help="e.g. shared=w8a8 or layer:0=w4a16")
+    add("--min-bits", action="append", default=[], metavar="SELECTOR=BITS", help="e.g. block:down=3")
+    add("--max-schemes", type=int, metavar="K", help="different schemes per layer")
+    add("--max-time-us", type=float, help="latency ceiling for all expert layers together (scope model)")
+    add("--tie-gate-up", action="store_true", help="gate and up of an expert take the same scheme")
+    add("--shared-tile", action="store_true", help="one token tile for the whole kernel, as in the paper")
+    add("--time-as", action="append", default=[], metavar="SCHEME=SCHEME", help="count another scheme's kernel")
+    add("--gap", type=float, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
+    add("--threads", type=int, default=1, help="solver workers; part of the result's bytes (default 1)")
+    add("--out", required=True, help="JSON file to write")
+    frontier(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_cli(main)

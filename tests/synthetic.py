@@ -1,0 +1,61 @@
+"""Losses, traffic and profiles of made-up models, for tests and benchmarks of the allocation."""
+
+from pathlib import Path
+
+import numpy as np
+
+from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.tables import LOSSES, TRAFFIC, write_table
+
+
+def write_losses(folder: Path, schemes, layers=2, experts=4, hidden=256, wide=128, shared=256, seed=0) -> list[str]:
+    """One table per scheme; ``shared`` is the shared expert's width, 0 for none. Returns the paths."""
+    generator = np.random.default_rng(seed)
+    paths = []
+    names = [SHARED] * bool(shared) + list(range(experts))
+    size = generator.lognormal(0, 1, (layers, len(names), 3))
+    for text in schemes:
+        scheme = parse_scheme(text)
+        columns: dict[str, list] = {name: [] for name in LOSSES.schema.names}
+        for layer in range(layers):
+            for place, expert in enumerate(names):
+                width = shared if expert == SHARED else wide
+                for kind, block in enumerate(BLOCKS):
+                    n, k = (hidden, width) if block == "down" else (width, hidden)
+                    noise = generator.lognormal(0, 0.3)
+                    loss = size[layer, place, kind] * (4.0**-scheme.weight_bits + 4.0**-scheme.act_bits) * noise
+                    row = (layer, expert, block, n, k, scheme.bits(k), 10, loss * 1e4, loss, False)
+                    for name, value in zip(columns, row, strict=True):
+                        columns[name].append(value)
+        path = folder / f"{scheme.name}.parquet"
+        write_table(LOSSES, path, columns, {"scheme": scheme.name, "quantizer": "rtn"})
+        paths.append(str(path))
+    return paths
+
+
+def write_trace(folder: Path, layers=2, experts=4, top_k=2, sequences=8, length=32, seed=0, texts=("prose",)) -> str:
+    """A trace folder with skewed routing."""
+    from safetensors.numpy import save_file
+
+    generator = np.random.default_rng(seed)
+    routing = {}
+    columns: dict[str, list] = {name: [] for name in TRAFFIC.schema.names}
+    for text in texts:
+        for layer in range(layers):
+            taste = generator.normal(0, 1, experts) + generator.gumbel(0, 1, (sequences, length, experts))
+            ids = np.argsort(-taste, axis=2)[..., :top_k].astype(np.int16)
+            routing[f"{text}/{layer}"] = ids
+            tokens = np.bincount(ids.ravel(), minlength=experts)
+            for expert in range(experts):
+                row = (text, layer, expert, int(tokens[expert]), tokens[expert] / ids.size, 1.0, 1.0, 0, 0.0, 0)
+                for name, value in zip(columns, row, strict=True):
+                    columns[name].append(value)
+    facts = {
+        "experts": experts, "layers": list(range(layers)), "length": length, "sequences": sequences,
+        "texts": sorted(texts), "top_k": top_k,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(TRAFFIC, folder / "traffic.parquet", columns, facts)
+    save_file(routing, folder / "routing.safetensors", metadata={"mxmoe": canonical_json(facts)})
+    return str(folder)
