@@ -8,6 +8,7 @@ from mxmoe_steps.data.sources import FileText, HubText, MixText, PackageText, So
 from mxmoe_steps.errors import UserError
 
 _KINDS: dict[str, type[Source]] = {"package": PackageText, "files": FileText, "mix": MixText}
+_LISTS = {"files": "a.txt, b.txt", "test_files": "c.txt", "mix": "english, code"}  # keys that take a list, an example
 
 
 def parse_source(name: str, value: dict[str, Any]) -> Source:
@@ -20,11 +21,18 @@ def parse_source(name: str, value: dict[str, Any]) -> Source:
     if len(kinds) != 1:
         raise UserError(f"texts.{name}: needs exactly one of the keys package, files, hub, mix; found {sorted(value)}")
     kind = _KINDS.get(kinds[0], HubText)
-    given = {("path" if key == "hub" else key): tuple(v) if isinstance(v, list) else v for key, v in value.items()}
-    known = {field.name for field in fields(kind)}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise UserError(f"texts.{name}: unknown key {unknown[0]!r}; a {kinds[0]} source takes {', '.join(sorted(known))}")
+    known = {"hub" if field.name == "path" else field.name for field in fields(kind)}
+    given: dict[str, Any] = {}
+    for key, entry in value.items():
+        if key not in known:
+            raise UserError(f"texts.{name}: unknown key {key!r}; a {kinds[0]} source takes {', '.join(sorted(known))}")
+        if key in _LISTS:
+            if not isinstance(entry, list) or not entry or not all(isinstance(item, str) for item in entry):
+                raise UserError(f"texts.{name}.{key}: must be a list of strings, e.g. {key}: [{_LISTS[key]}]")
+            entry = tuple(entry)
+        elif not isinstance(entry, str):
+            raise UserError(f"texts.{name}.{key}: must be a string, found {entry!r}")
+        given["path" if key == "hub" else key] = entry
     return kind(**given)
 
 

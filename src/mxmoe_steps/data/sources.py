@@ -159,9 +159,7 @@ def _package_documents(source: PackageText, split: str) -> list[str]:
     except metadata.PackageNotFoundError:
         raise UserError(f"text {source.package!r} is in {pin}: pip install 'mxmoe-steps[demo]'") from None
     if found.version != package.version:
-        raise UserError(
-            f"text {source.package!r} needs {pin}, found {found.version}: pip install 'mxmoe-steps[demo]'"
-        )
+        raise UserError(f"text {source.package!r} needs {pin}, found {found.version}: pip install 'mxmoe-steps[demo]'")
     texts = package.read(Path(str(found.locate_file(package.file))).read_bytes())
     return [text for key, text in texts if split_of(key, package.shares) == split]
 
