@@ -25,7 +25,7 @@ rule calibrate:
             threads=CONFIG.runtime.threads,
             seed=CONFIG.runtime.seed,
         ),
-        out=subpath(output.losses, parent=True),
+        out=lambda wildcards: f"{OUT}/calibrate/{wildcards.quantizer}",
     shell:
         "python -m mxmoe_steps.calibrate {params.flags} --capture {input:q}"
         " --quantizer {wildcards.quantizer} --scheme {wildcards.scheme} --out {params.out:q} 2> {log:q}"

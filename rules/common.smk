@@ -6,7 +6,6 @@ Nothing else of the configuration reaches a step.
 """
 
 import shlex
-import sys
 
 from snakemake.exceptions import WorkflowError
 
@@ -34,14 +33,19 @@ wildcard_constraints:
 
 
 def flags(**options):
-    """Command-line options in a fixed order; lists become several words, None and False nothing."""
+    """Command-line options in a fixed order.
+
+    A list becomes several words after its option, a tuple repeats the option, True is the option alone;
+    None, False and empty values become nothing.
+    """
     words = []
     for name, value in sorted(options.items()):
-        if value is None or value is False:
+        if value is None or value is False or value == []:
             continue
-        words.append("--" + name.replace("_", "-"))
-        if value is not True:
-            words += [str(word) for word in (value if isinstance(value, list) else [value])]
+        for one in value if isinstance(value, tuple) else (value,):
+            words.append("--" + name.replace("_", "-"))
+            if one is not True:
+                words += [str(word) for word in (one if isinstance(one, list) else [one])]
     return shlex.join(words)
 
 
@@ -70,13 +74,18 @@ def text_flags(names, section):
 
 def frontier_flags(point):
     """The allocation problem of one frontier."""
+    solve = CONFIG.solve
     return flags(
         budget_bits=f"{point.budget_bits:g}",
         tokens=point.tokens,
         granularity=point.granularity,
-        scope=CONFIG.solve.scope,
-        metric=CONFIG.solve.metric,
-        traffic_text=CONFIG.solve.traffic,
-        keep_original=CONFIG.solve.keep_original,
+        candidates=[*CONFIG.calibrate.schemes, *(["w16a16"] if solve.keep_original else [])],
+        scope=solve.scope,
+        metric=solve.metric,
+        traffic_text=solve.traffic,
+        fix=tuple(solve.fix),
+        min_bits=tuple(solve.min_bits),
+        max_schemes=solve.max_schemes,
+        tie_gate_up=solve.tie_gate_up,
         seed=CONFIG.runtime.seed,
     )

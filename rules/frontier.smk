@@ -23,7 +23,7 @@ rule frontier:
     params:
         **stamps("mxmoe_steps.frontier", "ortools"),
         flags=lambda wildcards: frontier_flags(FRONTIERS[wildcards.frontier]),
-        trace=subpath(input.trace[0], parent=True),
+        trace=f"{OUT}/trace",
     shell:
         "python -m mxmoe_steps.frontier {params.flags} --losses {input.losses:q} --trace {params.trace:q}"
         " --profile {input.profile:q} --out {output:q} 2> {log:q}"

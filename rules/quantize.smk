@@ -22,7 +22,7 @@ rule quantize:
     params:
         **stamps("mxmoe_steps.quantize"),
         flags=flags(model=CONFIG.model.path),
-        packed=subpath(input.packed[0], parent=True),
+        packed=lambda wildcards: f"{OUT}/calibrate/{POINTS[wildcards.point].quantizer}",
     shell:
         "python -m mxmoe_steps.quantize {params.flags} --allocation {input.allocation:q}"
         " --packed {params.packed:q} --out {output:q} 2> {log:q}"

@@ -32,8 +32,8 @@ rule report:
             metric=CONFIG.solve.metric,
             seed=CONFIG.runtime.seed,
         ),
-        trace=subpath(input.trace[0], parent=True),
-        figures=subpath(output.figures[0], parent=True),
+        trace=f"{OUT}/trace",
+        figures=f"{OUT}/figures",
     shell:
         "python -m mxmoe_steps.report {params.flags} --evaluations {input.evaluations:q}"
         " --allocations {input.allocations:q} --losses {input.losses:q} --trace {params.trace:q}"

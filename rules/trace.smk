@@ -17,6 +17,6 @@ rule trace:
     params:
         **stamps("mxmoe_steps.trace", "torch", "transformers"),
         flags=flags(texts=CONFIG.trace.texts, **model_flags(), **text_flags(CONFIG.trace.texts, CONFIG.trace)),
-        out=subpath(output.traffic, parent=True),
+        out=f"{OUT}/trace",
     shell:
         "python -m mxmoe_steps.trace {params.flags} --out {params.out:q} 2> {log:q}"

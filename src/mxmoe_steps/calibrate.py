@@ -55,9 +55,9 @@ def expert_losses(
         )
         for block, change in enumerate(changes):
             change *= w.unsqueeze(-1)
-            sums[block, 0] += change.double().square().sum()
+            sums[block, 0] += torch.linalg.vector_norm(change, dim=-1).double().square().sum()
             if gradient is not None:
-                sums[block, 1] += 0.5 * (change * g).double().sum(-1).square().sum()
+                sums[block, 1] += 0.5 * torch.linalg.vecdot(change, g).double().square().sum()
     return sums
 
 

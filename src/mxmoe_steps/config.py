@@ -98,6 +98,10 @@ class Solve(Section):
     scope: Literal["model", "layer"] = Field("model", description="one bit budget for the model, or the same per layer")
     traffic: str = Field(description="traced text whose routing decides predicted times")
     keep_original: bool = Field(False, description="let blocks stay at 16 bits (w16a16)")
+    fix: list[str] = Field([], description="fixed schemes, e.g. shared=w8a8_fp8 or layer:0/block:down=w4a16")
+    min_bits: list[str] = Field([], description="least weight bits, e.g. block:down=3")
+    max_schemes: int | None = Field(None, description="at most this many schemes in a layer", gt=0)
+    tie_gate_up: bool = Field(False, description="gate and up of an expert take the same scheme, as in the paper")
 
 
 class Sweep(Section):

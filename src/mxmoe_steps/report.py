@@ -18,15 +18,19 @@ _VARIES = 1.05  # predicted times that differ by less than this factor are calle
 
 def predicted_times(args: argparse.Namespace, assignments: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
+    from mxmoe_steps.allocation.blocks import read_losses
     from mxmoe_steps.allocation.predict import mean_layer_us
+    from mxmoe_steps.allocation.time_model import read_profile
+    from mxmoe_steps.allocation.traffic import sample_traffic
 
-    return {
-        name: {
-            tokens: mean_layer_us(rows, args.losses[0], args.trace, args.profile, args.traffic_text, tokens, args.seed)
-            for tokens in sorted(args.tokens)
-        }
-        for name, rows in assignments.items()
-    }
+    blocks = read_losses(args.losses[:1], "out_sq", False).blocks
+    profile = read_profile(args.profile)
+    times: dict[str, dict[int, float]] = {name: {} for name in assignments}
+    for tokens in sorted(args.tokens):
+        traffic = sample_traffic(args.trace, [args.traffic_text], tokens, "auto", args.steps, args.seed)
+        for name, rows in assignments.items():
+            times[name][tokens] = mean_layer_us(rows, blocks, traffic, profile)
+    return times
 
 
 def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any]) -> str:
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--traffic-text", required=True, metavar="NAME", help="traced text that times assume")
     parser.add_argument("--tokens", nargs="+", type=int, required=True, help="tokens in a step, for predicted times")
     parser.add_argument("--metric", default="fisher", choices=["fisher", "out_sq"], help="loss to draw")
+    parser.add_argument("--steps", type=int, default=16, help="sampled steps that times average over (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled steps")
     parser.add_argument("--html", required=True, help="page to write")
     parser.add_argument("--csv", required=True, help="table to write")
