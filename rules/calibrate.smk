@@ -7,7 +7,8 @@ output   SCHEME.parquet (loss per layer, expert and block), SCHEME.safetensors (
 
 rule calibrate:
     input:
-        rules.capture.output,
+        model_files(),
+        captured=rules.capture.output,
     output:
         losses=f"{OUT}/calibrate/{{quantizer}}/{{scheme}}.parquet",
         packed=f"{OUT}/calibrate/{{quantizer}}/{{scheme}}.safetensors",
@@ -27,5 +28,5 @@ rule calibrate:
         ),
         out=lambda wildcards: f"{OUT}/calibrate/{wildcards.quantizer}",
     shell:
-        "python -m mxmoe_steps.calibrate {params.flags} --capture {input:q}"
+        "python -m mxmoe_steps.calibrate {params.flags} --capture {input.captured:q}"
         " --quantizer {wildcards.quantizer} --scheme {wildcards.scheme} --out {params.out:q} 2> {log:q}"

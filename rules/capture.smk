@@ -6,6 +6,9 @@ output   a folder with one layer-NNN.safetensors per MoE layer (hidden states, r
 
 
 rule capture:
+    input:
+        model_files(),
+        text_files([CONFIG.calibrate.text]),
     output:
         directory(f"{OUT}/capture"),
     log:

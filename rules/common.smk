@@ -6,6 +6,7 @@ Nothing else of the configuration reaches a step.
 """
 
 import shlex
+from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
@@ -32,6 +33,37 @@ wildcard_constraints:
     point="|".join(sorted(POINTS)).replace(".", r"\."),
 
 
+def model_files():
+    """What a local model is made of; nothing for a model of the hub."""
+    folder = Path(CONFIG.model.path)
+    return [
+        str(file)
+        for pattern in ("*.json", "*.safetensors")
+        for file in sorted(folder.glob(pattern))
+    ]
+
+
+def text_files(names):
+    """Local files among the text sources that ``names`` need."""
+    sources = [CONFIG.texts[name] for name in sources_of(names)]
+    return [
+        file
+        for source in sources
+        for key in ("files", "test_files")
+        for file in source.get(key, [])
+    ]
+
+
+def sources_of(names):
+    """Names of text sources with the parts of mixes."""
+    return sorted(
+        {
+            *names,
+            *(part for name in names for part in CONFIG.texts[name].get("mix", [])),
+        }
+    )
+
+
 def flags(**options):
     """Command-line options in a fixed order.
 
@@ -45,7 +77,9 @@ def flags(**options):
         for one in value if isinstance(value, tuple) else (value,):
             words.append("--" + name.replace("_", "-"))
             if one is not True:
-                words += [str(word) for word in (one if isinstance(one, list) else [one])]
+                words += [
+                    str(word) for word in (one if isinstance(one, list) else [one])
+                ]
     return shlex.join(words)
 
 
@@ -65,11 +99,12 @@ def model_flags():
 
 def text_flags(names, section):
     """The text sources that ``names`` need, and how much of each."""
-    needed = set(names)
-    for name in names:
-        needed.update(CONFIG.texts[name].get("mix", []))
-    sources = {name: CONFIG.texts[name] for name in sorted(needed)}
-    return {"sources": canonical_json(sources), "sequences": section.sequences, "length": section.length}
+    sources = {name: CONFIG.texts[name] for name in sources_of(names)}
+    return {
+        "sources": canonical_json(sources),
+        "sequences": section.sequences,
+        "length": section.length,
+    }
 
 
 def frontier_flags(point):
@@ -79,7 +114,10 @@ def frontier_flags(point):
         budget_bits=f"{point.budget_bits:g}",
         tokens=point.tokens,
         granularity=point.granularity,
-        candidates=[*CONFIG.calibrate.schemes, *(["w16a16"] if solve.keep_original else [])],
+        candidates=[
+            *CONFIG.calibrate.schemes,
+            *(["w16a16"] if solve.keep_original else []),
+        ],
         scope=solve.scope,
         metric=solve.metric,
         traffic_text=solve.traffic,

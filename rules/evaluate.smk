@@ -5,10 +5,16 @@ output   one JSON file of metrics; for the original also those hidden states
 """
 
 EVALUATE_STAMPS = stamps("mxmoe_steps.evaluate", "torch", "transformers")
-EVALUATE_TEXT = {"texts": CONFIG.evaluate.texts, **text_flags(CONFIG.evaluate.texts, CONFIG.evaluate)}
+EVALUATE_TEXT = {
+    "texts": CONFIG.evaluate.texts,
+    **text_flags(CONFIG.evaluate.texts, CONFIG.evaluate),
+}
 
 
 rule evaluate_original:
+    input:
+        model_files(),
+        text_files(CONFIG.evaluate.texts),
     output:
         metrics=f"{OUT}/evaluate/original.json",
         hidden=f"{OUT}/evaluate/original.safetensors",
@@ -27,6 +33,7 @@ rule evaluate_original:
 
 rule evaluate:
     input:
+        text_files(CONFIG.evaluate.texts),
         checkpoint=rules.quantize.output,
         reference=rules.evaluate_original.output.hidden,
     output:

@@ -6,6 +6,8 @@ output   one table for every candidate scheme; an estimate is labelled as one in
 
 
 rule profile:
+    input:
+        "resources/profiles/hardware.json",
     output:
         f"results/profile/{CONFIG.profile.hardware}.parquet",
     log:
@@ -14,6 +16,9 @@ rule profile:
         f"results/profile/{CONFIG.profile.hardware}.tsv"
     params:
         **stamps("mxmoe_steps.profile"),
-        flags=flags(hardware=CONFIG.profile.hardware, schemes=[*CONFIG.calibrate.schemes, "w16a16"]),
+        flags=flags(
+            hardware=CONFIG.profile.hardware,
+            schemes=[*CONFIG.calibrate.schemes, "w16a16"],
+        ),
     shell:
         "python -m mxmoe_steps.profile {params.flags} --out {output:q} 2> {log:q}"

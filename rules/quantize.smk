@@ -7,6 +7,7 @@ output   a checkpoint folder for `mxmoe_steps.load_quantized`
 
 rule quantize:
     input:
+        model_files(),
         allocation=rules.solve.output,
         packed=lambda wildcards: expand(
             rules.calibrate.output.packed,

@@ -10,9 +10,16 @@ FIGURES = ["allocation", "quality", "sensitivity", "speed", "traffic"]
 
 rule report:
     input:
-        evaluations=[rules.evaluate_original.output.metrics, *expand(rules.evaluate.output, point=POINTS)],
+        evaluations=[
+            rules.evaluate_original.output.metrics,
+            *expand(rules.evaluate.output, point=POINTS),
+        ],
         allocations=expand(rules.solve.output, point=POINTS),
-        losses=expand(rules.calibrate.output.losses, quantizer=DRAWN, scheme=CONFIG.calibrate.schemes),
+        losses=expand(
+            rules.calibrate.output.losses,
+            quantizer=DRAWN,
+            scheme=CONFIG.calibrate.schemes,
+        ),
         trace=rules.trace.output,
         profile=rules.profile.output,
     output:

@@ -7,7 +7,9 @@ output   allocation.json: a scheme for every block, with loss, time, bits, bound
 
 rule solve:
     input:
-        lambda wildcards: expand(rules.frontier.output, frontier=POINTS[wildcards.point].frontier),
+        lambda wildcards: expand(
+            rules.frontier.output, frontier=POINTS[wildcards.point].frontier
+        ),
     output:
         f"{OUT}/solve/{{point}}.json",
     log:

@@ -4,7 +4,22 @@ from pathlib import Path
 
 import pytest
 
-WORDS = "the quick brown fox jumps over a lazy dog while seven wizards count odd numbers in the rain".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "count",
+    "odd",
+]
 
 
 @pytest.fixture(scope="session")

@@ -25,9 +25,7 @@ SCHEMES = ["w2a16_g128_asym", "w3a16_g128_asym", "w8a8_g-1_sym_fp8", "w4a8_g128_
 @pytest.fixture(scope="module")
 def assignment() -> list[list]:
     schemes = itertools.cycle(SCHEMES)
-    return [
-        [layer, expert, *(next(schemes) for _ in BLOCKS)] for layer in range(2) for expert in [SHARED, 0, 1, 2, 3]
-    ]
+    return [[layer, expert, *(next(schemes) for _ in BLOCKS)] for layer in range(2) for expert in [SHARED, 0, 1, 2, 3]]
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,9 @@ def test_rounding_picks_the_nearest_grid_point(name: str) -> None:
     for row in range(5):
         for group in range(256 // size):
             scale = quantized.scales[row, group].double()
-            offset = 2.0 ** (scheme.weight_bits - 1) if quantized.zeros is None else quantized.zeros[row, group].double()
+            offset = torch.tensor(2.0 ** (scheme.weight_bits - 1), dtype=torch.float64)
+            if quantized.zeros is not None:
+                offset = quantized.zeros[row, group].double()
             if scheme.fp8 and scheme.weight_bits == 8:
                 offset = torch.tensor(0.0, dtype=torch.float64)
             points = (values - offset) * scale

@@ -95,7 +95,8 @@ def quantize_experts(
     if quantizer == "rtn":
         return [round_to_nearest(block, scheme) for block in weights]
     entering, inner = _hessians(inputs, experts, weights, activation)
-    return [gptq(block, entering if name != "down" else inner, scheme, damping) for name, block in zip(BLOCKS, weights)]
+    hessians = (entering, entering, inner)
+    return [gptq(block, hessian, scheme, damping) for block, hessian in zip(weights, hessians, strict=True)]
 
 
 def _hessians(inputs: LayerInputs, experts: list[int], weights: Any, activation: Any) -> tuple[Any, Any]:
@@ -146,10 +147,8 @@ def calibrate_layer(folder: Any, layer: int, inputs: LayerInputs, args: argparse
             for number, block in enumerate(BLOCKS):
                 out_features, in_features = own[number].shape
                 few = args.quantizer != "rtn" and len(tokens) < in_features
-                rows.append(
-                    (layer, expert, block, out_features, in_features, scheme.bits(in_features), len(tokens))
-                    + (*sums[number].tolist(), few)
-                )
+                row = (layer, expert, block, out_features, in_features, scheme.bits(in_features), len(tokens))
+                rows.append((*row, *sums[number].tolist(), few))
                 for part, tensor in one[number].tensors().items():
                     packed[f"{layer}.{expert}.{block}.{part}"] = tensor.cpu()
     return rows, packed

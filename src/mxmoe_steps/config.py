@@ -161,14 +161,14 @@ class Config(Section):
     )
     trace: Trace
     calibrate: Calibrate
-    profile: Profile = Field(default_factory=Profile)
+    profile: Profile = Field(default_factory=lambda: Profile())
     solve: Solve
     sweep: list[Sweep] = Field(description="grids of allocations to compute", min_length=1)
     baselines: list[Quantizer] = Field(
         ["rtn", "gptq"], description="quantizers of the uniform baselines: the best single scheme within each budget"
     )
     evaluate: Evaluate
-    runtime: Runtime = Field(default_factory=Runtime)
+    runtime: Runtime = Field(default_factory=lambda: Runtime())
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -228,11 +228,14 @@ def load_config(values: dict[str, Any], origin: str) -> Config:
     except ValidationError as error:
         lines = [f"  {_where(item['loc'])}{_message(item)}" for item in error.errors()]
         raise UserError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
-    if Path(config.model.path).is_dir() or config.model.path.startswith((".", "/")) or config.model.path.count("/") != 1:
+    if _is_local(config.model.path):
         open_model(config.model.path)
-    elif not Path(config.model.path).exists() and Path(config.model.path).parent.is_dir():
-        open_model(config.model.path)  # a misspelt local folder, not a hub id
     return config
+
+
+def _is_local(path: str) -> bool:
+    """Whether ``path`` means a folder rather than a hub id (also when the folder is misspelt)."""
+    return path.startswith((".", "/")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
 def _where(location: tuple[int | str, ...]) -> str:
@@ -279,18 +282,17 @@ def points(config: Config) -> list[Point]:
     A baseline is the single scheme of least loss within the budget (granularity uniform, r = 1).
     """
     found = set()
+    least_tokens = min(tokens for grid in config.sweep for tokens in grid.tokens)
     for grid in config.sweep:
         for values in itertools.product(grid.budget_bits, grid.tokens, grid.r, grid.granularity, grid.quantizer):
-            found.add(Point(**dict(zip(("budget_bits", "tokens", "r", "granularity", "quantizer"), values, strict=True))))
+            found.add(_point(*values))
         for budget, quantizer in itertools.product(grid.budget_bits, config.baselines):
-            found.add(
-                Point(budget_bits=budget, tokens=min(_token_counts(config)), r=1.0, granularity="uniform", quantizer=quantizer)
-            )
+            found.add(_point(budget, least_tokens, 1.0, "uniform", quantizer))
     return sorted(found, key=lambda point: (point.budget_bits, point.name))
 
 
-def _token_counts(config: Config) -> set[int]:
-    return {tokens for grid in config.sweep for tokens in grid.tokens}
+def _point(budget_bits: float, tokens: int, r: float, granularity: Granularity, quantizer: Quantizer) -> Point:
+    return Point(budget_bits=budget_bits, tokens=tokens, r=r, granularity=granularity, quantizer=quantizer)
 
 
 def reference() -> str:

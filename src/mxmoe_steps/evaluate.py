@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import add_model, add_runtime, add_text, parser_for, start_torch

@@ -106,7 +106,7 @@ def write_shards(tensors: Iterator[tuple[str, Any]], out: Path) -> None:
     if len(written) == 1:
         (out / "shard-0.safetensors").rename(out / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(written):
         file = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
         (out / f"shard-{number}.safetensors").rename(out / file)
@@ -126,7 +126,7 @@ def quantize(args: argparse.Namespace) -> None:
     if set(assignment) != expected:
         layer, expert = min(set(assignment) ^ expected)
         raise UserError(
-            f"{args.allocation}: layer {layer}, expert {expert} is not in both the allocation and the model {args.model};"
+            f"{args.allocation}: layer {layer}, expert {expert} is not in both the allocation and {args.model};"
             " solve again for this model"
         )
     out = Path(args.out)

@@ -33,10 +33,12 @@ def predicted_times(args: argparse.Namespace, assignments: dict[str, Any]) -> di
     return times
 
 
-def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any]) -> str:
+def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_as: dict[str, str]) -> str:
     """What the predicted times are, and at which token counts they tell checkpoints apart."""
     source = "a roofline estimate from the data sheet" if facts["estimate"] else "a model fitted to measured kernels"
     sentences = [f"Layer times are predicted for {facts['device']} by {source}."]
+    for scheme, kernel in sorted(timed_as.items()):
+        sentences.append(f"{scheme} has no kernel of its own: its time is an estimate, that of {kernel}.")
     for tokens in sorted(next(iter(times.values()))):
         values = [one[tokens] for one in times.values()]
         if max(values) < _VARIES * min(values):
@@ -85,11 +87,12 @@ def report(args: argparse.Namespace) -> None:
         losses[facts["scheme"]] = rows.to_pandas()
     profile_facts = read_table(PROFILE, args.profile)[1]
     estimate = bool(profile_facts["estimate"])
-    maps = [(name, one) for name, one in sorted(allocations.items()) if one["granularity"] == "block"]
+    ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
+    maps = [one for one in ordered if one["granularity"] == "block"]
     drawn = {
         "quality": figures.quality(table),
         "speed": figures.speed(table, estimate),
-        "allocation": figures.allocation(maps or sorted(allocations.items())),
+        "allocation": figures.allocation(maps or ordered),
         "sensitivity": figures.sensitivity(losses, args.metric),
         "traffic": figures.traffic(read_table(TRAFFIC, Path(args.trace) / "traffic.parquet")[0].to_pandas()),
     }
@@ -98,7 +101,9 @@ def report(args: argparse.Namespace) -> None:
         ("Checkpoints", TEXTS["table"], table_html(table, estimate)),
         *((HEADINGS[name], TEXTS[name], figure(svg)) for name, svg in drawn.items()),
     ]
-    html = page(f"Mixed-precision quantization of {args.title}", lines, [time_note(times, profile_facts)], parts)
+    timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
+    note = time_note(times, profile_facts, timed_as)
+    html = page(f"Mixed-precision quantization of {args.title}", lines, [note], parts)
     for name, svg in drawn.items():
         _write(Path(args.figures) / f"{name}.svg", svg)
     _write(args.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
@@ -119,9 +124,9 @@ HEADINGS = {
     "traffic": "Expert traffic",
 }
 TEXTS = {
-    "table": "Bits count 16-bit scales and zero points, averaged over all weights of routed and shared experts. Perplexity "
-    "and KL divergence are of the packed weights on held-out text. Uniform checkpoints use the best single scheme within "
-    "the budget.",
+    "table": "Bits count 16-bit scales and zero points, averaged over all weights of routed and shared experts. "
+    "Perplexity and KL divergence are of the packed weights on held-out text. Uniform checkpoints use the best single "
+    "scheme within the budget.",
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
     "allocation": "The scheme of every gate, up and down block; S is the shared expert.",

@@ -17,9 +17,7 @@ SHARED = -1  # the expert number of a layer's shared expert
 SCALE_BITS = 16  # one bfloat16 scale per group
 ZERO_BITS = 16  # one bfloat16 zero point per asymmetric group
 
-_PATTERN = re.compile(
-    r"w(?P<weight>\d+)a(?P<act>\d+)(?:_g(?P<group>-?\d+))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?"
-)
+_PATTERN = re.compile(r"w(?P<weight>\d+)a(?P<act>\d+)(?:_g(?P<group>-?\d+))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?")
 _SUPPORTED = {  # (weight bits, activation bits) the quantizers and the reference arithmetic implement
     (16, 16), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (8, 8), (4, 8), (4, 4),
 }  # fmt: skip

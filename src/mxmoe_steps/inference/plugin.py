@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -35,7 +34,7 @@ class MixedPrecisionConfig(QuantizationConfigMixin):
     def __init__(self, schemes: list[str], blocks: dict[str, dict[str, list[int]]], version: int, **_: Any) -> None:
         if version != VERSION:
             raise UserError(f"the checkpoint has mxmoe format version {version}; this release reads version {VERSION}")
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers knows its own methods only
         self.schemes, self.blocks, self.version = schemes, blocks, version
 
     def of(self, layer: int, expert: int) -> list[Scheme]:
@@ -50,7 +49,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: MixedPrecisionConfig
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config = model.config
         family = FAMILIES[config.model_type]
         activation = ACT2FN[config.hidden_act]
@@ -59,9 +58,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
                 moe = model.get_submodule(f"model.layers.{layer}.{family.module}")
                 inner = moe.experts.down_proj.shape[-1]
                 moe.experts = MixedExperts(
-                    MixedExpert(
-                        self.quantization_config.of(int(layer), expert), config.hidden_size, inner, activation
-                    )
+                    MixedExpert(self.quantization_config.of(int(layer), expert), config.hidden_size, inner, activation)
                     for expert in range(len(experts) - (str(SHARED) in experts))
                 )
                 if family.shared is not None and str(SHARED) in experts:
@@ -95,4 +92,5 @@ def load_quantized(path: str | Path, device: str = "cpu", dtype: torch.dtype | s
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: no config.json; give a folder that the quantize step wrote")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    return model.to(device).eval()

@@ -78,7 +78,7 @@ class ModelFolder:
         from safetensors import safe_open
 
         with safe_open(single, "np") as file:
-            return {name: single for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return dict.fromkeys(file.keys(), single)
 
     @cached_property
     def moe_layers(self) -> list[int]:

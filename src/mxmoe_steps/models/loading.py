@@ -21,7 +21,7 @@ def load_model(path: Path, dtype: str, device: str, trust_remote_code: bool = Fa
 
     disable_progress_bar()
     folder = open_model(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     return folder, model.to(resolve_device(device)).eval().requires_grad_(False)
 
 

@@ -52,7 +52,6 @@ def activation_function(model: ModelFolder) -> Callable[[torch.Tensor], torch.Te
     """What stands between gate and down; spelled out here because importing transformers takes seconds."""
     function = _ACTIVATIONS.get(model.activation)
     if function is None:
-        raise UserError(
-            f"{model.path}/config.json: hidden_act {model.activation!r} is not supported; known: {', '.join(_ACTIVATIONS)}"
-        )
+        known = ", ".join(_ACTIVATIONS)
+        raise UserError(f"{model.path}/config.json: hidden_act {model.activation!r} is not supported; known: {known}")
     return function

@@ -85,9 +85,7 @@ def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tens
     return QuantizedWeight(scheme, codes, tensors["scales"], tensors.get("zeros"))
 
 
-def dequantize(
-    scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
-) -> torch.Tensor:
+def dequantize(scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """float32 [..., N, K] of codes [..., N, K], scales and zero points [..., N, G]."""
     grid = Grid(scheme, scales.float(), _fixed_zeros(scheme, scales) if zeros is None else zeros.float())
     return _expanded(grid).value(_grouped(codes.float(), scheme)).flatten(-2)[..., : codes.shape[-1]].contiguous()
@@ -101,10 +99,8 @@ def find_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | N
     which for 1 bit is Lloyd's 2-means. A constant group gets a scale that reproduces it.
     """
     values = _grouped(weight, scheme)
-    if importance is None:
-        mass = torch.ones_like(values[..., :1, :, :])
-    else:
-        mass = _grouped(importance.unsqueeze(-2), scheme)
+    weights = torch.ones_like(weight[..., :1, :]) if importance is None else importance.unsqueeze(-2)
+    mass = _grouped(weights, scheme)
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(1e-30) + 1e-6  # no feature is worthless
     if _is_float(scheme):
         scales = values.abs().amax(-1) / E4M3_MAX
@@ -191,7 +187,8 @@ def _nonzero(scales: torch.Tensor) -> torch.Tensor:
 
 def _make_grid(scheme: Scheme, low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     if scheme.symmetric:
-        return Grid(scheme, _to_bf16(_nonzero(high / (2 ** (scheme.weight_bits - 1) - 0.5))), _fixed_zeros(scheme, high))
+        scales = _to_bf16(_nonzero(high / (2 ** (scheme.weight_bits - 1) - 0.5)))
+        return Grid(scheme, scales, _fixed_zeros(scheme, high))
     scales = _to_bf16(_nonzero(torch.where(high > low, (high - low) / levels, low.abs())))
     return Grid(scheme, scales, _to_bf16(-low / scales))
 

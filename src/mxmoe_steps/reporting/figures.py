@@ -48,10 +48,10 @@ def quality(table: pd.DataFrame) -> str:
             axis.plot(group["bits"], group[metric], line, color=colour, marker=marker, ms=size, label=label, lw=1)
     original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
     right.axhline(original, color="#2e6f95", lw=0.8, ls=":", label="original")
-    left.set(yscale="log", ylabel="KL from the original, nats per token", xlabel="bits per expert weight")
-    right.set(yscale="log", ylabel="perplexity", xlabel="bits per expert weight")
-    right.yaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
-    right.yaxis.set_minor_formatter(mpl.ticker.ScalarFormatter())
+    left.set(ylabel="KL from the original, nats per token", xlabel="bits per expert weight")
+    right.set(ylabel="perplexity", xlabel="bits per expert weight")
+    _plain_log(left)
+    _plain_log(right)
     right.legend(fontsize=8)
     return to_svg(figure)
 
@@ -77,10 +77,19 @@ def speed(table: pd.DataFrame, estimate: bool) -> str:
             axis.scatter(group[column], group["kl"], color=colour, marker=marker, s=size, label=label)
         axis.axvline(original[column], color="#2e6f95", lw=0.8, ls=":", label="original (16 bits)")
         label = "estimated" if estimate else "predicted"
-        axis.set(yscale="log", title=f"{tokens} tokens in a step", xlabel=f"{label} time of a layer, µs")
+        axis.set(title=f"{tokens} tokens in a step", xlabel=f"{label} time of a layer, µs")
+        _plain_log(axis)
     axes[0].set_ylabel("KL from the original, nats per token")
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return to_svg(figure)
+
+
+def _plain_log(axis: Any) -> None:
+    """A logarithmic y axis with plain numbers."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
 def traffic(table: pd.DataFrame) -> str:
@@ -88,7 +97,7 @@ def traffic(table: pd.DataFrame) -> str:
     texts = list(dict.fromkeys(table["text"]))
     figure = Figure(figsize=(min(2.6 * len(texts) + 0.8, 14), 2.4))
     axes = figure.subplots(1, len(texts), squeeze=False, sharey=True)[0]
-    image = None
+    image: Any = None
     for axis, text in zip(axes, texts, strict=True):
         share = table[table["text"] == text].pivot(index="layer", columns="expert", values="share")
         values = np.clip(share.to_numpy() * share.shape[1], 1 / 16, 16)
@@ -109,7 +118,7 @@ def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
     values = np.concatenate([table[metric].to_numpy() for table in losses.values()])
     positive = values[values > 0]
     norm = LogNorm(np.quantile(positive, 0.01), positive.max())
-    image = None
+    image: Any = None
     for row, scheme in enumerate(schemes):
         for column, block in enumerate(BLOCKS):
             table = losses[scheme]
@@ -128,9 +137,9 @@ def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
     return to_svg(figure)
 
 
-def allocation(allocations: Sequence[tuple[str, dict[str, Any]]]) -> str:
+def allocation(allocations: Sequence[dict[str, Any]]) -> str:
     """The chosen scheme of every block; one row of panels per allocation, columns gate, up and down."""
-    schemes = sorted({name for _, one in allocations for row in one["assignment"] for name in row[2:]}, key=parse_scheme)
+    schemes = sorted({name for one in allocations for row in one["assignment"] for name in row[2:]}, key=parse_scheme)
     colours, seen = [], dict.fromkeys(_BITS_COLOURS, 0)
     for name in schemes:  # one hue per width, lighter for a second scheme of the same width
         bits = parse_scheme(name).weight_bits
@@ -139,7 +148,7 @@ def allocation(allocations: Sequence[tuple[str, dict[str, Any]]]) -> str:
         seen[bits] += 1
     figure = Figure(figsize=(10, 1.25 * len(allocations) + 1.1))
     axes = figure.subplots(len(allocations), 3, squeeze=False, sharex=True, sharey=True)
-    for row, (name, one) in enumerate(allocations):
+    for row, one in enumerate(allocations):
         table = pd.DataFrame(one["assignment"], columns=["layer", "expert", *BLOCKS])
         for column, block in enumerate(BLOCKS):
             codes = table.assign(code=table[block].map(schemes.index))
@@ -156,7 +165,7 @@ def allocation(allocations: Sequence[tuple[str, dict[str, Any]]]) -> str:
             _expert_ticks(axes[row, column], list(grid.columns))
             if row == 0:
                 axes[row, column].set_title(block)
-        axes[row, 0].set_ylabel(name, fontsize=7)
+        axes[row, 0].set_ylabel(f"{one['budget_bits']:g} bits\n{one['tokens']} tokens", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("expert")
     handles = [Patch(color=colour, label=name) for colour, name in zip(colours, schemes, strict=True)]

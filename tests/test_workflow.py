@@ -1,0 +1,218 @@
+"""The whole workflow on a tiny model: it runs, an edit re-runs exactly what it touches, hands get the same bytes."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SETTINGS: dict[str, Any] = {
+    "model": {"name": "tiny", "path": "model", "dtype": "float32"},
+    "texts": {"words": {"files": ["words.txt"], "separator": "-----"}},
+    "trace": {"texts": ["words"], "sequences": 8, "length": 64},
+    "calibrate": {
+        "text": "words",
+        "sequences": 8,
+        "length": 64,
+        "schemes": ["w2a16_g32", "w4a16_g32", "w8a8_fp8"],
+        "quantizers": ["rtn", "gptq"],
+    },
+    "profile": {"hardware": "h100"},
+    "solve": {"traffic": "words"},
+    "sweep": [{"budget_bits": [4.5], "tokens": [64]}],
+    "baselines": ["rtn"],
+    "evaluate": {"texts": ["words"], "sequences": 8, "length": 64},
+    "runtime": {"device": "cpu"},
+}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The folder's own copy of the package comes first."""
+    bin_ = str(Path(sys.executable).parent)
+    return os.environ | {"PYTHONPATH": str(folder / "src"), "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def planned(folder: Path) -> dict[str, int]:
+    """Rule -> number of jobs that a run would do."""
+    text = snakemake(folder, "--dry-run")
+    if "Nothing to be done" in text:
+        return {}
+    stats = text[text.index("Job stats") :].split("\n\n")[0]
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", stats, re.M))
+    return {rule: int(count) for rule, count in counts.items() if rule not in ("all", "total")}
+
+
+@pytest.fixture(scope="module")
+def done(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the workflow, run to the end."""
+    folder = tmp_path_factory.mktemp("workflow") / "project"
+    for name in ("rules", "src", "profiles", "resources/profiles"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(tiny_moe, folder / "model")
+    shutil.copyfile(text_file, folder / "words.txt")
+    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
+    write_settings(folder, SETTINGS)
+    snakemake(folder)
+    return folder
+
+
+def write_settings(folder: Path, settings: dict[str, Any], header: str = "") -> None:
+    (folder / "config").mkdir(exist_ok=True)
+    text = header + yaml.safe_dump(settings, sort_keys=False)
+    (folder / "config" / "config.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def project(done: Path) -> Any:
+    """The finished folder; its settings and sources are restored afterwards."""
+    yield done
+    write_settings(done, SETTINGS)
+    shutil.rmtree(done / "src")
+    shutil.copytree(ROOT / "src", done / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+
+
+def test_outputs_are_complete(done: Path) -> None:
+    table = pd.read_csv(done / "results" / "summary.csv")
+    assert list(table["kind"]) == ["original", "uniform rtn", "ours"]
+    assert (table["bits"].iloc[1:] <= 4.5).all()
+    assert table["kl"].iloc[0] == 0
+    assert (table["kl"].iloc[1:] > 0).all()
+    assert table["size_mb"].is_monotonic_decreasing or table["size_mb"].iloc[0] == table["size_mb"].max()
+    page = (done / "results" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 5
+    assert "roofline estimate" in page
+    log = (done / "results" / "tiny" / "logs" / "report.log").read_text(encoding="utf-8")
+    assert "results/report.html" in log
+    assert "results/summary.csv" in log
+
+
+def test_a_second_run_does_nothing(done: Path) -> None:
+    assert planned(done) == {}
+
+
+AFTER_SOLVE = {"solve": 2, "quantize": 2, "evaluate": 2, "report": 1}
+
+
+def changed(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(settings: dict[str, Any]) -> None:
+        at: Any = settings
+        for key in path[:-1]:
+            at = at[int(key)] if isinstance(at, list) else at[key]
+        at[path[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "jobs"),
+    [
+        # one point and the new budget's baseline: one solve, one quantize and one evaluate each
+        (changed("sweep", "0", "budget_bits", value=[4.5, 5.0]), {"frontier": 2, **AFTER_SOLVE}),
+        (changed("sweep", "0", "r", value=[0.75, 0.5]), {"solve": 1, "quantize": 1, "evaluate": 1, "report": 1}),
+        (changed("evaluate", "sequences", value=7), {"evaluate_original": 1, "evaluate": 2, "report": 1}),
+        (changed("profile", "hardware", value="h200"), {"profile": 1, "frontier": 2, **AFTER_SOLVE}),
+        (changed("solve", "metric", value="out_sq"), {"frontier": 2, **AFTER_SOLVE}),
+        (changed("calibrate", "damping", value=0.02), {"calibrate": 6, "frontier": 2, **AFTER_SOLVE}),
+        (
+            changed("calibrate", "schemes", value=["w2a16_g32", "w4a16_g32", "w8a8_fp8", "w3a16_g32"]),
+            {"calibrate": 2, "profile": 1, "frontier": 2, **AFTER_SOLVE},
+        ),
+    ],
+    ids=["budget", "r", "evaluate", "hardware", "metric", "damping", "scheme"],
+)
+def test_an_edit_runs_exactly_what_it_touches(
+    project: Path, change: Callable[[dict[str, Any]], None], jobs: dict[str, int]
+) -> None:
+    settings = yaml.safe_load(yaml.safe_dump(SETTINGS))
+    change(settings)
+    write_settings(project, settings)
+    assert planned(project) == jobs
+
+
+def test_comments_key_order_and_docstrings_run_nothing(project: Path) -> None:
+    write_settings(project, dict(reversed(list(SETTINGS.items()))), header="# a comment\n")
+    module = project / "src" / "mxmoe_steps" / "calibrate.py"
+    module.write_text(module.read_text(encoding="utf-8") + "\n# nothing\n", encoding="utf-8")
+    assert planned(project) == {}
+
+
+def test_editing_the_allocation_runs_no_calibration(project: Path) -> None:
+    module = project / "src" / "mxmoe_steps" / "allocation" / "hull.py"
+    module.write_text(module.read_text(encoding="utf-8") + "\nCHANGED = True\n", encoding="utf-8")
+    assert planned(project) == {"frontier": 2, **AFTER_SOLVE}
+    assert "mxmoe_steps.allocation.hull@" in snakemake(project, "--dry-run")
+
+
+def test_editing_the_model_files_runs_everything(project: Path) -> None:
+    file = project / "model" / "config.json"
+    text = file.read_text(encoding="utf-8")
+    try:
+        file.write_text(text.replace('"hidden_act": "silu"', '"hidden_act": "gelu"'), encoding="utf-8")
+        assert planned(project)["trace"] == 1
+        assert planned(project)["calibrate"] == 6
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def test_moving_the_folder_runs_nothing(project: Path) -> None:
+    moved = project.with_name("moved")
+    project.rename(moved)
+    try:
+        assert planned(moved) == {}
+    finally:
+        moved.rename(project)
+
+
+def test_a_configuration_error_stops_before_any_job(project: Path) -> None:
+    write_settings(project, SETTINGS | {"sweeep": []})
+    command = [sys.executable, "-m", "snakemake", "--cores", "1"]
+    run = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "unknown key 'sweeep'; did you mean 'sweep'?" in run.stdout + run.stderr
+
+
+def test_steps_by_hand_write_the_same_bytes(done: Path, tmp_path: Path) -> None:
+    """The commands that the workflow runs, run in its order without it."""
+    text = snakemake(done, "--dry-run", "--forceall", "--printshellcmds")
+    commands = [line.strip() for line in text.splitlines() if line.strip().startswith("python -m mxmoe_steps.")]
+    order = ["trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "evaluate", "report"]
+
+    def rank(command: str) -> tuple[int, bool]:
+        step = shlex.split(command)[2].removeprefix("mxmoe_steps.")
+        return order.index(step), "--save-hidden" not in command  # the original is evaluated first
+
+    work = tmp_path / "hand"
+    work.mkdir()
+    for name in ("model", "words.txt"):
+        (work / name).symlink_to(done / name)
+    for command in sorted(commands, key=rank):
+        words = shlex.split(command.split(" 2> ")[0])
+        result = subprocess.run(
+            [sys.executable, *words[1:]], cwd=work, env=environment(done), capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    theirs, ours = done / "results", work / "results"
+    files = [
+        file.relative_to(theirs)
+        for file in theirs.rglob("*")
+        if file.is_file() and not {"logs", "benchmarks"} & set(file.parts) and file.suffix not in (".log", ".tsv")
+    ]
+    assert len(files) > 25
+    for file in files:
+        assert (theirs / file).read_bytes() == (ours / file).read_bytes(), file
