@@ -37,7 +37,7 @@ demo: $(VENV)/demo.done  ## set up and run the whole pipeline on the embedded mo
 	@. $(BIN)/activate && snakemake --cores $(CORES) && cat results/demo-moe/logs/report.log
 
 test: $(VENV)/test.done  ## run the tests
-	@. $(BIN)/activate && python -m pytest -n $(CORES)
+	@. $(BIN)/activate && python -m pytest -n $(CORES) --dist loadfile
 
 lint: $(VENV)/test.done  ## check style, types and the workflow
 	@. $(BIN)/activate && ruff check . && ruff format --check . && snakefmt --check Snakefile rules && mypy

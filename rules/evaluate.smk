@@ -1,14 +1,10 @@
 """evaluate: checkpoint x held-out text -> perplexity, KL divergence, size.
 
-input    a packed checkpoint and the original's final hidden states
-output   one JSON file of metrics; for the original also those hidden states
+input    a packed checkpoint, and the original's text and final hidden states
+output   one JSON file of metrics; for the original also its text and those hidden states
 """
 
 EVALUATE_STAMPS = stamps("mxmoe_steps.evaluate", "torch", "transformers")
-EVALUATE_TEXT = {
-    "texts": CONFIG.evaluate.texts,
-    **text_flags(CONFIG.evaluate.texts, CONFIG.evaluate),
-}
 
 
 rule evaluate_original:
@@ -17,7 +13,7 @@ rule evaluate_original:
         text_files(CONFIG.evaluate.texts),
     output:
         metrics=f"{OUT}/evaluate/original.json",
-        hidden=f"{OUT}/evaluate/original.safetensors",
+        reference=f"{OUT}/evaluate/original.safetensors",
     log:
         f"{OUT}/logs/evaluate/original.log",
     benchmark:
@@ -25,17 +21,20 @@ rule evaluate_original:
     threads: CONFIG.runtime.threads
     params:
         **EVALUATE_STAMPS,
-        flags=flags(**model_flags(), **EVALUATE_TEXT),
+        flags=flags(
+            texts=CONFIG.evaluate.texts,
+            **model_flags(),
+            **text_flags(CONFIG.evaluate.texts, CONFIG.evaluate),
+        ),
     shell:
         "python -m mxmoe_steps.evaluate {params.flags}"
-        " --save-hidden {output.hidden:q} --out {output.metrics:q} 2> {log:q}"
+        " --save-reference {output.reference:q} --out {output.metrics:q} 2> {log:q}"
 
 
 rule evaluate:
     input:
-        text_files(CONFIG.evaluate.texts),
         checkpoint=rules.quantize.output,
-        reference=rules.evaluate_original.output.hidden,
+        reference=rules.evaluate_original.output.reference,
     output:
         f"{OUT}/evaluate/{{point}}.json",
     log:
@@ -45,7 +44,7 @@ rule evaluate:
     threads: CONFIG.runtime.threads
     params:
         **EVALUATE_STAMPS,
-        flags=flags(**(model_flags() | {"model": None}), **EVALUATE_TEXT),
+        flags=flags(**(model_flags() | {"model": None})),
     shell:
         "python -m mxmoe_steps.evaluate {params.flags} --model {input.checkpoint:q}"
         " --reference {input.reference:q} --out {output:q} 2> {log:q}"

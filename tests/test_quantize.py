@@ -196,19 +196,26 @@ def test_an_allocation_of_another_model_is_refused(
 
 def test_evaluation_matches_the_models_own_loss(tiny_moe: Path, checkpoint: Path, sources: str, tmp_path: Path) -> None:
     text = {"sources": sources, "texts": ["words"], "sequences": 6, "length": 48}
-    options = {"dtype": "float32", "trust_remote_code": False, **text, **RUNTIME}
-    hidden = tmp_path / "hidden.safetensors"
+    none = dict.fromkeys(text)
+    options = {"dtype": "float32", "trust_remote_code": False, **RUNTIME}
+    kept = str(tmp_path / "reference.safetensors")
     evaluate.evaluate(
         argparse.Namespace(
-            model=str(tiny_moe), reference=None, save_hidden=str(hidden), out=str(tmp_path / "original.json"), **options
+            model=str(tiny_moe),
+            reference=None,
+            save_reference=kept,
+            out=str(tmp_path / "original.json"),
+            **text,
+            **options,
         )
     )
     evaluate.evaluate(
         argparse.Namespace(
             model=str(checkpoint),
-            reference=str(hidden),
-            save_hidden=None,
+            reference=kept,
+            save_reference=None,
             out=str(tmp_path / "packed.json"),
+            **none,
             **options,
         )
     )

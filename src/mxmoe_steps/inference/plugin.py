@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxmoe_steps.errors import UserError
@@ -92,5 +93,6 @@ def load_quantized(path: str | Path, device: str = "cpu", dtype: torch.dtype | s
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: no config.json; give a folder that the quantize step wrote")
+    disable_progress_bar()
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     return model.to(device).eval()
