@@ -1,6 +1,9 @@
 # Two commands on a fresh machine: `make demo` (the whole pipeline, no GPU needed) and `make test`.
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# A Python that is new enough and can make virtual environments.
+CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13; do \
+  $$python -c '$(CHECK)' 2>/dev/null && { command -v $$python; break; }; done)
 # Where pip finds torch. On a machine without a GPU, PyTorch's CPU index saves gigabytes:
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
@@ -10,19 +13,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint envs/constraints.txt
-# Stops before any download when Python is too old or has no venv, and says how to get them.
-CHECK := import sys, importlib.util as u; \
-  sys.version_info >= (3, 11) or sys.exit("error: Python 3.11 or newer is needed, this is %d.%d; install it (Debian: apt install python3 python3-venv; or pyenv install 3.12) and run make with PYTHON=/path/to/python3" % sys.version_info[:2]); \
-  u.find_spec("venv") and u.find_spec("ensurepip") or sys.exit("error: this Python has no venv module; Debian and Ubuntu: apt install python3-venv")
-
 .PHONY: help demo test lint format clean
 
 help:  ## show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
 
 $(VENV)/demo.done: pyproject.toml envs/constraints.txt
-	@test -n "$(PYTHON)" || { echo "error: no python3 found; install Python 3.11 or newer with venv"; exit 1; }
-	@"$(PYTHON)" -c '$(CHECK)'
+	@"$(PYTHON)" -c '$(CHECK)' 2>/dev/null || { echo "error: Python 3.11 or newer with venv is needed." \
+	  "Debian and Ubuntu: apt install python3 python3-venv; elsewhere: python.org, pyenv or conda." \
+	  "Then run make again, with PYTHON=/path/to/python3 if it is not on the PATH."; exit 1; }
 	@echo "Setting up $(VENV) (once; PyTorch is the large part) ..."
 	@test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	@$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
