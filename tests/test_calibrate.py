@@ -161,3 +161,5 @@ def test_nan_weights_name_layer_expert_and_block(tiny_moe: Path, captured: Path,
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="layer 1, expert 2, up"):
         run(broken, captured, tmp_path / "out", "rtn", "w4a16")
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.gate_up_proj, expert 2: the weights hold NaN"):
+        load_model(broken, "float32", "cpu")

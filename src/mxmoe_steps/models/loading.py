@@ -15,14 +15,28 @@ Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def load_model(path: Path, dtype: str, device: str, trust_remote_code: bool = False) -> tuple[ModelFolder, Any]:
-    """The checkpoint's folder facts and its causal LM in evaluation mode without gradients."""
+    """The checkpoint's folder facts and its causal LM in evaluation mode without gradients.
+
+    Raises `UserError` for weights that are NaN or infinite, before any of them is used.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     folder = open_model(path)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    _check_finite(path, model)
     return folder, model.to(resolve_device(device)).eval().requires_grad_(False)
+
+
+def _check_finite(path: Path, model: nn.Module) -> None:
+    """`UserError` names the first parameter (and the expert of a stacked one) with NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        finite = parameter.isfinite()
+        if not finite.all():
+            bad = (~finite.flatten(1).all(1)).nonzero().flatten().tolist() if parameter.dim() == 3 else []
+            where = f", expert {bad[0]}" if bad else ""
+            raise UserError(f"{path}: {name}{where}: the weights hold NaN or infinity; download the checkpoint again")
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
