@@ -80,13 +80,13 @@ def report(args: argparse.Namespace) -> None:
     some = next(iter(assignments.values()))
     assignments[original] = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some]
     times = predicted_times(args, assignments)
-    table = summary_table(checkpoints, times)
     losses = {}
     for path in args.losses:
         rows, facts = read_table(LOSSES, path)
         losses[facts["scheme"]] = rows.to_pandas()
     profile_facts = read_table(PROFILE, args.profile)[1]
     estimate = bool(profile_facts["estimate"])
+    table = summary_table(checkpoints, times, estimate)
     ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
     maps = [one for one in ordered if one["granularity"] == "block"]
     drawn = {

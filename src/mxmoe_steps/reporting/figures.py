@@ -11,6 +11,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from mxmoe_steps.reporting.summary import time_columns
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 mpl.rcParams.update({"svg.hashsalt": "mxmoe", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
@@ -64,12 +65,11 @@ def _series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def speed(table: pd.DataFrame, estimate: bool) -> str:
     """KL divergence over the predicted time of an MoE layer, one panel per token count."""
-    columns = [name for name in table.columns if name.startswith("layer_us_")]
+    columns = time_columns(table)
     figure = Figure(figsize=(max(4.8 * len(columns), 5), 3.4))
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     original = table[table["kind"] == "original"].iloc[0]
-    for axis, column in zip(axes, columns, strict=True):
-        tokens = column.split("_")[2]
+    for axis, (column, tokens) in zip(axes, columns.items(), strict=True):
         for name, group in _series(table):
             colour, marker = STYLE[name]
             size = 80 if marker == "*" else 30

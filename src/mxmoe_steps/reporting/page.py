@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from mxmoe_steps.reporting.summary import time_columns
+
 _STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 68rem; padding: 0 1rem; }
@@ -45,11 +47,11 @@ def figure(svg: str) -> str:
 
 def table_html(table: pd.DataFrame, estimate: bool) -> str:
     """The summary table, grouped by budget."""
-    times = [name for name in table.columns if name.startswith("layer_us_")]
+    times = time_columns(table)
     texts = [name for name in table.columns if name.startswith("perplexity_")]
     label = "est." if estimate else "pred."
     heads = ["checkpoint", "quantizer", "bits", "perplexity", "KL", "MB"]
-    heads += [f"{label} µs, {name.split('_')[2]} tok" for name in times]
+    heads += [f"{label} µs, {tokens} tok" for tokens in times.values()]
     heads += [f"ppl {name.removeprefix('perplexity_')}" for name in texts]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     budget = None
@@ -68,4 +70,4 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
 def _name(row: Any) -> str:
     if row["kind"] == "ours":
         return f"ours, per {row['granularity']}, r {row['r']:g}, {row['tokens']} tokens"
-    return f"{row['kind']}, {row['granularity']}"
+    return f"{row['kind']}, {row['scheme']}"

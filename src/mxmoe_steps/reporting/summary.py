@@ -9,9 +9,6 @@ import pandas as pd
 
 from mxmoe_steps.errors import UserError
 
-KEYS = ["checkpoint", "kind", "granularity", "quantizer", "budget_bits", "bits", "tokens", "r"]
-METRICS = ["perplexity", "kl", "size_mb"]
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -31,13 +28,11 @@ class Checkpoint:
         return "ours"
 
     @property
-    def label(self) -> str:
-        """For tables: the scheme of a uniform checkpoint, the granularity of ours."""
+    def scheme(self) -> str:
+        """The scheme that all blocks share; ``mixed`` for ours."""
         if self.allocation is None:
             return "w16a16"
-        if self.allocation["granularity"] == "uniform":
-            return str(self.allocation["assignment"][0][2])
-        return str(self.allocation["granularity"])
+        return str(self.allocation["assignment"][0][2]) if self.allocation["granularity"] == "uniform" else "mixed"
 
 
 def read_json(path: str | Path) -> Any:
@@ -48,11 +43,12 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON ({error}); run the step that writes it again") from error
 
 
-def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, float]]) -> pd.DataFrame:
+def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, float]], estimate: bool) -> pd.DataFrame:
     """One row per checkpoint, sorted by budget, kind and name.
 
     ``times``: checkpoint name -> tokens in a step -> predicted microseconds of one MoE layer's expert
-    GEMMs, the mean over layers. ``size_mb`` is the size of the weights on disk.
+    GEMMs, the mean over layers; their columns begin with ``estimated`` where no kernel was measured.
+    ``size_mb`` is the size of the weights on disk.
     """
     rows = []
     for checkpoint in checkpoints:
@@ -62,7 +58,8 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
             {
                 "checkpoint": checkpoint.name,
                 "kind": checkpoint.kind,
-                "granularity": checkpoint.label,
+                "granularity": allocation.get("granularity"),
+                "scheme": checkpoint.scheme,
                 "quantizer": allocation.get("quantizer"),
                 "budget_bits": allocation.get("budget_bits"),
                 "bits": allocation.get("bits", 16.0),
@@ -71,7 +68,7 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
                 "perplexity": checkpoint.metrics["overall"]["perplexity"],
                 "kl": checkpoint.metrics["overall"]["kl"],
                 "size_mb": checkpoint.metrics["weights_bytes"] / 1e6,
-                **{f"layer_us_{tokens}_tokens": us for tokens, us in times[checkpoint.name].items()},
+                **{time_column(tokens, estimate): us for tokens, us in times[checkpoint.name].items()},
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
             }
         )
@@ -80,6 +77,16 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
     table["_order"] = table["kind"].map(order)
     table = table.sort_values(["budget_bits", "_order", "checkpoint"], na_position="first", ignore_index=True)
     return table.drop(columns="_order")
+
+
+def time_column(tokens: int, estimate: bool) -> str:
+    """Name of the column of predicted times at a token count."""
+    return f"{'estimated' if estimate else 'predicted'}_layer_us_{tokens}_tokens"
+
+
+def time_columns(table: pd.DataFrame) -> dict[str, int]:
+    """Columns of predicted times and their token counts."""
+    return {name: int(name.split("_")[3]) for name in table.columns if "_layer_us_" in name}
 
 
 def headlines(table: pd.DataFrame) -> list[str]:
@@ -92,7 +99,7 @@ def headlines(table: pd.DataFrame) -> list[str]:
             continue
         best = ours.iloc[0]
         parts = [
-            f"{row['kind']} {row['granularity'].split('_')[0]} {row['perplexity']:.2f} (KL {row['kl']:.4f})"
+            f"{row['kind']} {row['scheme'].split('_')[0]} {row['perplexity']:.2f} (KL {row['kl']:.4f})"
             for _, row in group[group["kind"] != "ours"].iterrows()
         ]
         lines.append(
