@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mxmoe_steps.allocation.core import minimize
 from mxmoe_steps.allocation.hull import lower_left_hull
+from mxmoe_steps.allocation.minimize import minimize
 from mxmoe_steps.allocation.pick import Part, Vertex, objective, pick_by_r, pick_under_ceiling
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation

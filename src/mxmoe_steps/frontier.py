@@ -24,13 +24,12 @@ def frontier(args: argparse.Namespace) -> None:
     from mxmoe_steps.allocation.constraints import parse_constraints
     from mxmoe_steps.allocation.files import write_frontier
     from mxmoe_steps.allocation.parts import part_frontier
+    from mxmoe_steps.allocation.pick import Part
     from mxmoe_steps.allocation.time_model import block_times, read_profile, timing_schemes
     from mxmoe_steps.allocation.traffic import sample_traffic
     from mxmoe_steps.schemes import ORIGINAL, parse_scheme
 
-    constraints = parse_constraints(
-        args.fix, args.min_bits, args.time_as, args.max_schemes, args.tie_gate_up, args.max_time_us
-    )
+    constraints = parse_constraints(args.fix, args.min_bits, args.time_as, args.max_schemes, args.tie_gate_up)
     try:
         if Fraction(args.budget_bits) <= 0:
             raise ValueError
@@ -53,7 +52,7 @@ def frontier(args: argparse.Namespace) -> None:
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
     tiles: list[int | None] = [None]
     if args.shared_tile:
-        tiles = sorted({int(tile) for kernel in kernels for tile in profile.tiles[kernel][:, 0]})
+        tiles = [*sorted({int(tile) for kernel in kernels for tile in profile.tiles[kernel][:, 0]})]
     times = {
         tile: block_times(losses.blocks, kernels, traffic, profile.only_tile(tile) if tile else profile)
         for tile in tiles
@@ -62,7 +61,7 @@ def frontier(args: argparse.Namespace) -> None:
     layers = np.unique(losses.blocks.layer).tolist()
     masks = [np.ones(len(losses.blocks), bool)] if whole else [losses.blocks.layer == layer for layer in layers]
     gap = args.gap if args.gap is not None else (MODEL_GAP if whole else 0.0)
-    parts = []
+    parts: list[Part] = []
     for mask in masks:
         part = part_frontier(
             losses, candidates, times, args.granularity, args.budget_bits, constraints, mask, gap, args.threads
@@ -74,8 +73,8 @@ def frontier(args: argparse.Namespace) -> None:
         "budget_bits": float(Fraction(args.budget_bits)),
         "candidates": [scheme.name for scheme in candidates],
         "constraints": {
-            "fix": args.fix, "max_schemes": args.max_schemes, "max_time_us": args.max_time_us,
-            "min_bits": args.min_bits, "shared_tile": args.shared_tile, "tie_gate_up": args.tie_gate_up,
+            "fix": args.fix, "max_schemes": args.max_schemes, "min_bits": args.min_bits,
+            "shared_tile": args.shared_tile, "tie_gate_up": args.tie_gate_up,
         },
         "device": profile.device,
         "experts": [[layer, blocks.expert[(blocks.layer == layer) & (blocks.kind == 0)].tolist()] for layer in layers],
@@ -115,7 +114,6 @@ def main() -> None:
     add("--fix", action="append", default=[], metavar="SELECTOR=SCHEME", help="e.g. shared=w8a8 or layer:0=w4a16")
     add("--min-bits", action="append", default=[], metavar="SELECTOR=BITS", help="e.g. block:down=3")
     add("--max-schemes", type=int, metavar="K", help="different schemes per layer")
-    add("--max-time-us", type=float, help="latency ceiling for all expert layers together (scope model)")
     add("--tie-gate-up", action="store_true", help="gate and up of an expert take the same scheme")
     add("--shared-tile", action="store_true", help="one token tile for the whole kernel, as in the paper")
     add("--time-as", action="append", default=[], metavar="SCHEME=SCHEME", help="count another scheme's kernel")

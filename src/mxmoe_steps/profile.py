@@ -49,7 +49,7 @@ def estimate_profile(schemes: list[Scheme], hardware: dict[str, Any]) -> tuple[d
     """Columns and facts of a `tables.PROFILE` table from a data sheet."""
     kernels = sorted({scheme.kernel_scheme for scheme in schemes})
     cells = [(scheme, tile) for scheme in kernels for tile in TILE_TOKENS]
-    columns = {
+    columns: dict[str, list[Any]] = {
         "scheme": [scheme.name for scheme, _ in cells],
         "tile_tokens": [tile for _, tile in cells],
         "tile_us": [float(hardware["tile_us"]) for _ in cells],

@@ -24,8 +24,9 @@ def choose(args: argparse.Namespace, parts: list[Part], power: float) -> tuple[l
         if not 0 <= args.r <= 1:
             raise UserError(f"--r {args.r}: r lies between 0 (time alone) and 1 (loss alone)")
         picks = [pick_by_r(part, args.r, power) for part in parts]
-        values, bounds = (math.prod(pick[field] ** (1 / len(picks)) for pick in picks) for field in (1, 2))
-        return [pick[0] for pick in picks], values, bounds
+        value = math.prod(value ** (1 / len(picks)) for _, value, _ in picks)
+        bound = math.prod(bound ** (1 / len(picks)) for _, _, bound in picks)
+        return [vertex for vertex, _, _ in picks], value, bound
     max_loss_sum = args.max_loss ** (1 / power) if args.max_loss is not None else None
     try:
         vertices, value, bound = pick_under_ceiling(parts, args.max_time_us, max_loss_sum)

@@ -24,7 +24,6 @@ class Constraints:
     min_bits: tuple[tuple[str, float], ...] = ()
     max_schemes: int | None = None  # different schemes in one layer
     tie_gate_up: bool = False
-    max_time_us: float | None = None  # latency ceiling: time of all expert layers
     time_as: dict[Scheme, Scheme] = field(default_factory=dict)  # scheme without a kernel -> scheme that times it
 
 
@@ -50,7 +49,7 @@ def select(selector: str, blocks: Blocks) -> NDArray[np.bool_]:
 
 def _numbers(text: str, selector: str) -> list[int]:
     """``0-3,7`` -> [0, 1, 2, 3, 7]."""
-    numbers = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, _, last = part.partition("-")
         if not first.isdecimal() or (last and not last.isdecimal()):
@@ -73,7 +72,6 @@ def parse_constraints(
     time_as: list[str],
     max_schemes: int | None,
     tie_gate_up: bool,
-    max_time_us: float | None,
 ) -> Constraints:
     """From the text of the command line; `UserError` shows the grammar."""
     floors = []
@@ -90,7 +88,6 @@ def parse_constraints(
         tuple(floors),
         max_schemes,
         tie_gate_up,
-        max_time_us,
         {
             parse_scheme(left): parse_scheme(right)
             for left, right in (split_setting(text, "--time-as") for text in time_as)

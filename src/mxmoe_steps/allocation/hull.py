@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mxmoe_steps.allocation.core import Point, minimize
+from mxmoe_steps.allocation.minimize import Point, minimize
 from mxmoe_steps.allocation.pick import corners, envelope
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation

@@ -10,6 +10,7 @@ maximum over them. A *mode* of a unit caps longest_j (and, with at most k scheme
 a mode the groups are independent.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations
@@ -42,23 +43,20 @@ class Problem:
     budget: int  # bits
     params: int
     max_schemes: int | None = None
-    max_time_us: float | None = None
 
     @cached_property
-    def modes(self) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """Masks of allowed choices [N, U, G, C] and caps on the longest tile [N, U, J]; absent modes allow nothing."""
-        masks, caps = [], []
-        for unit in range(len(self.loss)):
-            modes = list(_unit_modes(self, unit))
-            masks.append([mask for mask, _ in modes])
-            caps.append([cap for _, cap in modes])
-        count = max(map(len, masks))
-        all_masks = np.zeros((count, *self.allowed.shape), bool)
-        all_caps = np.zeros((count, len(masks), self.longest.shape[3]))
-        for unit, (unit_masks, unit_caps) in enumerate(zip(masks, caps, strict=True)):
-            all_masks[: len(unit_masks), unit] = unit_masks
-            all_caps[: len(unit_caps), unit] = unit_caps
-        return all_masks, all_caps
+    def lead(self) -> NDArray[np.float64]:
+        """compute - memory, [U, G, C, J]."""
+        return self.compute - self.memory
+
+    @cached_property
+    def modes(self) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float64]]:
+        """All P modes, sorted by unit: the unit [P], the allowed choices [P, G, C] and the caps [P, J]."""
+        modes = [(unit, *mode) for unit in range(len(self.loss)) for mode in _unit_modes(self, unit)]
+        if len({unit for unit, *_ in modes}) < len(self.loss):
+            raise UserError(f"no allocation uses at most {self.max_schemes} schemes in every layer; allow more")
+        unit, mask, cap = (np.array(column) for column in zip(*modes, strict=True))
+        return unit, mask, cap
 
     def evaluate(self, choice: NDArray[np.int64]) -> tuple[float, float, int]:
         """Squared loss (or what adds up), time in microseconds and bits of an assignment [U, G]."""
@@ -75,7 +73,7 @@ class Problem:
         return np.maximum(compute.sum(1) + longest.max(1), memory.sum(1))
 
 
-def _unit_modes(problem: Problem, unit: int):  # type: ignore[no-untyped-def]
+def _unit_modes(problem: Problem, unit: int) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.float64]]]:
     """Yield (mask [G, C], cap [J]) of a unit's modes, fewest and shortest first."""
     allowed, longest = problem.allowed[unit], problem.longest[unit]
     sets = problem.scheme_sets[unit]
@@ -87,7 +85,7 @@ def _unit_modes(problem: Problem, unit: int):  # type: ignore[no-untyped-def]
         inside = allowed & ~(sets & ~subset).any(2)
         if not inside.any(1).all():
             continue
-        floor = np.where(inside[..., None], longest, np.inf).min(1).max(0)  # some group needs this tile
+        floor = np.asarray(np.where(inside[..., None], longest, np.inf).min(1)).max(0)  # some group needs this tile
         tiles = np.unique(np.maximum(longest[inside], floor), axis=0)
         # Componentwise maxima of the tiles in use: every reachable pair of longest tiles is among them.
         grid = np.stack([axis.ravel() for axis in np.meshgrid(*(np.unique(t) for t in tiles.T), indexing="ij")], 1)
@@ -125,7 +123,7 @@ def build_problem(
         scheme[chosen], fixed[chosen] = column[wanted], True
     at = np.arange(len(blocks))[:, None]
     loss, bits = losses.loss[index][at, scheme], losses.bits[index][at, scheme]
-    compute, longest, memory = (part[index][at, scheme] for part in (times.compute, times.longest, times.memory))
+    compute, longest, memory = (each[index][at, scheme] for each in (times.compute, times.longest, times.memory))
     allowed = np.ones(scheme.shape, bool)
     for selector, floor in constraints.min_bits:
         chosen = select(selector, losses.blocks)[index]
@@ -165,9 +163,18 @@ def build_problem(
         constant_us = times.launch_us * LAUNCHES * len(np.unique(blocks.layer))
     params = int(blocks.params.sum())
     problem = Problem(
-        sums[0], sums[1], ok, *parts, sets, constant_us, budget_in_bits(budget_bits, params), params,
-        constraints.max_schemes, constraints.max_time_us,
-    )  # fmt: skip
+        loss=sums[0],
+        bits=sums[1],
+        allowed=ok,
+        compute=parts[0],
+        longest=parts[1],
+        memory=parts[2],
+        scheme_sets=sets,
+        constant_us=constant_us,
+        budget=budget_in_bits(budget_bits, params),
+        params=params,
+        max_schemes=constraints.max_schemes,
+    )
     return problem, place, scheme
 
 

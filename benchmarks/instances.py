@@ -1,0 +1,75 @@
+"""Made-up allocation instances of true sizes: losses and routing are random, shapes are those of real models."""
+
+import numpy as np
+
+from mxmoe_steps.allocation.blocks import Blocks, Losses
+from mxmoe_steps.allocation.time_model import Profile, block_times
+from mxmoe_steps.allocation.traffic import Traffic
+from mxmoe_steps.profile import estimate_profile, read_hardware
+from mxmoe_steps.schemes import SHARED, parse_scheme
+
+SCHEMES = ("w2a16", "w3a16", "w4a16", "w4a8_fp8", "w8a16", "w8a8_fp8")
+MODELS = {  # layers, experts, top-k, hidden, expert width, shared expert's width
+    "qwen1.5-moe": (24, 60, 4, 2048, 1408, 5632),
+    "deepseek-v2-lite": (26, 64, 6, 2048, 1408, 2816),
+    "qwen3-30b-a3b": (48, 128, 8, 2048, 768, 0),
+}
+
+
+def make_blocks(model: str, layers: int | None = None) -> Blocks:
+    """The blocks of a model, or of its first layers."""
+    count, experts, _, hidden, width, shared = MODELS[model]
+    names = ([SHARED] if shared else []) + list(range(experts))
+    layer, expert, kind = (
+        part.ravel() for part in np.meshgrid(np.arange(layers or count), names, np.arange(3), indexing="ij")
+    )
+    wide = np.where(expert == SHARED, shared, width)
+    out, inner = np.where(kind == 2, hidden, wide), np.where(kind == 2, wide, hidden)
+    return Blocks(layer, expert, kind, out, inner)
+
+
+def make_losses(blocks: Blocks, seed: int = 0) -> Losses:
+    """Squared losses that fall fourfold per bit, lognormal over blocks, ten times larger for the shared expert."""
+    generator = np.random.default_rng(seed)
+    schemes = tuple(sorted(parse_scheme(text) for text in SCHEMES))
+    size = generator.lognormal(0, 1.2, (len(blocks), 1)) * np.where(blocks.expert == SHARED, 10, 1)[:, None]
+    step = np.array([4.0**-s.weight_bits + (2e-4 if s.fp8 else 2e-4 * (s.act_bits == 8)) for s in schemes])
+    loss = size * step * generator.lognormal(0, 0.25, (len(blocks), len(schemes)))
+    bits = np.array([[round(s.bits(int(k)) * n * k) for s in schemes] for n, k in
+                     zip(blocks.out_features, blocks.in_features, strict=True)])  # fmt: skip
+    return Losses(blocks, schemes, loss, bits, "synthetic")
+
+
+def make_traffic(model: str, tokens: int, layers: int, steps: int = 16, seed: int = 0) -> Traffic:
+    """Multinomial routing with lognormal popularity (tenfold between experts, as traced models show)."""
+    _, experts, top_k, *_ = MODELS[model]
+    generator = np.random.default_rng(seed)
+    rows = np.zeros((layers, steps, experts), np.int64)
+    for layer in range(layers):
+        popularity = generator.lognormal(0, 0.7, experts)
+        rows[layer] = generator.multinomial(tokens * top_k, popularity / popularity.sum(), steps)
+    return Traffic(tuple(range(layers)), tokens, rows, np.full(rows.shape, 1 / steps))
+
+
+def h100() -> Profile:
+    """The roofline estimate of an H100."""
+    schemes = [parse_scheme(text) for text in SCHEMES]
+    columns, facts = estimate_profile(schemes, read_hardware("h100"))
+    rows = np.stack([np.array(columns[name], float) for name in ("tile_tokens", "tile_us", "kstep_us")], 1)
+    names = np.array(columns["scheme"])
+    tiles = {scheme: rows[names == scheme.name] for scheme in schemes}
+    return Profile(tiles, facts["sms"], facts["bandwidth_gbs"], facts["launch_us"], True, facts["device"])
+
+
+def make_problem(model, tokens, layers=None, granularity="block", budget="4.5", constraints=None):  # type: ignore[no-untyped-def]
+    """A `Problem` of a model, or of its first layers."""
+    from mxmoe_steps.allocation.constraints import Constraints
+    from mxmoe_steps.allocation.problem import build_problem
+
+    blocks = make_blocks(model, layers)
+    losses = make_losses(blocks)
+    times = block_times(blocks, list(losses.schemes), make_traffic(model, tokens, blocks.layer.max() + 1), h100())
+    everything = np.ones(len(blocks), bool)
+    return build_problem(
+        losses, list(losses.schemes), times, granularity, budget, constraints or Constraints(), everything
+    )[0]

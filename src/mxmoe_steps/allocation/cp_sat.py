@@ -1,0 +1,98 @@
+"""A core as a CP-SAT model: it proves what dynamic programming cannot, and checks what it can."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from ortools.sat.python import cp_model
+
+from mxmoe_steps.allocation.core import Core
+
+RESOLUTION = 2**36  # integer steps that the limit is divided into
+LARGEST = 2**50  # of an integer coefficient
+WORK = 20.0  # deterministic work limit per core
+Terms = list[tuple[cp_model.IntVar, float]]  # variables with their rates, in units of cost
+
+
+def solve_by_cp_sat(core: Core, workers: int = 1) -> tuple[float, NDArray[np.int64] | None]:
+    """A proven bound on the whole identity of `core` and the best assignment; (limit, None) if none is within it.
+
+    The prices of each unit's base mode serve all its modes: the identity holds for any prices. Costs are integers,
+    ``RESOLUTION`` steps to the limit, and the bound is stated after their rounding.
+    """
+    problem, dual, limit = core.problem, core.dual, core.limit + float(core.shift.sum())
+    model = cp_model.CpModel()
+    one = model.new_constant(1)
+    choices: dict[tuple[int, int], dict[int, cp_model.IntVar]] = {}
+    cost: Terms = []
+    used: list[tuple[cp_model.IntVar, int]] = []
+    flips: list[Terms] = []  # b (1 - mu) (A - B) and b mu (B - A) of every launch, in turn
+    for unit in range(len(core.base)):
+        modes = np.flatnonzero(core.unit == unit)
+        base_mode = core.modes[core.base_mode[unit]]
+        split, base_cap = dual.split[base_mode], problem.modes[2][base_mode]
+        caps = problem.modes[2][core.modes[modes]]
+        share = problem.memory[unit] + split * problem.lead[unit]
+        values = dual.a * problem.loss[unit] + dual.lam * problem.bits[unit] + dual.b * share.sum(2)
+        flags = [model.new_bool_var("") for _ in modes]
+        model.add_exactly_one(flags)
+        cost += zip(flags, dual.b * ((caps - base_cap) * split).sum(1), strict=True)
+        leads = [(one, np.zeros(len(split))), *zip(flags, caps, strict=True)]
+        for group in range(core.base.shape[1]):
+            base = int(core.base[unit, group])
+            options = np.flatnonzero(core.alive[modes, group].any(0)).tolist()
+            if options == [base]:
+                leads.append((one, problem.lead[unit, group, base]))
+                continue
+            taken = choices[unit, group] = {option: model.new_bool_var("") for option in options}
+            model.add_exactly_one(taken.values())
+            for option, variable in taken.items():
+                cost.append((variable, values[group, option] - values[group, base]))
+                used.append((variable, int(problem.bits[unit, group, option] - problem.bits[unit, group, base])))
+                leads.append((variable, problem.lead[unit, group, option]))
+                for flag, mode in zip(flags, modes.tolist(), strict=True):
+                    if not core.alive[mode, group, option]:
+                        model.add_implication(variable, flag.negated())
+        for launch, mu in enumerate(split):
+            for rate in (dual.b * (1 - mu), -dual.b * mu):
+                flips.append([(variable, rate * lead[launch]) for variable, lead in leads])
+    divisor = math.gcd(*(bits for _, bits in used)) or 1
+    most = core.room - sum(min(0, bits) for _, bits in used)
+    unused = model.new_int_var(0, max(0, most) // divisor, "")
+    extra = cp_model.LinearExpr.weighted_sum([v for v, _ in used], [bits // divisor for _, bits in used])
+    model.add(unused + extra == core.room // divisor)
+    cost += [(unused, dual.lam * divisor), (one, dual.lam * (core.room % divisor))]
+    largest = max(abs(rate) for terms in (cost, *flips) for _, rate in terms)
+    scale = min(RESOLUTION / limit, LARGEST / largest)
+    rounding = len(cost) + sum(map(len, flips))  # at most half a step each, and half again for the limit's own
+
+    def total(terms: Terms) -> cp_model.LinearExprT:
+        rates = [round(float(rate) * scale) for _, rate in terms]
+        return cp_model.LinearExpr.weighted_sum([variable for variable, _ in terms], rates)
+
+    objective = [total(cost)]
+    for over, under in zip(flips[::2], flips[1::2], strict=True):
+        flip = model.new_int_var(0, 2 * LARGEST, "")
+        model.add(flip >= total(over))
+        model.add(flip >= total(under))
+        objective.append(flip)
+    model.add(sum(objective) <= math.ceil(limit * scale) + rounding)
+    model.minimize(sum(objective))
+
+    solver = cp_model.CpSolver()
+    solver.parameters.num_workers = workers
+    solver.parameters.interleave_search = workers > 1  # the same result however threads are scheduled
+    solver.parameters.max_deterministic_time = WORK
+    solver.parameters.cp_model_presolve = False  # ortools 9.15 loses optima of these cores in presolve
+    status = solver.solve(model)
+    if status == cp_model.INFEASIBLE:
+        return core.limit, None
+    if status == cp_model.MODEL_INVALID:
+        raise RuntimeError(model.validate())
+    proven = (solver.best_objective_bound - rounding) / scale - float(core.shift.sum())
+    if status == cp_model.UNKNOWN:
+        return max(0.0, proven), None
+    choice = core.base.copy()
+    for (unit, group), taken in choices.items():
+        choice[unit, group] = next(option for option, variable in taken.items() if solver.value(variable))
+    return max(0.0, proven), choice

@@ -1,0 +1,88 @@
+"""One weighted-sum problem to proven optimality: prices, then the core by states, then by CP-SAT if need be."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mxmoe_steps.allocation.core import Core
+from mxmoe_steps.allocation.cp_sat import solve_by_cp_sat
+from mxmoe_steps.allocation.problem import Problem
+from mxmoe_steps.allocation.relaxation import Dual, Relaxation
+from mxmoe_steps.allocation.states import solve_by_states, whole_stage
+
+EXACT = 1e-11  # relative; what float64 sums over a model's blocks can tell apart
+FIRST_LIMIT = 1e-7  # first guess of the distance to the bound, relative; raised until the core holds a solution
+RAISE = 2.0
+CP_SAT_RAISE = 8.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """An assignment [U, G] with its loss, time (microseconds), bits and the proven bound of its direction."""
+
+    choice: NDArray[np.int64]
+    loss: float
+    time_us: float
+    bits: int
+    a: float
+    b: float
+    bound: float  # on a x loss + b x time
+    lam: float
+
+    @property
+    def value(self) -> float:
+        """Its weighted sum."""
+        return self.a * self.loss + self.b * self.time_us
+
+
+def _value(problem: Problem, dual: Dual, choice: NDArray[np.int64]) -> float:
+    """a x loss + b x (time - constant) of an assignment."""
+    loss, time_us, _ = problem.evaluate(choice)
+    return dual.a * loss + dual.b * (time_us - problem.constant_us)
+
+
+def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, workers: int = 1) -> Point:
+    """The assignment of least a x loss + b x time within the budget.
+
+    ``gap``: relative distance to the bound at which the search may stop; 0 asks for the optimum.
+    """
+    problem = relaxation.problem
+    dual = relaxation.solve(a, b)
+    scale = abs(dual.bound) + b * problem.constant_us
+    near = max(gap, EXACT) * scale
+    choice = relaxation.smallest
+    value, bound = _value(problem, dual, choice), dual.bound
+    limit = first_limit = FIRST_LIMIT * scale or FIRST_LIMIT
+    shift = np.zeros(len(problem.loss))
+    balanced: list[int] = []  # units whose launches sit between the two sides of their maximum
+    by_states = True
+    while value - bound > near:
+        base = dual.bound + float(shift.sum())
+        core = Core(problem, dual, min(limit, value - base), shift)
+        if by_states:
+            whole = {unit: whole_stage(core, unit) for unit in balanced}
+            least = np.array([stage.cost.min(initial=core.limit) for stage in whole.values()])
+            if (least > near / len(shift)).any():
+                shift[balanced] += least
+                bound = max(bound, dual.bound + float(shift.sum()))
+                limit = limit * RAISE if (least == core.limit).any() else first_limit
+                continue
+            proven, found = solve_by_states(core, whole)
+        else:
+            proven, found = solve_by_cp_sat(core, workers)
+        bound = max(bound, base + proven)
+        if found is None:
+            if proven < core.limit:  # out of work
+                break
+            limit *= RAISE if by_states else CP_SAT_RAISE
+            continue
+        if _value(problem, dual, found) < value:
+            value, choice = _value(problem, dual, found), found
+        if not by_states:
+            break
+        flipped = set(np.flatnonzero(core.flips(found) > near / len(shift)).tolist())
+        by_states = problem.lead.shape[3] == 1 and not flipped <= set(balanced)
+        balanced = sorted(flipped.union(balanced))
+    loss, time_us, bits = problem.evaluate(choice)
+    return Point(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)

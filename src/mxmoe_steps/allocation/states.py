@@ -1,0 +1,164 @@
+"""Dynamic programming over the bits of a core.
+
+Units whose launches sit between the two sides of their maximum are enumerated whole, at their true cost; for all
+others the maxima are left out. Where they vanish at the optimum (`Core.flips`) this is the optimum of the core.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mxmoe_steps.allocation.core import Core
+
+MAX_STATES = 400_000
+MODE, WHOLE = -1, -2
+Numbers = NDArray[np.float64] | NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One open decision: the choice of a group, or the mode or the whole assignment of a unit.
+
+    ``cost`` [tags, options] depends on the mode, whose position among the unit's open ones is the tag.
+    """
+
+    unit: int
+    group: int  # MODE or WHOLE stand for the unit's mode and its whole assignment
+    cost: NDArray[np.float64]
+    bits: NDArray[np.int64]  # [options], beyond those of the base
+    rows: NDArray[np.int64] | None = None  # WHOLE: choices of every group, [options, G]
+
+
+def open_stages(core: Core, whole: dict[int, Stage]) -> list[Stage]:
+    """The open decisions, unit by unit: its stage in ``whole``, or its mode and then its groups."""
+    stages = []
+    for unit in range(len(core.base)):
+        if unit in whole:
+            stages.append(whole[unit])
+            continue
+        modes = np.flatnonzero(core.unit == unit)
+        if len(modes) > 1:
+            stages.append(Stage(unit, MODE, core.mode_cost[modes][None], np.zeros(len(modes), np.int64)))
+        stages += group_stages(core, modes)
+    return stages
+
+
+def group_stages(core: Core, modes: NDArray[np.int64]) -> list[Stage]:
+    """The groups of one unit that have a choice in the given modes of it."""
+    unit = int(core.unit[modes[0]])
+    alive = core.alive[modes]
+    some = alive.any(0)
+    cost = np.where(alive, core.item_cost[modes], np.inf)
+    bits = core.problem.bits[unit]
+    bits = np.where(some, bits - np.take_along_axis(bits, core.base[unit][:, None], 1), 0)
+    return [Stage(unit, group, cost[:, group], bits[group]) for group in np.flatnonzero(some.sum(1) > 1).tolist()]
+
+
+def whole_stage(core: Core, unit: int) -> Stage:
+    """All assignments of a one-launch unit that may matter within the limit, at their true maxima."""
+    limit = core.limit + core.shift[unit]
+    found = [_assignments(core, unit, mode, limit) for mode in np.flatnonzero(core.unit == unit).tolist()]
+    cost, bits, rows = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = _undominated(np.zeros(len(cost), np.int64), bits, cost - core.dual.lam * bits)
+    order = order[cost[order] <= limit]
+    return Stage(unit, WHOLE, cost[order][None] - core.shift[unit], bits[order], rows[order])
+
+
+def _assignments(
+    core: Core, unit: int, mode: int, limit: float
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    """Cost and bits above the base and choices [n, G] of the assignments of a unit in one mode.
+
+    States are (bits, over, under), the last two the sides of max(A, B) with the reduced costs added; of two states
+    with equal bits, one that is worse on both sides is dropped.
+    """
+    dual, problem = core.dual, core.problem
+    stages = group_stages(core, np.array([mode]))
+    split = float(dual.split[core.modes[mode], 0])
+    leads = dual.b * problem.lead[unit, :, :, 0]  # A - B, [G, C]
+    groups = np.arange(len(leads))
+    cheapest = core.item_cost[mode].argmin(1)
+    shut = np.isin(groups, [stage.group for stage in stages], invert=True)
+    extra = problem.bits[unit, groups, cheapest] - problem.bits[unit, groups, core.base[unit]]
+    lead = np.full(1, dual.b * problem.modes[2][core.modes[mode], 0] + leads[shut, cheapest[shut]].sum())
+    bits, cost = np.full(1, extra[shut].sum()), np.full(1, core.mode_cost[mode])
+    falls = _rest([leads[stage.group][core.alive[mode, stage.group]].min() for stage in stages])
+    rises = _rest([leads[stage.group][core.alive[mode, stage.group]].max() for stage in stages])
+    history = []
+    for stage, fall, rise in zip(stages, falls, rises, strict=True):
+        new_cost = cost[:, None] + stage.cost
+        new_lead = lead[:, None] + leads[stage.group]
+        flip = np.maximum((1 - split) * (new_lead + fall), -split * (new_lead + rise))  # the least still reachable
+        parent, option = np.nonzero(new_cost + np.maximum(0, flip) <= limit)
+        cost, lead = new_cost[parent, option], new_lead[parent, option]
+        bits = bits[parent] + stage.bits[option]
+        order = _undominated(bits, cost + (1 - split) * lead, cost - split * lead)
+        cost, lead, bits = cost[order], lead[order], bits[order]
+        history.append((parent[order], option[order]))
+    rows = np.repeat(cheapest[None], len(cost), 0)
+    state = np.arange(len(cost))
+    for stage, (parent, option) in zip(reversed(stages), reversed(history), strict=True):
+        rows[:, stage.group] = option[state]
+        state = parent[state]
+    return cost + np.maximum((1 - split) * lead, -split * lead), bits, rows
+
+
+def solve_by_states(core: Core, whole: dict[int, Stage]) -> tuple[float, NDArray[np.int64] | None]:
+    """Least reduced costs + lam x unused bits and its assignment; (limit, None) if none is within the limit.
+
+    States are (mode, bits, cost); one that needs no fewer bits and no less loss and time than another in its mode
+    is dropped. Should they outgrow MAX_STATES, the cheapest go on and the proven value is 0.
+    """
+    lam, limit, room = core.dual.lam, core.limit, core.room
+    stages = open_stages(core, whole)
+    cost, bits, tag = np.zeros(1), np.zeros(1, np.int64), np.zeros(1, np.int64)
+    falls = _rest([stage.bits.min(initial=0) for stage in stages])
+    rises = _rest([stage.bits.max(initial=0) for stage in stages])
+    exact = True
+    history = []
+    for number, (stage, fall, rise) in enumerate(zip(stages, falls, rises, strict=True)):
+        new_cost = cost[:, None] + stage.cost[tag]
+        new_bits = bits[:, None] + stage.bits
+        unused = np.maximum(0, room - new_bits - rise)  # at least
+        parent, option = np.nonzero((new_cost + lam * unused <= limit) & (new_bits + fall <= room))
+        cost, bits = new_cost[parent, option], new_bits[parent, option]
+        tag = option if stage.group == MODE else tag[parent]
+        if number + 1 == len(stages) or stages[number + 1].unit != stage.unit:
+            tag = np.zeros_like(tag)
+        order = _undominated(tag, bits, cost - lam * bits)
+        if len(order) > MAX_STATES:
+            order, exact = order[np.sort(np.argsort(cost[order], kind="stable")[:MAX_STATES])], False
+        cost, bits, tag = cost[order], bits[order], tag[order]
+        history.append((parent[order], option[order]))
+    final = np.where(bits <= room, cost + lam * (room - bits), np.inf)
+    if final.min(initial=np.inf) > limit:
+        return limit if exact else 0.0, None
+    state = int(final.argmin())
+    least, choice = float(final[state]), core.base.copy()
+    for stage, (parent, option) in zip(reversed(stages), reversed(history), strict=True):
+        if stage.rows is not None:
+            choice[stage.unit] = stage.rows[option[state]]
+        elif stage.group != MODE:
+            choice[stage.unit, stage.group] = option[state]
+        state = parent[state]
+    return least if exact else 0.0, choice
+
+
+def _rest(numbers: list[Any]) -> list[Any]:
+    """For each number, the sum of those after it."""
+    return (np.cumsum(numbers[::-1])[::-1] - numbers).tolist() if numbers else []
+
+
+def _undominated(tag: NDArray[np.int64], one: Numbers, two: Numbers) -> NDArray[np.int64]:
+    """Indices of states that no other of the same tag beats in both numbers, sorted by tag and the first."""
+    order = np.lexsort((two, one, tag))
+    if not len(order):
+        return order
+    rank = np.empty(len(two))
+    rank[np.argsort(two, kind="stable")] = np.arange(len(two))  # ranks shift exactly, the numbers would not
+    place = np.cumsum(np.r_[0, np.diff(tag[order]) != 0])
+    key = rank[order] - place * len(two)
+    best = np.minimum.accumulate(key)
+    return order[np.r_[True, key[1:] < best[:-1]]]
