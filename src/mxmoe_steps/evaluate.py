@@ -105,8 +105,9 @@ def evaluate(args: argparse.Namespace) -> None:
         raise UserError("give either --reference, or --sources with --texts")
     start_torch(args)
     path = resolve_model(args.model)
+    reference: dict[str, Any] = {}
     if args.reference is None:
-        tokens, reference = read_texts(args, path), {}
+        tokens = read_texts(args, path)
     else:
         tokens, reference = read_reference(args.reference)
     model, facts = load_checkpoint(args, path)

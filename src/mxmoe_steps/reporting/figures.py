@@ -126,7 +126,7 @@ def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
             floor = np.clip(grid.to_numpy(), norm.vmin, None)
             image = axes[row, column].imshow(floor, aspect="auto", norm=norm, cmap="magma", interpolation="nearest")
             axes[row, column].set_yticks(range(len(grid)), grid.index)
-            _expert_ticks(axes[row, column], list(grid.columns))
+            _expert_ticks(axes[row, column], [int(expert) for expert in grid.columns])
             if row == 0:
                 axes[row, column].set_title(block)
         axes[row, 0].set_ylabel(scheme.replace("_", "\n", 1), fontsize=7)
@@ -162,7 +162,7 @@ def allocation(allocations: Sequence[dict[str, Any]]) -> str:
                 interpolation="nearest",
             )
             axes[row, column].set_yticks(range(len(grid)), grid.index)
-            _expert_ticks(axes[row, column], list(grid.columns))
+            _expert_ticks(axes[row, column], [int(expert) for expert in grid.columns])
             if row == 0:
                 axes[row, column].set_title(block)
         axes[row, 0].set_ylabel(f"{one['budget_bits']:g} bits\n{one['tokens']} tokens", fontsize=8)
