@@ -17,14 +17,13 @@ from mxmoe_steps.schemes import BLOCKS, SHARED
 
 @dataclass(frozen=True)
 class Family:
-    """Tensor and configuration names of one ``model_type``.
+    """Tensor names of one ``model_type``.
 
     ``moe`` is the MoE module of a layer inside the checkpoint; ``blocks`` the names of gate, up and
     down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate.
     ``module`` is the MoE module's name in transformers, when it differs from ``moe``.
     """
 
-    experts_key: str
     moe: str = "mlp"
     blocks: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str | None = None
@@ -32,18 +31,19 @@ class Family:
     module: str = "mlp"
 
 
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
 _W123 = ("w1", "w3", "w2")
 FAMILIES: Mapping[str, Family] = {
-    "qwen2_moe": Family("num_experts", shared="shared_expert", shared_gate="shared_expert_gate"),
-    "qwen3_moe": Family("num_experts"),
-    "olmoe": Family("num_experts"),
-    "mixtral": Family("num_local_experts", moe="block_sparse_moe", blocks=_W123),
-    "phimoe": Family("num_local_experts", moe="block_sparse_moe", blocks=_W123),
-    "minimax": Family("num_local_experts", moe="block_sparse_moe", blocks=_W123),
-    "deepseek_v2": Family("n_routed_experts", shared="shared_experts"),
-    "deepseek_v3": Family("n_routed_experts", shared="shared_experts"),
-    "glm4_moe": Family("n_routed_experts", shared="shared_experts"),
-    "dots1": Family("n_routed_experts", shared="shared_experts"),
+    "qwen2_moe": Family(shared="shared_expert", shared_gate="shared_expert_gate"),
+    "qwen3_moe": Family(),
+    "olmoe": Family(),
+    "mixtral": Family(moe="block_sparse_moe", blocks=_W123),
+    "phimoe": Family(moe="block_sparse_moe", blocks=_W123),
+    "minimax": Family(moe="block_sparse_moe", blocks=_W123),
+    "deepseek_v2": Family(shared="shared_experts"),
+    "deepseek_v3": Family(shared="shared_experts"),
+    "glm4_moe": Family(shared="shared_experts"),
+    "dots1": Family(shared="shared_experts"),
 }
 
 
@@ -58,7 +58,10 @@ class ModelFolder:
     @property
     def experts(self) -> int:
         """Routed experts per layer."""
-        return int(self.config[self.family.experts_key])
+        for key in _EXPERT_COUNTS:
+            if key in self.config:
+                return int(self.config[key])
+        raise UserError(f"{self.path}/config.json: none of the keys {', '.join(_EXPERT_COUNTS)} says how many experts")
 
     @property
     def activation(self) -> str:
