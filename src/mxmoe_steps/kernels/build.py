@@ -1,0 +1,173 @@
+"""Compile kernels ahead of time for sm_90a; needs no GPU.
+
+The result is a shared library that tvm_ffi loads, with the machine code beside it for `lint`. It is cached
+under the hash of the configuration and of everything that shapes the code, so a rebuild is a file lookup.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mxmoe_steps.atomic import canonical_json, write_json
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import Format, KernelConfig
+
+ARCHITECTURE = "sm_90a"
+COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refused
+ENTRY = "kernel"  # name of the function in every library
+RUNTIME = "libcute_dsl_runtime.so"
+TOKEN_KERNELS = ("sort", "gather_bf16", "gather_fp8", "gather_int8")  # see `tokens`
+
+_GEMM_SOURCES = ("formats.py", "decode.py", "group_gemm.py", "build.py")
+_TOKEN_SOURCES = ("tokens.py", "build.py")
+
+
+def default_cache() -> Path:
+    """``$MXMOE_KERNEL_CACHE``, or a folder in the user's cache."""
+    chosen = os.environ.get("MXMOE_KERNEL_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "mxmoe-steps" / "kernels"
+
+
+def library_path(kernel: KernelConfig | str, cache: Path | None = None) -> Path:
+    """Where a compiled grouped GEMM, or the token kernel of that name, is or would be.
+
+    The name is a hash of the configuration, the generator's source and the compiler; the same on every machine.
+    """
+    sources = _TOKEN_SOURCES if isinstance(kernel, str) else _GEMM_SOURCES
+    parts = [kernel if isinstance(kernel, str) else canonical_json(kernel.spec()), ARCHITECTURE, COMPILER]
+    parts += [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in sources]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    return (cache or default_cache()) / f"{key}.so"
+
+
+def build(kernel: KernelConfig | str, cache: Path | None = None) -> Path:
+    """Compile a grouped GEMM, or a token kernel by name, unless it is in the cache; returns the library.
+
+    Beside it: the machine code (``.cubin``) and what it was made from (``.json``).
+    """
+    library = library_path(kernel, cache)
+    if library.is_file():
+        return library
+    _require_compiler()
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as name:
+        folder = Path(name)
+        generator, arguments = _token_kernel(kernel) if isinstance(kernel, str) else _group_gemm(kernel)
+        made = _compile(generator, arguments, folder)
+        record = {"name": kernel} if isinstance(kernel, str) else {"name": kernel.name, "config": kernel.spec()}
+        write_json(library.with_suffix(".json"), record)
+        next(folder.glob("*.cubin")).replace(library.with_suffix(".cubin"))
+        made.replace(library)  # last: a library is complete
+    return library
+
+
+def runtime_library() -> Path:
+    """The compiler's run-time library, which compiled kernels need loaded before them."""
+    _require_compiler()
+    from cutlass import cute
+
+    return next(Path(path) for path in cute.runtime.find_runtime_libraries(enable_tvm_ffi=True) if RUNTIME in path)
+
+
+def _require_compiler() -> None:
+    try:
+        found = metadata.version("nvidia-cutlass-dsl")
+    except metadata.PackageNotFoundError:
+        raise UserError("GPU kernels need the extra [cuda]: pip install 'mxmoe-steps[cuda]'") from None
+    if found != COMPILER:
+        raise UserError(
+            f"GPU kernels need nvidia-cutlass-dsl {COMPILER}, found {found}: pip install 'mxmoe-steps[cuda]'"
+        )
+    if shutil.which("gcc") is None:
+        raise UserError("building GPU kernels links with gcc, which is not on PATH")
+
+
+def _compile(generator: Any, arguments: list[Any], folder: Path) -> Path:
+    """Trace, compile and link in ``folder``; the compiler leaves the cubin there."""
+    import tvm_ffi
+    from cutlass import cute
+    from cutlass.cute.runtime import make_fake_stream
+
+    compiled = cute.compile(
+        generator,
+        *arguments,
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+        options=f"--gpu-arch {ARCHITECTURE} --enable-tvm-ffi --keep-cubin --dump-dir={folder}",
+    )
+    compiled.export_to_c(str(folder / "kernel.o"), function_name=ENTRY)
+    library = folder / "kernel.so"
+    folders = [runtime_library().parent, Path(tvm_ffi.__file__).parent / "lib"]
+    command = ["gcc", "-shared", "-o", str(library), str(folder / "kernel.o"), "-Wl,-rpath,$ORIGIN"]
+    command += [f"-L{path}" for path in folders] + ["-lcute_dsl_runtime", "-ltvm_ffi"]
+    subprocess.run(command, check=True)
+    return library
+
+
+def _group_gemm(config: KernelConfig) -> tuple[Any, list[Any]]:
+    """The generator of a grouped GEMM and stand-ins for its arguments."""
+    from cutlass import Int32
+    from cutlass.cute import sym_int
+
+    from mxmoe_steps.kernels.group_gemm import GroupGemm
+
+    tensors = tuple(tensor for pair in _fake_pairs(config) for tensor in pair)
+    problems = _fake(Int32, (sym_int(), 4), 16)
+    offsets = _fake(Int32, (sym_int(),), 4)
+    out = _fake(_boundary_type("bf16"), (sym_int(), sym_int(divisibility=8)), 16)
+    counters = _fake(Int32, (2,), 4)
+    return GroupGemm(config), [tensors, problems, offsets, out, counters, Int32(64), Int32(1)]
+
+
+def _token_kernel(name: str) -> tuple[Any, list[Any]]:
+    """The generator of a token kernel and stand-ins for its arguments."""
+    from cutlass import Float32, Int32
+    from cutlass.cute import sym_int
+
+    from mxmoe_steps.kernels.tokens import GatherTokens, SortByExpert
+
+    if name == "sort":
+        return SortByExpert(), [*(_fake(Int32, (sym_int(),), 4) for _ in range(4)), Int32(1)]
+    operand = name.removeprefix("gather_")
+    x, values = (_fake(_boundary_type(kind), (sym_int(), sym_int(divisibility=64)), 16) for kind in ("bf16", operand))
+    return GatherTokens(operand), [x, _fake(Int32, (sym_int(),), 4), values, _fake(Float32, (sym_int(),), 4)]
+
+
+def _boundary_type(operand: str) -> Any:
+    """The type that tensors of an operand have outside: 8-bit types cross as bytes."""
+    import cutlass
+
+    return cutlass.BFloat16 if operand == "bf16" else cutlass.Uint8
+
+
+def _fake(kind: Any, shape: tuple, align: int) -> Any:
+    """A compile-time stand-in for a contiguous tensor."""
+    from cutlass.cute.runtime import make_fake_compact_tensor
+
+    order = tuple(reversed(range(len(shape))))
+    return make_fake_compact_tensor(kind, shape, stride_order=order, assumed_align=align)
+
+
+def _fake_pairs(config: KernelConfig) -> Iterator[tuple[Any, Any]]:
+    """Stand-ins for `GroupGemm`'s ``tensors``: (activations, scales) pairs, then (weights, scales) pairs."""
+    import cutlass
+    from cutlass.cute import sym_int
+
+    for operand in config.operands:
+        tokens = _fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16)
+        yield tokens, _fake(cutlass.Float32, (sym_int(),), 4)
+    for format_ in config.formats:
+        yield _fake_weights(format_), _fake(cutlass.Float32, (sym_int(), sym_int()), 4)
+
+
+def _fake_weights(format_: Format) -> Any:
+    from cutlass.cute import sym_int
+
+    if format_.decoded:
+        return _fake(_boundary_type("fp8"), (sym_int(),), 16)
+    return _fake(_boundary_type(format_.operand), (sym_int(), sym_int(), sym_int(divisibility=64)), 16)

@@ -1,0 +1,265 @@
+"""What a grouped GEMM kernel can multiply, and how one kernel is configured. Stdlib only.
+
+A `Format` is the weight format of one scheme; a `Tile` is one of its main loops; a `KernelConfig` is a
+list of tiles that share one persistent kernel. The kernel computes the transpose, ``Y^T = W X^T``:
+weights are the 128-row side of a tile, tokens the 16- to 256-row side.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import Scheme
+
+TILE_ROWS = 128  # weight rows of a tile: two warpgroups of 64
+ROW_BYTES = 128  # bytes of one row of a token block: the widest shared memory swizzle
+GROUP = 128  # input features that share a scale in every grouped format
+EDGE = 64  # output and input features must be multiples of this
+
+SHARED_BYTES = 227 * 1024  # shared memory one block may use on sm_90
+MAX_STAGES = 8
+DEEP_TOKENS = 96  # tiles from here on are bound by arithmetic
+EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
+
+_OPERAND_BITS = {"bf16": 16, "fp8": 8, "int8": 8}
+
+
+@dataclass(frozen=True, order=True)
+class Format:
+    """The weight format of one scheme.
+
+    ``operand``: what the tensor cores multiply (``bf16``, ``fp8`` e4m3, ``int8``); activations have this type.
+    ``bits``: stored bits per weight; fewer than the operand's means codes are decoded in registers.
+    ``grouped``: one bfloat16 scale per 128 input features; otherwise one per row, applied at the end.
+    ``zeros``: a bfloat16 zero point beside every scale.
+    """
+
+    operand: str
+    bits: int
+    grouped: bool = False
+    zeros: bool = False
+
+    @property
+    def name(self) -> str:
+        """Canonical scheme name of the format, e.g. ``w4a16_g128_asym``."""
+        if self.bits == 16:
+            return "w16a16"
+        act = 16 if self.operand == "bf16" else 8
+        tail = "_fp8" if self.operand == "fp8" else ""
+        return f"w{self.bits}a{act}_g{GROUP if self.grouped else -1}_{'asym' if self.zeros else 'sym'}{tail}"
+
+    @property
+    def decoded(self) -> bool:
+        """Whether codes become operands in registers (``wgmma`` reads W from registers)."""
+        return self.bits < _OPERAND_BITS[self.operand]
+
+    @property
+    def block_features(self) -> int:
+        """Input features in one 128-byte token row."""
+        return ROW_BYTES * 8 // _OPERAND_BITS[self.operand]
+
+    @property
+    def token_scaled(self) -> bool:
+        """Whether activations carry one float32 scale per token."""
+        return self.operand != "bf16"
+
+    @property
+    def channel_scaled(self) -> bool:
+        """Whether the weights carry one float32 scale per row."""
+        return self.bits < 16 and not self.grouped
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of 128 rows x 128 input features in kernel order: codes, then scales, then zero points."""
+        return TILE_ROWS * GROUP * self.bits // 8 + 2 * TILE_ROWS * (self.grouped + self.zeros)
+
+
+def kernel_format(scheme: Scheme) -> Format:
+    """The format that multiplies ``scheme``; `UserError` if no kernel does.
+
+    Per-channel schemes below 8 bits run as grouped ones with repeated scales, 1-bit codes as 2-bit codes.
+    """
+    scheme = scheme.kernel_scheme
+    if scheme.is_original:
+        return Format("bf16", 16)
+    weight, act, operand = scheme.weight_bits, scheme.act_bits, scheme.compute_type
+    per_channel = scheme.group == -1
+    if act == 8 and weight == 8 and per_channel:
+        return Format(operand, 8)
+    if act == 8 and weight == 4 and scheme.fp8 and scheme.group in (-1, GROUP):
+        return Format("fp8", 4, grouped=True)
+    if act == 16 and weight == 8 and per_channel and scheme.symmetric:
+        return Format("bf16", 8)
+    if act == 16 and weight < 8 and scheme.group in (-1, GROUP):
+        return Format("bf16", weight, grouped=True, zeros=not scheme.symmetric)
+    raise UserError(
+        f"scheme {scheme.name}: no GPU kernel; there are kernels for w16a16, w8a8 and w8a16 per channel,"
+        f" w4a16, w3a16, w2a16, w1a16 (g128 or g-1) and w4a8_g128_sym_fp8"
+    )
+
+
+@dataclass(frozen=True, order=True)
+class Tile:
+    """One main loop: 128 rows of weights times ``tokens`` rows of activations.
+
+    ``depth``: 128-byte token blocks per ring slot; narrow weights and short token tiles take several, so
+    that a slot is worth its barrier round trip.
+    """
+
+    format: Format
+    tokens: int
+    depth: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tokens % 16 or not 16 <= self.tokens <= 256:
+            raise ValueError(f"tile of {self.tokens} tokens: need a multiple of 16 up to 256")
+        if self.format.decoded and self.slot_features not in (GROUP, 2 * GROUP, 4 * GROUP):
+            raise ValueError(
+                f"tile of {self.format.name}: a slot must hold 1, 2 or 4 groups of {GROUP}, depth {self.depth}"
+            )
+
+    @property
+    def slot_features(self) -> int:
+        """Input features in one ring slot."""
+        return self.depth * self.format.block_features
+
+    @property
+    def deep(self) -> bool:
+        """Whether the main loop of a decoded format keeps matrix instructions in flight where it turns."""
+        return self.tokens >= DEEP_TOKENS
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights in one ring slot."""
+        if self.format.decoded:
+            return self.slot_features // GROUP * self.format.chunk_bytes
+        return self.depth * TILE_ROWS * ROW_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of activations in one ring slot."""
+        return self.depth * self.tokens * ROW_BYTES
+
+    @property
+    def token_offset(self) -> int:
+        """Where activations start in a slot: after the weights, at the swizzle's alignment."""
+        return -(-self.weight_bytes // 1024) * 1024
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """The tiles of one persistent kernel, sorted.
+
+    ``max_problems`` bounds the problem table (a multiple of 32); ``cluster`` blocks, 1 or 2, share token tiles.
+    """
+
+    tiles: tuple[Tile, ...]
+    max_problems: int = 128
+    cluster: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiles", tuple(sorted(self.tiles)))
+        pairs = [(tile.format, tile.tokens) for tile in self.tiles]
+        if not pairs or len(set(pairs)) < len(pairs):
+            raise ValueError("a kernel needs at least one tile, and each (format, tokens) once")
+        if self.max_problems % 32 or self.max_problems <= 0:
+            raise ValueError(f"max_problems is {self.max_problems}, need a positive multiple of 32")
+        if self.cluster not in (1, 2):
+            raise ValueError(f"cluster is {self.cluster}, need 1 or 2")
+        if self.stages < 2:
+            raise ValueError(f"tiles of {self.slot_bytes} bytes per slot leave room for {self.stages} slots, need 2")
+
+    @property
+    def formats(self) -> tuple[Format, ...]:
+        """The formats, in the order of the problem table's format numbers."""
+        return tuple(sorted({tile.format for tile in self.tiles}))
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Activation types the kernel reads, in argument order."""
+        return tuple(sorted({tile.format.operand for tile in self.tiles}))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one ring slot: enough for every tile, since the producer runs ahead into the next tile."""
+        return max(tile.token_offset + tile.token_bytes for tile in self.tiles)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the largest tile."""
+        return max(tile.tokens for tile in self.tiles)
+
+    @property
+    def staged_tokens(self) -> int:
+        """Tokens of the staging tile."""
+        return min(self.max_tokens, EPILOGUE_TOKENS)
+
+    @property
+    def stages(self) -> int:
+        """Ring slots that fit beside the staging tile, the problem table and the token scales."""
+        staging = self.staged_tokens * (TILE_ROWS + 8) * 2
+        table = 4 * (6 * self.max_problems + 1)
+        fixed = staging + table + 2 * 4 * self.max_tokens + 4096  # barriers and alignment
+        return min(MAX_STAGES, (SHARED_BYTES - fixed) // self.slot_bytes)
+
+    @property
+    def name(self) -> str:
+        """Identifies the configuration, e.g. ``w4a16_g128_asym.16x4.64x2``."""
+        parts = []
+        for format_ in self.formats:
+            tiles = [f"{tile.tokens}x{tile.depth}" for tile in self.tiles if tile.format == format_]
+            parts.append(".".join([format_.name, *tiles]))
+        return "+".join(parts) + f"+p{self.max_problems}c{self.cluster}"
+
+    def spec(self) -> dict[str, object]:
+        """The configuration as plain data, for cache keys and build records."""
+        return dataclasses.asdict(self)
+
+
+FORMATS = (
+    Format("bf16", 16),
+    Format("bf16", 8),
+    *(Format("bf16", bits, True, zeros) for bits in (4, 3, 2) for zeros in (False, True)),
+    Format("fp8", 8),
+    Format("fp8", 4, True),
+    Format("int8", 8),
+)
+
+TOKEN_LIMIT = 16 * 1024  # bytes of tokens in a slot, unless one group has more
+WEIGHT_LIMIT = 18 * 1024 + 512  # bytes of weights in a slot: what one bf16 row block or four 2-bit groups take
+PHASES = ("decode", "prefill")  # few tokens: small tiles and deep rings; many: large tiles and clusters
+_LARGEST = {"decode": 64, "prefill": 256}  # tokens of the largest tile
+_LARGEST_DECODED = 128  # twice the accumulators leave no registers for fragments
+_TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
+
+
+def default_tiles(format_: Format, phase: str, tokens: tuple[int, ...]) -> tuple[Tile, ...]:
+    """The tiles of ``format_`` in the ``decode`` or the ``prefill`` kernel: those of ``tokens`` that suit both."""
+    largest = min(_LARGEST[phase], _LARGEST_DECODED if format_.decoded else 256)
+    return tuple(Tile(format_, n, _depth(format_, n)) for n in tokens if n <= largest)
+
+
+def default_config(
+    formats: tuple[Format, ...],
+    phase: str,
+    max_problems: int = 128,
+    cluster: int | None = None,
+    tokens: tuple[int, ...] = _TOKENS,
+) -> KernelConfig:
+    """The kernel of ``phase`` that runs any mixture of ``formats``."""
+    tiles = tuple(tile for format_ in formats for tile in default_tiles(format_, phase, tokens))
+    shared = phase == "prefill" and formats == (Format("bf16", 16),)  # measured: others gain nothing from clusters
+    return KernelConfig(tiles, max_problems, cluster or (2 if shared else 1))
+
+
+def _depth(format_: Format, tokens: int) -> int:
+    """Blocks per slot that fill it: as many groups as fit both limits, at least one."""
+    if not format_.decoded:
+        return 1
+    per_group = GROUP // format_.block_features
+    fits = [
+        groups * per_group
+        for groups in (1, 2, 4)
+        if groups * format_.chunk_bytes <= WEIGHT_LIMIT and groups * per_group * tokens * ROW_BYTES <= TOKEN_LIMIT
+    ]
+    return max(fits, default=per_group)

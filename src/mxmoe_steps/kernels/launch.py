@@ -1,0 +1,248 @@
+"""Load a compiled kernel and run it on torch tensors; everything wrong is refused here, with one clear error."""
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.build import ENTRY, RUNTIME, build, runtime_library
+from mxmoe_steps.kernels.formats import EDGE, TILE_ROWS, Format, KernelConfig
+from mxmoe_steps.kernels.layouts import KernelWeights
+
+COLUMN_MULTIPLE = 8  # 16-byte stores
+MAX_EXPERTS = 1024  # of the sort kernel
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Tokens sorted by expert: bfloat16 [rows, K] without scales, or uint8 bits of an 8-bit type [rows, K] with
+    float32 scales [rows]."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+
+
+def problem_table(
+    problems: Sequence[tuple[int, int, int, int]],
+    weights: Sequence[KernelWeights],
+    experts: int,
+    columns: int,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """int32 [P, 4] on ``device`` from (expert, number in ``weights``, entry, output column), checked.
+
+    Tiles run in the order of the table: alternate formats that are bound by different things.
+    """
+    for p, (expert, number, entry, column) in enumerate(problems):
+        if not 0 <= expert < experts:
+            raise UserError(f"problem {p}: expert {expert} of {experts}")
+        if not 0 <= number < len(weights):
+            raise UserError(f"problem {p}: weight stack {number} of {len(weights)}")
+        if not 0 <= entry < weights[number].entries:
+            raise UserError(f"problem {p}: entry {entry} of {weights[number].entries} in stack {number}")
+        if column % COLUMN_MULTIPLE or not 0 <= column <= columns - weights[number].out_features:
+            raise UserError(
+                f"problem {p}: output columns {column}..{column + weights[number].out_features} of {columns};"
+                f" need a multiple of {COLUMN_MULTIPLE} that fits"
+            )
+    return torch.tensor(problems, dtype=torch.int32).reshape(-1, 4).to(device)
+
+
+class GroupGemmKernel:
+    """A compiled `KernelConfig`. Launches go to the current stream and never wait for the GPU."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        """Load ``config`` from the kernel cache, or build it there first."""
+        self.config = config
+        self._function = _load(built(config))
+        self._own: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+    def __call__(
+        self,
+        activations: Mapping[str, Activations],
+        weights: Sequence[KernelWeights],
+        problems: torch.Tensor,
+        offsets: torch.Tensor,
+        out: torch.Tensor,
+        blocks: int | None = None,
+    ) -> torch.Tensor:
+        """Write every problem's product into ``out``, bfloat16 [rows, columns], and return it.
+
+        ``activations`` by operand type, one for each of ``config.operands``; ``weights`` in the order of
+        ``config.formats``; ``problems`` from `problem_table`; ``offsets`` int32 [experts + 1] on the GPU.
+        ``blocks``: thread blocks to start, by default one per SM. Rows and columns that no problem covers
+        are left alone.
+        """
+        self._check(activations, weights, problems, offsets, out)
+        one_scale, one_by_one, counters = self._owned(out.device)
+        tensors: list[torch.Tensor] = []
+        for operand in self.config.operands:
+            given = activations[operand]
+            tensors += [given.values, one_scale if given.scales is None else given.scales]
+        for weight in weights:
+            tensors += [weight.data, one_by_one if weight.channel_scales is None else weight.channel_scales]
+        if out.shape[0] and problems.shape[0]:
+            grid = blocks or torch.cuda.get_device_properties(out.device).multi_processor_count
+            grid -= grid % self.config.cluster
+            self._function(tuple(tensors), problems, offsets, out, counters, weights[0].out_features, grid)
+        return out
+
+    def _owned(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of the current stream: stand-ins for the scales that a format does not have, and the tile counters.
+
+        Launches on one stream follow one another, so they can share counters.
+        """
+        stream = torch.cuda.current_stream(device).cuda_stream
+        if stream not in self._own:
+            counters = torch.zeros(2, dtype=torch.int32, device=device)
+            self._own[stream] = (torch.ones(1, device=device), torch.ones(1, 1, device=device), counters)
+        return self._own[stream]
+
+    def _check(
+        self,
+        activations: Mapping[str, Activations],
+        weights: Sequence[KernelWeights],
+        problems: torch.Tensor,
+        offsets: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        config = self.config
+        if [weight.format for weight in weights] != list(config.formats):
+            given = ", ".join(weight.format.name for weight in weights)
+            wanted = ", ".join(format_.name for format_ in config.formats)
+            raise UserError(f"weights are {given}; this kernel takes {wanted}, in that order")
+        if len({(weight.out_features, weight.in_features) for weight in weights}) > 1:
+            shapes = ", ".join(f"[{weight.out_features}, {weight.in_features}]" for weight in weights)
+            raise UserError(f"weights of one launch must have one shape; these have {shapes}")
+        if set(activations) != set(config.operands):
+            raise UserError(f"activations are {sorted(activations)}; this kernel takes {list(config.operands)}")
+        _check_device(out, "out")
+        _check_tensor("out", out, torch.bfloat16, 2, out.device)
+        rows, features = out.shape[0], weights[0].in_features
+        if out.shape[1] % COLUMN_MULTIPLE:
+            raise UserError(f"out has {out.shape[1]} columns; need a multiple of {COLUMN_MULTIPLE}")
+        for operand, tokens in activations.items():
+            kind = torch.bfloat16 if operand == "bf16" else torch.uint8
+            _check_tensor(f"{operand} activations", tokens.values, kind, 2, out.device, (rows, features))
+            if operand != "bf16":
+                if tokens.scales is None:
+                    raise UserError(f"{operand} activations need one scale per row")
+                _check_tensor(f"scales of {operand} activations", tokens.scales, torch.float32, 1, out.device, (rows,))
+        for weight in weights:
+            _check_weights(weight, out.device)
+        _check_tensor("problems", problems, torch.int32, 2, out.device)
+        if problems.shape[1] != 4 or problems.shape[0] > config.max_problems:
+            raise UserError(
+                f"problems have shape {list(problems.shape)}; need [P, 4] with P at most {config.max_problems}"
+            )
+        _check_tensor("offsets", offsets, torch.int32, 1, out.device)
+
+
+def _check_weights(weight: KernelWeights, device: torch.device) -> None:
+    kind = torch.bfloat16 if weight.format.bits == 16 else torch.uint8
+    _check_tensor(f"{weight.format.name} weights", weight.data, kind, 1 if weight.format.decoded else 3, device)
+    if weight.channel_scales is not None:
+        shape = (weight.entries, -(-weight.out_features // TILE_ROWS) * TILE_ROWS)
+        _check_tensor(f"channel scales of {weight.format.name}", weight.channel_scales, torch.float32, 2, device, shape)
+
+
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    kind: torch.dtype,
+    dimensions: int,
+    device: torch.device,
+    shape: tuple[int, ...] | None = None,
+) -> None:
+    if tensor.dtype != kind or tensor.ndim != dimensions or (shape is not None and tuple(tensor.shape) != shape):
+        wanted = f"{dimensions}-dimensional" if shape is None else str(list(shape))
+        raise UserError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected {kind} {wanted}")
+    if tensor.device != device:
+        raise UserError(f"{name} are on {tensor.device}, out is on {device}")
+    if not tensor.is_contiguous():
+        raise UserError(f"{name}: strides {tensor.stride()}; expected a contiguous tensor")
+    if tensor.data_ptr() % 16 and kind != torch.float32 and dimensions > 1:
+        raise UserError(f"{name}: starts at an address that is not a multiple of 16 bytes")
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _check_device(tensor: torch.Tensor, name: str) -> None:
+    if tensor.device.type != "cuda":
+        raise UserError(f"{name}: on {tensor.device}; the kernels run on a Hopper GPU, kernels.reference runs anywhere")
+    if _capability(tensor.device) != (9, 0):
+        major, minor = _capability(tensor.device)
+        raise UserError(f"{tensor.device} has compute capability {major}.{minor}; the kernels are for 9.0 (H100, H200)")
+
+
+@cache
+def built(kernel: KernelConfig | str) -> Path:
+    """`build.build`, once per process: it reads and hashes the generator's source."""
+    return build(kernel)
+
+
+@cache
+def _load(library: Path) -> Any:
+    """The function in ``library``; the compiler's run-time library is taken from beside it, or from the compiler."""
+    try:
+        import tvm_ffi
+    except ModuleNotFoundError:
+        raise UserError("GPU kernels need the extra [cuda]: pip install 'mxmoe-steps[cuda]'") from None
+    beside = library.parent / RUNTIME
+    ctypes.CDLL(str(beside if beside.is_file() else runtime_library()), mode=ctypes.RTLD_GLOBAL)
+    return tvm_ffi.load_module(str(library))[ENTRY]
+
+
+def formats_of(weights: Sequence[KernelWeights]) -> tuple[Format, ...]:
+    """Formats of ``weights`` in the order a kernel takes them."""
+    return tuple(sorted({weight.format for weight in weights}))
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Tokens sorted by expert: ``offsets`` int32 [experts + 1], ``source`` int32 [rows], the token of each row, and
+    ``row`` int32 [rows], the row of entry ``token * top_k + choice``."""
+
+    offsets: torch.Tensor
+    source: torch.Tensor
+    row: torch.Tensor
+
+
+def sort_by_expert(chosen: torch.Tensor, experts: int) -> Routed:
+    """Sort the router's choices, int32 [tokens, top_k] on the GPU with values below ``experts``, without a wait."""
+    _check_device(chosen, "chosen experts")
+    _check_tensor("chosen experts", chosen, torch.int32, 2, chosen.device)
+    if not 0 < experts <= MAX_EXPERTS:
+        raise UserError(f"{experts} experts; the sort kernel takes 1 to {MAX_EXPERTS}")
+    rows = chosen.numel()
+    offsets, source, row = (
+        torch.empty(size, dtype=torch.int32, device=chosen.device) for size in (experts + 1, rows, rows)
+    )
+    _load(built("sort"))(chosen.view(-1), offsets, source, row, chosen.shape[1])
+    return Routed(offsets, source, row)
+
+
+def gather_tokens(x: torch.Tensor, source: torch.Tensor, operand: str) -> Activations:
+    """Rows ``source``, int32 [rows], of ``x``, bfloat16 [tokens, K], as the kernels take them, quantized for 8 bits."""
+    _check_device(x, "x")
+    _check_tensor("x", x, torch.bfloat16, 2, x.device)
+    _check_tensor("source", source, torch.int32, 1, x.device)
+    if operand not in ("bf16", "fp8", "int8"):
+        raise UserError(f"operand {operand!r}; expected bf16, fp8 or int8")
+    if x.shape[1] % EDGE:
+        raise UserError(f"x has {x.shape[1]} features; need a multiple of {EDGE}")
+    rows = source.shape[0]
+    kind = torch.bfloat16 if operand == "bf16" else torch.uint8
+    values = torch.empty(rows, x.shape[1], dtype=kind, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        _load(built(f"gather_{operand}"))(x, source, values, scales)
+    return Activations(values, None if operand == "bf16" else scales)

@@ -1,0 +1,244 @@
+"""Kernel order of weights: what one thread decodes lies side by side, so that one 16-byte load feeds it.
+
+Formats that the tensor cores read directly (w16a16, w8a8) stay ``[entries, N, K]`` rows. Decoded formats are
+cut into chunks of 128 rows x 128 input features, ``[entries, ceil(N/128), ceil(K/128)]`` of them, each
+
+    codes, 16 bytes x 256 threads at a time | scales bf16 [128] | zero points bf16 [128]
+
+with the last two only where the format has them, and 3 empty chunks at the end, because the last slot of a
+row may read past it. Inside a chunk, thread ``t = 128 g + 32 w + l`` (warpgroup g, warp w, lane l) owns 64
+codes, the A fragments of ``wgmma``. Register ``r`` of k-block ``b`` holds row ``64 g + 16 w + 8 (r % 2) + l / 4``
+and
+
+    bf16  k16 blocks b = 0..7, features k = 16 b + 8 (r / 2) + 2 (l % 4) + i,  i = 0, 1
+    fp8   k32 blocks b = 0..3, features k = 32 b + 16 (r / 2) + 4 (l % 4) + i, i = 0..3
+
+Bits of one 32-bit word (msb left; ``r.i`` is element i of register r, primes mark the next block):
+
+    4 bit, bf16: 1 word a block     3.1  2.1  1.1  0.1  3.0  2.0  1.0  0.0            4 bits each
+    2 bit, bf16: 1 word 2 blocks    3'.1 2'.1 1'.1 0'.1 3.1 2.1 1.1 0.1 | same with .0   2 bits each
+    3 bit, bf16: the low two bits as the 2-bit format; the high bits 1 word 4 blocks, bit 4 (b % 4) + r + 16 i
+    8 bit, bf16: 1 word 2 registers   1.1  0.1  1.0  0.0   then  3.1  2.1  3.0  2.0      8 bits each
+    4 bit, fp8:  1 word 2 registers   1.3 0.3 1.2 0.2 1.1 0.1 1.0 0.0  then 3.3 2.3 ...   4 bits each
+
+so that a mask and one shift give a register's elements in place. 8-bit codes are stored as two's
+complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below: e4m3 bit patterns
+0..8 are linear, so ``magnitude bits + 0x81 * sign`` is the operand, times 2**-9.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import EDGE, GROUP, TILE_ROWS, Format, kernel_format
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
+from mxmoe_steps.schemes import Scheme
+
+THREADS = 256
+CODES = TILE_ROWS * GROUP // THREADS  # codes of one thread in a chunk
+PAD_CHUNKS = 3  # a slot holds at most 4 chunks
+
+
+@dataclass(frozen=True)
+class KernelWeights:
+    """Weights of one format in kernel order: a stack of ``entries`` linear blocks [N, K].
+
+    ``data``: bfloat16 or uint8 [entries, N, K], or uint8 chunks, one-dimensional, for decoded formats.
+    ``channel_scales``: float32 [entries, N rounded up to 128], or None for formats without.
+    """
+
+    format: Format
+    entries: int
+    out_features: int
+    in_features: int
+    data: torch.Tensor
+    channel_scales: torch.Tensor | None
+
+    def to(self, device: torch.device | str) -> "KernelWeights":
+        """The same weights on ``device``."""
+        scales = None if self.channel_scales is None else self.channel_scales.to(device)
+        return KernelWeights(
+            self.format, self.entries, self.out_features, self.in_features, self.data.to(device), scales
+        )
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Bits ``low .. low + width - 1`` of the 64 codes of a thread: the word and the shift of each."""
+
+    low: int
+    width: int
+    word: torch.Tensor
+    shift: torch.Tensor
+
+    @property
+    def words(self) -> int:
+        return CODES * self.width // 32
+
+
+def original_weights(weight: torch.Tensor) -> KernelWeights:
+    """Kernel order of unquantized weights, bfloat16 [entries, N, K]."""
+    if weight.dtype != torch.bfloat16 or weight.ndim != 3:
+        raise UserError(f"weights are {weight.dtype} {list(weight.shape)}; expected bfloat16 [entries, N, K]")
+    entries, rows, features = weight.shape
+    _check_edges(rows, features, EDGE)
+    return KernelWeights(Format("bf16", 16), entries, rows, features, weight.contiguous(), None)
+
+
+def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
+    """Kernel order of quantized ``weight``, codes [entries, N, K]; inverse: `quantized_weight`.
+
+    `UserError` for schemes without a kernel, sizes that are no multiple of 64 (K: of 128 with groups) and
+    scales or zero points that are not finite.
+    """
+    format_ = kernel_format(weight.scheme)
+    if weight.codes.ndim != 3:
+        raise UserError(f"codes have shape {list(weight.codes.shape)}; expected [entries, N, K]")
+    entries, rows, features = weight.codes.shape
+    _check_edges(rows, features, GROUP if format_.grouped else EDGE)
+    for name, values in (("scales", weight.scales), ("zero points", weight.zeros)):
+        if values is not None and not bool(values.isfinite().all()):
+            raise UserError(f"{weight.scheme.name}: some {name} are not finite")
+    channel_scales = None
+    if format_.channel_scaled:
+        channel_scales = torch.nn.functional.pad(weight.scales[..., 0].float(), (0, -rows % TILE_ROWS)).contiguous()
+    if not format_.decoded:
+        codes = weight.codes.contiguous()
+        data = codes.view(torch.uint8) if format_.operand == "fp8" else codes ^ 0x80
+        return KernelWeights(format_, entries, rows, features, data, channel_scales)
+    chunks = [_entry_chunks(weight[entry], format_) for entry in range(entries)]
+    chunks.append(chunks[0].new_zeros(PAD_CHUNKS * format_.chunk_bytes))
+    return KernelWeights(format_, entries, rows, features, torch.cat(chunks), channel_scales)
+
+
+def quantized_weight(weights: KernelWeights, scheme: Scheme) -> QuantizedWeight:
+    """Exact inverse of `kernel_weights`: the codes, scales and zero points of ``scheme``."""
+    format_, rows, features = weights.format, weights.out_features, weights.in_features
+    scales = zeros = None
+    if weights.channel_scales is not None:
+        scales = weights.channel_scales[:, :rows, None].bfloat16()
+    if not format_.decoded:
+        assert scales is not None
+        codes = weights.data.view(E4M3) if format_.operand == "fp8" else weights.data ^ 0x80
+        return QuantizedWeight(scheme, codes, scales, None)
+    row_tiles, groups = -(-rows // TILE_ROWS), -(-features // GROUP)
+    shape = (weights.entries, row_tiles, groups, format_.chunk_bytes)
+    chunks = weights.data[: -PAD_CHUNKS * format_.chunk_bytes].view(shape)
+    code_bytes = TILE_ROWS * GROUP * format_.bits // 8
+    codes = _from_fragments(_join_words(chunks[..., :code_bytes], format_), format_)
+    codes = _stored_codes(codes, format_, scheme, inverse=True)[:, :rows, :features].contiguous()
+    if format_.grouped:
+        per_row = chunks[..., code_bytes:].contiguous().view(torch.bfloat16)
+        per_row = per_row.view(weights.entries, row_tiles, groups, -1, TILE_ROWS).permute(3, 0, 1, 4, 2)
+        per_row = per_row.flatten(2, 3)[:, :, :rows]
+        if scheme.group == -1:
+            per_row = per_row[..., :1]
+        scales = per_row[0].contiguous()
+        zeros = per_row[1].contiguous() if format_.zeros else None
+    assert scales is not None
+    return QuantizedWeight(scheme, codes, scales, zeros)
+
+
+def _check_edges(rows: int, features: int, feature_multiple: int) -> None:
+    if rows % EDGE or features % feature_multiple or not rows or not features:
+        raise UserError(
+            f"weights are [{rows}, {features}]; the kernels need output features in multiples of {EDGE}"
+            f" and input features in multiples of {feature_multiple}"
+        )
+
+
+def _entry_chunks(weight: QuantizedWeight, format_: Format) -> torch.Tensor:
+    """The chunks of one linear block [N, K], uint8, one-dimensional."""
+    rows, features = weight.codes.shape
+    codes = _stored_codes(weight.codes, format_, weight.scheme)
+    codes = torch.nn.functional.pad(codes, (0, -features % GROUP, 0, -rows % TILE_ROWS))
+    parts = [_split_words(_to_fragments(codes, format_), format_)]
+    groups = codes.shape[1] // GROUP
+    for values in (weight.scales, weight.zeros):
+        if format_.grouped and values is not None:
+            values = torch.nn.functional.pad(values.bfloat16().expand(rows, groups), (0, 0, 0, -rows % TILE_ROWS))
+            by_tile = values.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
+            parts.append(by_tile.view(torch.uint8))
+    return torch.cat(parts, -1).flatten()
+
+
+def _stored_codes(codes: torch.Tensor, format_: Format, scheme: Scheme, inverse: bool = False) -> torch.Tensor:
+    """Unsigned codes of the scheme to the codes the kernel decodes, or back; see the module's docstring."""
+    if format_.operand == "fp8":
+        return torch.where((codes >= 8) != inverse, codes ^ 8, codes ^ 15)
+    if format_.bits == 8:
+        return codes ^ 0x80
+    if scheme.symmetric and scheme.weight_bits == 1:  # zero point 1 of 1 bit, 2 of 2 bits
+        return codes - 1 if inverse else codes + 1
+    return codes
+
+
+def _fragment_shape(format_: Format) -> tuple[int, int, int]:
+    """Blocks, registers and elements of a register that hold a thread's 64 codes."""
+    return (4, 4, 4) if format_.operand == "fp8" else (8, 4, 2)
+
+
+def _to_fragments(codes: torch.Tensor, format_: Format) -> torch.Tensor:
+    """[N, K] to [N/128, K/128, 256 threads, 64 codes]."""
+    blocks, _, elements = _fragment_shape(format_)
+    split = codes.view(-1, 2, 4, 2, 8, codes.shape[1] // GROUP, blocks, 2, 4, elements)
+    #                  tile g  w  r%2 l/4                      b      r/2 l%4 i
+    return split.permute(0, 5, 1, 2, 4, 8, 6, 7, 3, 9).reshape(split.shape[0], split.shape[5], THREADS, CODES)
+
+
+def _from_fragments(codes: torch.Tensor, format_: Format) -> torch.Tensor:
+    """[entries, N/128, K/128, 256, 64] to [entries, N, K]."""
+    blocks, _, elements = _fragment_shape(format_)
+    entries, row_tiles, groups = codes.shape[:3]
+    split = codes.view(entries, row_tiles, groups, 2, 4, 8, 4, blocks, 2, 2, elements)
+    #                                               g  w l/4 l%4  b   r/2 r%2  i
+    rows = split.permute(0, 1, 3, 4, 9, 5, 2, 7, 8, 6, 10)
+    return rows.reshape(entries, row_tiles * TILE_ROWS, groups * GROUP)
+
+
+def _planes(format_: Format) -> list[_Plane]:
+    """Where the bits of a thread's 64 codes go."""
+    blocks, registers, elements = _fragment_shape(format_)
+    b, r, i = (
+        axis.flatten() for axis in torch.meshgrid(*map(torch.arange, (blocks, registers, elements)), indexing="ij")
+    )
+    if format_.operand == "fp8":
+        return [_Plane(0, 4, 2 * b + r // 2, 8 * i + 4 * (r % 2))]
+    if format_.bits == 8:
+        return [_Plane(0, 8, 2 * b + r // 2, 16 * i + 8 * (r % 2))]
+    if format_.bits == 4:
+        return [_Plane(0, 4, b, 16 * i + 4 * r)]
+    low = _Plane(0, 2, b // 2, 16 * i + 8 * (b % 2) + 2 * r)
+    if format_.bits == 2:
+        return [low]
+    return [low, _Plane(2, 1, b // 4, 16 * i + 4 * (b % 4) + r)]
+
+
+def _split_words(codes: torch.Tensor, format_: Format) -> torch.Tensor:
+    """Codes [N/128, K/128, 256, 64] to the code bytes of each chunk, uint8 [N/128, K/128, bytes]."""
+    parts = []
+    for plane in _planes(format_):
+        bits = (codes.long() >> plane.low) & (2**plane.width - 1)
+        words = bits.new_zeros(*codes.shape[:-1], plane.words)
+        words.index_add_(-1, plane.word.to(codes.device), bits << plane.shift.to(codes.device))
+        pieces = words.view(torch.uint8).view(*words.shape, 8)[..., :4].flatten(-2)  # little-endian low halves
+        width = min(16, 4 * plane.words)
+        pieces = pieces.unflatten(-1, (-1, width)).transpose(-2, -3)
+        parts.append(pieces.flatten(-3))
+    return torch.cat(parts, -1)
+
+
+def _join_words(data: torch.Tensor, format_: Format) -> torch.Tensor:
+    """Inverse of `_split_words` with a leading entries axis: uint8 [..., bytes] to codes [..., 256, 64]."""
+    codes = torch.zeros(*data.shape[:-1], THREADS, CODES, dtype=torch.int64, device=data.device)
+    start = 0
+    for plane in _planes(format_):
+        size = THREADS * 4 * plane.words
+        width = min(16, 4 * plane.words)
+        pieces = data[..., start : start + size].unflatten(-1, (-1, THREADS, width)).transpose(-2, -3)
+        words = pieces.flatten(-2).unflatten(-1, (-1, 4)).contiguous().view(torch.int32).flatten(-2).long()
+        bits = (words[..., plane.word.to(data.device)] >> plane.shift.to(data.device)) & (2**plane.width - 1)
+        codes |= bits << plane.low
+        start += size
+    return codes.to(torch.uint8)

@@ -1,0 +1,72 @@
+"""What the machine code of a compiled kernel says about it: read from the cubin, no GPU needed."""
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from mxmoe_steps.errors import UserError
+
+_MMA = re.compile(r"\b([HQI]GMMA)\.64x(\d+)x\d+\S*\s+R(\d+),")
+_WAIT_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
+_LOCAL = re.compile(r"\b(LDL|STL)\b")
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
+_REGISTER = re.compile(r"\bR(\d+)\b")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """``matrix``: matrix instructions by opcode (HGMMA bf16, QGMMA fp8, IGMMA int8). ``groups``: those that end a
+    commit group; as many as matrix instructions means that the assembler serialized them, for lack of registers
+    mostly. ``spills``: local memory loads and stores. ``registers``: highest register number + 1.
+    ``early_reads``: instructions that touch an accumulator after its ``wgmma`` and before the wait for it.
+    ``code_bytes``: size of the code."""
+
+    matrix: dict[str, int]
+    groups: int
+    spills: int
+    registers: int
+    early_reads: list[str]
+    code_bytes: int
+
+
+def disassemble(cubin: Path) -> str:
+    """SASS of ``cubin``; `UserError` when no nvdisasm is installed."""
+    tool = shutil.which("nvdisasm")
+    if tool is None:
+        packages = Path(sysconfig.get_path("purelib"))
+        found = sorted(packages.glob("nvidia/**/bin/nvdisasm"))
+        if not found:
+            raise UserError("reading machine code needs nvdisasm: pip install nvidia-cuda-nvdisasm")
+        tool = str(found[-1])
+    return subprocess.run([tool, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+def inspect(sass: str) -> MachineCode:
+    """Scan SASS top to bottom. Accumulators count as busy from a matrix instruction to the next full wait."""
+    matrix: dict[str, int] = {}
+    groups, spills, registers, code_bytes = 0, 0, 0, 0
+    busy: set[int] = set()
+    early: list[str] = []
+    for line in sass.splitlines():
+        found = _INSTRUCTION.match(line)
+        if found is None:
+            continue
+        text = found[2]
+        code_bytes += 16
+        used = {int(number) for number in _REGISTER.findall(text)}
+        registers = max(registers, *(number + 1 for number in used), 0) if used else registers
+        spills += _LOCAL.search(text) is not None
+        multiply = _MMA.search(text)
+        if multiply:
+            matrix[multiply[1]] = matrix.get(multiply[1], 0) + 1
+            groups += "gsb0" in text
+            start = int(multiply[3])
+            busy |= set(range(start, start + int(multiply[2]) // 2))
+        elif _WAIT_ALL.search(text):
+            busy = set()
+        elif used & busy:
+            early.append(text)
+    return MachineCode(matrix, groups, spills, registers, early, code_bytes)

@@ -1,0 +1,47 @@
+"""The grouped GEMM in torch: what runs without a kernel, and what the kernels are compared with."""
+
+from collections.abc import Sequence
+
+import torch
+
+from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
+from mxmoe_steps.schemes import ORIGINAL
+
+Problem = tuple[int, int, int, int]  # expert, number of the weight stack, entry in it, output column
+
+
+def group_gemm(
+    x: torch.Tensor,
+    offsets: Sequence[int],
+    problems: Sequence[Problem],
+    weights: Sequence[QuantizedWeight | torch.Tensor],
+    columns: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Rows of each expert times its weights, under each weight's own scheme.
+
+    ``x``: [rows, K], sorted by expert, rows ``offsets[e] .. offsets[e + 1] - 1`` of expert e. ``weights``: stacks
+    [entries, N, K], quantized or plain. Computes in ``dtype``; returns bfloat16 [rows, columns] (``dtype`` itself
+    if that is float64), zero where no problem writes.
+    """
+    out = torch.zeros(x.shape[0], columns, dtype=dtype, device=x.device)
+    for expert, number, entry, column in problems:
+        rows = slice(offsets[expert], offsets[expert + 1])
+        stack = weights[number]
+        if isinstance(stack, torch.Tensor):
+            scheme, weight = ORIGINAL, stack[entry]
+        else:
+            scheme, weight = stack.scheme, stack[entry].dequantize()
+        activations = quantize_activations(x[rows], scheme).to(dtype)
+        out[rows, column : column + weight.shape[0]] = activations @ weight.to(dtype).T
+    return out if dtype == torch.float64 else out.bfloat16()
+
+
+def quantize_tokens(x: torch.Tensor, operand: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per-token symmetric quantization of ``x`` [rows, K] to ``fp8`` or ``int8``: (uint8 bits [rows, K], float32
+    scales [rows]). The same arithmetic as `quantize_activations`; a row of zeros gets a tiny scale."""
+    top = E4M3_MAX if operand == "fp8" else 127.0
+    scales = x.abs().amax(-1).float().clamp_min(1e-30) / top
+    scaled = (x.float() / scales[:, None]).clamp(-top, top)
+    codes = scaled.to(E4M3) if operand == "fp8" else scaled.round().to(torch.int8)
+    return codes.view(torch.uint8), scales

@@ -1,0 +1,166 @@
+"""Every kernel and every token tile on a GPU, against float64 on the dequantized operands."""
+
+import pytest
+import torch
+
+from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
+from mxmoe_steps.kernels.formats import FORMATS, PHASES, Format, default_config, kernel_format
+from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
+from mxmoe_steps.kernels.layouts import kernel_weights, original_weights
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
+from mxmoe_steps.schemes import Scheme, parse_scheme
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+MIXTURE = ("w16a16", "w8a8_fp8", "w4a16", "w4a8_fp8", "w2a16")
+ROWS = [5, 0, 130, 64, 17, 1, 257, 33, 0, 48, 200, 16, 32, 300, 100, 3]  # ragged; every tile and its edges
+# Rounding the output to bf16 is 1.66e-3, rounding decoded weights to bf16 another 1.2e-3; a zero point that is no
+# integer leaves a second term to round, of the size of the weights at 1 or 2 bits.
+SYMMETRIC_BOUND, ASYMMETRIC_BOUND = 2.4e-3, 3.5e-3
+LONG_FP8_BOUND = 4e-3  # K = 14336: fp8 tensor cores keep about 14 bits of a running sum
+
+
+def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
+    """Plain round-to-nearest of [E, N, K]: the kernels do not care how well."""
+    size = scheme.group_size(weight.shape[-1])
+    groups = weight.float().unflatten(-1, (-1, size))
+    if scheme.fp8 and scheme.weight_bits == 8:
+        scales = (groups.abs().amax(-1) / 448).bfloat16()
+        codes = (groups / scales.float()[..., None]).clamp(-448, 448).to(E4M3)
+        return QuantizedWeight(scheme, codes.flatten(-2), scales, None)
+    top = 2**scheme.weight_bits - 1
+    low, high = groups.amin(-1), groups.amax(-1)
+    if scheme.symmetric:
+        scales = (groups.abs().amax(-1) * 2 / top).bfloat16()
+        zeros = torch.full_like(scales, 2 ** (scheme.weight_bits - 1))
+    else:
+        scales = ((high - low) / top).bfloat16()
+        zeros = (-low / scales.float()).bfloat16()
+    codes = (groups / scales.float()[..., None] + zeros.float()[..., None]).round().clamp(0, top).to(torch.uint8)
+    return QuantizedWeight(scheme, codes.flatten(-2), scales, None if scheme.symmetric else zeros)
+
+
+def activations_of(x: torch.Tensor, operands: tuple[str, ...]) -> dict[str, Activations]:
+    return {
+        name: Activations(x) if name == "bf16" else Activations(*reference.quantize_tokens(x, name))
+        for name in operands
+    }
+
+
+def assert_right(errors: dict[str, float]) -> None:
+    print(errors)
+    for name, error in errors.items():
+        assert error < (ASYMMETRIC_BOUND if name.endswith("_asym") else SYMMETRIC_BOUND), (name, error)
+
+
+def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def run_mixture(
+    schemes: list[Scheme], phase: str, rows: list[int], shape: tuple[int, int], seed: int
+) -> dict[str, float]:
+    """One launch with gate and up (two problems an expert), schemes dealt round-robin; errors by scheme."""
+    torch.manual_seed(seed)
+    n, k = shape
+    experts, columns = len(rows), 2 * n + 64
+    ordered = sorted(schemes, key=lambda scheme: kernel_format(scheme))
+    weights: list[QuantizedWeight | torch.Tensor] = []
+    packed = []
+    for scheme in ordered:
+        dense = (torch.randn(experts, n, k, device="cuda") * 0.05 + 0.01).bfloat16()
+        weights.append(dense if scheme.is_original else quantize(dense, scheme))
+        packed.append(original_weights(dense) if scheme.is_original else kernel_weights(weights[-1]))
+    problems = [
+        (expert, (2 * expert + block) % len(ordered), (7 * expert + block) % experts, block * (n + 64))
+        for expert in range(experts)
+        for block in range(2)
+    ]
+    offsets = torch.tensor([0, *rows]).cumsum(0).tolist()
+    total = offsets[-1]
+    x = (torch.randn(total, k, device="cuda") * 0.5 + 0.05).bfloat16()
+    config = default_config(tuple(weight.format for weight in packed), phase)
+    out = torch.full((total + 70, columns), float("nan"), device="cuda", dtype=torch.bfloat16)
+    table = problem_table(problems, packed, experts, columns, "cuda")
+    on_gpu = torch.tensor(offsets, dtype=torch.int32, device="cuda")
+    given = activations_of(torch.cat([x, torch.zeros(70, k, device="cuda", dtype=x.dtype)]), config.operands)
+    kernel = GroupGemmKernel(config)
+    kernel(given, packed, table, on_gpu, out)
+    first = out.clone()
+    kernel(given, packed, table, on_gpu, out)  # the tile counters are back at zero
+    assert torch.equal(first.view(torch.int16), out.view(torch.int16))
+    torch.cuda.synchronize()
+    assert out[total:].isnan().all(), "wrote past the last token"
+    assert out[:, n : n + 64].isnan().all(), "wrote past the last output feature"
+    exact = reference.group_gemm(x, offsets, problems, weights, columns, torch.float64)
+    errors = {}
+    for number, scheme in enumerate(ordered):
+        mine = [(e, c) for e, w, _, c in problems if w == number and rows[e]]
+        got = torch.cat([out[offsets[e] : offsets[e + 1], c : c + n].flatten() for e, c in mine])
+        want = torch.cat([exact[offsets[e] : offsets[e + 1], c : c + n].flatten() for e, c in mine])
+        assert not got.isnan().any(), f"{scheme}: some outputs were not written"
+        errors[scheme.name] = relative_error(got, want)
+    return errors
+
+
+def scheme_of(format_: Format) -> Scheme:
+    return parse_scheme(format_.name)
+
+
+@pytest.mark.parametrize("phase", sorted(PHASES))
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda format_: format_.name)
+def test_every_tile_is_right(format_: Format, phase: str) -> None:
+    for seed, (shape, rows) in enumerate([((192, 384), ROWS), ((320, 1408), ROWS[::-1]), ((64, 128), [0, 1, 0, 2])]):
+        errors = run_mixture([scheme_of(format_)], phase, rows, shape, seed)
+        assert_right(errors)
+
+
+@pytest.mark.parametrize("format_", [f for f in FORMATS if not f.grouped], ids=lambda format_: format_.name)
+def test_features_in_odd_multiples_of_64(format_: Format) -> None:
+    errors = run_mixture([scheme_of(format_)], "decode", ROWS, (192, 192), 5)
+    assert_right(errors)
+
+
+@pytest.mark.parametrize("phase", sorted(PHASES))
+def test_a_mixture_is_as_right_as_its_parts(phase: str) -> None:
+    errors = run_mixture([parse_scheme(name) for name in MIXTURE], phase, ROWS, (192, 1408), 9)
+    assert_right(errors)
+
+
+@pytest.mark.parametrize("name", ["w4a16_g-1_asym", "w4a16_g-1_sym", "w3a16_g-1_asym", "w1a16", "w1a16_g128_sym"])
+def test_schemes_that_borrow_a_kernel(name: str) -> None:
+    errors = run_mixture([parse_scheme(name)], "decode", ROWS, (192, 384), 11)
+    assert_right(errors)
+
+
+def test_long_sums_keep_their_bits() -> None:
+    for name in ("w8a8", "w4a8_fp8", "w4a16"):
+        assert_right(run_mixture([parse_scheme(name)], "prefill", [40, 300], (128, 14336), 13))
+    errors = run_mixture([parse_scheme("w8a8_fp8")], "prefill", [40, 300], (128, 14336), 13)
+    assert max(errors.values()) < LONG_FP8_BOUND
+
+
+def test_more_than_64_experts() -> None:
+    rows = torch.randint(0, 40, (64,), generator=torch.Generator().manual_seed(3)).tolist()
+    errors = run_mixture([parse_scheme("w4a16")], "decode", rows, (128, 256), 17)
+    assert_right(errors)
+
+
+def main() -> None:
+    """Build every kernel that the tests in this folder load: run where there is a compiler and no GPU."""
+    mixture = tuple(kernel_format(parse_scheme(name)) for name in MIXTURE)
+    for formats in [*((format_,) for format_ in FORMATS), mixture]:
+        for phase in PHASES:
+            print(build(default_config(formats, phase)), flush=True)
+    for name in TOKEN_KERNELS:
+        print(build(name), flush=True)
+
+
+if __name__ == "__main__":
+    main()

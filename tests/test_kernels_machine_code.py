@@ -1,0 +1,77 @@
+"""Compile kernels without a GPU and read their machine code."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from mxmoe_steps.kernels.build import build, default_cache, library_path
+from mxmoe_steps.kernels.formats import FORMATS, PHASES, SHARED_BYTES, Format, KernelConfig, Tile, default_config
+from mxmoe_steps.kernels.lint import disassemble, inspect
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
+)
+OPCODE = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if "MXMOE_KERNEL_CACHE" in os.environ:
+        return default_cache()
+    return tmp_path_factory.getbasetemp().parent / "mxmoe-kernels"  # shared by runs and by workers
+
+
+@needs_compiler
+@pytest.mark.parametrize("phase", sorted(PHASES))
+@pytest.mark.parametrize("format_", FORMATS, ids=lambda format_: format_.name)
+def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
+    config = default_config((format_,), phase)
+    code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
+    assert set(code.matrix) == {OPCODE[format_.operand]}
+    decoded_fp8 = format_.decoded and format_.operand == "fp8"
+    assert sum(code.matrix.values()) == code.groups * (2 if decoded_fp8 else 4), "serialized"
+    assert code.spills == 0
+    assert code.early_reads == []
+    assert code.registers <= 232
+
+
+@needs_compiler
+def test_a_mixture_has_every_matrix_instruction_it_needs(cache: Path) -> None:
+    formats = (Format("bf16", 16), Format("bf16", 4, True, True), Format("fp8", 4, True), Format("fp8", 8))
+    code = inspect(disassemble(build(default_config(formats, "prefill"), cache).with_suffix(".cubin")))
+    assert set(code.matrix) == {"HGMMA", "QGMMA"}
+    assert sum(code.matrix.values()) > 2 * code.groups, "serialized"
+    assert (code.spills, code.early_reads) == (0, [])
+
+
+@needs_compiler
+def test_a_second_build_is_a_file_lookup(cache: Path) -> None:
+    config = KernelConfig((Tile(Format("bf16", 16), 16),))
+    library = build(config, cache)
+    before = library.stat().st_mtime_ns
+    assert build(config, cache) == library == library_path(config, cache)
+    assert library.stat().st_mtime_ns == before
+
+
+def test_every_default_kernel_fits_in_shared_memory() -> None:
+    for phase in PHASES:
+        for format_ in FORMATS:
+            config = default_config((format_,), phase)
+            assert config.stages >= 3
+            assert config.stages * config.slot_bytes < SHARED_BYTES
+        assert default_config(FORMATS, phase).stages >= 3
+
+
+def test_an_early_read_is_found() -> None:
+    sass = """
+        /*0010*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24, gsb0 ;
+        /*0020*/                   FMUL R3, R25, R4 ;
+        /*0030*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0040*/                   FMUL R3, R26, R4 ;
+        /*0050*/                   STL [R1], R3 ;
+    """
+    code = inspect(sass)
+    assert code.early_reads == ["FMUL R3, R25, R4"]
+    assert (code.matrix, code.groups, code.spills, code.registers, code.code_bytes) == ({"HGMMA": 1}, 1, 1, 27, 80)

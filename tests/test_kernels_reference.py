@@ -1,0 +1,144 @@
+"""The torch reference of the grouped GEMM, and what the launcher refuses before any GPU is touched."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels import launch, reference
+from mxmoe_steps.kernels.formats import Format, KernelConfig, Tile, default_config, kernel_format
+from mxmoe_steps.kernels.layouts import KernelWeights, original_weights
+from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
+from mxmoe_steps.schemes import parse_scheme
+
+
+def test_reference_multiplies_each_expert_under_its_own_scheme() -> None:
+    torch.manual_seed(0)
+    names = ["w16a16", "w4a16", "w8a8_fp8"]
+    x = torch.randn(13, 128).bfloat16()
+    offsets = [0, 6, 6, 13]  # the middle expert has no token
+    dense = [torch.randn(2, 64, 128).bfloat16() for _ in names]
+    stacks = [
+        w if n == "w16a16" else round_to_nearest(w.float(), parse_scheme(n)) for n, w in zip(names, dense, strict=True)
+    ]
+    problems = [(0, 1, 1, 0), (1, 0, 0, 0), (2, 2, 0, 0), (2, 0, 1, 64)]
+    out = reference.group_gemm(x, offsets, problems, stacks, 128)
+    fp8 = parse_scheme("w8a8_fp8")
+    torch.testing.assert_close(out[:6, :64], (x[:6].float() @ stacks[1][1].dequantize().T).bfloat16())
+    quantized = quantize_activations(x[6:], fp8).float()
+    torch.testing.assert_close(out[6:, :64], (quantized @ stacks[2][0].dequantize().T).bfloat16())
+    torch.testing.assert_close(out[6:, 64:], (x[6:].float() @ stacks[0][1].float().T).bfloat16())
+    assert (out[:6, 64:] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["w8a8_fp8", "w8a8"])
+def test_quantized_tokens_are_the_values_calibration_uses(name: str) -> None:
+    torch.manual_seed(1)
+    scheme = parse_scheme(name)
+    x = torch.randn(9, 192) * torch.logspace(-3, 3, 9)[:, None]
+    codes, scales = reference.quantize_tokens(x, kernel_format(scheme).operand)
+    values = codes.view(torch.float8_e4m3fn if scheme.fp8 else torch.int8).float() * scales[:, None]
+    torch.testing.assert_close(values, quantize_activations(x, scheme))
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ((3, 0, 0, 0), "expert 3 of 3"),
+        ((0, 1, 0, 0), "weight stack 1 of 1"),
+        ((0, 0, 2, 0), "entry 2 of 2"),
+        ((0, 0, 0, 4), "multiple of 8"),
+        ((0, 0, 0, 72), "output columns 72..136 of 128"),
+    ],
+)
+def test_problems_out_of_range_are_refused(problem: tuple[int, int, int, int], said: str) -> None:
+    weights = original_weights(torch.zeros(2, 64, 64, dtype=torch.bfloat16))
+    with pytest.raises(UserError, match=said):
+        launch.problem_table([(0, 0, 0, 0), problem], [weights], 3, 128, "cpu")
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> launch.GroupGemmKernel:
+    """A kernel that must not be reached."""
+
+    def fail(*_: object) -> None:
+        raise AssertionError("launched")
+
+    monkeypatch.setattr(launch, "built", lambda kernel: Path("none"))
+    monkeypatch.setattr(launch, "_load", lambda library: fail)
+    monkeypatch.setattr(launch, "_check_device", lambda tensor, name: None)
+    return launch.GroupGemmKernel(default_config((Format("bf16", 16),), "decode"))
+
+
+def arguments(rows: int = 4, features: int = 64) -> dict:
+    return {
+        "activations": {"bf16": launch.Activations(torch.zeros(rows, features, dtype=torch.bfloat16))},
+        "weights": [original_weights(torch.zeros(2, 64, 64, dtype=torch.bfloat16))],
+        "problems": torch.zeros(2, 4, dtype=torch.int32),
+        "offsets": torch.zeros(3, dtype=torch.int32),
+        "out": torch.zeros(rows, 64, dtype=torch.bfloat16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"out": torch.zeros(4, 64)}, "out: torch.float32"),
+        ({"out": torch.zeros(64, 4, dtype=torch.bfloat16).T}, "contiguous"),
+        ({"out": torch.zeros(4, 60, dtype=torch.bfloat16)}, "multiple of 8"),
+        ({"problems": torch.zeros(200, 4, dtype=torch.int32)}, "at most 128"),
+        ({"offsets": torch.zeros(3, dtype=torch.int64)}, "offsets: torch.int64"),
+        ({"activations": {}}, "this kernel takes"),
+        ({"activations": {"bf16": launch.Activations(torch.zeros(4, 128, dtype=torch.bfloat16))}}, "expected"),
+        ({"weights": []}, "this kernel takes w16a16"),
+        (
+            {"weights": [KernelWeights(Format("bf16", 16), 2, 64, 64, torch.zeros(2, 64, 64), None)]},
+            "w16a16 weights: torch.float32",
+        ),
+    ],
+)
+def test_what_a_launch_refuses(kernel: launch.GroupGemmKernel, changed: dict, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        kernel(**(arguments() | changed))
+
+
+def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    blank = (torch.ones(1), torch.ones(1, 1), torch.zeros(2, dtype=torch.int32))
+    monkeypatch.setattr(kernel, "_owned", lambda device: blank)
+    with pytest.raises(AssertionError, match="launched"):
+        kernel(**arguments(), blocks=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
+    with pytest.raises(UserError, match="run on a Hopper GPU"):
+        launch.sort_by_expert(torch.zeros(3, 2, dtype=torch.int32), 8)
+    with pytest.raises(UserError, match="run on a Hopper GPU"):
+        launch.gather_tokens(torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32), "fp8")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Tile(Format("bf16", 16), 24), "multiple of 16"),
+        (lambda: Tile(Format("bf16", 4, True), 16, 1), "1, 2 or 4 groups"),
+        (lambda: KernelConfig(()), "at least one tile"),
+        (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 100), "multiple of 32"),
+        (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 128, 3), "cluster is 3"),
+        (lambda: KernelConfig((Tile(Format("bf16", 16), 256, 4),)), "leave room for"),
+    ],
+)
+def test_configurations_that_cannot_run_are_refused(make, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_importing_the_package_loads_neither_torch_nor_the_compiler() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, mxmoe_steps.kernels.formats; sys.exit('torch' in sys.modules or 'cutlass' in sys.modules)"
+    assert importlib.util.find_spec("torch") is not None
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
