@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,6 +83,7 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
             for name in ("layer", "expert", "kind", "out_features", "in_features")
         )
     )
+    _check_whole_experts(blocks, first["path"])
     schemes = tuple(sorted({*tables, ORIGINAL} if original else tables))
     loss = np.zeros((len(blocks), len(schemes)))
     bits = np.repeat(blocks.params[:, None] * ORIGINAL.weight_bits, len(schemes), 1)
@@ -103,7 +104,16 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
     return Losses(blocks, schemes, loss, bits, next(iter(quantizers.values())))
 
 
-def _check_same_blocks(blocks: Blocks, table: dict, path: Path) -> None:
+def _check_whole_experts(blocks: Blocks, path: str) -> None:
+    """Raise unless every expert has gate, up and down."""
+    for layer, expert in sorted(set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))):
+        kinds = blocks.kind[(blocks.layer == layer) & (blocks.expert == expert)].tolist()
+        if kinds != list(range(len(BLOCKS))):
+            found = ", ".join(BLOCKS[kind] for kind in kinds)
+            raise UserError(f"{path}: layer {layer} expert {expert} has losses for {found}; calibrate it again")
+
+
+def _check_same_blocks(blocks: Blocks, table: dict[str, Any], path: str) -> None:
     """Raise unless ``table`` holds exactly the blocks of the first table."""
     keys = np.stack([blocks.layer, blocks.expert, blocks.kind, blocks.out_features, blocks.in_features], 1)
     names = ("layer", "expert", "kind", "out_features", "in_features")

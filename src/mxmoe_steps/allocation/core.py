@@ -46,12 +46,15 @@ class Core:
         self.base_bits = int(np.take_along_axis(problem.bits, self.base[..., None], 2).sum())
         self.room = problem.budget - self.base_bits
 
-    def flips(self, choice: NDArray[np.int64]) -> NDArray[np.float64]:
-        """What the reduced costs leave out of a unit's true cost: b sum_j max((1 - mu) (A - B), mu (B - A)), [U]."""
+    def excess(self, choice: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Each unit's a loss + lam bits + b time above its bound, [U]."""
         problem, dual = self.problem, self.dual
+        items = dual.a * problem.loss + dual.lam * problem.bits
+        taken = np.take_along_axis(items, choice[..., None], 2).sum((1, 2))
+        return np.asarray(taken + dual.b * problem.launch_times(choice).sum(1) - self.least)
+
+    def flips(self, choice: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The part of `excess` that reduced costs leave out: b sum_j max((1 - mu) (A - B), mu (B - A)), [U]."""
         linear = np.take_along_axis(self.item_cost, choice[self.unit][..., None], 2).sum((1, 2)) + self.mode_cost
         start = np.flatnonzero(np.r_[True, self.unit[1:] != self.unit[:-1]])
-        items = dual.a * problem.loss + dual.lam * problem.bits
-        true = np.take_along_axis(items, choice[..., None], 2).sum((1, 2))
-        true += dual.b * problem.launch_times(choice).sum(1) - self.least
-        return np.asarray(true - np.minimum.reduceat(linear, start))
+        return np.asarray(self.excess(choice) - np.minimum.reduceat(linear, start))

@@ -9,7 +9,7 @@ from mxmoe_steps.allocation.core import Core
 from mxmoe_steps.allocation.cp_sat import solve_by_cp_sat
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Dual, Relaxation
-from mxmoe_steps.allocation.states import solve_by_states, whole_stage
+from mxmoe_steps.allocation.states import least_excess, solve_by_states, whole_stage
 
 EXACT = 1e-11  # relative; what float64 sums over a model's blocks can tell apart
 FIRST_LIMIT = 1e-7  # first guess of the distance to the bound, relative; raised until the core holds a solution
@@ -62,12 +62,6 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
         core = Core(problem, dual, min(limit, value - base), shift)
         if by_states:
             whole = {unit: whole_stage(core, unit) for unit in balanced}
-            least = np.array([stage.cost.min(initial=core.limit) for stage in whole.values()])
-            if (least > near / len(shift)).any():
-                shift[balanced] += least
-                bound = max(bound, dual.bound + float(shift.sum()))
-                limit = limit * RAISE if (least == core.limit).any() else first_limit
-                continue
             proven, found = solve_by_states(core, whole)
         else:
             proven, found = solve_by_cp_sat(core, workers)
@@ -81,8 +75,15 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
             value, choice = _value(problem, dual, found), found
         if not by_states:
             break
-        flipped = set(np.flatnonzero(core.flips(found) > near / len(shift)).tolist())
-        by_states = problem.lead.shape[3] == 1 and not flipped <= set(balanced)
-        balanced = sorted(flipped.union(balanced))
+        flipped = set(np.flatnonzero(core.flips(found) > near / len(shift)).tolist()).difference(balanced)
+        by_states = problem.lead.shape[3] == 1 and bool(flipped)
+        if by_states:
+            reach = np.where(np.isin(np.arange(len(shift)), list(flipped)), core.excess(found), shift)
+            wide = Core(problem, dual, EXACT * scale, reach)
+            for unit in sorted(flipped):
+                shift[unit] = min(reach[unit], least_excess(wide, unit))
+            balanced += sorted(flipped)
+            bound = max(bound, dual.bound + float(shift.sum()))
+            limit = first_limit
     loss, time_us, bits = problem.evaluate(choice)
     return Point(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)

@@ -85,12 +85,12 @@ def _unit_modes(problem: Problem, unit: int) -> Iterator[tuple[NDArray[np.bool_]
         inside = allowed & ~(sets & ~subset).any(2)
         if not inside.any(1).all():
             continue
-        floor = np.asarray(np.where(inside[..., None], longest, np.inf).min(1)).max(0)  # some group needs this tile
+        floor = np.where(inside[..., None], longest, np.inf).min(1).max(0)  # some group needs this tile
         tiles = np.unique(np.maximum(longest[inside], floor), axis=0)
         # Componentwise maxima of the tiles in use: every reachable pair of longest tiles is among them.
         grid = np.stack([axis.ravel() for axis in np.meshgrid(*(np.unique(t) for t in tiles.T), indexing="ij")], 1)
         reached = (tiles[None] <= grid[:, None]).all(2)  # [caps, tiles]
-        tight = (np.where(reached[..., None], tiles[None], -np.inf).max(1) == grid).all(1)
+        tight = np.equal(np.where(reached[..., None], tiles[None], -np.inf).max(1), grid).all(1)
         for cap in grid[tight]:
             mask = inside & (longest <= cap).all(2)
             if mask.any(1).all():

@@ -59,20 +59,27 @@ def group_stages(core: Core, modes: NDArray[np.int64]) -> list[Stage]:
 def whole_stage(core: Core, unit: int) -> Stage:
     """All assignments of a one-launch unit that may matter within the limit, at their true maxima."""
     limit = core.limit + core.shift[unit]
-    found = [_assignments(core, unit, mode, limit) for mode in np.flatnonzero(core.unit == unit).tolist()]
+    found = [_assignments(core, unit, mode, limit, True) for mode in np.flatnonzero(core.unit == unit).tolist()]
     cost, bits, rows = (np.concatenate(column) for column in zip(*found, strict=True))
     order = _undominated(np.zeros(len(cost), np.int64), bits, cost - core.dual.lam * bits)
     order = order[cost[order] <= limit]
     return Stage(unit, WHOLE, cost[order][None] - core.shift[unit], bits[order], rows[order])
 
 
+def least_excess(core: Core, unit: int) -> float:
+    """The least that a one-launch unit costs above its bound; infinite if that is beyond the limit."""
+    limit = core.limit + core.shift[unit]
+    found = [_assignments(core, unit, mode, limit, False)[0] for mode in np.flatnonzero(core.unit == unit).tolist()]
+    return float(np.concatenate(found).min(initial=np.inf))
+
+
 def _assignments(
-    core: Core, unit: int, mode: int, limit: float
+    core: Core, unit: int, mode: int, limit: float, by_bits: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
     """Cost and bits above the base and choices [n, G] of the assignments of a unit in one mode.
 
     States are (bits, over, under), the last two the sides of max(A, B) with the reduced costs added; of two states
-    with equal bits, one that is worse on both sides is dropped.
+    (``by_bits``: with equal bits) one that is worse on both sides is dropped.
     """
     dual, problem = core.dual, core.problem
     stages = group_stages(core, np.array([mode]))
@@ -83,10 +90,11 @@ def _assignments(
     shut = np.isin(groups, [stage.group for stage in stages], invert=True)
     extra = problem.bits[unit, groups, cheapest] - problem.bits[unit, groups, core.base[unit]]
     lead = np.full(1, dual.b * problem.modes[2][core.modes[mode], 0] + leads[shut, cheapest[shut]].sum())
-    bits, cost = np.full(1, extra[shut].sum()), np.full(1, core.mode_cost[mode])
+    bits: NDArray[np.int64] = np.full(1, extra[shut].sum())
+    cost = np.full(1, core.mode_cost[mode])
     falls = _rest([leads[stage.group][core.alive[mode, stage.group]].min() for stage in stages])
     rises = _rest([leads[stage.group][core.alive[mode, stage.group]].max() for stage in stages])
-    history = []
+    history, kept = [], 1
     for stage, fall, rise in zip(stages, falls, rises, strict=True):
         new_cost = cost[:, None] + stage.cost
         new_lead = lead[:, None] + leads[stage.group]
@@ -94,9 +102,13 @@ def _assignments(
         parent, option = np.nonzero(new_cost + np.maximum(0, flip) <= limit)
         cost, lead = new_cost[parent, option], new_lead[parent, option]
         bits = bits[parent] + stage.bits[option]
-        order = _undominated(bits, cost + (1 - split) * lead, cost - split * lead)
-        cost, lead, bits = cost[order], lead[order], bits[order]
-        history.append((parent[order], option[order]))
+        if len(cost) > 2 * kept:
+            order = _undominated(
+                bits if by_bits else np.zeros_like(bits), cost + (1 - split) * lead, cost - split * lead
+            )
+            cost, lead, bits, parent, option = (part[order] for part in (cost, lead, bits, parent, option))
+            kept = len(cost)
+        history.append((parent, option))
     rows = np.repeat(cheapest[None], len(cost), 0)
     state = np.arange(len(cost))
     for stage, (parent, option) in zip(reversed(stages), reversed(history), strict=True):
@@ -154,11 +166,12 @@ def _rest(numbers: list[Any]) -> list[Any]:
 def _undominated(tag: NDArray[np.int64], one: Numbers, two: Numbers) -> NDArray[np.int64]:
     """Indices of states that no other of the same tag beats in both numbers, sorted by tag and the first."""
     order = np.lexsort((two, one, tag))
-    if not len(order):
-        return order
-    rank = np.empty(len(two))
-    rank[np.argsort(two, kind="stable")] = np.arange(len(two))  # ranks shift exactly, the numbers would not
-    place = np.cumsum(np.r_[0, np.diff(tag[order]) != 0])
-    key = rank[order] - place * len(two)
-    best = np.minimum.accumulate(key)
-    return order[np.r_[True, key[1:] < best[:-1]]]
+    rank = np.empty(len(two), np.int64)
+    rank[two.argsort(kind="stable")] = np.arange(len(two))  # ranks shift exactly, the numbers would not
+    tag = tag[order]
+    later = np.zeros(len(tag), np.int64)
+    np.cumsum(tag[1:] != tag[:-1], out=later[1:])
+    key = rank[order] - later * len(two)  # falls from tag to tag
+    keep = np.ones(len(tag), bool)
+    keep[1:] = key[1:] < np.minimum.accumulate(key)[:-1]
+    return order[keep]

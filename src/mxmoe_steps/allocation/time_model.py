@@ -95,6 +95,11 @@ def block_times(blocks: Blocks, kernels: list[Scheme], traffic: Traffic, profile
             f"the losses name expert {blocks.expert.max()}, the trace has {experts} experts: trace and losses are of "
             "different models"
         )
+    for name in np.unique(blocks.layer).tolist():
+        here = set(blocks.expert[blocks.layer == name].tolist())
+        absent = sorted(set(range(experts)) - here)
+        if absent:
+            raise UserError(f"the losses lack expert {absent[0]} of layer {name}, which the trace has: calibrate it")
     layer = np.array([layer_of[name] for name in blocks.layer.tolist()])
     shared = blocks.expert == SHARED
     rows = np.where(shared[:, None], traffic.tokens, traffic.rows[layer, :, blocks.expert])  # [B, steps]

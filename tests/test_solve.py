@@ -1,0 +1,239 @@
+"""frontier and solve from tables to allocation, by the command line and inside the process."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import write_losses, write_trace
+
+from mxmoe_steps import frontier as frontier_step
+from mxmoe_steps import profile as profile_step
+from mxmoe_steps import solve as solve_step
+from mxmoe_steps.allocation.blocks import read_losses
+from mxmoe_steps.allocation.files import read_allocation
+from mxmoe_steps.allocation.time_model import block_times, layer_times, read_profile, timing_schemes
+from mxmoe_steps.allocation.traffic import sample_traffic
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import SHARED, parse_scheme
+from mxmoe_steps.tables import LOSSES, read_table, write_table
+
+SCHEMES = ("w2a16", "w4a16", "w8a8_fp8")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    """Two layers of three experts and a shared one."""
+    folder = tmp_path_factory.mktemp("inputs")
+    losses = write_losses(folder / "losses", SCHEMES, layers=2, experts=3)
+    trace = write_trace(folder / "trace", layers=2, experts=3, top_k=2)
+    run(profile_step, "--hardware", "h100", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h100.parquet")
+    return {"losses": losses, "trace": trace, "profile": str(folder / "h100.parquet")}
+
+
+def run(step, *arguments) -> None:
+    """Run a step's main in this process."""
+    old, sys.argv = sys.argv, ["step", *map(str, arguments)]
+    try:
+        step.main()
+    finally:
+        sys.argv = old
+
+
+def frontier_arguments(inputs: dict, budget="4.5", tokens=16, **changes) -> list:
+    given = {**inputs, **changes}
+    return ["--losses", *given["losses"], "--trace", given["trace"], "--profile", given["profile"],
+            "--budget-bits", budget, "--tokens", tokens]  # fmt: skip
+
+
+def allocate(folder: Path, inputs: dict, goal=("--r", 0.75), extra=(), **settings) -> dict:
+    run(frontier_step, *frontier_arguments(inputs, **settings), *extra, "--out", folder / "frontier.json")
+    run(solve_step, "--frontier", folder / "frontier.json", *goal, "--out", folder / "allocation.json")
+    return read_allocation(str(folder / "allocation.json"))
+
+
+def names_of(allocation: dict) -> set:
+    return {name for row in allocation["assignment"] for name in row[2:]}
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize("granularity", ["block", "expert", "layer", "uniform"])
+def test_reported_numbers_are_those_of_the_assignment(tmp_path, inputs, granularity, scope):
+    allocation = allocate(tmp_path, inputs, extra=("--granularity", granularity, "--scope", scope))
+    losses = read_losses(inputs["losses"], "out_sq", False)
+    chosen = {tuple(row[:2]): row[2:] for row in allocation["assignment"]}
+    blocks = losses.blocks
+    assert len(chosen) * 3 == len(blocks)
+    choice = np.array(
+        [
+            losses.schemes.index(parse_scheme(chosen[layer, expert][kind]))
+            for layer, expert, kind in zip(blocks.layer, blocks.expert, blocks.kind, strict=True)
+        ]
+    )
+    index = np.arange(len(blocks))
+    assert allocation["loss"] == pytest.approx(np.sqrt(losses.loss[index, choice].sum()))
+    bits = losses.bits[index, choice]
+    assert allocation["bits"] == pytest.approx(bits.sum() / blocks.params.sum())
+    for layer in (0, 1) if scope == "layer" else ():
+        of = blocks.layer == layer
+        assert bits[of].sum() <= 4.5 * blocks.params[of].sum()
+    assert allocation["bits"] <= 4.5
+    profile = read_profile(inputs["profile"])
+    traffic = sample_traffic(inputs["trace"], [], 16)
+    times = block_times(blocks, timing_schemes(losses.schemes, profile, {}), traffic, profile)
+    assert allocation["time_us"] == pytest.approx(sum(layer_times(blocks, times, choice).values()))
+    assert allocation["time_is_estimate"] is True
+    assert 0 <= allocation["gap"] <= 1e-4
+    sizes = {"block": 24, "expert": 8, "layer": 2, "uniform": 1}
+    depth = {"block": 3, "expert": 2, "layer": 1, "uniform": 0}[granularity]
+    by_group: dict = {}
+    for (layer, expert), row in chosen.items():
+        for kind, name in enumerate(row):
+            by_group.setdefault((layer, expert, kind)[:depth], set()).add(name)
+    assert len(by_group) == sizes[granularity]
+    assert all(len(members) == 1 for members in by_group.values())
+
+
+def test_finer_granularity_and_wider_scope_never_lose(tmp_path, inputs):
+    objective = {}
+    for scope, granularity in itertools.product(("layer", "model"), ("uniform", "layer", "expert", "block")):
+        extra = ("--granularity", granularity, "--scope", scope, "--gap", 0)
+        allocation = allocate(tmp_path, inputs, goal=("--r", 1), extra=extra)
+        objective[scope, granularity] = allocation["loss"]
+    for scope in ("layer", "model"):
+        values = [objective[scope, granularity] for granularity in ("uniform", "layer", "expert", "block")]
+        assert values == sorted(values, reverse=True)
+    for granularity in ("layer", "expert", "block"):
+        assert objective["model", granularity] <= objective["layer", granularity] * (1 + 1e-12)
+
+
+def test_exact_budget_admits_its_uniform_scheme(tmp_path, inputs):
+    allocation = allocate(tmp_path, inputs, budget="2.25", extra=("--granularity", "uniform"))
+    assert names_of(allocation) == {"w2a16_g128_asym"}
+    assert allocation["bits"] == 2.25
+    with pytest.raises(UserError, match=r"smallest reachable average is 2\.2500"):
+        allocate(tmp_path, inputs, budget="2.2499")
+
+
+def test_same_bytes_whatever_the_order_and_the_run(tmp_path, inputs):
+    texts = []
+    for number, losses in enumerate((inputs["losses"], inputs["losses"][::-1])):
+        out = tmp_path / str(number)
+        arguments = frontier_arguments(inputs, losses=losses)
+        for module, rest in (
+            ("frontier", [*arguments, "--out", out / "f.json"]),
+            ("solve", ["--frontier", out / "f.json", "--r", "0.75", "--out", out / "a.json"]),
+        ):
+            subprocess.run([sys.executable, "-m", f"mxmoe_steps.{module}", *map(str, rest)], check=True)
+        texts.append((out / "f.json").read_bytes() + (out / "a.json").read_bytes())
+    assert texts[0] == texts[1]
+
+
+def test_ceilings(tmp_path, inputs):
+    free = allocate(tmp_path, inputs, goal=("--r", 1), extra=("--scope", "model"))
+    fast = allocate(tmp_path, inputs, goal=("--r", 0), extra=("--scope", "model"))
+    ceiling = (free["time_us"] + fast["time_us"]) / 2
+    capped = allocate(tmp_path, inputs, goal=("--max-time-us", ceiling), extra=("--scope", "model"))
+    assert capped["time_us"] <= ceiling
+    assert free["loss"] <= capped["bound"] <= capped["loss"] == capped["objective"]
+    for scope in ("model", "layer"):
+        again = allocate(tmp_path, inputs, goal=("--max-loss", capped["loss"] * 1.2), extra=("--scope", scope))
+        assert again["loss"] <= capped["loss"] * 1.2
+        assert again["bound"] <= again["time_us"] == pytest.approx(again["objective"])
+    with pytest.raises(UserError, match="smallest value this frontier reaches"):
+        allocate(tmp_path, inputs, goal=("--max-time-us", 1e-3))
+
+
+def test_constraints(tmp_path, inputs):
+    extra = ("--fix", "shared=w8a8_fp8", "--fix", "layer:0/expert:0-1/block:down=w16a16", "--budget-bits", "9")
+    for row in allocate(tmp_path, inputs, extra=extra)["assignment"]:
+        if row[1] == SHARED:
+            assert set(row[2:]) == {"w8a8_g-1_sym_fp8"}
+        assert (row[4] == "w16a16") == (row[0] == 0 and row[1] in (0, 1))
+    allocation = allocate(tmp_path, inputs, extra=("--min-bits", "block:down=4", "--tie-gate-up"))
+    for *_, gate, up, down in allocation["assignment"]:
+        assert gate == up
+        assert down != "w2a16_g128_asym"
+    for scope in ("layer", "model"):
+        allocation = allocate(tmp_path, inputs, extra=("--max-schemes", 2, "--scope", scope))
+        for layer in (0, 1):
+            assert len({n for row in allocation["assignment"] if row[0] == layer for n in row[2:]}) <= 2
+    tiled = allocate(tmp_path, inputs, extra=("--shared-tile",))
+    assert len(tiled["tile_tokens"]) == 2
+    with pytest.raises(UserError, match="names no block"):
+        allocate(tmp_path, inputs, extra=("--fix", "layer:7=w4a16"))
+    with pytest.raises(UserError, match="cannot read 'down'"):
+        allocate(tmp_path, inputs, extra=("--fix", "down=w4a16"))
+    with pytest.raises(UserError, match="no table of losses for w3a16"):
+        allocate(tmp_path, inputs, extra=("--candidates", "w3a16", "w4a16"))
+
+
+def test_shared_tile_is_the_best_single_tile(tmp_path, inputs):
+    tiled = allocate(tmp_path, inputs, goal=("--r", 0.5), extra=("--shared-tile", "--scope", "model", "--gap", 0))
+    free = allocate(tmp_path, inputs, goal=("--r", 0.5), extra=("--scope", "model", "--gap", 0))
+    assert free["objective"] <= tiled["objective"] * (1 + 1e-12)
+    assert tiled["bound"] == pytest.approx(tiled["objective"], rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), -1.0])
+def test_bad_losses_name_the_block_and_write_nothing(tmp_path, inputs, bad):
+    table, facts = read_table(LOSSES, inputs["losses"][0])
+    columns = table.to_pydict()
+    columns["out_sq"][5] = bad
+    path = tmp_path / "bad.parquet"
+    write_table(LOSSES, path, columns, facts)
+    with pytest.raises(UserError, match="out_sq of layer 0 expert 0"):
+        allocate(tmp_path, inputs, losses=[str(path), *inputs["losses"][1:]])
+    assert not (tmp_path / "frontier.json").exists()
+
+
+def test_missing_blocks_and_mixed_quantizers(tmp_path, inputs):
+    table, facts = read_table(LOSSES, inputs["losses"][0])
+    columns = table.to_pydict()
+    write_table(LOSSES, tmp_path / "short.parquet", {k: v[:-1] for k, v in columns.items()}, facts)
+    with pytest.raises(UserError, match="same blocks"):
+        allocate(tmp_path, inputs, losses=[*inputs["losses"][1:], str(tmp_path / "short.parquet")])
+    with pytest.raises(UserError, match="layer 1 expert 2"):
+        allocate(tmp_path, inputs, losses=[str(tmp_path / "short.parquet")])
+    write_table(LOSSES, tmp_path / "gptq.parquet", columns, {**facts, "quantizer": "gptq"})
+    with pytest.raises(UserError, match="different quantizers"):
+        allocate(tmp_path, inputs, losses=[*inputs["losses"][1:], str(tmp_path / "gptq.parquet")])
+    with pytest.raises(UserError, match="second table"):
+        allocate(tmp_path, inputs, losses=[*inputs["losses"], inputs["losses"][0]])
+
+
+def test_zero_loss_and_sum_of_norms(tmp_path, inputs):
+    candidates = ("--candidates", "w16a16", "w4a16")
+    allocation = allocate(tmp_path, inputs, budget="16", goal=("--r", 0.5), extra=candidates)
+    assert allocation["loss"] == 0
+    assert names_of(allocation) == {"w16a16"}
+    assert allocation["gap"] == 0
+    norms = allocate(tmp_path, inputs, goal=("--r", 1), extra=("--loss", "sum_of_norms"))
+    losses = read_losses(inputs["losses"], "out_sq", False)
+    chosen = [name for row in norms["assignment"] for name in row[2:]]
+    columns = [losses.schemes.index(parse_scheme(name)) for name in chosen]
+    assert norms["loss"] == pytest.approx(np.sqrt(losses.loss[np.arange(len(columns)), columns]).sum())
+
+
+def test_steps_never_load_torch_and_help_is_light(tmp_path, inputs):
+    code = (
+        "import sys; from mxmoe_steps import frontier, profile, solve;"
+        "assert not {'numpy', 'ortools', 'pyarrow', 'torch'} & set(sys.modules), 'heavy import';"
+        "sys.argv = ['frontier', *sys.argv[1:]]; frontier.main(); assert 'torch' not in sys.modules"
+    )
+    arguments = [*frontier_arguments(inputs), "--out", tmp_path / "f.json"]
+    subprocess.run([sys.executable, "-c", code, *map(str, arguments)], check=True)
+    assert json.loads((tmp_path / "f.json").read_text())["kind"] == "frontier"
+
+
+def test_user_errors_end_in_one_line(tmp_path, inputs):
+    command = [sys.executable, "-m", "mxmoe_steps.frontier", *map(str, frontier_arguments(inputs, budget="1")),
+               "--out", str(tmp_path / "f.json")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "smallest reachable average" in done.stderr
+    assert not (tmp_path / "f.json").exists()

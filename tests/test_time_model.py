@@ -1,0 +1,112 @@
+"""Sampled traffic and the time of layers, against arithmetic by hand."""
+
+import numpy as np
+import pytest
+from synthetic import write_trace
+
+from mxmoe_steps.allocation.blocks import Blocks
+from mxmoe_steps.allocation.time_model import Profile, block_times, layer_times, timing_schemes
+from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import parse_scheme
+
+W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
+
+
+def gpu(**changes) -> Profile:
+    tiles = {W4: np.array([[16, 1.0, 0.1], [64, 2.0, 0.2]]), W8: np.array([[16, 1.0, 0.05]])}
+    return Profile(**{"tiles": tiles, "sms": 4, "bandwidth_gbs": 100.0, "launch_us": 5.0, "estimate": True,
+                      "device": "toy", **changes})  # fmt: skip
+
+
+def layer_of_two_experts() -> Blocks:
+    """Experts 0 and 1 and a shared expert; hidden 256, width 128 (shared 256)."""
+    layer, expert, kind, out, inner = [], [], [], [], []
+    for name, width in ((-1, 256), (0, 128), (1, 128)):
+        for k in range(3):
+            layer.append(0)
+            expert.append(name)
+            kind.append(k)
+            out.append(256 if k == 2 else width)
+            inner.append(width if k == 2 else 256)
+    return Blocks(*(np.array(part) for part in (layer, expert, kind, out, inner)))
+
+
+def test_times_by_hand():
+    blocks = layer_of_two_experts()
+    rows = np.array([[[40, 0], [20, 20]]])  # two steps
+    traffic = Traffic((0,), 40, rows, np.full(rows.shape, 0.5))
+    times = block_times(blocks, [W4, W8], traffic, gpu())
+    # Expert 0, gate [128, 256], w4: step one 40 rows -> one 64-tile of 2 + 2 x 0.2; step two 20 rows -> two 16-tiles
+    # of 1 + 2 x 0.1 = 2.4, or one 64-tile of 2.4: equal, the smaller tile counts as first.
+    gate = 3
+    assert times.compute[gate, 0] == pytest.approx((2.4 + 2.4) / 2 / 4)
+    assert times.longest[gate, 0] == pytest.approx(0.75 * 2.4)
+    # Expert 1: idle in step one; its bytes count half.
+    weights = 128 * 256 * 4.25 / 8
+    assert times.memory[6, 0] == pytest.approx((0.5 * weights + 10 * (256 * 2 + 128 * 2)) / 1e5)
+    # The shared expert sees all 40 tokens; down is [256, 256], two strips of 128 rows.
+    assert times.compute[2, 1] == pytest.approx(3 * 2 * (1 + 2 * 0.05) / 4)
+    choice = np.array([0, 1, 1, 0, 0, 1, 1, 1, 1])
+    index = np.arange(9)
+    total = 0.0
+    for members in ([0, 1, 3, 4, 6, 7], [2, 5, 8]):
+        take = (index[members], choice[members])
+        compute = times.compute[take].sum() + times.longest[take].max()
+        total += 5 + max(compute, times.memory[take].sum())
+    assert layer_times(blocks, times, choice) == {0: pytest.approx(total)}
+
+
+def test_narrow_memory_is_the_floor():
+    blocks = layer_of_two_experts()
+    rows = np.full((1, 1, 2), 20)
+    traffic = Traffic((0,), 20, rows, np.ones(rows.shape))
+    times = block_times(blocks, [W4], traffic, gpu(bandwidth_gbs=1e-3))
+    choice = np.zeros(9, int)
+    assert layer_times(blocks, times, choice)[0] == pytest.approx(10 + times.memory.sum())
+
+
+def test_one_bit_runs_as_two_bit_and_unknown_kernels_are_refused():
+    one, two = parse_scheme("w1a16"), parse_scheme("w2a16")
+    profile = gpu(tiles={two: np.array([[16, 1.0, 0.1]])})
+    assert timing_schemes((one, two), profile, {}) == [two, two]
+    with pytest.raises(UserError, match="--time-as"):
+        timing_schemes((parse_scheme("w4a4"),), profile, {})
+    assert timing_schemes((parse_scheme("w4a4"),), profile, {parse_scheme("w4a4"): two}) == [two]
+
+
+def test_decode_takes_single_tokens_and_prefill_windows():
+    generator = np.random.default_rng(0)
+    decode = sample_positions("decode", 10, 8, 32, generator)
+    assert len(set(decode.tolist())) == 10
+    prefill = sample_positions("prefill", 80, 8, 32, generator)
+    assert len(prefill) == 80
+    windows = np.split(prefill, [32, 64])
+    assert all((np.diff(window) == 1).all() for window in windows)
+    assert len(sample_positions("decode", 1000, 8, 32, generator)) == 1000  # longer than the trace
+    assert len(sample_positions("prefill", 1000, 8, 32, generator)) == 1000
+
+
+def test_sampled_traffic(tmp_path):
+    folder = write_trace(tmp_path / "trace", layers=2, experts=32, top_k=2, texts=("prose", "code"))
+    traffic = sample_traffic(folder, [], 16, steps=4)
+    again = sample_traffic(folder, [], 16, steps=4)
+    assert (traffic.rows == again.rows).all()
+    expected = (traffic.rows * traffic.weight).sum((1, 2))
+    assert (expected >= 16 * 2).all()
+    assert (expected <= 16 * 2 + 32 * 0.25).all()  # unreached experts add less than one row per step
+    assert ((traffic.rows * traffic.weight).sum(1) > 0).all()  # no expert is free
+    assert sample_traffic(folder, ["code"], 16, steps=4).rows.sum() > 0
+    with pytest.raises(UserError, match="it has code, prose"):
+        sample_traffic(folder, ["poems"], 16)
+    with pytest.raises(UserError, match="at least 1"):
+        sample_traffic(folder, [], 0)
+
+
+def test_other_models_are_refused(tmp_path):
+    blocks = layer_of_two_experts()
+    rows = np.ones((1, 1, 1), int)
+    with pytest.raises(UserError, match="different models"):
+        block_times(blocks, [W4], Traffic((0,), 4, rows, rows / 1), gpu())
+    with pytest.raises(UserError, match="no layer 0"):
+        block_times(blocks, [W4], Traffic((3,), 4, rows, rows / 1), gpu())
