@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mxmoe_steps.allocation.hull import lower_left_hull
-from mxmoe_steps.allocation.minimize import minimize
+from mxmoe_steps.allocation.minimize import minimize, prove_by_cp_sat
 from mxmoe_steps.allocation.pick import Part, Vertex, objective, pick_by_r, pick_under_ceiling
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation
@@ -105,3 +105,61 @@ def test_ceiling_bound_holds(seed):
     _, value, bound = pick_under_ceiling([part], ceiling, None)
     best = min(loss for loss, time_us in everything if time_us <= ceiling)
     assert bound <= best + 1e-9 <= value + 1e-8
+
+
+def layer_sized_problem(seed: int, launches_overlap: float) -> Problem:
+    """Two launches of 40 and more groups; ``launches_overlap`` sets how close compute and memory are."""
+    generator = np.random.default_rng(seed)
+    shape = (2, 40, 5)
+    bits = np.array([2, 3, 4, 6, 8]) * generator.choice([16, 64], (2, 40, 1))
+    loss = (
+        generator.lognormal(0, 1, (2, 40, 1)) * 4.0 ** -np.array([2, 3, 4, 6, 8]) * generator.lognormal(0, 0.2, shape)
+    )
+    memory = bits[..., None] * 1e-3
+    compute = generator.uniform(0.5, 1.5, (*shape, 1)) * 0.1 * launches_overlap
+    tiles = generator.choice([0.1, 0.2, 0.3], (*shape, 1))
+    sets = np.zeros((*shape, 5), bool)
+    sets[..., np.arange(5), np.arange(5)] = True
+    allowed = np.ones(shape, bool)
+    return Problem(
+        loss, bits, allowed, compute, tiles, memory, sets, 5.0, int(bits[..., 2].sum()), int(bits[..., 0].sum())
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("overlap", [0.1, 1.0, 2.0])
+def test_cp_sat_confirms_the_states(seed, overlap):
+    relaxation = Relaxation(layer_sized_problem(seed, overlap))
+    accurate = minimize(relaxation, 1.0, 0.0)
+    for r in (0.9, 0.5):
+        point = minimize(relaxation, r / accurate.loss, (1 - r) / accurate.time_us)
+        proven = prove_by_cp_sat(relaxation, point)  # raises if CP-SAT finds a better one
+        assert proven.bound == pytest.approx(point.value, rel=1e-9)
+        assert point.bound == pytest.approx(point.value, rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_cp_sat_confirms_small_problems(seed):
+    relaxation = Relaxation(random_problem(seed))
+    for a, b in ((1.0, 1.0), (1.0, 0.1)):
+        proven = prove_by_cp_sat(relaxation, minimize(relaxation, a, b))
+        assert proven.bound == pytest.approx(proven.value, rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_gap_bounds_what_a_coarse_frontier_misses(seed):
+    problem = random_problem(seed)
+    everything = enumerate_all(problem)
+    part = as_part(problem, gap=0.05)
+    for r in R_VALUES:
+        _, value, bound = pick_by_r(part, r, 0.5)
+        best = min(objective(*point, r, 0.5) for point in everything)
+        assert bound * (1 - 1e-9) <= best <= value * (1 + 1e-9)
+
+
+def test_costs_need_no_wall_clock():
+    """The same problem gives the same bytes, however often."""
+    problem = layer_sized_problem(0, 1.0)
+    hulls = [lower_left_hull(problem, 0.0) for _ in range(2)]
+    assert [p.choice.tobytes() for p in hulls[0].points] == [p.choice.tobytes() for p in hulls[1].points]
+    assert hulls[0].cuts == hulls[1].cuts

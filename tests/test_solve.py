@@ -19,7 +19,7 @@ from mxmoe_steps.allocation.time_model import block_times, layer_times, read_pro
 from mxmoe_steps.allocation.traffic import sample_traffic
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import SHARED, parse_scheme
-from mxmoe_steps.tables import LOSSES, read_table, write_table
+from mxmoe_steps.tables import LOSSES, PROFILE, read_table, write_table
 
 SCHEMES = ("w2a16", "w4a16", "w8a8_fp8")
 
@@ -237,3 +237,65 @@ def test_user_errors_end_in_one_line(tmp_path, inputs):
     assert "Traceback" not in done.stderr
     assert "smallest reachable average" in done.stderr
     assert not (tmp_path / "f.json").exists()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> dict:
+    """One layer of two experts: 729 assignments, with a GPU on which compute and memory compete."""
+    folder = tmp_path_factory.mktemp("toy")
+    losses = write_losses(folder / "losses", SCHEMES, layers=1, experts=2, shared=0)
+    trace = write_trace(folder / "trace", layers=1, experts=2, top_k=1)
+    cells = [(parse_scheme(text).name, tile, 0.05 * index + tile / 400, 0.02 * (3 - index) + tile / 600)
+             for index, text in enumerate(SCHEMES) for tile in (8, 32)]  # fmt: skip
+    columns = dict(zip(PROFILE.schema.names, map(list, zip(*cells, strict=True)), strict=True))
+    facts = {"sms": 4, "bandwidth_gbs": 60.0, "launch_us": 0.5, "estimate": True, "device": "toy", "arch": "toy"}
+    write_table(PROFILE, folder / "toy.parquet", columns, {**facts, "source": "made up"})
+    return {"losses": losses, "trace": trace, "profile": str(folder / "toy.parquet")}
+
+
+@pytest.mark.parametrize("tokens", [8, 48])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--granularity", "block"),
+        ("--granularity", "block", "--tie-gate-up"),
+        ("--granularity", "expert"),
+        ("--granularity", "layer"),
+        ("--granularity", "uniform"),
+        ("--granularity", "block", "--shared-tile"),
+        ("--granularity", "expert", "--shared-tile"),
+        ("--granularity", "block", "--max-schemes", 2),
+        ("--granularity", "block", "--min-bits", "block:down=4"),
+    ],
+)
+def test_every_r_against_all_assignments(tmp_path, toy, flags, tokens):
+    losses = read_losses(toy["losses"], "out_sq", False)
+    profile = read_profile(toy["profile"])
+    traffic = sample_traffic(toy["trace"], [], tokens)
+    kernels = timing_schemes(losses.schemes, profile, {})
+    tiles = [profile.only_tile(8), profile.only_tile(32)] if "--shared-tile" in flags else [profile]
+    times = [block_times(losses.blocks, kernels, traffic, tile) for tile in tiles]
+    index = np.arange(6)
+    points = []
+    for choice in map(np.array, itertools.product(range(3), repeat=6)):
+        gate_up, whole = choice.reshape(2, 3)[:, :2], choice.reshape(2, 3)
+        tied = (gate_up == gate_up[:, :1]).all()
+        legal = {"block": tied or "--tie-gate-up" not in flags, "expert": (whole == whole[:, :1]).all()}
+        if not legal.get(flags[1], (choice == choice[0]).all()):
+            continue
+        if "--max-schemes" in flags and len(set(choice.tolist())) > 2:
+            continue
+        bits = losses.bits[index, choice]
+        if "--min-bits" in flags and (bits < 4 * losses.blocks.params)[losses.blocks.kind == 2].any():
+            continue
+        if bits.sum() <= 5.5 * losses.blocks.params.sum():
+            loss = np.sqrt(losses.loss[index, choice].sum())
+            points += [(loss, sum(layer_times(losses.blocks, part, choice).values())) for part in times]
+    run(frontier_step, *frontier_arguments(toy, "5.5", tokens), *flags, "--gap", 0, "--out", tmp_path / "f.json")
+    for r in (0, 0.3, 0.5, 0.75, 0.9, 1):
+        run(solve_step, "--frontier", tmp_path / "f.json", "--r", r, "--out", tmp_path / "a.json")
+        allocation = read_allocation(str(tmp_path / "a.json"))
+        best = min(loss**r * time_us ** (1 - r) for loss, time_us in points)
+        assert allocation["objective"] == pytest.approx(best, rel=1e-9)
+        assert allocation["loss"] ** r * allocation["time_us"] ** (1 - r) == pytest.approx(best, rel=1e-9)
+        assert allocation["bound"] == pytest.approx(best, rel=1e-6)

@@ -61,11 +61,14 @@ def frontier(args: argparse.Namespace) -> None:
     layers = np.unique(losses.blocks.layer).tolist()
     masks = [np.ones(len(losses.blocks), bool)] if whole else [losses.blocks.layer == layer for layer in layers]
     gap = args.gap if args.gap is not None else (MODEL_GAP if whole else 0.0)
+    if args.prove and gap:
+        raise UserError("--prove confirms optima; use it with --gap 0")
     parts: list[Part] = []
     for mask in masks:
         part = part_frontier(
-            losses, candidates, times, args.granularity, args.budget_bits, constraints, mask, gap, args.threads
-        )
+            losses, candidates, times, args.granularity, args.budget_bits, constraints, mask, gap,
+            args.threads, args.prove,
+        )  # fmt: skip
         print(f"frontier: part {len(parts) + 1} of {len(masks)}: {len(part.vertices)} vertices", file=sys.stderr)
         parts.append(part)
     blocks = losses.blocks
@@ -81,7 +84,9 @@ def frontier(args: argparse.Namespace) -> None:
         "granularity": args.granularity,
         "loss": args.loss,
         "metric": args.metric,
+        "gap_limit": gap,
         "params": int(blocks.params.sum()),
+        "proved_by": "cp-sat" if args.prove else "states",
         "quantizer": losses.quantizer,
         "schemes": [scheme.name for scheme in losses.schemes],
         "scope": args.scope,
@@ -118,6 +123,7 @@ def main() -> None:
     add("--shared-tile", action="store_true", help="one token tile for the whole kernel, as in the paper")
     add("--time-as", action="append", default=[], metavar="SCHEME=SCHEME", help="count another scheme's kernel")
     add("--gap", type=float, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
+    add("--prove", action="store_true", help="have CP-SAT confirm every vertex (with --gap 0)")
     add("--threads", type=int, default=1, help="solver workers; part of the result's bytes (default 1)")
     add("--out", required=True, help="JSON file to write")
     frontier(parser.parse_args())

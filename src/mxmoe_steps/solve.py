@@ -14,6 +14,8 @@ from mxmoe_steps.allocation.pick import Part, Vertex, pick_by_r, pick_under_ceil
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
 
+PROVEN = 1e-6  # gap up to which a choice counts as optimal; beyond it the gap tells what may be missed
+
 
 def choose(args: argparse.Namespace, parts: list[Part], power: float) -> tuple[list[Vertex], float, float]:
     """Vertices, the objective they reach and its proven lower bound.
@@ -49,9 +51,10 @@ def solve(args: argparse.Namespace) -> None:
     facts, parts = read_frontier(args.frontier)
     power = 0.5 if facts["loss"] == "root_sum_squares" else 1.0
     vertices, value, bound = choose(args, parts, power)
+    gap = (value - bound) / value if value else 0.0
     kept = (
-        "budget_bits", "candidates", "constraints", "device", "granularity", "metric", "quantizer", "scope",
-        "time_is_estimate", "timed_as", "tokens", "traffic",
+        "budget_bits", "candidates", "constraints", "device", "gap_limit", "granularity", "metric", "proved_by",
+        "quantizer", "scope", "time_is_estimate", "timed_as", "tokens", "traffic",
     )  # fmt: skip
     write_allocation(
         args.out,
@@ -60,7 +63,7 @@ def solve(args: argparse.Namespace) -> None:
             "assignment": expand(facts, vertices),
             "bits": sum(vertex.bits for vertex in vertices) / facts["params"],
             "bound": bound,
-            "gap": (value - bound) / value if value else 0.0,
+            "gap": gap,
             "loss": math.fsum(vertex.loss_sum for vertex in vertices) ** power,
             "loss_form": facts["loss"],
             "max_loss": args.max_loss,
@@ -68,7 +71,7 @@ def solve(args: argparse.Namespace) -> None:
             "objective": value,
             "price": sum(vertex.price for vertex in vertices) / len(vertices),
             "r": args.r,
-            "status": "optimal",
+            "status": "optimal" if gap <= PROVEN else "bounded",
             "tile_tokens": [vertex.tile_tokens for vertex in vertices] if vertices[0].tile_tokens else None,
             "time_us": math.fsum(vertex.time_us for vertex in vertices),
         },

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mxmoe_steps.allocation.minimize import Point, minimize
+from mxmoe_steps.allocation.minimize import Point, minimize, prove_by_cp_sat
 from mxmoe_steps.allocation.pick import corners, envelope
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation
@@ -20,10 +20,11 @@ class Hull:
     cuts: list[tuple[float, float, float]]
 
 
-def lower_left_hull(problem: Problem, gap: float, workers: int = 1) -> Hull:
+def lower_left_hull(problem: Problem, gap: float, workers: int = 1, prove: bool = False) -> Hull:
     """Dichotomic search (Aneja and Nair 1979): solve along each edge's normal until no edge moves.
 
     With ``gap`` > 0 an edge is left once the proven half-planes are within that relative distance of it.
+    ``prove`` has CP-SAT confirm every vertex along the normal that found it.
     """
     relaxation = Relaxation(problem)
     if relaxation.smallest_bits > problem.budget:
@@ -54,6 +55,8 @@ def lower_left_hull(problem: Problem, gap: float, workers: int = 1) -> Hull:
         refine(middle, right)
 
     refine(accurate, fastest)
+    if prove:
+        points = [prove_by_cp_sat(relaxation, point, workers) for point in points]
     return Hull(points, envelope(cuts))
 
 

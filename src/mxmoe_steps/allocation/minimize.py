@@ -1,6 +1,6 @@
 """One weighted-sum problem to proven optimality: prices, then the core by states, then by CP-SAT if need be."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,3 +87,17 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
             limit = first_limit
     loss, time_us, bits = problem.evaluate(choice)
     return Point(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)
+
+
+def prove_by_cp_sat(relaxation: Relaxation, point: Point, workers: int = 1) -> Point:
+    """``point`` with the bound that CP-SAT proves on the core up to its value; a better one is a `RuntimeError`."""
+    problem = relaxation.problem
+    dual = relaxation.solve(point.a, point.b)
+    constant = point.b * problem.constant_us
+    above = point.value - constant - dual.bound
+    limit = above + EXACT * (abs(dual.bound) + constant)
+    proven, found = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers)
+    if found is not None and _value(problem, dual, found) + constant < point.value * (1 - 1e-9):
+        raise RuntimeError(f"CP-SAT found {_value(problem, dual, found) + constant!r}, the states {point.value!r}")
+    bound = dual.bound + proven + constant
+    return replace(point, bound=min(point.value, max(bound, dual.bound + constant)))

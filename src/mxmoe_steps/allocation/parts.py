@@ -23,6 +23,7 @@ def part_frontier(
     mask: NDArray[np.bool_],
     gap: float,
     workers: int,
+    prove: bool,
 ) -> Part:
     """Frontier over the blocks ``mask`` (bool [B]).
 
@@ -34,7 +35,7 @@ def part_frontier(
         problem, place, scheme = build_problem(
             losses, candidates, tile_times, granularity, budget_bits, constraints, mask
         )
-        hull = lower_left_hull(problem, gap, workers)
+        hull = lower_left_hull(problem, gap, workers, prove)
         vertices = []
         for point in hull.points:
             chosen = point.choice[place[:, 0], place[:, 1]]

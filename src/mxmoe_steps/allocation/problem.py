@@ -89,7 +89,7 @@ def _unit_modes(problem: Problem, unit: int) -> Iterator[tuple[NDArray[np.bool_]
         tiles = np.unique(np.maximum(longest[inside], floor), axis=0)
         # Componentwise maxima of the tiles in use: every reachable pair of longest tiles is among them.
         grid = np.stack([axis.ravel() for axis in np.meshgrid(*(np.unique(t) for t in tiles.T), indexing="ij")], 1)
-        reached = (tiles[None] <= grid[:, None]).all(2)  # [caps, tiles]
+        reached = np.less_equal(tiles[None], grid[:, None]).all(2)  # [caps, tiles]
         tight = np.equal(np.where(reached[..., None], tiles[None], -np.inf).max(1), grid).all(1)
         for cap in grid[tight]:
             mask = inside & (longest <= cap).all(2)

@@ -103,10 +103,10 @@ def _assignments(
         cost, lead = new_cost[parent, option], new_lead[parent, option]
         bits = bits[parent] + stage.bits[option]
         if len(cost) > 2 * kept:
-            order = _undominated(
-                bits if by_bits else np.zeros_like(bits), cost + (1 - split) * lead, cost - split * lead
-            )
-            cost, lead, bits, parent, option = (part[order] for part in (cost, lead, bits, parent, option))
+            alike = bits if by_bits else np.zeros_like(bits)
+            order = _undominated(alike, cost + (1 - split) * lead, cost - split * lead)
+            cost, lead, bits = cost[order], lead[order], bits[order]
+            parent, option = parent[order], option[order]
             kept = len(cost)
         history.append((parent, option))
     rows = np.repeat(cheapest[None], len(cost), 0)
