@@ -13,6 +13,7 @@ from mxmoe_steps.kernels.lint import disassemble, inspect
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
 )
+REGISTERS = {1: 232, 2: 104}  # a consumer thread may use, by blocks per SM
 OPCODE = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}
 
 
@@ -20,7 +21,7 @@ OPCODE = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "MXMOE_KERNEL_CACHE" in os.environ:
         return default_cache()
-    return tmp_path_factory.getbasetemp().parent / "mxmoe-kernels"  # shared by runs and by workers
+    return tmp_path_factory.getbasetemp().parent / "mxmoe-kernels"  # shared by xdist's workers
 
 
 @needs_compiler
@@ -34,7 +35,7 @@ def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
     assert sum(code.matrix.values()) == code.groups * (2 if decoded_fp8 else 4), "serialized"
     assert code.spills == 0
     assert code.early_reads == []
-    assert code.registers <= 232
+    assert code.registers <= REGISTERS[config.blocks_per_sm]
 
 
 @needs_compiler
@@ -60,8 +61,8 @@ def test_every_default_kernel_fits_in_shared_memory() -> None:
         for format_ in FORMATS:
             config = default_config((format_,), phase)
             assert config.stages >= 3
-            assert config.stages * config.slot_bytes < SHARED_BYTES
-        assert default_config(FORMATS, phase).stages >= 3
+            assert config.stages * config.slot_bytes < SHARED_BYTES[config.blocks_per_sm]
+        assert default_config(FORMATS, phase).stages >= 2
 
 
 def test_an_early_read_is_found() -> None:

@@ -111,6 +111,11 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
         kernel(**arguments(), blocks=2)
 
 
+def test_the_phase_follows_the_rows_of_an_expert() -> None:
+    assert launch.phase_for(1024, 60) == "decode"
+    assert launch.phase_for(4096, 60) == "prefill"
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
     with pytest.raises(UserError, match="run on a Hopper GPU"):

@@ -16,9 +16,8 @@ ROW_BYTES = 128  # bytes of one row of a token block: the widest shared memory s
 GROUP = 128  # input features that share a scale in every grouped format
 EDGE = 64  # output and input features must be multiples of this
 
-SHARED_BYTES = 227 * 1024  # shared memory one block may use on sm_90
+SHARED_BYTES = {1: 227 * 1024, 2: 113 * 1024}  # shared memory a block may use on sm_90, by blocks per SM
 MAX_STAGES = 8
-DEEP_TOKENS = 96  # tiles from here on are bound by arithmetic
 EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
 
 _OPERAND_BITS = {"bf16": 16, "fp8": 8, "int8": 8}
@@ -124,11 +123,6 @@ class Tile:
         return self.depth * self.format.block_features
 
     @property
-    def deep(self) -> bool:
-        """Whether the main loop of a decoded format keeps matrix instructions in flight where it turns."""
-        return self.tokens >= DEEP_TOKENS
-
-    @property
     def weight_bytes(self) -> int:
         """Bytes of weights in one ring slot."""
         if self.format.decoded:
@@ -150,12 +144,14 @@ class Tile:
 class KernelConfig:
     """The tiles of one persistent kernel, sorted.
 
-    ``max_problems`` bounds the problem table (a multiple of 32); ``cluster`` blocks, 1 or 2, share token tiles.
+    ``max_problems`` bounds the problem table (a multiple of 32); ``cluster`` blocks, 1 or 2, share token tiles;
+    an SM runs ``blocks_per_sm`` blocks, 1 or 2: two hide each other's latencies, and have half the registers.
     """
 
     tiles: tuple[Tile, ...]
     max_problems: int = 128
     cluster: int = 1
+    blocks_per_sm: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiles", tuple(sorted(self.tiles)))
@@ -164,8 +160,8 @@ class KernelConfig:
             raise ValueError("a kernel needs at least one tile, and each (format, tokens) once")
         if self.max_problems % 32 or self.max_problems <= 0:
             raise ValueError(f"max_problems is {self.max_problems}, need a positive multiple of 32")
-        if self.cluster not in (1, 2):
-            raise ValueError(f"cluster is {self.cluster}, need 1 or 2")
+        if self.cluster not in (1, 2) or self.blocks_per_sm not in (1, 2):
+            raise ValueError(f"cluster is {self.cluster}, blocks_per_sm is {self.blocks_per_sm}; need 1 or 2")
         if self.stages < 2:
             raise ValueError(f"tiles of {self.slot_bytes} bytes per slot leave room for {self.stages} slots, need 2")
 
@@ -200,7 +196,7 @@ class KernelConfig:
         staging = self.staged_tokens * (TILE_ROWS + 8) * 2
         table = 4 * (6 * self.max_problems + 1)
         fixed = staging + table + 2 * 4 * self.max_tokens + 4096  # barriers and alignment
-        return min(MAX_STAGES, (SHARED_BYTES - fixed) // self.slot_bytes)
+        return min(MAX_STAGES, (SHARED_BYTES[self.blocks_per_sm] - fixed) // self.slot_bytes)
 
     @property
     def name(self) -> str:
@@ -209,7 +205,7 @@ class KernelConfig:
         for format_ in self.formats:
             tiles = [f"{tile.tokens}x{tile.depth}" for tile in self.tiles if tile.format == format_]
             parts.append(".".join([format_.name, *tiles]))
-        return "+".join(parts) + f"+p{self.max_problems}c{self.cluster}"
+        return "+".join(parts) + f"+p{self.max_problems}c{self.cluster}b{self.blocks_per_sm}"
 
     def spec(self) -> dict[str, object]:
         """The configuration as plain data, for cache keys and build records."""
@@ -225,34 +221,36 @@ FORMATS = (
     Format("int8", 8),
 )
 
-TOKEN_LIMIT = 16 * 1024  # bytes of tokens in a slot, unless one group has more
-WEIGHT_LIMIT = 18 * 1024 + 512  # bytes of weights in a slot: what one bf16 row block or four 2-bit groups take
-PHASES = ("decode", "prefill")  # few tokens: small tiles and deep rings; many: large tiles and clusters
-_LARGEST = {"decode": 64, "prefill": 256}  # tokens of the largest tile
-_LARGEST_DECODED = 128  # twice the accumulators leave no registers for fragments
+TOKEN_LIMIT = 16 * 1024  # bytes of tokens in the slots of an SM at one time, unless one group has more
+WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block or four 2-bit groups take
+PHASES = ("decode", "prefill")  # few tokens: small tiles; many: large tiles
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
+_LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
+_LARGEST_DECODED = 128  # twice the accumulators leave no registers for fragments
 
 
-def default_tiles(format_: Format, phase: str, tokens: tuple[int, ...]) -> tuple[Tile, ...]:
-    """The tiles of ``format_`` in the ``decode`` or the ``prefill`` kernel: those of ``tokens`` that suit both."""
-    largest = min(_LARGEST[phase], _LARGEST_DECODED if format_.decoded else 256)
-    return tuple(Tile(format_, n, _depth(format_, n)) for n in tokens if n <= largest)
+def default_tiles(format_: Format, phase: str, blocks_per_sm: int) -> tuple[Tile, ...]:
+    """The tiles of ``format_`` in the ``decode`` or the ``prefill`` kernel."""
+    largest = min(
+        _LARGEST_DECODE[blocks_per_sm] if phase == "decode" else 256, _LARGEST_DECODED if format_.decoded else 256
+    )
+    return tuple(Tile(format_, n, _depth(format_, n, blocks_per_sm)) for n in _TOKENS if n <= largest)
 
 
-def default_config(
-    formats: tuple[Format, ...],
-    phase: str,
-    max_problems: int = 128,
-    cluster: int | None = None,
-    tokens: tuple[int, ...] = _TOKENS,
-) -> KernelConfig:
-    """The kernel of ``phase`` that runs any mixture of ``formats``."""
-    tiles = tuple(tile for format_ in formats for tile in default_tiles(format_, phase, tokens))
-    shared = phase == "prefill" and formats == (Format("bf16", 16),)  # measured: others gain nothing from clusters
-    return KernelConfig(tiles, max_problems, cluster or (2 if shared else 1))
+def default_config(formats: tuple[Format, ...], phase: str, max_problems: int = 128) -> KernelConfig:
+    """The kernel of ``phase`` that runs any mixture of ``formats``.
+
+    Measured: two blocks per SM help to decode to bf16 in registers, and slow other formats down a little;
+    clusters help w16a16 with many tokens, and nothing else.
+    """
+    decoding = all(format_.decoded and format_.operand == "bf16" for format_ in formats)
+    blocks = 2 if phase == "decode" and decoding else 1
+    cluster = 2 if phase == "prefill" and formats == (Format("bf16", 16),) else 1
+    tiles = tuple(tile for format_ in formats for tile in default_tiles(format_, phase, blocks))
+    return KernelConfig(tiles, max_problems, cluster, blocks)
 
 
-def _depth(format_: Format, tokens: int) -> int:
+def _depth(format_: Format, tokens: int, blocks_per_sm: int) -> int:
     """Blocks per slot that fill it: as many groups as fit both limits, at least one."""
     if not format_.decoded:
         return 1
@@ -260,6 +258,7 @@ def _depth(format_: Format, tokens: int) -> int:
     fits = [
         groups * per_group
         for groups in (1, 2, 4)
-        if groups * format_.chunk_bytes <= WEIGHT_LIMIT and groups * per_group * tokens * ROW_BYTES <= TOKEN_LIMIT
+        if groups * format_.chunk_bytes * blocks_per_sm <= WEIGHT_LIMIT
+        and groups * per_group * tokens * ROW_BYTES * blocks_per_sm <= TOKEN_LIMIT
     ]
     return max(fits, default=per_group)

@@ -3,10 +3,10 @@
 ``Y_e = X_e W_e^T`` for every expert e, computed as ``Y_e^T [N, tokens] = W_e [N, K] . X_e^T``: weights on the
 64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 16..256-wide side.
 
-Warps of a block, 384 threads, one block per SM
-    warp 0      producer: fills the ring with TMA (rows) and bulk copies (chunks); 40 registers
+Warps of a block, 384 threads, one or two blocks per SM
+    warp 0      producer: fills the ring with TMA (rows) and bulk copies (chunks); few registers
     warps 1-3   nothing
-    warps 4-11  two consumer warpgroups, weight rows 0-63 and 64-127 of every tile; 232 registers
+    warps 4-11  two consumer warpgroups, weight rows 0-63 and 64-127 of every tile; the rest of the registers
 
 Ring: `KernelConfig.stages` slots of one size for all formats, ``weights | tokens`` in each. ``full[s]`` counts
 the bytes of slot s; ``empty[s]`` counts its readers. Producer and consumers walk the same list of tiles,
@@ -51,7 +51,7 @@ from mxmoe_steps.kernels import decode
 from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, GROUP, ROW_BYTES, TILE_ROWS, Format, KernelConfig, Tile
 
 THREADS = 384
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232
+REGISTERS = {1: (40, 232), 2: (32, 104)}  # of producer and consumer threads, by blocks per SM
 CONSUMER_WARPS = 8
 STAGING_PITCH = TILE_ROWS + 8  # one 16-byte step of padding: no bank conflicts
 TABLE_FIELDS = 5  # first row, rows, format, entry, output column
@@ -163,6 +163,7 @@ class GroupGemm:
         self.tiles, self.formats, self.operands = config.tiles, config.formats, config.operands
         self.stages, self.slot_bytes, self.max_problems = config.stages, config.slot_bytes, config.max_problems
         self.cluster = config.cluster
+        self.producer_registers, self.consumer_registers = REGISTERS[config.blocks_per_sm]
 
     # ------------------------------------------------------------------------------------------- host side
 
@@ -219,7 +220,8 @@ class GroupGemm:
             grid=(grid, 1, 1),
             block=(THREADS, 1, 1),
             cluster=(self.cluster, 1, 1),
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=self.config.blocks_per_sm,
+            preferred_smem_carveout=100,  # percent: all of it
             stream=stream,
         )
 
@@ -548,9 +550,8 @@ class GroupGemm:
         """Main loop of formats decoded to bfloat16: half a chunk (64 features) is decoded while ``wgmma`` runs
         on the half before.
 
-        Large tiles (`Tile.deep`) keep a ``wgmma`` in flight all the time. The assembler takes the fragment of one
-        that is in flight where the loop turns from every other configuration of the kernel, so small tiles, which
-        wait for memory anyway, let it finish first.
+        Nothing is in flight where the loop turns: the assembler takes the fragment of such a ``wgmma`` from every
+        other configuration of the kernel, and serializes all of them when registers run out.
         """
         chunks = self.chunk_parts(ring, tile)
         fragments = [cute.make_rmem_tensor(mma.partition_shape_A((TILE_ROWS, 64)), BFloat16) for _ in range(2)]
@@ -558,7 +559,6 @@ class GroupGemm:
         scratch = Scratch.make()
         steps = 2 * tile.slot_features // GROUP
         slots = self.slots(tile, features)
-        previous = stage
         cute.arch.mbarrier_wait(ring.full + stage, phase)
         self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, stage)
         for slot in cutlass.range(slots, unroll=1):
@@ -569,25 +569,15 @@ class GroupGemm:
                     at = (None, None, b, (step, stage))
                     cute.gemm(mma, acc, fragments[step % 2][None, None, b], tokens[at], acc)
                 warpgroup.commit_group()
-                if const_expr(tile.deep):
-                    warpgroup.wait_group(1)  # the fragment decoded next is free
-                    if const_expr(step == 0):
-                        self.release(ring, previous, slot > 0)
                 if const_expr(step + 1 < steps):
                     self.decode_bf16(tile, chunks, scratch, registers[(step + 1) % 2], thread, row, step + 1, stage)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
                     self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, after)
-                if const_expr(not tile.deep):
-                    warpgroup.wait_group(0)
-            if const_expr(not tile.deep):
-                self.release(ring, stage, Boolean(True))
-            previous = stage
+                warpgroup.wait_group(0)
+            self.release(ring, stage, Boolean(True))
             stage, phase = after, after_phase
-        warpgroup.wait_group(0)
         pin(acc)
-        if const_expr(tile.deep):
-            self.release(ring, previous, Boolean(True))
         return stage, phase
 
     @cute.jit
@@ -866,7 +856,7 @@ class GroupGemm:
         stage, phase = Int32(0), Int32(0)
         turn = Int32(0)  # tiles taken from the queue
         if warp_number < 4:
-            cute.arch.setmaxregister_decrease(PRODUCER_REGISTERS)
+            cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_number == 0:
                 while tile < total:
                     drawn = Int32(0)
@@ -889,7 +879,7 @@ class GroupGemm:
                         counters[0] = Int32(0)
                         counters[1] = Int32(0)
         else:
-            cute.arch.setmaxregister_increase(CONSUMER_REGISTERS)
+            cute.arch.setmaxregister_increase(self.consumer_registers)
             consumer = thread - 128
             group = cute.arch.make_warp_uniform(consumer // 128)
             staging = shared.staging.data_ptr()

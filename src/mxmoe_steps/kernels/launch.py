@@ -75,7 +75,7 @@ class GroupGemmKernel:
 
         ``activations`` by operand type, one for each of ``config.operands``; ``weights`` in the order of
         ``config.formats``; ``problems`` from `problem_table`; ``offsets`` int32 [experts + 1] on the GPU.
-        ``blocks``: thread blocks to start, by default one per SM. Rows and columns that no problem covers
+        ``blocks``: thread blocks to start, by default as many as run at once. Rows and columns that no problem covers
         are left alone.
         """
         self._check(activations, weights, problems, offsets, out)
@@ -87,7 +87,7 @@ class GroupGemmKernel:
         for weight in weights:
             tensors += [weight.data, one_by_one if weight.channel_scales is None else weight.channel_scales]
         if out.shape[0] and problems.shape[0]:
-            grid = blocks or torch.cuda.get_device_properties(out.device).multi_processor_count
+            grid = blocks or _processors(out.device) * self.config.blocks_per_sm
             grid -= grid % self.config.cluster
             self._function(tuple(tensors), problems, offsets, out, counters, weights[0].out_features, grid)
         return out
@@ -175,6 +175,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _check_device(tensor: torch.Tensor, name: str) -> None:
     if tensor.device.type != "cuda":
         raise UserError(f"{name}: on {tensor.device}; the kernels run on a Hopper GPU, kernels.reference runs anywhere")
@@ -199,6 +204,14 @@ def _load(library: Path) -> Any:
     beside = library.parent / RUNTIME
     ctypes.CDLL(str(beside if beside.is_file() else runtime_library()), mode=ctypes.RTLD_GLOBAL)
     return tvm_ffi.load_module(str(library))[ENTRY]
+
+
+def phase_for(rows: int, experts: int) -> str:
+    """The kernel, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
+
+    Measured on an H100 with skewed traffic: decode is ahead at 17 rows an expert, prefill at 68.
+    """
+    return "decode" if rows <= 32 * experts else "prefill"
 
 
 def formats_of(weights: Sequence[KernelWeights]) -> tuple[Format, ...]:
