@@ -42,6 +42,22 @@ def _value(problem: Problem, dual: Dual, choice: NDArray[np.int64]) -> float:
     return dual.a * loss + dual.b * (time_us - problem.constant_us)
 
 
+def _raise_shift(core: Core, assignment: NDArray[np.int64], known: list[int], near: float) -> list[int]:
+    """Units, beside the ``known``, whose launches sit between the two sides of their maximum.
+
+    They are those where ``assignment`` costs more than its prices say; their least excess goes into ``core.shift``.
+    """
+    if core.problem.lead.shape[3] > 1:
+        return []
+    count = len(core.shift)
+    flipped = np.setdiff1d(np.flatnonzero(core.flips(assignment) > near / count), known)
+    reach = np.where(np.isin(np.arange(count), flipped), core.excess(assignment), core.shift)
+    wide = Core(core.problem, core.dual, near * EXACT, reach)
+    for unit in flipped.tolist():
+        core.shift[unit] = min(reach[unit], least_excess(wide, unit))
+    return [int(unit) for unit in flipped]
+
+
 def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, workers: int = 1) -> Point:
     """The assignment of least a x loss + b x time within the budget.
 
@@ -53,9 +69,11 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
     near = max(gap, EXACT) * scale
     choice = relaxation.smallest
     value, bound = _value(problem, dual, choice), dual.bound
-    limit = first_limit = FIRST_LIMIT * scale or FIRST_LIMIT
+    limit = first_limit = max(FIRST_LIMIT, relaxation.distance / 4) * scale or FIRST_LIMIT
     shift = np.zeros(len(problem.loss))
-    balanced: list[int] = []  # units whose launches sit between the two sides of their maximum
+    core = Core(problem, dual, first_limit, shift)
+    balanced = _raise_shift(core, core.base, [], near)
+    bound = max(bound, dual.bound + float(shift.sum()))
     by_states = True
     while value - bound > near:
         base = dual.bound + float(shift.sum())
@@ -71,20 +89,16 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
                 break
             limit *= RAISE if by_states else CP_SAT_RAISE
             continue
+        relaxation.distance = proven / scale if scale else 0.0
         if _value(problem, dual, found) < value:
             value, choice = _value(problem, dual, found), found
         if not by_states:
             break
-        flipped = set(np.flatnonzero(core.flips(found) > near / len(shift)).tolist()).difference(balanced)
-        by_states = problem.lead.shape[3] == 1 and bool(flipped)
-        if by_states:
-            reach = np.where(np.isin(np.arange(len(shift)), list(flipped)), core.excess(found), shift)
-            wide = Core(problem, dual, EXACT * scale, reach)
-            for unit in sorted(flipped):
-                shift[unit] = min(reach[unit], least_excess(wide, unit))
-            balanced += sorted(flipped)
-            bound = max(bound, dual.bound + float(shift.sum()))
-            limit = first_limit
+        flipped = _raise_shift(core, found, balanced, near)
+        by_states = bool(flipped)
+        balanced += flipped
+        bound = max(bound, dual.bound + float(shift.sum()))
+        limit = first_limit if by_states else limit
     loss, time_us, bits = problem.evaluate(choice)
     return Point(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)
 

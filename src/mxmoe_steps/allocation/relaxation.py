@@ -64,6 +64,7 @@ class Relaxation:
         self.smallest = np.where(mask[frugal], problem.bits, np.iinfo(np.int64).max).argmin(2)  # [U, G]
         self.smallest_bits = int(self.fewest_bits[frugal].sum())
         self.lam = 0.0
+        self.distance = 0.0  # relative, from the last bound to the optimum: where the next search starts
 
     def solve(self, a: float, b: float) -> Dual:
         """The best bound on a x loss + b x time."""
