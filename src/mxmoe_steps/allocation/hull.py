@@ -36,25 +36,22 @@ def lower_left_hull(problem: Problem, gap: float, workers: int = 1, prove: bool 
     fastest = _end(relaxation, 0.0, cuts, gap, workers)
     accurate = _end(relaxation, 1.0, cuts, gap, workers)
     points = [accurate]
-
-    def refine(left: Point, right: Point) -> None:
-        """Append the vertices after ``left`` up to ``right``; left has the smaller loss."""
+    edges = [(accurate, fastest)]  # still to refine, the one of least loss last
+    while edges:
+        left, right = edges.pop()
         a, b = left.time_us - right.time_us, right.loss - left.loss
         if a <= 0 or b <= 0:  # the same point, up to ties
-            return
-        edge = a * left.loss + b * left.time_us
-        if gap and min(a * loss + b * time_us for loss, time_us in corners(cuts)) >= edge * (1 - gap):
+            continue
+        chord = a * left.loss + b * left.time_us
+        if gap and min(a * loss + b * time_us for loss, time_us in corners(cuts)) >= chord * (1 - gap):
             points.append(right)
-            return
-        middle = minimize(relaxation, a / edge, b / edge, gap / 2, workers)
+            continue
+        middle = minimize(relaxation, a / chord, b / chord, gap / 2, workers)
         cuts.append((middle.a, middle.b, middle.bound))
-        if middle.value >= 1 - ON_EDGE or not left.loss < middle.loss < right.loss:
+        if middle.value < 1 - ON_EDGE and left.loss < middle.loss < right.loss:
+            edges += [(middle, right), (left, middle)]
+        else:
             points.append(right)
-            return
-        refine(left, middle)
-        refine(middle, right)
-
-    refine(accurate, fastest)
     if prove:
         points = [prove_by_cp_sat(relaxation, point, workers) for point in points]
     return Hull(points, envelope(cuts))

@@ -51,6 +51,8 @@ def _raise_shift(core: Core, assignment: NDArray[np.int64], known: list[int], ne
         return []
     count = len(core.shift)
     flipped = np.setdiff1d(np.flatnonzero(core.flips(assignment) > near / count), known)
+    if not len(flipped):
+        return []
     reach = np.where(np.isin(np.arange(count), flipped), core.excess(assignment), core.shift)
     wide = Core(core.problem, core.dual, near * EXACT, reach)
     for unit in flipped.tolist():

@@ -13,7 +13,7 @@ a mode the groups are independent.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -140,35 +140,32 @@ def build_problem(
     free = np.zeros(shape[:2], bool)
     free[unit[~fixed], group[~fixed]] = True
     ok[~free, 1:] = False  # fixed and padding groups have one choice
-    sums = [np.zeros(shape), np.zeros(shape, np.int64)]
-    for total, value in zip(sums, (loss, bits), strict=True):
-        np.add.at(total, (unit, group), value)
+    total_loss, total_bits = np.zeros(shape), np.zeros(shape, np.int64)
+    np.add.at(total_loss, (unit, group), loss)
+    np.add.at(total_bits, (unit, group), bits)
     sets = np.zeros((*shape, len(losses.schemes)), bool)
     sets[unit[:, None], group[:, None], np.arange(len(candidates)), scheme] = True
-    parts = [np.zeros((*shape, launches)) for _ in range(3)]
-    constant_us = 0.0
+    sides = [np.zeros((*shape, launches)) for _ in range(3)]  # compute, longest, memory
+    layers = np.unique(blocks.layer)
+    constant_us = times.launch_us * LAUNCHES * len(layers)
     if granularity in ("layer", "uniform"):  # a choice decides whole launches, so their times are plain numbers
-        for layer in np.unique(blocks.layer):
-            for launch in range(LAUNCHES):
-                of = (blocks.layer == layer) & (blocks.launch == launch)
-                time = np.maximum(compute[of].sum(0) + longest[of].max(0), memory[of].sum(0))
-                constant_us += times.launch_us
-                parts[0][*place[of][0], :, 0] += time
+        for layer, launch in product(layers, range(LAUNCHES)):
+            of = (blocks.layer == layer) & (blocks.launch == launch)
+            time = np.maximum(compute[of].sum(0) + longest[of].max(0), memory[of].sum(0))
+            sides[0][*place[of][0], :, 0] += time
     else:
-        for target, value in zip((parts[0], parts[2]), (compute, memory), strict=True):
-            for choice in range(len(candidates)):
-                np.add.at(target[:, :, choice], (unit, group, slot), value[:, choice])
-        for choice in range(len(candidates)):
-            np.maximum.at(parts[1][:, :, choice], (unit, group, slot), longest[:, choice])
-        constant_us = times.launch_us * LAUNCHES * len(np.unique(blocks.layer))
+        cells = (unit[:, None], group[:, None], np.arange(len(candidates)), slot[:, None])
+        np.add.at(sides[0], cells, compute)
+        np.maximum.at(sides[1], cells, longest)
+        np.add.at(sides[2], cells, memory)
     params = int(blocks.params.sum())
     problem = Problem(
-        loss=sums[0],
-        bits=sums[1],
+        loss=total_loss,
+        bits=total_bits,
         allowed=ok,
-        compute=parts[0],
-        longest=parts[1],
-        memory=parts[2],
+        compute=sides[0],
+        longest=sides[1],
+        memory=sides[2],
         scheme_sets=sets,
         constant_us=constant_us,
         budget=budget_in_bits(budget_bits, params),
