@@ -1,6 +1,7 @@
 """The torch reference of the grouped GEMM, and what the launcher refuses before any GPU is touched."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,26 @@ def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
 def test_configurations_that_cannot_run_are_refused(make, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_the_command_compiles_what_a_mixture_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mxmoe_steps.kernels import build
+
+    asked = []
+
+    def fake(kernel: KernelConfig | str, cache: Path | None) -> Path:
+        asked.append(kernel)
+        return tmp_path / f"{len(asked)}.so"
+
+    monkeypatch.setattr(build, "build", fake)
+    out = tmp_path / "kernels.json"
+    monkeypatch.setattr("sys.argv", ["build", "--schemes", "w8a8_fp8", "w4a16", "w1a16", "--out", str(out)])
+    build.main()
+    record = json.loads(out.read_text())
+    assert record["formats"] == ["w2a16_g128_asym", "w4a16_g128_asym", "w8a8_g-1_sym_fp8"]
+    assert list(record["libraries"]) == ["decode", "gather_bf16", "gather_fp8", "gather_int8", "prefill", "sort"]
+    formats = tuple(kernel_format(parse_scheme(name)) for name in ("w8a8_fp8", "w4a16", "w1a16"))
+    assert asked[:2] == [default_config(formats, "decode"), default_config(formats, "prefill")]
 
 
 def test_importing_the_package_loads_neither_torch_nor_the_compiler() -> None:

@@ -2,8 +2,12 @@
 
 The result is a shared library that tvm_ffi loads, with the machine code beside it for `lint`. It is cached
 under the hash of the configuration and of everything that shapes the code, so a rebuild is a file lookup.
+
+As a command it compiles what a layer with the given schemes needs: the decode and the prefill kernel of their
+mixture, and the token kernels.
 """
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -14,9 +18,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import canonical_json, write_json
-from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import Format, KernelConfig
+from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, kernel_format
+from mxmoe_steps.schemes import parse_scheme
 
 ARCHITECTURE = "sm_90a"
 COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refused
@@ -171,3 +177,30 @@ def _fake_weights(format_: Format) -> Any:
     if format_.decoded:
         return _fake(_boundary_type("fp8"), (sym_int(),), 16)
     return _fake(_boundary_type(format_.operand), (sym_int(), sym_int(), sym_int(divisibility=64)), 16)
+
+
+def build_schemes(args: argparse.Namespace) -> None:
+    """Compile the kernels of ``args.schemes`` and write which library is which."""
+    formats = tuple(sorted({kernel_format(parse_scheme(text)) for text in args.schemes}))
+    kernels: dict[str, KernelConfig | str] = {
+        phase: default_config(formats, phase, args.max_problems) for phase in PHASES
+    }
+    kernels |= {name: name for name in TOKEN_KERNELS}
+    cache = None if args.cache is None else Path(args.cache)
+    libraries = {name: build(kernel, cache).name for name, kernel in kernels.items()}
+    record = {"formats": [format_.name for format_ in formats], "architecture": ARCHITECTURE, "libraries": libraries}
+    write_json(args.out, record)
+
+
+def main() -> None:
+    """Command line."""
+    parser = parser_for(__doc__)
+    parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
+    parser.add_argument("--max-problems", type=int, default=128, help="experts x blocks of one launch (default 128)")
+    parser.add_argument("--cache", help="folder of compiled kernels (default $MXMOE_KERNEL_CACHE or the user's cache)")
+    parser.add_argument("--out", required=True, help="JSON file to write: the library of every kernel")
+    build_schemes(parser.parse_args())
+
+
+if __name__ == "__main__":
+    run_cli(main)

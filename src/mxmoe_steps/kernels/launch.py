@@ -16,6 +16,7 @@ from mxmoe_steps.kernels.layouts import KernelWeights
 
 COLUMN_MULTIPLE = 8  # 16-byte stores
 MAX_EXPERTS = 1024  # of the sort kernel
+MAX_STREAMS = 64  # that one kernel object can be launched on
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ def problem_table(
 
 
 class GroupGemmKernel:
-    """A compiled `KernelConfig`. Launches go to the current stream and never wait for the GPU."""
+    """A compiled `KernelConfig`. Launches go to the current stream and, after the first, never wait for the GPU.
+
+    CUDA graphs that captured launches of one object on the same stream must not be replayed at the same time.
+    """
 
     def __init__(self, config: KernelConfig) -> None:
         """Load ``config`` from the kernel cache, or build it there first."""
         self.config = config
         self._function = _load(built(config))
-        self._own: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._made: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._streams: dict[torch.device, dict[int, int]] = {}
 
     def __call__(
         self,
@@ -93,15 +98,25 @@ class GroupGemmKernel:
         return out
 
     def _owned(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the current stream: stand-ins for the scales that a format does not have, and the tile counters.
+        """Stand-ins for the scales that a format does not have, and the current stream's tile counters.
 
-        Launches on one stream follow one another, so they can share counters.
+        Launches on one stream follow one another, so they can share counters. All are made at once, at the first
+        launch: inside a CUDA graph their making would be replayed with it.
         """
-        stream = torch.cuda.current_stream(device).cuda_stream
-        if stream not in self._own:
-            counters = torch.zeros(2, dtype=torch.int32, device=device)
-            self._own[stream] = (torch.ones(1, device=device), torch.ones(1, 1, device=device), counters)
-        return self._own[stream]
+        if device not in self._made:
+            if torch.cuda.is_current_stream_capturing():
+                raise UserError(
+                    "launch a kernel once before capturing it in a CUDA graph: it sets up its tile counters"
+                )
+            counters = torch.zeros(MAX_STREAMS, 2, dtype=torch.int32, device=device)
+            self._made[device] = (torch.ones(1, device=device), torch.ones(1, 1, device=device), counters)
+            torch.cuda.synchronize(device)  # once: other streams may launch next
+        one_scale, one_by_one, counters = self._made[device]
+        streams = self._streams.setdefault(device, {})
+        number = streams.setdefault(torch.cuda.current_stream(device).cuda_stream, len(streams))
+        if number >= MAX_STREAMS:
+            raise UserError(f"one kernel object was launched on more than {MAX_STREAMS} streams; use another object")
+        return one_scale, one_by_one, counters[number]
 
     def _check(
         self,
