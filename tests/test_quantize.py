@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mxmoe_steps
 from mxmoe_steps import calibrate, capture, evaluate, quantize
@@ -15,6 +15,7 @@ from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.loading import load_model
+from mxmoe_steps.models.raw import tensors_of, write_tensors
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
@@ -176,12 +177,38 @@ def test_the_same_allocation_gives_the_same_bytes(
 def test_large_checkpoints_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "_SHARD_BYTES", 1000)
     tensors = {f"t{number}": torch.full((60,), float(number)) for number in range(10)}  # 240 bytes each
-    quantize.write_shards(iter(tensors.items()), tmp_path)
+    save_file(tensors, tmp_path / "source.safetensors")
+    quantize.write_shards(list(tensors_of(tmp_path / "source.safetensors").items()), tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert sorted(index) == sorted(tensors)
     assert sorted(set(index.values())) == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]
     for name, file in index.items():
         assert torch.equal(load_file(tmp_path / file)[name], tensors[name])
+
+
+def test_copied_tensors_keep_their_bytes_and_alignment(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "bytes": torch.randint(0, 256, (3, 7), generator=generator, dtype=torch.uint8),
+        "halves": torch.randn(5, 3, generator=generator).bfloat16(),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+    }
+    save_file(tensors, tmp_path / "source.safetensors")
+    write_tensors(tmp_path / "copy.safetensors", tensors_of(tmp_path / "source.safetensors").items())
+    copied = load_file(tmp_path / "copy.safetensors")
+    assert {name: (t.dtype, t.shape) for name, t in copied.items()} == {
+        name: (t.dtype, t.shape) for name, t in tensors.items()
+    }
+    assert all(torch.equal(copied[name], tensors[name]) for name in tensors)
+    for tensor in tensors_of(tmp_path / "copy.safetensors").values():
+        assert tensor.start % {"U8": 1, "BF16": 2, "F32": 4, "F64": 8}[tensor.dtype] == 0
+
+
+def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 12)
+    with pytest.raises(UserError, match=r"broken.safetensors: not a readable safetensors file"):
+        tensors_of(tmp_path / "broken.safetensors")
 
 
 def test_an_allocation_of_another_model_is_refused(

@@ -9,12 +9,11 @@ Nothing compiled and no code is inside.
 import argparse
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import parser_for
-from mxmoe_steps.atomic import atomic_path, write_json
+from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
@@ -39,78 +38,50 @@ def quantization_config(assignment: Assignment) -> dict[str, Any]:
     return {"quant_method": "mxmoe", "version": 1, "schemes": schemes, "blocks": blocks}
 
 
-def checkpoint_tensors(folder: Any, assignment: Assignment, packed_folder: Path) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of the whole new checkpoint, in a fixed order."""
-    from mxmoe_steps.models.weights import read_tensors
+def checkpoint_tensors(folder: Any, assignment: Assignment, packed: Path) -> list[tuple[str, Any]]:
+    """(name, `RawTensor`) of the whole new checkpoint."""
+    from mxmoe_steps.models.raw import tensors_of
 
-    replaced = {}
-    for (layer, expert), schemes in sorted(assignment.items()):
+    original = {name: tensors_of(file)[name] for name, file in folder.files.items()}
+    replaced: list[tuple[str, Any]] = []
+    for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
-            replaced[folder.block_name(layer, expert, block)] = (layer, expert, block, scheme)
-    for name in sorted(folder.files):
-        if name not in replaced:
-            yield name, read_tensors(folder.files, [name])[name]
-    stores = _PackedStores(packed_folder)
-    for name, (layer, expert, block, scheme) in replaced.items():
-        if scheme == "w16a16":
-            yield packed_name(folder, layer, expert, block, "weight"), read_tensors(folder.files, [name])[name]
-            continue
-        for part, tensor in stores.read(scheme, f"{layer}.{expert}.{block}").items():
-            yield packed_name(folder, layer, expert, block, part), tensor
+            weight = original.pop(folder.block_name(layer, expert, block))
+            if scheme == "w16a16":
+                replaced.append((packed_name(folder, layer, expert, block, "weight"), weight))
+                continue
+            store = tensors_of(packed / f"{scheme}.safetensors")
+            prefix = f"{layer}.{expert}.{block}"
+            if f"{prefix}.qweight" not in store:
+                raise UserError(
+                    f"{packed}/{scheme}.safetensors: holds no block {prefix}; calibrate {scheme} again for this model"
+                )
+            for part in ("qweight", "scales", "zeros"):
+                if f"{prefix}.{part}" in store:
+                    replaced.append((packed_name(folder, layer, expert, block, part), store[f"{prefix}.{part}"]))
+    return [*original.items(), *replaced]
 
 
-class _PackedStores:
-    """The per-scheme files of `calibrate`, opened when first needed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.open: dict[str, tuple[Any, set[str]]] = {}
-
-    def read(self, scheme: str, prefix: str) -> dict[str, Any]:
-        from safetensors import safe_open
-
-        path = self.folder / f"{scheme}.safetensors"
-        if scheme not in self.open:
-            if not path.is_file():
-                raise UserError(f"{path}: no packed weights for {scheme}; calibrate that scheme first")
-            file = safe_open(path, "pt")
-            self.open[scheme] = (file, set(file.keys()))
-        file, names = self.open[scheme]
-        parts = {part: f"{prefix}.{part}" for part in ("qweight", "scales", "zeros")}
-        if parts["qweight"] not in names:
-            raise UserError(f"{path}: holds no block {prefix}; calibrate {scheme} again for this model")
-        return {part: file.get_tensor(name) for part, name in parts.items() if name in names}
-
-
-def write_shards(tensors: Iterator[tuple[str, Any]], out: Path) -> None:
+def write_shards(tensors: list[tuple[str, Any]], out: Path) -> None:
     """``model.safetensors``, or numbered shards with an index when the weights exceed one shard."""
-    from safetensors.torch import save_file
+    from mxmoe_steps.models.raw import write_tensors
 
-    written: list[list[str]] = []  # tensor names of each shard
-    shard: dict[str, Any] = {}
-
-    def flush() -> None:
-        with atomic_path(out / f"shard-{len(written)}.safetensors") as temporary:
-            save_file(shard, temporary, metadata={"format": "pt"})
-        written.append(list(shard))
-        shard.clear()
-
+    shards: list[list[tuple[str, Any]]] = [[]]
     size = 0
-    for name, tensor in tensors:
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
         size += tensor.nbytes
-        if shard and size > _SHARD_BYTES:
-            flush()
+        if shards[-1] and size > _SHARD_BYTES:
+            shards.append([])
             size = tensor.nbytes
-        shard[name] = tensor.contiguous()
-    flush()
-    if len(written) == 1:
-        (out / "shard-0.safetensors").rename(out / "model.safetensors")
+        shards[-1].append((name, tensor))
+    if len(shards) == 1:
+        write_tensors(out / "model.safetensors", shards[0])
         return
     weight_map: dict[str, str] = {}
-    for number, names in enumerate(written):
-        file = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
-        (out / f"shard-{number}.safetensors").rename(out / file)
-        weight_map |= dict.fromkeys(names, file)
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_tensors(out / file, shard)
+        weight_map |= {name: file for name, _ in shard}
     write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 

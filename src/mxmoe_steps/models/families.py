@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.raw import tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -78,10 +79,7 @@ class ModelFolder:
         single = self.path / "model.safetensors"
         if not single.is_file():
             raise UserError(f"{self.path}: holds neither model.safetensors nor model.safetensors.index.json")
-        from safetensors import safe_open
-
-        with safe_open(single, "np") as file:
-            return dict.fromkeys(file.keys(), single)
+        return dict.fromkeys(tensors_of(single), single)
 
     @cached_property
     def moe_layers(self) -> list[int]:
