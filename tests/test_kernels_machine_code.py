@@ -8,10 +8,11 @@ import pytest
 
 from mxmoe_steps.kernels.build import build, default_cache, library_path
 from mxmoe_steps.kernels.formats import FORMATS, PHASES, SHARED_BYTES, Format, KernelConfig, Tile, default_config
-from mxmoe_steps.kernels.lint import disassemble, inspect
+from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect
 
 needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("cutlass") is None, reason="nvidia-cutlass-dsl is not installed"
+    importlib.util.find_spec("cutlass") is None or disassembler() is None,
+    reason="nvidia-cutlass-dsl or nvidia-cuda-nvdisasm is not installed",
 )
 REGISTERS = {1: 232, 2: 104}  # a consumer thread may use, by blocks per SM
 OPCODE = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}

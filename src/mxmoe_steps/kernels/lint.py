@@ -32,15 +32,17 @@ class MachineCode:
     code_bytes: int
 
 
+def disassembler() -> str | None:
+    """nvdisasm, from PATH or from the package nvidia-cuda-nvdisasm."""
+    packaged = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/**/bin/nvdisasm"))
+    return shutil.which("nvdisasm") or (str(packaged[-1]) if packaged else None)
+
+
 def disassemble(cubin: Path) -> str:
     """SASS of ``cubin``; `UserError` when no nvdisasm is installed."""
-    tool = shutil.which("nvdisasm")
+    tool = disassembler()
     if tool is None:
-        packages = Path(sysconfig.get_path("purelib"))
-        found = sorted(packages.glob("nvidia/**/bin/nvdisasm"))
-        if not found:
-            raise UserError("reading machine code needs nvdisasm: pip install nvidia-cuda-nvdisasm")
-        tool = str(found[-1])
+        raise UserError("reading machine code needs nvdisasm: pip install nvidia-cuda-nvdisasm")
     return subprocess.run([tool, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
 
 
