@@ -1,11 +1,21 @@
 """report: everything -> summary.csv, report.html, figures.
 
-input    every evaluation with its allocation, the trace, the losses of the first sweep quantizer, the profile
+input    every evaluation with its allocation, the trace, the profile; of the first quantizer of the sweep also the
+         frontiers and losses
 output   results/report.html, results/summary.csv, SVG figures
 """
 
 DRAWN = CONFIG.sweep[0].quantizer[0]
-FIGURES = ["allocation", "quality", "sensitivity", "speed", "traffic"]
+FIGURES = ["allocation", "frontier", "quality", "sensitivity", "speed", "traffic"]
+
+
+def drawn_frontiers():
+    """Frontiers that a solver had to find: a uniform one is a list of schemes."""
+    return [
+        name
+        for name, point in FRONTIERS.items()
+        if point.quantizer == DRAWN and point.granularity != "uniform"
+    ]
 
 
 rule report:
@@ -15,6 +25,7 @@ rule report:
             *expand(rules.evaluate.output, point=POINTS),
         ],
         allocations=expand(rules.solve.output, point=POINTS),
+        frontiers=expand(rules.frontier.output, frontier=drawn_frontiers()),
         losses=expand(
             rules.calibrate.output.losses,
             quantizer=DRAWN,
@@ -43,6 +54,6 @@ rule report:
         figures=f"{OUT}/figures",
     shell:
         "python -m mxmoe_steps.report {params.flags} --evaluations {input.evaluations:q}"
-        " --allocations {input.allocations:q} --losses {input.losses:q} --trace {params.trace:q}"
+        " --allocations {input.allocations:q} --frontiers {input.frontiers:q} --losses {input.losses:q} --trace {params.trace:q}"
         " --profile {input.profile:q} --figures {params.figures:q} --csv {output.csv:q} --html {output.html:q}"
         " 2> {log:q}"

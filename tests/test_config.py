@@ -28,7 +28,7 @@ def edited(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     at: Any = result
     for key in parents:
         at = at[int(key)] if isinstance(at, list) else at[key]
-    at[last] = value
+    at[int(last) if isinstance(at, list) else last] = value
     return result
 
 
@@ -42,9 +42,19 @@ def test_the_demo_is_valid_and_names_its_points(values: dict[str, Any]) -> None:
     assert {(p.budget_bits, p.granularity) for p in ours} == {
         (budget, kind) for budget in (2.25, 3.25, 5.0) for kind in ("block", "expert", "layer")
     }
-    assert {(p.budget_bits, p.quantizer, p.r) for p in baselines} == {
-        (budget, quantizer, 1.0) for budget in (2.25, 3.25, 5.0) for quantizer in ("rtn", "gptq")
+    assert {(p.budget_bits, p.quantizer, p.goal, p.value) for p in baselines} == {
+        (budget, quantizer, "r", 1.0) for budget in (2.25, 3.25, 5.0) for quantizer in ("rtn", "gptq")
     }
+
+
+def test_ceilings_replace_r(values: dict[str, Any]) -> None:
+    grids = [
+        {"budget_bits": 3, "tokens": 64, "max_time_us": [80.0, 120.5]},
+        {"budget_bits": 3, "tokens": 64, "max_loss": 0.25},
+    ]
+    names = [point.name for point in config.points(config.load_config(values | {"sweep": grids}, "ceilings"))]
+    ours = [name for name in names if "uniform" not in name]
+    assert ours == ["b3_t64_block_gptq_loss0.25", "b3_t64_block_gptq_us120.5", "b3_t64_block_gptq_us80"]
 
 
 @pytest.mark.parametrize(
@@ -68,6 +78,8 @@ def test_the_demo_is_valid_and_names_its_points(values: dict[str, Any]) -> None:
         ("sweep.0.budget_bits", [0.0], r"budget_bits must lie in \(0, 16\]"),
         ("sweep.0.r", 1.5, r"r must lie in \[0, 1\]"),
         ("sweep.0.tokens", [], r"tokens is empty"),
+        ("sweep.0", {"budget_bits": 3, "tokens": 1, "r": 1.0, "max_loss": 0.1}, r"max_loss and r exclude each other"),
+        ("sweep.0", {"budget_bits": 3, "tokens": 1, "max_time_us": -5.0}, r"must be positive"),
         ("runtime.device", "gpu", r"runtime.device.*found 'gpu'"),
         ("model.path", "no/such/folder", r"model folder no/such/folder does not exist"),
     ],

@@ -20,6 +20,8 @@ from mxmoe_steps.schemes import parse_scheme
 
 Granularity = Literal["block", "expert", "layer", "uniform"]
 Quantizer = Literal["rtn", "gptq"]
+Goal = Literal["r", "max_time_us", "max_loss"]
+_GOAL_TAGS: dict[str, str] = {"r": "r", "max_time_us": "us", "max_loss": "loss"}
 
 
 class Section(BaseModel):
@@ -111,6 +113,10 @@ class Sweep(Section):
     tokens: list[int] = Field(description="tokens in one forward step, for predicted time")
     granularity: list[Granularity] = Field(["block"], description="what shares a scheme: block, expert, layer, uniform")
     r: list[float] = Field([0.75], description="accuracy against time: minimise loss^r time^(1-r)")
+    max_time_us: list[float] = Field(
+        [], description="instead of r: the most accurate allocation within this predicted time of all expert layers"
+    )
+    max_loss: list[float] = Field([], description="instead of r: the fastest allocation within this predicted loss")
     quantizer: list[Quantizer] = Field(["gptq"], description="quantizer of the weights")
 
     @model_validator(mode="before")
@@ -123,9 +129,14 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _ranges(self) -> "Sweep":
-        for name in type(self).model_fields:
+        goals = self.model_fields_set & {"r", "max_time_us", "max_loss"}
+        if len(goals) > 1:
+            raise ValueError(f"{' and '.join(sorted(goals))} exclude each other; use one of them in a grid")
+        for name in {"budget_bits", "tokens", "granularity", "quantizer"} | (goals or {"r"}):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; list at least one value")
+        if min([1.0, *self.max_time_us, *self.max_loss]) <= 0:
+            raise ValueError("max_time_us and max_loss must be positive")
         if min(self.budget_bits) <= 0 or max(self.budget_bits) > 16:
             raise ValueError(f"budget_bits must lie in (0, 16]; found {self.budget_bits}")
         if min(self.tokens) < 1:
@@ -261,19 +272,20 @@ class Point(BaseModel):
 
     budget_bits: float
     tokens: int
-    r: float
     granularity: Granularity
     quantizer: Quantizer
+    goal: Goal
+    value: float
 
     @property
     def frontier(self) -> str:
-        """Name of the frontier the point lies on: everything but r."""
+        """Name of the frontier the point lies on: everything but the goal."""
         return f"b{self.budget_bits:g}_t{self.tokens}_{self.granularity}_{self.quantizer}"
 
     @property
     def name(self) -> str:
-        """For example ``b2.25_t64_block_gptq_r0.75``."""
-        return f"{self.frontier}_r{self.r:g}"
+        """For example ``b2.25_t64_block_gptq_r0.75`` or ``b3_t64_block_gptq_us120``."""
+        return f"{self.frontier}_{_GOAL_TAGS[self.goal]}{self.value:g}"
 
 
 def points(config: Config) -> list[Point]:
@@ -284,15 +296,21 @@ def points(config: Config) -> list[Point]:
     found = set()
     least_tokens = min(tokens for grid in config.sweep for tokens in grid.tokens)
     for grid in config.sweep:
-        for values in itertools.product(grid.budget_bits, grid.tokens, grid.r, grid.granularity, grid.quantizer):
-            found.add(_point(*values))
+        goal: Goal = "max_time_us" if grid.max_time_us else "max_loss" if grid.max_loss else "r"
+        axes = (grid.budget_bits, grid.tokens, grid.granularity, grid.quantizer, getattr(grid, goal))
+        for budget, tokens, granularity, quantizer, value in itertools.product(*axes):
+            found.add(_point(budget, tokens, granularity, quantizer, goal, value))
         for budget, quantizer in itertools.product(grid.budget_bits, config.baselines):
-            found.add(_point(budget, least_tokens, 1.0, "uniform", quantizer))
+            found.add(_point(budget, least_tokens, "uniform", quantizer, "r", 1.0))
     return sorted(found, key=lambda point: (point.budget_bits, point.name))
 
 
-def _point(budget_bits: float, tokens: int, r: float, granularity: Granularity, quantizer: Quantizer) -> Point:
-    return Point(budget_bits=budget_bits, tokens=tokens, r=r, granularity=granularity, quantizer=quantizer)
+def _point(
+    budget_bits: float, tokens: int, granularity: Granularity, quantizer: Quantizer, goal: Goal, value: float
+) -> Point:
+    return Point(
+        budget_bits=budget_bits, tokens=tokens, granularity=granularity, quantizer=quantizer, goal=goal, value=value
+    )
 
 
 def reference() -> str:

@@ -69,6 +69,7 @@ def read_inputs(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
 
 def report(args: argparse.Namespace) -> None:
     """Write the table, the figures and the page."""
+    from mxmoe_steps.allocation.files import read_frontier
     from mxmoe_steps.reporting import figures
     from mxmoe_steps.reporting.page import figure, page, table_html
     from mxmoe_steps.reporting.summary import headlines, summary_table
@@ -92,6 +93,7 @@ def report(args: argparse.Namespace) -> None:
     drawn = {
         "quality": figures.quality(table),
         "speed": figures.speed(table, estimate),
+        "frontier": figures.frontiers([read_frontier(path) for path in args.frontiers], ordered, estimate),
         "allocation": figures.allocation(maps or ordered),
         "sensitivity": figures.sensitivity(losses, args.metric),
         "traffic": figures.traffic(read_table(TRAFFIC, Path(args.trace) / "traffic.parquet")[0].to_pandas()),
@@ -119,6 +121,7 @@ def _write(path: str | Path, text: str) -> None:
 HEADINGS = {
     "quality": "Quality over size",
     "speed": "Quality over predicted time",
+    "frontier": "Frontiers",
     "allocation": "Allocations",
     "sensitivity": "Sensitivity",
     "traffic": "Expert traffic",
@@ -129,6 +132,8 @@ TEXTS = {
     "scheme within the budget.",
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
+    "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "
+    "them; dots are the allocations that were chosen.",
     "allocation": "The scheme of every gate, up and down block; S is the shared expert.",
     "sensitivity": "What quantizing one block alone does to the model, per scheme.",
     "traffic": "How many tokens each expert gets, relative to an even split.",
@@ -141,6 +146,7 @@ def main() -> None:
     parser.add_argument("--title", required=True, help="name of the model")
     parser.add_argument("--evaluations", nargs="+", required=True, metavar="FILE", help="what evaluate wrote")
     parser.add_argument("--allocations", nargs="+", required=True, metavar="FILE", help="what solve wrote")
+    parser.add_argument("--frontiers", nargs="+", required=True, metavar="FILE", help="frontiers to draw")
     parser.add_argument("--losses", nargs="+", required=True, metavar="FILE", help="losses to draw, one per scheme")
     parser.add_argument("--trace", required=True, help="folder that trace wrote")
     parser.add_argument("--profile", required=True, help="table that profile wrote")

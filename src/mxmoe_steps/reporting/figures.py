@@ -17,6 +17,8 @@ from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 mpl.rcParams.update({"svg.hashsalt": "mxmoe", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
 mpl.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True, "legend.frameon": False})
 
+Frontier = tuple[dict[str, Any], list[Any]]  # facts and parts, as allocation.files.read_frontier gives them
+
 STYLE = {  # kind or granularity -> colour, marker
     "uniform rtn": ("#9e9e9e", "s"),
     "uniform gptq": ("#424242", "o"),
@@ -24,6 +26,7 @@ STYLE = {  # kind or granularity -> colour, marker
     "expert": ("#4c9f70", "^"),
     "block": ("#c0392b", "*"),
 }
+_LINES = {"block": "-", "expert": "--", "layer": "-."}
 _BITS_COLOURS = {1: "#8e1b3d", 2: "#d1495b", 3: "#edae49", 4: "#66a182", 8: "#2e6f95", 16: "#13293d"}
 
 
@@ -135,6 +138,49 @@ def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
     label = "estimated KL, nats per token" if metric == "fisher" else "squared change of the layer output"
     figure.colorbar(image, ax=axes, shrink=0.6).set_label(label)
     return to_svg(figure)
+
+
+def frontiers(fronts: Sequence[Frontier], chosen: Sequence[dict[str, Any]], estimate: bool) -> str:
+    """Predicted loss over predicted time: a hull per frontier, its allocations as markers, a panel per token count."""
+    tokens = sorted({facts["tokens"] for facts, _ in fronts})
+    figure = Figure(figsize=(max(4.8 * len(tokens), 5), 3.6))
+    axes = figure.subplots(1, len(tokens), squeeze=False)[0]
+    budgets = sorted({facts["budget_bits"] for facts, _ in fronts})
+    for axis, count in zip(axes, tokens, strict=True):
+        for facts, parts in fronts:
+            if facts["tokens"] != count:
+                continue
+            power = 0.5 if facts["loss"] == "root_sum_squares" else 1.0
+            times, losses = model_hull(parts)
+            colour, line = f"C{budgets.index(facts['budget_bits'])}", _LINES.get(facts["granularity"], ":")
+            label = f"{facts['budget_bits']:g} bits, per {facts['granularity']}"
+            axis.plot(times, losses**power, line, color=colour, lw=1, label=label)
+            key = ("tokens", "budget_bits", "granularity", "quantizer")
+            for one in chosen:
+                if all(one[name] == facts[name] for name in key):
+                    axis.plot(one["time_us"], one["loss"], "o", color=colour, ms=5)
+        label = "estimated" if estimate else "predicted"
+        axis.set(title=f"{count} tokens in a step", xlabel=f"{label} time of all expert layers, µs")
+        _plain_log(axis)
+    axes[0].set_ylabel("predicted loss")
+    handles = dict(zip(*reversed(axes[-1].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
+    return to_svg(figure)
+
+
+def model_hull(parts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Times and loss sums of the whole model's hull from the hulls of its parts, fastest first.
+
+    The parts choose independently, so the hull is their Minkowski sum: all edges in order of slope.
+    """
+    start, edges = np.zeros(2), []
+    for part in parts:
+        corners = np.array(sorted((vertex.time_us, vertex.loss_sum) for vertex in part.vertices))
+        start = start + corners[0]
+        edges += [edge for edge in np.diff(corners, axis=0) if edge[0] > 0]
+    edges.sort(key=lambda edge: edge[1] / edge[0])
+    times, losses = np.cumsum([start, *edges], axis=0).T
+    return times, losses
 
 
 def allocation(allocations: Sequence[dict[str, Any]]) -> str:

@@ -69,5 +69,5 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
 
 def _name(row: Any) -> str:
     if row["kind"] == "ours":
-        return f"ours, per {row['granularity']}, r {row['r']:g}, {row['tokens']} tokens"
+        return f"ours, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
     return f"{row['kind']}, {row['scheme']}"

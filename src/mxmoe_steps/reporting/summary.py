@@ -64,7 +64,7 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
                 "budget_bits": allocation.get("budget_bits"),
                 "bits": allocation.get("bits", 16.0),
                 "tokens": allocation.get("tokens") if ours else None,
-                "r": allocation.get("r") if ours else None,
+                "goal": _goal(allocation) if ours else None,
                 "perplexity": checkpoint.metrics["overall"]["perplexity"],
                 "kl": checkpoint.metrics["overall"]["kl"],
                 "size_mb": checkpoint.metrics["weights_bytes"] / 1e6,
@@ -77,6 +77,11 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
     table["_order"] = table["kind"].map(order)
     table = table.sort_values(["budget_bits", "_order", "checkpoint"], na_position="first", ignore_index=True)
     return table.drop(columns="_order")
+
+
+def _goal(allocation: dict[str, Any]) -> str:
+    """What the allocation optimises, e.g. ``r=0.75`` or ``max_time_us=120``."""
+    return next(f"{key}={allocation[key]:g}" for key in ("r", "max_time_us", "max_loss") if allocation[key] is not None)
 
 
 def time_column(tokens: int, estimate: bool) -> str:

@@ -1,0 +1,76 @@
+"""The report's arithmetic and sentences."""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mxmoe_steps.report import time_note
+from mxmoe_steps.reporting.figures import model_hull
+from mxmoe_steps.reporting.summary import Checkpoint, headlines, summary_table, time_columns
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_model_hull_is_the_best_of_all_combinations(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    parts = []
+    for _ in range(3):  # random lower-left hulls: convex, falling
+        steps = generator.uniform(0.1, 1, (generator.integers(0, 5), 2))
+        steps = steps[np.argsort(-steps[:, 1] / steps[:, 0])]
+        times = np.cumsum([generator.uniform(1, 2), *steps[:, 0]])
+        losses = 10 - np.cumsum([generator.uniform(0, 1), *steps[:, 1]])
+        vertices = [SimpleNamespace(time_us=t, loss_sum=loss) for t, loss in zip(times, losses, strict=True)]
+        parts.append(SimpleNamespace(vertices=vertices[::-1]))
+    times, losses = model_hull(parts)
+    sums = np.array(
+        [
+            (sum(v.time_us for v in combination), sum(v.loss_sum for v in combination))
+            for combination in itertools.product(*(part.vertices for part in parts))
+        ]
+    )
+    assert (np.diff(times) > 0).all()
+    for weight in np.linspace(0.01, 0.99, 33):
+        best = (weight * sums[:, 0] + (1 - weight) * sums[:, 1]).min()
+        assert (weight * times + (1 - weight) * losses).min() == pytest.approx(best)
+
+
+def test_the_note_says_where_time_does_not_matter() -> None:
+    times = {"original": {64: 10.0, 8192: 50.0}, "b3": {64: 9.8, 8192: 30.0}}
+    note = time_note(times, {"estimate": True, "device": "GPU"}, {"w1a16_g128_asym": "w2a16_g128_asym"})
+    assert "roofline estimate" in note
+    assert "At 64 tokens in a step all checkpoints take within 5 % of the same time (9.8 to 10.0" in note
+    assert "At 8192" not in note
+    assert "w1a16_g128_asym has no kernel of its own: its time is an estimate, that of w2a16_g128_asym." in note
+    assert "fitted to measured kernels" in time_note(times, {"estimate": False, "device": "GPU"}, {})
+
+
+def allocation(granularity: str, quantizer: str, **goal: Any) -> dict[str, Any]:
+    goals = dict.fromkeys(("r", "max_time_us", "max_loss")) | goal
+    rows = [[0, 0, *["w2a16_g128_asym"] * 3]]
+    point = {"budget_bits": 2.25, "bits": 2.25, "tokens": 64, "granularity": granularity, "quantizer": quantizer}
+    return point | goals | {"assignment": rows}
+
+
+def test_summary_orders_rows_and_names_what_each_is() -> None:
+    def metrics(perplexity: float, kl: float) -> dict[str, Any]:
+        overall = {"perplexity": perplexity, "kl": kl}
+        return {"overall": overall, "texts": {"en": overall}, "weights_bytes": 2_500_000}
+
+    checkpoints = [
+        Checkpoint("ours", metrics(11, 0.1), allocation("block", "gptq", max_time_us=120.0)),
+        Checkpoint("gptq", metrics(12, 0.2), allocation("uniform", "gptq", r=1.0)),
+        Checkpoint("rtn", metrics(15, 0.5), allocation("uniform", "rtn", r=1.0)),
+        Checkpoint("original", metrics(10, 0.0), None),
+    ]
+    times = {checkpoint.name: {64: 1.5, 8192: 3.0} for checkpoint in checkpoints}
+    table = summary_table(checkpoints, times, estimate=True)
+    assert list(table["kind"]) == ["original", "uniform rtn", "uniform gptq", "ours"]
+    assert list(table["scheme"]) == ["w16a16", "w2a16_g128_asym", "w2a16_g128_asym", "mixed"]
+    assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120"]
+    assert time_columns(table) == {"estimated_layer_us_64_tokens": 64, "estimated_layer_us_8192_tokens": 8192}
+    assert list(table["size_mb"]) == [2.5] * 4
+    (line,) = headlines(table)
+    assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
+    assert line.endswith("original 10.00")
