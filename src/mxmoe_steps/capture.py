@@ -76,16 +76,13 @@ def capture(args: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from mxmoe_steps.data.parsing import parse_sources
-    from mxmoe_steps.data.tokens import load_sequences
+    from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.families import resolve_model
-    from mxmoe_steps.models.loading import load_model, load_tokenizer
+    from mxmoe_steps.models.loading import load_model
 
     start_torch(args)
     path = resolve_model(args.model)
-    tokenizer = load_tokenizer(path, args.trust_remote_code)
-    sources = parse_sources(args.sources)
-    tokens = load_sequences(sources, args.text, "calibration", tokenizer, args.length, args.sequences, args.seed)
+    tokens = read_texts(args, path, [args.text], "calibration")[args.text]
     folder, model = load_model(path, args.dtype, args.device, args.trust_remote_code)
     generator = torch.Generator().manual_seed(args.seed)
     batches = []

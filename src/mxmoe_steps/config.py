@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.data.sources import FileText, MixText
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.families import is_local, open_model
 from mxmoe_steps.schemes import parse_scheme
 
 Granularity = Literal["block", "expert", "layer", "uniform"]
@@ -239,14 +239,9 @@ def load_config(values: dict[str, Any], origin: str) -> Config:
     except ValidationError as error:
         lines = [f"  {_where(item['loc'])}{_message(item)}" for item in error.errors()]
         raise UserError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
-    if _is_local(config.model.path):
+    if is_local(config.model.path):
         open_model(config.model.path)
     return config
-
-
-def _is_local(path: str) -> bool:
-    """Whether ``path`` means a folder rather than a hub id (also when the folder is misspelt)."""
-    return path.startswith((".", "/")) or path.count("/") != 1 or Path(path).parent.is_dir()
 
 
 def _where(location: tuple[int | str, ...]) -> str:

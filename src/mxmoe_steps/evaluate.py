@@ -65,22 +65,6 @@ def read_reference(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return {text: stored[f"tokens.{text}"] for text in texts}, {text: stored[f"hidden.{text}"] for text in texts}
 
 
-def read_texts(args: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Tokens int64 [S, L] of the test part of every text."""
-    import torch
-
-    from mxmoe_steps.data.parsing import parse_sources
-    from mxmoe_steps.data.tokens import load_sequences
-    from mxmoe_steps.models.loading import load_tokenizer
-
-    sources = parse_sources(args.sources)
-    tokenizer = load_tokenizer(path, args.trust_remote_code)
-    return {
-        text: torch.from_numpy(load_sequences(sources, text, "test", tokenizer, args.length, args.sequences, args.seed))
-        for text in args.texts
-    }
-
-
 def load_checkpoint(args: argparse.Namespace, path: Path) -> tuple[Any, dict[str, Any]]:
     """The model, original or quantized, and what is known of it: allocation summary and size on disk."""
     from mxmoe_steps.inference.plugin import load_quantized
@@ -97,8 +81,10 @@ def load_checkpoint(args: argparse.Namespace, path: Path) -> tuple[Any, dict[str
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate one checkpoint on every text."""
+    import torch
     from safetensors.torch import save_file
 
+    from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.families import resolve_model
 
     if (args.reference is None) == (args.sources is None or args.texts is None):
@@ -107,7 +93,8 @@ def evaluate(args: argparse.Namespace) -> None:
     path = resolve_model(args.model)
     reference: dict[str, Any] = {}
     if args.reference is None:
-        tokens = read_texts(args, path)
+        found = read_texts(args, path, args.texts, "test")
+        tokens = {text: torch.from_numpy(values) for text, values in found.items()}
     else:
         tokens, reference = read_reference(args.reference)
     model, facts = load_checkpoint(args, path)

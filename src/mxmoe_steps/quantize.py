@@ -25,8 +25,10 @@ Assignment = dict[tuple[int, int], tuple[str, str, str]]
 
 def packed_name(folder: Any, layer: int, expert: int, block: str, part: str) -> str:
     """Name of a packed tensor in our checkpoints: the module path in transformers, for every family."""
+    from mxmoe_steps.models.families import moe_path
+
     inner = folder.family.shared if expert == SHARED else f"experts.{expert}"
-    return f"model.layers.{layer}.{folder.family.module}.{inner}.{block}_proj.{part}"
+    return f"{moe_path(layer)}.{inner}.{block}_proj.{part}"
 
 
 def quantization_config(assignment: Assignment) -> dict[str, Any]:

@@ -65,20 +65,14 @@ def trace(args: argparse.Namespace) -> None:
     """Trace every text of ``args.texts`` with one loaded model."""
     from safetensors.torch import save_file
 
-    from mxmoe_steps.data.parsing import parse_sources
-    from mxmoe_steps.data.tokens import load_sequences
+    from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.families import resolve_model
-    from mxmoe_steps.models.loading import load_model, load_tokenizer
+    from mxmoe_steps.models.loading import load_model
     from mxmoe_steps.tables import TRAFFIC, write_table
 
     start_torch(args)
     path = resolve_model(args.model)
-    sources = parse_sources(args.sources)
-    tokenizer = load_tokenizer(path, args.trust_remote_code)
-    tokens = {
-        text: load_sequences(sources, text, "calibration", tokenizer, args.length, args.sequences, args.seed)
-        for text in args.texts
-    }
+    tokens = read_texts(args, path, args.texts, "calibration")
     folder, model = load_model(path, args.dtype, args.device, args.trust_remote_code)
     columns: dict[str, list[Any]] = {name: [] for name in TRAFFIC.schema.names}
     routing = {}

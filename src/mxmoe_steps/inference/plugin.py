@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.modules import MixedExpert, MixedExperts
-from mxmoe_steps.models.families import FAMILIES
+from mxmoe_steps.models.families import FAMILIES, moe_path
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 
 METHOD = "mxmoe"
@@ -56,7 +56,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
         activation = ACT2FN[config.hidden_act]
         with torch.device("meta"):
             for layer, experts in self.quantization_config.blocks.items():
-                moe = model.get_submodule(f"model.layers.{layer}.{family.module}")
+                moe = model.get_submodule(moe_path(int(layer)))
                 inner = moe.experts.down_proj.shape[-1]
                 moe.experts = MixedExperts(
                     MixedExpert(self.quantization_config.of(int(layer), expert), config.hidden_size, inner, activation)

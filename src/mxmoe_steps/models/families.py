@@ -22,14 +22,12 @@ class Family:
 
     ``moe`` is the MoE module of a layer inside the checkpoint; ``blocks`` the names of gate, up and
     down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate.
-    ``module`` is the MoE module's name in transformers, when it differs from ``moe``.
     """
 
     moe: str = "mlp"
     blocks: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str | None = None
     shared_gate: str | None = None
-    module: str = "mlp"
 
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
@@ -93,14 +91,10 @@ class ModelFolder:
             raise UserError(f"{self.path}: no tensor named like {self.block_name(0, 0, 'gate')}; is it an MoE model?")
         return found
 
-    def moe_name(self, layer: int) -> str:
-        """Checkpoint name of a layer's MoE module."""
-        return f"model.layers.{layer}.{self.family.moe}"
-
     def block_name(self, layer: int, expert: int, block: str) -> str:
         """Checkpoint name of one linear block's weight, [out_features, in_features]."""
         inner = self.family.shared if expert == SHARED else f"experts.{expert}"
-        return f"{self.moe_name(layer)}.{inner}.{self.family.blocks[BLOCKS.index(block)]}.weight"
+        return f"model.layers.{layer}.{self.family.moe}.{inner}.{self.family.blocks[BLOCKS.index(block)]}.weight"
 
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""
@@ -126,12 +120,20 @@ def open_model(path: str | Path) -> ModelFolder:
     return ModelFolder(folder, family, config)
 
 
+def moe_path(layer: int) -> str:
+    """Path of a layer's MoE module in transformers, the same in every supported family."""
+    return f"model.layers.{layer}.mlp"
+
+
+def is_local(path: str) -> bool:
+    """Whether ``path`` means a folder rather than a hub id, also when the folder is misspelt."""
+    return path.startswith((".", "/")) or path.count("/") != 1 or Path(path).parent.is_dir()
+
+
 def resolve_model(path: str) -> Path:
-    """A local folder as it is; a hub id becomes its downloaded snapshot."""
-    if Path(path).is_dir():
-        return Path(path)
-    if path.count("/") != 1 or path.startswith((".", "/")):
-        raise UserError(f"model folder {path} does not exist; set model.path to a local folder or a hub id")
+    """A local folder as it is; a hub id becomes its downloaded snapshot. Raises `UserError` as `open_model` does."""
+    if is_local(path):
+        return open_model(path).path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 

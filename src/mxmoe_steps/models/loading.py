@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import ModelFolder, open_model
+from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
 
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -60,7 +60,7 @@ def resolve_device(device: str) -> torch.device:
 
 def moe_module(folder: ModelFolder, model: nn.Module, layer: int) -> nn.Module:
     """The MoE module (router, experts, shared expert) of a decoder layer."""
-    return model.get_submodule(f"model.layers.{layer}.{folder.family.module}")
+    return model.get_submodule(moe_path(layer))
 
 
 @contextmanager
