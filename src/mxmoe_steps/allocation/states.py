@@ -46,14 +46,18 @@ def open_stages(core: Core, whole: dict[int, Stage]) -> list[Stage]:
 
 
 def group_stages(core: Core, modes: NDArray[np.int64]) -> list[Stage]:
-    """The groups of one unit that have a choice in the given modes of it."""
+    """The groups of one unit that have a choice in the given modes of it, the dearest second choice first: cheap
+    decisions multiply states, and come when the limit leaves little."""
     unit = int(core.unit[modes[0]])
     alive = core.alive[modes]
     some = alive.any(0)
     cost = np.where(alive, core.item_cost[modes], np.inf)
     bits = core.problem.bits[unit]
     bits = np.where(some, bits - np.take_along_axis(bits, core.base[unit][:, None], 1), 0)
-    return [Stage(unit, group, cost[:, group], bits[group]) for group in np.flatnonzero(some.sum(1) > 1).tolist()]
+    open_groups = np.flatnonzero(some.sum(1) > 1)
+    second = np.partition(cost[:, open_groups].min(0), 1)[:, 1] if len(open_groups) else open_groups
+    order = open_groups[np.argsort(-second, kind="stable")]
+    return [Stage(unit, group, cost[:, group], bits[group]) for group in order.tolist()]
 
 
 def whole_stage(core: Core, unit: int) -> Stage:
@@ -165,13 +169,17 @@ def _rest(numbers: list[Any]) -> list[Any]:
 
 def _undominated(tag: NDArray[np.int64], one: Numbers, two: Numbers) -> NDArray[np.int64]:
     """Indices of states that no other of the same tag beats in both numbers, sorted by tag and the first."""
-    order = np.lexsort((two, one, tag))
-    rank = np.empty(len(two), np.int64)
-    rank[two.argsort(kind="stable")] = np.arange(len(two))  # ranks shift exactly, the numbers would not
-    tag = tag[order]
-    later = np.zeros(len(tag), np.int64)
-    np.cumsum(tag[1:] != tag[:-1], out=later[1:])
-    key = rank[order] - later * len(two)  # falls from tag to tag
-    keep = np.ones(len(tag), bool)
-    keep[1:] = key[1:] < np.minimum.accumulate(key)[:-1]
+    if not tag.any():  # mostly: a running minimum will do
+        order = np.lexsort((two, one))
+        ranked: Numbers = two[order]
+    else:
+        order = np.lexsort((two, one, tag))
+        rank = np.empty(len(two), np.int64)
+        rank[two.argsort(kind="stable")] = np.arange(len(two))  # ranks shift exactly, the numbers would not
+        tag = tag[order]
+        later = np.zeros(len(tag), np.int64)
+        np.cumsum(tag[1:] != tag[:-1], out=later[1:])
+        ranked = rank[order] - later * len(two)  # falls from tag to tag
+    keep = np.ones(len(order), bool)
+    keep[1:] = ranked[1:] < np.minimum.accumulate(ranked)[:-1]
     return order[keep]
