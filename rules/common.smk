@@ -125,5 +125,6 @@ def frontier_flags(point):
         min_bits=tuple(solve.min_bits),
         max_schemes=solve.max_schemes,
         tie_gate_up=solve.tie_gate_up,
+        time_as=tuple(solve.time_as),
         seed=CONFIG.runtime.seed,
     )

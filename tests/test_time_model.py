@@ -5,6 +5,7 @@ import pytest
 from synthetic import write_trace
 
 from mxmoe_steps.allocation.blocks import Blocks
+from mxmoe_steps.allocation.predict import mean_layer_us
 from mxmoe_steps.allocation.time_model import Profile, block_times, layer_times, timing_schemes
 from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
 from mxmoe_steps.errors import UserError
@@ -55,6 +56,19 @@ def test_times_by_hand():
         compute = times.compute[take].sum() + times.longest[take].max()
         total += 5 + max(compute, times.memory[take].sum())
     assert layer_times(blocks, times, choice) == {0: pytest.approx(total)}
+
+
+def test_a_prediction_counts_the_kernel_that_the_allocation_names():
+    blocks, rows = layer_of_two_experts(), np.array([[[40, 0], [20, 20]]])
+    traffic = Traffic((0,), 40, rows, np.full(rows.shape, 0.5))
+
+    def predicted(scheme: str, timed_as: dict[str, str]) -> float:
+        assignment = [[0, expert, *[scheme] * 3] for expert in (-1, 0, 1)]
+        return mean_layer_us({"assignment": assignment, "timed_as": timed_as}, blocks, traffic, gpu())
+
+    assert predicted("w4a4", {"w4a4": "w8a8"}) == predicted("w8a8", {})
+    with pytest.raises(UserError, match="w4a4"):
+        predicted("w4a4", {})
 
 
 def test_narrow_memory_is_the_floor():

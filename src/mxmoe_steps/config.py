@@ -104,6 +104,9 @@ class Solve(Section):
     min_bits: list[str] = Field([], description="least weight bits, e.g. block:down=3")
     max_schemes: int | None = Field(None, description="at most this many schemes in a layer", gt=0)
     tie_gate_up: bool = Field(False, description="gate and up of an expert take the same scheme, as in the paper")
+    time_as: list[str] = Field(
+        [], description="count another scheme's kernel for one that the GPU has none for, e.g. w4a4=w4a8_fp8"
+    )
 
 
 class Sweep(Section):

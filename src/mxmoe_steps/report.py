@@ -16,7 +16,7 @@ from mxmoe_steps.errors import UserError, run_cli
 _VARIES = 1.05  # predicted times that differ by less than this factor are called equal
 
 
-def predicted_times(args: argparse.Namespace, assignments: dict[str, Any]) -> dict[str, dict[int, float]]:
+def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
     from mxmoe_steps.allocation.blocks import read_losses
     from mxmoe_steps.allocation.predict import mean_layer_us
@@ -25,11 +25,11 @@ def predicted_times(args: argparse.Namespace, assignments: dict[str, Any]) -> di
 
     blocks = read_losses(args.losses[:1], "out_sq", False).blocks
     profile = read_profile(args.profile)
-    times: dict[str, dict[int, float]] = {name: {} for name in assignments}
+    times: dict[str, dict[int, float]] = {name: {} for name in allocations}
     for tokens in sorted(args.tokens):
         traffic = sample_traffic(args.trace, [args.traffic_text], tokens, "auto", args.steps, args.seed)
-        for name, rows in assignments.items():
-            times[name][tokens] = mean_layer_us(rows, blocks, traffic, profile)
+        for name, allocation in allocations.items():
+            times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile)
     return times
 
 
@@ -76,11 +76,10 @@ def report(args: argparse.Namespace) -> None:
     from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table
 
     checkpoints, allocations = read_inputs(args)
-    assignments = {name: one["assignment"] for name, one in allocations.items()}
     original = next(checkpoint.name for checkpoint in checkpoints if checkpoint.allocation is None)
-    some = next(iter(assignments.values()))
-    assignments[original] = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some]
-    times = predicted_times(args, assignments)
+    some = next(iter(allocations.values()))["assignment"]
+    unquantized = {"assignment": [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some], "timed_as": {}}
+    times = predicted_times(args, {**allocations, original: unquantized})
     losses = {}
     for path in args.losses:
         rows, facts = read_table(LOSSES, path)

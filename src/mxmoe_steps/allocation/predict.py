@@ -10,17 +10,19 @@ from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.schemes import BLOCKS, parse_scheme
 
 
-def mean_layer_us(assignment: list[list[Any]], blocks: Blocks, traffic: Traffic, profile: Profile) -> float:
+def mean_layer_us(allocation: dict[str, Any], blocks: Blocks, traffic: Traffic, profile: Profile) -> float:
     """Microseconds of one layer's expert GEMMs, the mean over layers.
 
-    ``assignment``: rows [layer, expert, gate, up, down] of every expert in ``blocks``.
+    ``allocation``: what `solve` wrote: its ``assignment`` has rows [layer, expert, gate, up, down] for every expert
+    in ``blocks``, its ``timed_as`` names schemes that another one's kernel is counted for.
     """
-    named = {(layer, expert): names for layer, expert, *names in assignment}
+    named = {(layer, expert): names for layer, expert, *names in allocation["assignment"]}
     schemes = sorted({parse_scheme(name) for names in named.values() for name in names})
     choice = [
         schemes.index(parse_scheme(named[layer, expert][kind]))
         for layer, expert, kind in zip(blocks.layer.tolist(), blocks.expert.tolist(), blocks.kind.tolist(), strict=True)
     ]
     assert len(choice) == len(BLOCKS) * len(named)
-    times = block_times(blocks, timing_schemes(tuple(schemes), profile, {}), traffic, profile)
+    timed_as = {parse_scheme(scheme): parse_scheme(kernel) for scheme, kernel in allocation["timed_as"].items()}
+    times = block_times(blocks, timing_schemes(tuple(schemes), profile, timed_as), traffic, profile)
     return float(np.mean(list(layer_times(blocks, times, np.array(choice)).values())))
