@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mxmoe_steps.quantizers.grid import QuantizedWeight, find_grid, quantized
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import Scheme
 
 _BLOCK = 128  # columns whose updates are applied lazily in one matrix product
@@ -31,15 +32,19 @@ class Hessians:
     tokens: torch.Tensor
     layer: torch.Tensor
 
+    def rotated(self) -> "Hessians":
+        """The second moments of inputs that `rotate` has rotated."""
+        return Hessians(rotate(rotate(self.sums).mT), self.tokens, rotate(rotate(self.layer).mT))
+
     def shrunk(self, damping: float) -> torch.Tensor:
         """float64 [E, K, K], positive definite: shrunk and damped by ``damping`` x mean diagonal."""
         in_features = self.sums.shape[-1]
         tokens = self.tokens.to(self.sums.dtype).view(-1, 1, 1)
-        own = self.sums / tokens.clamp_min(1)
-        scale = _mean_diagonal(own) / _mean_diagonal(self.layer.unsqueeze(0)).clamp_min(1e-30)
+        mixed = self.sums / tokens.clamp_min(1)
+        scale = _mean_diagonal(mixed) / _mean_diagonal(self.layer.unsqueeze(0)).clamp_min(1e-30)
         scale = torch.where(tokens > 0, scale, torch.ones_like(scale))
         kept = tokens / (tokens + in_features)
-        mixed = kept * own + (1 - kept) * scale * self.layer
+        mixed.mul_(kept).addcmul_((1 - kept) * scale, self.layer)
         damp = damping * _mean_diagonal(mixed).clamp_min(1e-30)
         mixed.diagonal(dim1=-2, dim2=-1).add_(damp.squeeze(-1))
         return mixed
@@ -60,7 +65,7 @@ def gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, damping: floa
 
     rows = order.unsqueeze(-1).expand(-1, -1, in_features)
     cols = order.unsqueeze(-2).expand(-1, in_features, -1)
-    factor = _inverse_factor(hessian.gather(1, rows).gather(2, cols)).float()
+    factor = _inverse_factor(hessian.gather(1, rows).gather(2, cols))
     picked = order.unsqueeze(1).expand(-1, weight.shape[1], -1)
     work = weight.gather(2, picked)
     codes = []
@@ -73,7 +78,7 @@ def gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, damping: floa
             cell = type(grid)(scheme, by_column.scales[:, :, at], by_column.zeros[:, :, at])
             code = cell.round(block[:, :, column])
             error = (block[:, :, column] - cell.value(code)) / factor[:, at, at, None]
-            block[:, :, column:] -= error.unsqueeze(-1) * factor[:, at, at:stop].unsqueeze(1)
+            block[:, :, column:].addcmul_(error.unsqueeze(-1), factor[:, at, at:stop].unsqueeze(1), value=-1)
             errors[:, :, column] = error
             codes.append(code)
         work[:, :, stop:] -= errors @ factor[:, start:stop, stop:]
@@ -85,12 +90,22 @@ def gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, damping: floa
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor of the inverse, [E, K, K]: row k feeds column k's error to later columns."""
-    lower, failed = torch.linalg.cholesky_ex(hessian)
-    if bool(failed.any()):
-        bad = failed.nonzero().flatten().tolist()
+    """Upper Cholesky factor R of the inverse, float32 [E, K, K]: row k feeds column k's error to later columns.
+
+    H = U U^T with U upper triangular, from the Cholesky factor of H in reversed order, gives R = U^-1 without an
+    inverse of H. One expert at a time: GPU libraries factor large matrices faster alone than in a batch.
+    """
+    factors = torch.empty_like(hessian, dtype=torch.float32)
+    identity = torch.eye(hessian.shape[-1], dtype=hessian.dtype, device=hessian.device)
+    failed = []
+    for one, factor in zip(hessian, factors, strict=True):
+        lower, info = torch.linalg.cholesky_ex(one.flip(0, 1))
+        failed.append(info)
+        factor.copy_(torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1))
+    bad = torch.stack(failed).nonzero().flatten().tolist()
+    if bad:
         raise ValueError(f"Hessians of stacked experts {bad} are not positive definite; are activations finite?")
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    return factors
 
 
 def _mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:

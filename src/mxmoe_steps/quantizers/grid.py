@@ -60,7 +60,8 @@ class QuantizedWeight:
     scales: torch.Tensor
     zeros: torch.Tensor | None
 
-    def __getitem__(self, index: int) -> "QuantizedWeight":
+    def __getitem__(self, index: int | slice | tuple[slice, ...]) -> "QuantizedWeight":
+        """Some of the stack's blocks or rows."""
         zeros = None if self.zeros is None else self.zeros[index]
         return replace(self, codes=self.codes[index], scales=self.scales[index], zeros=zeros)
 
@@ -76,6 +77,13 @@ class QuantizedWeight:
             codes = packing.pack(self.codes, self.scheme.weight_bits)
         stored = {"qweight": codes, "scales": self.scales}
         return stored if self.zeros is None else stored | {"zeros": self.zeros}
+
+
+def concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:
+    """One stack of stacks under one scheme."""
+    codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(parts[0].codes.dtype)  # no e4m3 cat
+    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
+    return QuantizedWeight(parts[0].scheme, codes, torch.cat([part.scales for part in parts]), zeros)
 
 
 def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:

@@ -1,0 +1,79 @@
+"""What `capture` wrote for one layer, on the compute device, by expert."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import SHARED
+
+_BATCH = 1 << 15  # tokens at a time: bounds what intermediate activations take
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some tokens of one expert.
+
+    ``x`` float32 [n, H], ``scale`` float32 [n] factor of the expert's output (router weight), ``gradient`` float32
+    [n, H] of the model's loss with respect to the layer's output, or None.
+    """
+
+    x: torch.Tensor
+    scale: torch.Tensor
+    gradient: torch.Tensor | None
+
+
+class LayerInputs:
+    """Captured tensors of one layer; tokens are sorted by expert once and gathered a batch at a time.
+
+    ``tensors`` are those of `capture`: ``hidden`` [T, H], ``ids`` [T, k], ``weights`` [T, k], and where there are any
+    ``shared`` [T] and ``gradient`` [T, H], in the precision in which they were captured.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], experts: int) -> None:
+        self.hidden = tensors["hidden"]
+        self.shared = tensors.get("shared")
+        self.gradient = tensors.get("gradient")
+        self._weights = tensors["weights"].flatten()
+        ids = tensors["ids"].flatten().long()
+        order = ids.argsort(stable=True)
+        self._places = order.split(ids.bincount(minlength=experts).tolist())  # places in ids [T x k], by expert
+        self._top_k = tensors["ids"].shape[1]
+
+    @classmethod
+    def read(cls, path: Path, experts: int, device: torch.device) -> "LayerInputs":
+        """From a file of `capture`; `UserError` when there is none."""
+        if not path.is_file():
+            raise UserError(f"{path}: no such captured layer; run the capture step for this model")
+        return cls({name: tensor.to(device) for name, tensor in load_file(path).items()}, experts)
+
+    def __len__(self) -> int:
+        """Tokens T."""
+        return len(self.hidden)
+
+    @property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return self.hidden.device
+
+    def tokens(self, expert: int) -> int:
+        """Tokens that one expert saw."""
+        return len(self) if expert == SHARED else len(self._places[expert])
+
+    def batches(self, expert: int) -> Iterator[Batch]:
+        """The tokens of one expert, in their order in the text."""
+        if expert == SHARED:
+            assert self.shared is not None
+            for low in range(0, len(self), _BATCH):
+                rows = slice(low, low + _BATCH)
+                yield self._batch(rows, self.shared[rows])
+            return
+        for places in self._places[expert].split(_BATCH):
+            yield self._batch(places // self._top_k, self._weights[places])
+
+    def _batch(self, rows: slice | torch.Tensor, scale: torch.Tensor) -> Batch:
+        gradient = None if self.gradient is None else self.gradient[rows].float()
+        return Batch(self.hidden[rows].float(), scale.float(), gradient)

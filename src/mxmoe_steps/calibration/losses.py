@@ -1,0 +1,75 @@
+"""What quantizing one block of one expert does to the output of its layer.
+
+A MoE layer's output is a routed sum, so the change that one block of one expert causes is the change of that expert's
+output on its own tokens times their router weights: no other expert is computed. Changes are computed as such, as
+products with the change of the weights, never as the difference of two outputs: nothing cancels, and on a GPU the
+tensor cores' TF32 products with float32 sums are accurate enough.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from mxmoe_steps.calibration.inputs import Batch
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def expert_losses(
+    batches: Iterable[Batch],
+    weights: Sequence[torch.Tensor],
+    changes: Sequence[torch.Tensor],
+    activation: Function,
+    seen: Function | None,
+) -> torch.Tensor:
+    """Losses of one expert, float64 [3, 2]: per block the summed squared change and the summed Fisher estimate.
+
+    ``weights`` and ``changes`` (quantized minus original): float32 (gate, up, down), each [N, K]. ``seen`` maps a
+    block's input to what its kernel would multiply, None for 16-bit activations. Only one block is quantized at a
+    time (MxMoE, section 3.2).
+    """
+    gate, up, down = weights
+    sums = torch.zeros(3, 2, dtype=torch.float64, device=gate.device)
+    with _tensor_cores():
+        for batch in batches:
+            gated, raised = batch.x @ gate.T, batch.x @ up.T
+            moved_gate, moved_up = _product_changes(batch.x, (gate, up), changes[:2], seen)
+            moved_gate = activation(moved_gate.add_(gated))
+            gated = activation(gated)
+            sums[0] += _output_losses((moved_gate.sub_(gated).mul_(raised)) @ down.T, batch)
+            sums[1] += _output_losses(moved_up.mul_(gated) @ down.T, batch)
+            (moved,) = _product_changes(gated.mul_(raised), (down,), changes[2:], seen)
+            sums[2] += _output_losses(moved, batch)
+    return sums
+
+
+def _product_changes(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], changes: Sequence[torch.Tensor], seen: Function | None
+) -> list[torch.Tensor]:
+    """``seen(x) (W + dW)^T - x W^T`` for each block, by its two small parts."""
+    if seen is None:
+        return [x @ change.T for change in changes]
+    entering = seen(x)
+    noise = entering - x
+    return [(entering @ change.T).add_(noise @ weight.T) for weight, change in zip(weights, changes, strict=True)]
+
+
+def _output_losses(change: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """float64 [2]: sum over tokens of ||dy||^2 and of (g . dy)^2 / 2, dy the weighted change of the output."""
+    squares = (torch.linalg.vector_norm(change, dim=-1) * batch.scale).double().square().sum()
+    if batch.gradient is None:
+        return torch.stack((squares, torch.zeros_like(squares)))
+    along = torch.linalg.vecdot(change, batch.gradient) * batch.scale
+    return torch.stack((squares, 0.5 * along.double().square().sum()))
+
+
+@contextmanager
+def _tensor_cores() -> Iterator[None]:
+    """TF32 products on GPUs that have them: 11 bits of each factor, float32 sums."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -1,0 +1,131 @@
+"""Quantized weights of all experts of a layer: round-to-nearest or GPTQ, plain or rotated.
+
+Experts share their shapes, so they are quantized in stacks, as many experts at a time as the workspace holds. GPTQ's
+Hessian weighs every token by its squared router weight, because that is how the token's error enters the layer's
+output. gate and up have the same input and therefore one Hessian: they are quantized as the rows of one matrix.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mxmoe_steps.calibration.inputs import Batch, LayerInputs
+from mxmoe_steps.quantizers.gptq import Hessians, gptq
+from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate, quantize_activations, round_to_nearest
+from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.schemes import Scheme
+
+_WORKSPACE_BYTES = 8 << 30
+_WEIGHT_COPIES, _HESSIAN_COPIES = 10, 4  # float32 and float64 copies alive while a stack is quantized
+_SUMMED = 4096  # tokens whose products are summed in float32; these sums are added in float64
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are quantized: ``rtn`` or ``gptq``, after a rotation where the name ends in ``+hadamard``."""
+
+    name: str
+    damping: float = 0.01
+
+    @property
+    def gptq(self) -> bool:
+        """Whether errors are fed back, which needs Hessians."""
+        return self.name.startswith("gptq")
+
+    @property
+    def rotated(self) -> bool:
+        """Whether weights and activations are rotated before they are quantized."""
+        return self.name.endswith("+hadamard")
+
+
+def quantize_layer(
+    inputs: LayerInputs,
+    experts: list[int],
+    weights: list[torch.Tensor],
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    scheme: Scheme,
+    method: Method,
+) -> list[QuantizedWeight]:
+    """Stacks of gate, up and down; ``weights``: the originals, three [E, N, K] in any precision.
+
+    A rotating method's stacks multiply rotated inputs: `restored` undoes that.
+    """
+    gate, up, down = weights
+    if not method.gptq:
+        return [_rounded(block, scheme, method) for block in weights]
+    width, hidden = gate.shape[1:]
+    tokens = torch.tensor([inputs.tokens(expert) for expert in experts], device=gate.device)
+    every = torch.zeros(hidden, hidden, dtype=torch.float64, device=gate.device)
+    _add_second_moment(every, inputs.hidden)
+    every /= len(inputs)
+    inner = torch.zeros(len(experts), width, width, dtype=torch.float64, device=gate.device)
+    gate_up = []
+    for stack in _stacks(len(experts), 2 * width, hidden):
+        entering = torch.zeros(len(experts[stack]), hidden, hidden, dtype=torch.float64, device=gate.device)
+        for index, expert in enumerate(experts[stack]):
+            blocks = gate[stack][index].float(), up[stack][index].float()
+            _add_moments(entering[index], inner[stack][index], inputs.batches(expert), *blocks, activation)
+        hessians = Hessians(entering, tokens[stack], every)
+        gate_up.append(_gptq(torch.cat((gate[stack], up[stack]), dim=1), hessians, scheme, method))
+    pooled = inner.sum(0) / tokens.sum().clamp_min(1)
+    downs = [
+        _gptq(down[stack], Hessians(inner[stack], tokens[stack], pooled), scheme, method)
+        for stack in _stacks(len(experts), hidden, width)
+    ]
+    both = concatenate(gate_up)
+    return [both[:, :width], both[:, width:], concatenate(downs)]
+
+
+def restored(weight: QuantizedWeight, method: Method) -> torch.Tensor:
+    """float32 [..., N, K]: what the quantized weight means for inputs that are not rotated."""
+    return rotate(weight.dequantize()) if method.rotated else weight.dequantize()
+
+
+def seen_by(scheme: Scheme, method: Method) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What a block multiplies in place of its input, turned back if rotated; None for 16-bit activations."""
+    if scheme.act_bits == 16:
+        return None
+    if not method.rotated:
+        return lambda x: quantize_activations(x, scheme)
+    return lambda x: rotate(quantize_activations(rotate(x), scheme))
+
+
+def _stacks(experts: int, out_features: int, in_features: int) -> Iterator[slice]:
+    """Runs of consecutive experts whose quantization fits the workspace."""
+    weights, hessian = 4 * out_features * in_features, 8 * in_features**2
+    size = max(1, _WORKSPACE_BYTES // (_WEIGHT_COPIES * weights + _HESSIAN_COPIES * hessian))
+    for low in range(0, experts, size):
+        yield slice(low, low + size)
+
+
+def _rounded(weight: torch.Tensor, scheme: Scheme, method: Method) -> QuantizedWeight:
+    stacks = (weight[stack].float() for stack in _stacks(*weight.shape))
+    return concatenate([round_to_nearest(rotate(part) if method.rotated else part, scheme) for part in stacks])
+
+
+def _gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, method: Method) -> QuantizedWeight:
+    if method.rotated:
+        return gptq(rotate(weight.float()), hessians.rotated(), scheme, method.damping)
+    return gptq(weight.float(), hessians, scheme, method.damping)
+
+
+def _add_moments(
+    entering: torch.Tensor,
+    inner: torch.Tensor,
+    batches: Iterable[Batch],
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Add one expert's second moments of what enters gate and up, and of what enters down."""
+    for batch in batches:
+        scale = batch.scale.unsqueeze(-1)
+        _add_second_moment(inner, activation(batch.x @ gate.T).mul_(batch.x @ up.T).mul_(scale))
+        _add_second_moment(entering, batch.x * scale)
+
+
+def _add_second_moment(sums: torch.Tensor, x: torch.Tensor) -> None:
+    """Add x^T x to float64 ``sums`` [K, K]; ``x`` [n, K]."""
+    for part in x.split(_SUMMED):
+        sums += part.float().T @ part.float()
