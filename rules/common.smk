@@ -5,6 +5,7 @@ line and the record that Snakemake compares are the same thing. `stamps` name th
 Nothing else of the configuration reaches a step.
 """
 
+import re
 import shlex
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.config import load_config, points
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.provenance import stamps
+from mxmoe_steps.quantizers.method import QUANTIZERS
 
 try:
     CONFIG = load_config(config, "the configuration")
@@ -27,10 +29,10 @@ OUT = f"results/{MODEL}"
 
 
 wildcard_constraints:
-    quantizer="rtn|gptq",
+    quantizer="|".join(map(re.escape, QUANTIZERS)),
     scheme=r"w\d+a\d+[a-z0-9_-]*",
-    frontier="|".join(sorted(FRONTIERS)).replace(".", r"\."),
-    point="|".join(sorted(POINTS)).replace(".", r"\."),
+    frontier="|".join(map(re.escape, sorted(FRONTIERS))),
+    point="|".join(map(re.escape, sorted(POINTS))),
 
 
 def model_files():

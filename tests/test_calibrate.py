@@ -15,6 +15,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.loading import load_model, moe_module
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
@@ -38,7 +39,7 @@ def run(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str) 
 
 
 def layer_output(moe: torch.nn.Module, tensors: dict[str, torch.Tensor], changed: tuple | None) -> torch.Tensor:
-    """The MoE layer in float64, written out; ``changed`` = (expert, block, weight, scheme)."""
+    """The MoE layer in float64, written out; ``changed`` = (expert, block, weight, its view of x)."""
     x = tensors["hidden"].double()
     result = torch.zeros_like(x)
     experts = moe.experts.gate_up_proj.shape[0]
@@ -56,17 +57,17 @@ def layer_output(moe: torch.nn.Module, tensors: dict[str, torch.Tensor], changed
             weights[changed[1]] = changed[2].double()
         gate_in = up_in = x
         if changed is not None and changed[0] == expert and changed[1] < 2:
-            quantized = quantize_activations(x, changed[3]).double()
+            quantized = changed[3](x)
             gate_in, up_in = (quantized, x) if changed[1] == 0 else (x, quantized)
         inner = torch.nn.functional.silu(gate_in @ weights[0].T) * (up_in @ weights[1].T)
         if changed is not None and changed[0] == expert and changed[1] == 2:
-            inner = quantize_activations(inner, changed[3]).double()
+            inner = changed[3](inner)
         result += (inner @ weights[2].T) * scale.unsqueeze(-1)
     return result
 
 
 @pytest.mark.parametrize("scheme", ["w2a16_g32", "w8a8_fp8", "w4a8_g32"])
-@pytest.mark.parametrize("quantizer", ["rtn", "gptq"])
+@pytest.mark.parametrize("quantizer", ["rtn", "gptq", "rtn+hadamard", "gptq+hadamard"])
 def test_losses_equal_whole_layer_differences(
     tiny_moe: Path, captured: Path, tmp_path: Path, quantizer: str, scheme: str
 ) -> None:
@@ -89,7 +90,13 @@ def test_losses_equal_whole_layer_differences(
                 }
                 row = losses.loc[(layer, expert, block)]
                 weight = from_tensors(parse_scheme(scheme), int(row["in_features"]), parts).dequantize()
-                change = layer_output(moe, tensors, (expert, number, weight, parse_scheme(scheme))) - original
+                turned = rotate if quantizer.endswith("hadamard") else lambda x: x
+
+                def seen(x: torch.Tensor, turned=turned) -> torch.Tensor:
+                    return quantize_activations(turned(x), parse_scheme(scheme)).double()
+
+                view = (expert, number, weight, seen)
+                change = layer_output(moe, tensors, view) - original
                 assert row["out_sq"] == pytest.approx(float(change.square().sum()), rel=2e-3, abs=1e-9)
                 fisher = 0.5 * (change * tensors["gradient"].double()).sum(-1).square().mean()
                 assert row["fisher"] == pytest.approx(float(fisher), rel=2e-3, abs=1e-12)

@@ -17,6 +17,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.loading import load_model
 from mxmoe_steps.models.raw import tensors_of, write_tensors
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
@@ -58,7 +59,7 @@ def packed(tiny_moe: Path, sources: str, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def checkpoint(tiny_moe: Path, packed: Path, assignment: list[list], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoint")
-    write_allocation(str(root / "allocation.json"), {"assignment": assignment, "bits": 4.0})
+    write_allocation(str(root / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"})
     quantize.quantize(
         argparse.Namespace(
             model=str(tiny_moe), allocation=str(root / "allocation.json"), packed=str(packed), out=str(root / "out")
@@ -126,6 +127,35 @@ def test_packed_checkpoint_computes_what_was_calibrated(
     assert (got - expected).norm() / (expected - original).norm() < 0.02
 
 
+def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packed: Path, tmp_path: Path) -> None:
+    for scheme in ("w3a16_g32_asym", "w8a8_g-1_sym"):
+        options = {"capture": str(packed.parent / "capture"), "quantizer": "rtn+hadamard", "damping": 0.01}
+        calibrate.calibrate(
+            argparse.Namespace(model=str(tiny_moe), scheme=scheme, out=str(tmp_path / "packed"), **options, **RUNTIME)
+        )
+    choice = ["w3a16_g32_asym", "w8a8_g-1_sym", "w16a16"]
+    assignment = [[layer, expert, *choice] for layer in range(2) for expert in [SHARED, 0, 1, 2, 3]]
+    allocation = {"assignment": assignment, "bits": 9.0, "quantizer": "rtn+hadamard"}
+    write_allocation(str(tmp_path / "allocation.json"), allocation)
+    paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(tmp_path / "packed")}
+    quantize.quantize(argparse.Namespace(model=str(tiny_moe), out=str(tmp_path / "out"), **paths))
+
+    expected = load_model(tiny_moe, "float32", "cpu")[1]
+    store = load_file(tmp_path / "packed" / "w3a16_g32_asym.safetensors")
+    with torch.no_grad():  # 8-bit blocks stay as they were; the 3-bit ones carry nearly all of the damage
+        for layer in range(2):
+            moe = expected.model.layers[layer].mlp
+            weights = [moe.shared_expert.gate_proj.weight, *(expert.chunk(2)[0] for expert in moe.experts.gate_up_proj)]
+            for expert, weight in zip([SHARED, 0, 1, 2, 3], weights, strict=True):
+                parts = {part: store[f"{layer}.{expert}.gate.{part}"] for part in ("qweight", "scales", "zeros")}
+                weight.copy_(rotate(from_tensors(parse_scheme(choice[0]), 64, parts).dequantize()))
+        tokens = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(0))
+        got = mxmoe_steps.load_quantized(str(tmp_path / "out"))(tokens).logits
+        original = load_model(tiny_moe, "float32", "cpu")[1](tokens).logits
+        expected = expected(tokens).logits
+    assert (got - expected).norm() / (expected - original).norm() < 0.1
+
+
 def test_weights_on_disk_are_as_small_as_the_bits_say(checkpoint: Path, assignment: list[list]) -> None:
     tensors = load_file(checkpoint / "model.safetensors")
     for layer, expert, *names in assignment:
@@ -161,7 +191,8 @@ def test_generation_runs(checkpoint: Path) -> None:
 def test_the_same_allocation_gives_the_same_bytes(
     tiny_moe: Path, packed: Path, assignment: list[list], checkpoint: Path, tmp_path: Path
 ) -> None:
-    write_allocation(str(tmp_path / "allocation.json"), {"assignment": assignment[::-1], "bits": 4.0})
+    allocation = {"assignment": assignment[::-1], "bits": 4.0, "quantizer": "rtn"}
+    write_allocation(str(tmp_path / "allocation.json"), allocation)
     quantize.quantize(
         argparse.Namespace(
             model=str(tiny_moe),

@@ -10,6 +10,7 @@ from mxmoe_steps import packing
 from mxmoe_steps.quantizers import grid as grids
 from mxmoe_steps.quantizers.gptq import Hessians, gptq
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations, round_to_nearest
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = ["w8a16", "w4a16", "w3a16", "w2a16", "w1a16", "w4a16_g32_sym", "w8a8", "w8a8_fp8", "w4a8", "w4a8_fp8", "w4a4"]
@@ -111,6 +112,41 @@ def test_activation_quantization_is_per_token(name: str) -> None:
     error = ((got - x).norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-9))[[0, 1, 2, 4, 5, 6]]
     assert error.max() < {"w8a8": 0.012, "w8a8_fp8": 0.04, "w4a4": 0.2}[name]
     assert torch.allclose(quantize_activations(x[2:3], scheme), got[2:3])
+
+
+def _hadamard(size: int) -> torch.Tensor:
+    """float64 block-diagonal R [K, K] from the Kronecker definition."""
+    block = torch.ones(1, 1, dtype=torch.float64)
+    while size % (2 * len(block)) == 0:
+        block = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), block)
+    return torch.block_diag(*[block / len(block) ** 0.5] * (size // len(block)))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 96, 352])
+def test_rotation_is_the_hadamard_matrix_and_leaves_a_linear_block_unchanged(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(3, 5, size, generator=generator, dtype=torch.float64)
+    weight = torch.randn(9, size, generator=generator, dtype=torch.float64)
+    assert torch.allclose(rotate(x), x @ _hadamard(size), atol=1e-12)
+    assert torch.allclose(rotate(rotate(x)), x, atol=1e-12)
+    assert torch.allclose(rotate(x) @ rotate(weight).T, x @ weight.T, atol=1e-12)
+
+
+def test_rotated_hessians_are_those_of_rotated_inputs() -> None:
+    x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = Hessians((x.T @ x).unsqueeze(0), torch.tensor([50]), x.T @ x / 50).rotated()
+    turned = x @ _hadamard(24)
+    assert torch.allclose(moments.sums[0], turned.T @ turned)
+    assert torch.allclose(moments.layer, turned.T @ turned / 50)
+
+
+def test_stacks_concatenate_and_split() -> None:
+    weight = torch.randn(5, 16, 64, generator=torch.Generator().manual_seed(0))
+    for name in ("w4a16_g32", "w8a8_fp8"):
+        whole = round_to_nearest(weight, parse_scheme(name))
+        parts = [round_to_nearest(weight[part], parse_scheme(name)) for part in (slice(0, 2), slice(2, 5))]
+        assert torch.equal(grids.concatenate(parts).dequantize(), whole.dequantize())
+        assert torch.equal(whole[1:3, 4:9].dequantize(), whole.dequantize()[1:3, 4:9])
 
 
 def _gptq_reference(weight: torch.Tensor, hessian: torch.Tensor, grid: grids.Grid) -> torch.Tensor:

@@ -16,12 +16,11 @@ from typing import Any
 
 from mxmoe_steps.arguments import add_runtime, parser_for, start_torch
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
-QUANTIZERS = ("rtn", "gptq", "rtn+hadamard", "gptq+hadamard")
 
-
-def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Any) -> tuple[list[Any], Any]:
+def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Method) -> tuple[list[Any], Any]:
     """Rows of `tables.LOSSES` (tuples in column order) and packed tensors of one layer."""
     from mxmoe_steps.calibration.losses import expert_losses
     from mxmoe_steps.calibration.weights import quantize_layer, restored, seen_by
@@ -54,7 +53,6 @@ def calibrate(args: argparse.Namespace) -> None:
     from safetensors.torch import save_file
 
     from mxmoe_steps.calibration.inputs import LayerInputs
-    from mxmoe_steps.calibration.weights import Method
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.loading import resolve_device
     from mxmoe_steps.models.raw import tensors_of, write_tensors

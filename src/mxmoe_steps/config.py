@@ -16,10 +16,10 @@ from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.data.sources import FileText, MixText
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import is_local, open_model
+from mxmoe_steps.quantizers.method import QuantizerName
 from mxmoe_steps.schemes import parse_scheme
 
 Granularity = Literal["block", "expert", "layer", "uniform"]
-Quantizer = Literal["rtn", "gptq"]
 Goal = Literal["r", "max_time_us", "max_loss"]
 _GOAL_TAGS: dict[str, str] = {"r": "r", "max_time_us": "us", "max_loss": "loss"}
 
@@ -67,7 +67,9 @@ class Calibrate(Section):
     sequences: int = Field(128, description="calibration sequences", gt=0)
     length: int = Field(512, description="tokens per sequence", gt=1)
     schemes: list[str] = Field(description="candidate schemes, e.g. w4a16 or w8a8_fp8 (docs/schemes.md)", min_length=1)
-    quantizers: list[Quantizer] = Field(["gptq"], description="rtn and/or gptq", min_length=1)
+    quantizers: list[QuantizerName] = Field(
+        ["gptq"], description="how to quantize weights (docs/schemes.md)", min_length=1
+    )
     damping: float = Field(0.01, description="GPTQ: fraction of the mean Hessian diagonal added to it", gt=0)
     gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
 
@@ -120,7 +122,7 @@ class Sweep(Section):
         [], description="instead of r: the most accurate allocation within this predicted time of all expert layers"
     )
     max_loss: list[float] = Field([], description="instead of r: the fastest allocation within this predicted loss")
-    quantizer: list[Quantizer] = Field(["gptq"], description="quantizer of the weights")
+    quantizer: list[QuantizerName] = Field(["gptq"], description="quantizer of the weights")
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +180,7 @@ class Config(Section):
     profile: Profile = Field(default_factory=lambda: Profile())
     solve: Solve
     sweep: list[Sweep] = Field(description="grids of allocations to compute", min_length=1)
-    baselines: list[Quantizer] = Field(
+    baselines: list[QuantizerName] = Field(
         ["rtn", "gptq"], description="quantizers of the uniform baselines: the best single scheme within each budget"
     )
     evaluate: Evaluate
@@ -227,7 +229,7 @@ class Config(Section):
                 )
 
 
-def _known(key: str, names: list[str], known: list[str] | list[Quantizer], what: str) -> None:
+def _known(key: str, names: list[str], known: list[str] | list[QuantizerName], what: str) -> None:
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -271,7 +273,7 @@ class Point(BaseModel):
     budget_bits: float
     tokens: int
     granularity: Granularity
-    quantizer: Quantizer
+    quantizer: QuantizerName
     goal: Goal
     value: float
 
@@ -304,7 +306,7 @@ def points(config: Config) -> list[Point]:
 
 
 def _point(
-    budget_bits: float, tokens: int, granularity: Granularity, quantizer: Quantizer, goal: Goal, value: float
+    budget_bits: float, tokens: int, granularity: Granularity, quantizer: QuantizerName, goal: Goal, value: float
 ) -> Point:
     return Point(
         budget_bits=budget_bits, tokens=tokens, granularity=granularity, quantizer=quantizer, goal=goal, value=value

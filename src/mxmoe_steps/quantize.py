@@ -15,6 +15,7 @@ from typing import Any
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 _SHARD_BYTES = 4 << 30
@@ -31,13 +32,14 @@ def packed_name(folder: Any, layer: int, expert: int, block: str, part: str) -> 
     return f"{moe_path(layer)}.{inner}.{block}_proj.{part}"
 
 
-def quantization_config(assignment: Assignment) -> dict[str, Any]:
+def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any]:
     """The ``quantization_config`` entry of ``config.json``; see `mxmoe_steps.inference.plugin`."""
     schemes = sorted({scheme for blocks in assignment.values() for scheme in blocks})
     blocks: dict[str, dict[str, list[int]]] = {}
     for (layer, expert), names in sorted(assignment.items()):
         blocks.setdefault(str(layer), {})[str(expert)] = [schemes.index(name) for name in names]
-    return {"quant_method": "mxmoe", "version": 1, "schemes": schemes, "blocks": blocks}
+    rotation = {"rotation": "hadamard"} if Method(quantizer).rotated else {}
+    return {"quant_method": "mxmoe", "version": 1, "schemes": schemes, "blocks": blocks, **rotation}
 
 
 def checkpoint_tensors(folder: Any, assignment: Assignment, packed: Path) -> list[tuple[str, Any]]:
@@ -108,7 +110,8 @@ def quantize(args: argparse.Namespace) -> None:
     partial.mkdir(parents=True)
     try:
         write_shards(checkpoint_tensors(folder, assignment, Path(args.packed)), partial)
-        write_json(partial / "config.json", folder.config | {"quantization_config": quantization_config(assignment)})
+        config = quantization_config(assignment, allocation["quantizer"])
+        write_json(partial / "config.json", folder.config | {"quantization_config": config})
         for pattern in _COPIED:
             for file in sorted(folder.path.glob(pattern)):
                 shutil.copyfile(file, partial / file.name)

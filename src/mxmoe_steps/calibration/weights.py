@@ -6,7 +6,6 @@ output. gate and up have the same input and therefore one Hessian: they are quan
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -14,29 +13,12 @@ from mxmoe_steps.calibration.inputs import Batch, LayerInputs
 from mxmoe_steps.quantizers.gptq import Hessians, gptq
 from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate, quantize_activations, round_to_nearest
 from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import Scheme
 
 _WORKSPACE_BYTES = 8 << 30
 _WEIGHT_COPIES, _HESSIAN_COPIES = 10, 4  # float32 and float64 copies alive while a stack is quantized
 _SUMMED = 4096  # tokens whose products are summed in float32; these sums are added in float64
-
-
-@dataclass(frozen=True)
-class Method:
-    """How weights are quantized: ``rtn`` or ``gptq``, after a rotation where the name ends in ``+hadamard``."""
-
-    name: str
-    damping: float = 0.01
-
-    @property
-    def gptq(self) -> bool:
-        """Whether errors are fed back, which needs Hessians."""
-        return self.name.startswith("gptq")
-
-    @property
-    def rotated(self) -> bool:
-        """Whether weights and activations are rotated before they are quantized."""
-        return self.name.endswith("+hadamard")
 
 
 def quantize_layer(

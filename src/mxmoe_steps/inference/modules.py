@@ -11,15 +11,19 @@ from torch import nn
 
 from mxmoe_steps.packing import packed_width
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import Scheme
 
 
 class PackedLinear(nn.Module):
-    """A bias-free linear block [N, K] under one scheme, stored as the checkpoint stores it."""
+    """A bias-free linear block [N, K] under one scheme, stored as the checkpoint stores it.
 
-    def __init__(self, scheme: Scheme, out_features: int, in_features: int) -> None:
+    ``rotated``: its weights multiply inputs that `rotate` has rotated.
+    """
+
+    def __init__(self, scheme: Scheme, out_features: int, in_features: int, rotated: bool = False) -> None:
         super().__init__()
-        self.scheme, self.out_features, self.in_features = scheme, out_features, in_features
+        self.scheme, self.out_features, self.in_features, self.rotated = scheme, out_features, in_features, rotated
         groups = -(-in_features // scheme.group_size(in_features))
         width = packed_width(in_features, scheme.weight_bits)
         self.register_buffer("qweight", torch.empty(out_features, width, dtype=torch.uint8))
@@ -33,32 +37,38 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] to [..., N] in the precision of ``x``."""
-        seen = quantize_activations(x, self.scheme).to(x.dtype)
+        seen = quantize_activations(rotate(x.float()) if self.rotated else x, self.scheme).to(x.dtype)
         return nn.functional.linear(seen, self.dequantize().to(x.dtype))
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        return f"{self.scheme}, in_features={self.in_features}, out_features={self.out_features}"
+        rotated = ", rotated" if self.rotated else ""
+        return f"{self.scheme}, in_features={self.in_features}, out_features={self.out_features}{rotated}"
 
 
-def make_linear(scheme: Scheme, out_features: int, in_features: int) -> nn.Module:
+def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bool) -> nn.Module:
     """A packed block, or a plain linear where the scheme keeps 16-bit weights."""
     if scheme.is_original:
         return nn.Linear(in_features, out_features, bias=False)
-    return PackedLinear(scheme, out_features, in_features)
+    return PackedLinear(scheme, out_features, in_features, rotated)
 
 
 class MixedExpert(nn.Module):
-    """One expert: three blocks, each under its own scheme."""
+    """One expert: three blocks, each under its own scheme, those that are packed with or without rotation."""
 
     def __init__(
-        self, schemes: Sequence[Scheme], hidden: int, inner: int, activation: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        schemes: Sequence[Scheme],
+        hidden: int,
+        inner: int,
+        activation: Callable[[torch.Tensor], torch.Tensor],
+        rotated: bool = False,
     ) -> None:
         super().__init__()
         gate, up, down = schemes
-        self.gate_proj = make_linear(gate, inner, hidden)
-        self.up_proj = make_linear(up, inner, hidden)
-        self.down_proj = make_linear(down, hidden, inner)
+        self.gate_proj = make_linear(gate, inner, hidden, rotated)
+        self.up_proj = make_linear(up, inner, hidden, rotated)
+        self.down_proj = make_linear(down, hidden, inner, rotated)
         self.act_fn = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,10 @@
 ``config.json`` carries ``quantization_config``::
 
     {"quant_method": "mxmoe", "version": 1, "schemes": ["w2a16_g128_asym", ...],
-     "blocks": {"0": {"-1": [1, 1, 2], "0": [0, 0, 1], ...}, ...}}
+     "blocks": {"0": {"-1": [1, 1, 2], "0": [0, 0, 1], ...}, ...}, "rotation": "hadamard"}
 
-``blocks[layer][expert]`` are the scheme numbers of gate, up and down; expert -1 is the shared expert.
+``blocks[layer][expert]`` are the scheme numbers of gate, up and down; expert -1 is the shared expert. Where there is
+a ``rotation``, every packed block multiplies inputs that `mxmoe_steps.quantizers.hadamard.rotate` has rotated.
 """
 
 from pathlib import Path
@@ -32,11 +33,20 @@ VERSION = 1
 class MixedPrecisionConfig(QuantizationConfigMixin):
     """Scheme of every expert block, as stored in ``config.json``."""
 
-    def __init__(self, schemes: list[str], blocks: dict[str, dict[str, list[int]]], version: int, **_: Any) -> None:
+    def __init__(
+        self,
+        schemes: list[str],
+        blocks: dict[str, dict[str, list[int]]],
+        version: int,
+        rotation: str | None = None,
+        **_: Any,
+    ) -> None:
         if version != VERSION:
             raise UserError(f"the checkpoint has mxmoe format version {version}; this release reads version {VERSION}")
+        if rotation not in (None, "hadamard"):
+            raise UserError(f"the checkpoint rotates inputs by {rotation!r}, which this release does not know")
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers knows its own methods only
-        self.schemes, self.blocks, self.version = schemes, blocks, version
+        self.schemes, self.blocks, self.version, self.rotation = schemes, blocks, version, rotation
 
     def of(self, layer: int, expert: int) -> list[Scheme]:
         """Schemes of gate, up and down."""
@@ -54,18 +64,20 @@ class MixedPrecisionQuantizer(HfQuantizer):
         config = model.config
         family = FAMILIES[config.model_type]
         activation = ACT2FN[config.hidden_act]
+        quantization = self.quantization_config
+        rotated = quantization.rotation is not None
         with torch.device("meta"):
-            for layer, experts in self.quantization_config.blocks.items():
+            for layer, experts in quantization.blocks.items():
                 moe = model.get_submodule(moe_path(int(layer)))
                 inner = moe.experts.down_proj.shape[-1]
                 moe.experts = MixedExperts(
-                    MixedExpert(self.quantization_config.of(int(layer), expert), config.hidden_size, inner, activation)
+                    MixedExpert(quantization.of(int(layer), expert), config.hidden_size, inner, activation, rotated)
                     for expert in range(len(experts) - (str(SHARED) in experts))
                 )
                 if family.shared is not None and str(SHARED) in experts:
                     old = getattr(moe, family.shared)
-                    schemes = self.quantization_config.of(int(layer), SHARED)
-                    new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, activation)
+                    schemes = quantization.of(int(layer), SHARED)
+                    new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, activation, rotated)
                     setattr(moe, family.shared, new)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:

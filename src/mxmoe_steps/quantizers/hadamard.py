@@ -8,8 +8,6 @@ over all features, which per-token activation grids need most.
 
 import torch
 
-NAME = "hadamard"  # ``rotation`` of a checkpoint's ``quantization_config``
-
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """``x`` [..., K] times a block-diagonal R of normalised Walsh-Hadamard matrices; its own inverse.
@@ -17,10 +15,10 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     The blocks are as large as K allows: the largest power of two that divides it (2048 for 2048, 128 for 1408). Fast
     transform: log2(block) passes of additions, in the precision of ``x``.
     """
-    size = x.shape[-1] & -x.shape[-1]
-    shape, step = x.shape, 1
+    features = x.shape[-1]
+    size, step = features & -features, 1
     while step < size:
-        first, second = x.reshape(*shape[:-1], -1, 2, step).unbind(-2)
-        x = torch.stack((first + second, first - second), dim=-2)
+        first, second = x.unflatten(-1, (features // (2 * step), 2, step)).unbind(-2)
+        x = torch.stack((first + second, first - second), dim=-2).flatten(-3)
         step *= 2
-    return x.reshape(shape) * size**-0.5
+    return x * size**-0.5

@@ -1,0 +1,28 @@
+"""The quantizers by name. Stdlib only: `config` and `quantize` read it without PyTorch."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+QuantizerName = Literal["rtn", "gptq", "rtn+hadamard", "gptq+hadamard"]
+QUANTIZERS: tuple[str, ...] = get_args(QuantizerName)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How weights are quantized: ``rtn`` or ``gptq``, after a rotation where the name ends in ``+hadamard``.
+
+    ``damping``: fraction of its mean diagonal that GPTQ adds to a Hessian.
+    """
+
+    name: str
+    damping: float = 0.01
+
+    @property
+    def gptq(self) -> bool:
+        """Whether errors are fed back, which needs Hessians."""
+        return self.name.startswith("gptq")
+
+    @property
+    def rotated(self) -> bool:
+        """Whether weights and activations are rotated before they are quantized (`hadamard.rotate`)."""
+        return self.name.endswith("+hadamard")
