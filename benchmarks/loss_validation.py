@@ -20,9 +20,10 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from mxmoe_steps.evaluate import read_reference, score
-from mxmoe_steps.models.loading import load_model, moe_module
+from mxmoe_steps.evaluate import Reference, score
+from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors
 from mxmoe_steps.reporting.summary import read_json
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
@@ -37,11 +38,12 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.results = Path(args.results)
-        self.folder, self.model = load_model(Path(args.model), "float32", args.device)
-        tokens, hidden = read_reference(str(self.results / "evaluate" / "original.safetensors"))
-        rows = args.sequences
-        self.tokens = {text: values[:rows] for text, values in tokens.items()}
-        self.hidden = {text: values[:rows] for text, values in hidden.items()}
+        self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
+        self.head = StreamedModel(args.model, "float32", args.device)
+        reference = Reference(str(self.results / "evaluate" / "original.safetensors"))
+        rows = slice(args.sequences)
+        self.tokens = {text: values[rows] for text, values in reference.tokens.items()}
+        self.hidden = {text: reference.hidden(text, rows) for text in reference.tokens}
         self.losses = {
             scheme: read_table(LOSSES, self.table(scheme))[0].to_pandas().set_index(KEYS).sort_index()
             for scheme in SCHEMES
@@ -72,7 +74,7 @@ class Bench:
     def measure(self, choice: np.ndarray) -> tuple[float, float]:
         """KL divergence from the original and perplexity, over all texts."""
         for number, (layer, expert, block) in enumerate(self.blocks):
-            moe = moe_module(self.folder, self.model, layer)
+            moe = self.model.model.layers[layer].mlp
             weight = self.weights[choice[number]][number].to(self.model.device)
             if expert == SHARED:
                 getattr(moe.shared_expert, f"{block}_proj").weight.copy_(weight)
@@ -80,9 +82,16 @@ class Bench:
                 moe.experts.down_proj[expert].copy_(weight)
             else:
                 moe.experts.gate_up_proj[expert].chunk(2)[BLOCKS.index(block)].copy_(weight)
-        found = [score(self.model, self.tokens[text], 8, self.hidden[text])[0] for text in self.tokens]
-        kl, nll = (float(np.mean([metrics[key] for metrics in found])) for key in ("kl", "nll"))
-        return kl, float(np.exp(nll))
+        found = []
+        with self.head.head():
+            for text, tokens in self.tokens.items():
+                hidden = torch.cat(
+                    [self.model.model(run.to(self.model.device)).last_hidden_state for run in tokens.split(8)]
+                )
+                sums = score(self.head, hidden, tokens, self.hidden[text])
+                found.append(np.divide(sums, tokens[:, 1:].numel()))
+        nll, kl = np.mean(found, axis=0)
+        return float(kl), float(np.exp(nll))
 
 
 def predictions(bench: Bench) -> dict[str, np.ndarray]:

@@ -34,6 +34,15 @@ def add_runtime(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences per forward pass (default 8)")
 
 
+def add_borders(parser: argparse.ArgumentParser) -> None:
+    """Where text waits between layers."""
+    parser.add_argument(
+        "--borders",
+        metavar="DIR",
+        help="folder of hidden states at layer borders, removed at the end (default: OUT.borders)",
+    )
+
+
 def start_torch(args: argparse.Namespace) -> None:
     """Fix what decides the bytes of a result: thread count, seed, deterministic kernels."""
     import torch

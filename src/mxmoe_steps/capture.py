@@ -1,103 +1,215 @@
 """capture: what enters every MoE layer on the calibration text.
 
-Runs the model once and writes one file per layer, layer-NNN.safetensors:
+Runs the text through the model, one decoder layer in memory at a time, and writes one file per MoE layer,
+layer-NNN.safetensors:
   hidden    [T, H]  input of the experts, in the model's precision
   ids       [T, k]  experts of each token, int16
   weights   [T, k]  router weights, float32
   shared    [T]     factor of the shared expert's output, float32 (families that have one)
-  gradient  [T, H]  gradient of the loss with respect to the layer's output, float32 (unless --no-gradient)
+  gradient  [T, H]  gradient of the loss with respect to the layer's output, in the model's precision
+                    (unless --no-gradient)
 
 `calibrate` reads nothing else of the model's activations, so every scheme, quantizer and layer can be
 calibrated as a job of its own. The loss is the negative log-likelihood of next tokens drawn from the
 model itself: the squared gradient then is the Fisher information of its predictions, and
 1/2 (gradient . change)^2 estimates the KL divergence that a change of the layer's output causes.
+
+The gradient costs a second pass, from the last layer to the first, each recomputed from the hidden states at
+its border. A run that was stopped goes on at the last finished layer. Ranges of layers can be jobs of their own,
+with the same --borders: --until K with rising K, then --layers A:B from the last range to the first (with
+--no-gradient from the first to the last). The bytes are those of one job.
 """
 
 import argparse
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_model, add_runtime, add_text, parser_for, start_torch
-from mxmoe_steps.atomic import atomic_path, canonical_json
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for, start_torch
 from mxmoe_steps.errors import UserError, run_cli
 
 
-def capture_batch(folder: Any, model: Any, tokens: Any, gradient: bool, generator: Any) -> dict[int, dict[str, Any]]:
-    """Captured tensors per layer for ``tokens`` int64 [B, L]; ``generator`` draws the labels."""
+def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
+    """What a layer's file says of one run of tokens; within ``model.loaded`` of the layer."""
     import torch
 
-    from mxmoe_steps.models.loading import expert_hooks, moe_module, shared_weights
+    hidden, ids, weights = (tensor.detach() for tensor in routing)
+    tensors = {"hidden": hidden, "ids": ids.to(torch.int16), "weights": weights.float()}
+    family = model.folder.family
+    if family.shared_gate is not None:
+        gate = model.moe(layer).get_submodule(family.shared_gate)
+        tensors["shared"] = torch.sigmoid(gate(hidden)).squeeze(-1).float()
+    elif family.shared is not None:
+        tensors["shared"] = torch.ones(len(hidden), dtype=torch.float32)
+    return tensors
 
-    captured: dict[int, dict[str, Any]] = {}
-    probes: dict[int, Any] = {}
-    handles = []
 
-    def seen(layer: int, routing: Any) -> None:
-        hidden, ids, weights = routing
-        captured[layer] = {
-            "hidden": hidden.detach(),
-            "ids": ids.to(torch.int16),
-            "weights": weights.detach().float(),
-        }
+@contextmanager
+def layer_file(borders: Any, layer: int, facts: dict[str, Any]) -> Iterator[Any]:
+    """Yields what to call with the tensors of every run; the layer's file waits beside the borders."""
+    from mxmoe_steps.models.rows import write_rows
 
-    for layer in folder.moe_layers if gradient else []:
+    with ExitStack() as stack:
+        writer: Any = None
 
-        def add_probe(_module: Any, _args: Any, output: Any, layer: int = layer) -> Any:
-            probes[layer] = torch.zeros_like(output, requires_grad=True)
-            return output + probes[layer]
+        def write(tensors: dict[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:
+                rows = borders.tokens.numel()
+                layout = {name: (tensor.dtype, (rows, *tensor.shape[1:])) for name, tensor in tensors.items()}
+                path = borders.folder / f"layer-{layer:03d}.safetensors"
+                writer = stack.enter_context(write_rows(path, layout, facts | {"layer": layer}))
+            for name, tensor in tensors.items():
+                writer.append(name, tensor)
 
-        handles.append(moe_module(folder, model, layer).register_forward_hook(add_probe))
-    try:
-        with torch.set_grad_enabled(gradient), expert_hooks(folder, model, seen):
-            if gradient:
-                logits = model(input_ids=tokens, use_cache=False).logits.float()
-            else:
-                model.model(input_ids=tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if gradient:
-        log_probs = torch.log_softmax(logits.flatten(0, 1), dim=-1)
-        labels = torch.multinomial(log_probs.detach().exp().cpu(), 1, generator=generator).to(log_probs.device)
-        loss = -log_probs.gather(-1, labels).sum()
-        for layer, grad in zip(probes, torch.autograd.grad(loss, list(probes.values())), strict=True):
-            captured[layer]["gradient"] = grad.flatten(0, 1).float()
-    for layer, tensors in captured.items():
-        if folder.family.shared is not None:
-            with torch.no_grad():
-                tensors["shared"] = shared_weights(folder, model, layer, tensors["hidden"]).float()
-        captured[layer] = {name: tensor.cpu() for name, tensor in tensors.items()}
-    return captured
+        yield write
+    print(f"capture: layer {layer}", file=sys.stderr, flush=True)
+
+
+def head_gradient(model: Any, borders: Any, runs: list[slice], seed: int) -> None:
+    """Write the loss's gradient at the last border: labels drawn from the model, a few tokens' logits at a time."""
+    import torch
+
+    from mxmoe_steps.models.rows import read_rows, write_rows
+
+    generator = torch.Generator(model.device).manual_seed(seed)
+    target = write_rows(borders.gradient(model.layers), borders.layout(model), {"border": model.layers})
+    with model.head(), target as writer, torch.enable_grad():
+        for run in runs:
+            hidden = read_rows(borders.hidden(model.layers), "hidden", run).to(model.device)
+            gradients = []
+            for rows in hidden.flatten(0, 1).split(model.head_rows):
+                rows.requires_grad_()
+                log_probs = model.log_probs(model.decoder.norm(rows))
+                labels = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
+                gradients += torch.autograd.grad(-log_probs.gather(-1, labels).sum(), rows)
+            writer.append("hidden", torch.cat(gradients).view(hidden.shape))
+
+
+def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dict[str, Any]) -> None:
+    """Take the gradient from border ``layer`` + 1 to border ``layer``; writes the layer's file where it has experts."""
+    import torch
+
+    from mxmoe_steps.models.borders import hooked
+    from mxmoe_steps.models.rows import read_rows, write_rows
+    from mxmoe_steps.models.streaming import layer_path
+
+    has_experts = layer in model.folder.moe_layers
+    probes: list[Any] = []
+    found: list[Any] = []
+
+    def add_probe(_module: Any, _args: Any, output: Any) -> Any:
+        summed = output[0] if isinstance(output, tuple) else output
+        probes.append(torch.zeros_like(summed, requires_grad=True))
+        return (summed + probes[0], *output[1:]) if isinstance(output, tuple) else summed + probes[0]
+
+    with ExitStack() as stack:
+        stack.enter_context(model.loaded(layer_path(layer)))
+        target = write_rows(borders.gradient(layer), borders.layout(model), {"border": layer})
+        writer = stack.enter_context(target)
+        write = stack.enter_context(layer_file(borders, layer, facts) if has_experts else nullcontext())
+        if has_experts:
+            stack.enter_context(hooked(model.moe(layer).experts, found.append))
+            stack.callback(model.moe(layer).register_forward_hook(add_probe).remove)
+        for run in runs:
+            probes.clear()
+            found.clear()
+            hidden = read_rows(borders.hidden(layer), "hidden", run).to(model.device).requires_grad_()
+            above = read_rows(borders.gradient(layer + 1), "hidden", run).to(model.device)
+            with torch.enable_grad():
+                output = model.run_layer(layer, hidden)
+            below, *gradient = torch.autograd.grad(output, [hidden, *probes], above)
+            if not below.isfinite().all():
+                raise UserError(
+                    f"{model.folder.path}: layer {layer}: the loss's gradient holds NaN or infinity in {model.dtype};"
+                    " set model.dtype to bfloat16 or float32, or calibrate.gradient to false"
+                )
+            writer.append("hidden", below)
+            if has_experts:
+                write(captured(model, layer, found[0]) | {"gradient": gradient[0].flatten(0, 1)})
+
+
+def capture_forward(model: Any, borders: Any, runs: list[slice], layers: range, facts: dict[str, Any]) -> None:
+    """Capture ``layers`` without gradients."""
+    from mxmoe_steps.models.borders import forward
+
+    @contextmanager
+    def watch(layer: int) -> Iterator[Any]:
+        if layer not in layers:
+            yield lambda _: None
+            return
+        with layer_file(borders, layer, facts) as write:
+            yield lambda routing: write(captured(model, layer, routing))
+
+    forward(model, borders, runs, layers.stop, watch)
+
+
+def capture_backward(
+    model: Any, borders: Any, runs: list[slice], layers: range, facts: dict[str, Any], seed: int
+) -> None:
+    """Capture ``layers`` with gradients, from the last to the first."""
+    from mxmoe_steps.models.borders import forward, unwatched
+
+    done = [border for border in layers if borders.gradient(border).is_file()]
+    top = min(done, default=layers.stop)
+    if not borders.gradient(top).is_file():
+        if top < model.layers:
+            raise UserError(
+                f"{borders.folder}: holds no gradient at layer {top}; capture the layers from {top} on first"
+            )
+        forward(model, borders, runs, top, unwatched, keep=True)
+        head_gradient(model, borders, runs, seed)
+    for layer in reversed(range(layers.start, top)):
+        forward(model, borders, runs, layer, unwatched, keep=True)
+        backward(model, borders, runs, layer, facts)
+        borders.hidden(layer + 1).unlink(missing_ok=True)
+        borders.gradient(layer + 1).unlink(missing_ok=True)
 
 
 def capture(args: argparse.Namespace) -> None:
-    """Capture every MoE layer of the model on one text."""
+    """Capture MoE layers of the model on one text."""
     import torch
-    from safetensors.torch import save_file
 
     from mxmoe_steps.data.reading import read_texts
+    from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import resolve_model
-    from mxmoe_steps.models.loading import load_model
+    from mxmoe_steps.models.streaming import StreamedModel
 
     start_torch(args)
     path = resolve_model(args.model)
-    tokens = read_texts(args, path, [args.text], "calibration")[args.text]
-    folder, model = load_model(path, args.dtype, args.device, args.trust_remote_code)
-    generator = torch.Generator().manual_seed(args.seed)
-    batches = []
-    for number, chunk in enumerate(torch.from_numpy(tokens).split(args.batch)):
-        done = min((number + 1) * args.batch, args.sequences)
-        batches.append(capture_batch(folder, model, chunk.to(model.device), not args.no_gradient, generator))
-        print(f"capture {args.text}: {done} of {args.sequences} sequences", file=sys.stderr, flush=True)
+    tokens = torch.from_numpy(read_texts(args, path, [args.text], "calibration")[args.text])
+    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
+    borders = Borders(model, tokens, "mxmoe_steps.capture", args)
+    runs = runs_of([args.sequences], args.batch)
+    if args.until is not None:
+        forward(model, borders, runs, min(args.until, model.layers), unwatched, keep=True)
+        return
+    layers = parse_layers(args.layers, model.layers)
     facts = {"text": args.text, "sequences": args.sequences, "length": args.length}
-    for layer in folder.moe_layers:
-        tensors = {name: torch.cat([batch[layer][name] for batch in batches]) for name in batches[0][layer]}
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise UserError(f"{path}: layer {layer}: {name} holds NaN or infinity on text {args.text!r}")
-        with atomic_path(Path(args.out) / f"layer-{layer:03d}.safetensors") as temporary:
-            save_file(tensors, temporary, metadata={"mxmoe": canonical_json(facts | {"layer": layer})})
+    if args.no_gradient:
+        capture_forward(model, borders, runs, layers, facts)
+    else:
+        capture_backward(model, borders, runs, layers, facts, args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for layer in set(layers) & set(model.folder.moe_layers):
+        name = f"layer-{layer:03d}.safetensors"
+        shutil.move(borders.folder / name, out / name)
+    if layers.stop == model.layers if args.no_gradient else layers.start == 0:
+        borders.remove()
+
+
+def parse_layers(text: str | None, layers: int) -> range:
+    """``A:B`` as a range of decoder layers; None is all of them."""
+    if text is None:
+        return range(layers)
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and int(first) < int(last) <= layers):
+        raise UserError(f"--layers {text!r} is no range A:B with 0 <= A < B <= {layers}, the layers of this model")
+    return range(int(first), int(last))
 
 
 def main() -> None:
@@ -107,6 +219,9 @@ def main() -> None:
     add_text(parser, several=False)
     add_runtime(parser)
     parser.add_argument("--no-gradient", action="store_true", help="skip the backward pass (no fisher losses)")
+    add_borders(parser)
+    parser.add_argument("--until", type=int, metavar="K", help="only bring the text to what enters layer K")
+    parser.add_argument("--layers", metavar="A:B", help="capture layers A ... B-1 (default: all)")
     parser.add_argument("--out", required=True, help="folder to write")
     capture(parser.parse_args())
 

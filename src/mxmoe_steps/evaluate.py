@@ -2,116 +2,142 @@
 
 The original is evaluated first: ``--sources``, ``--texts``, ``--sequences`` and ``--length`` choose the text, and
 ``--save-reference`` keeps its tokens with the final hidden state of each. A quantized checkpoint is evaluated
-against that file with its packed weights, as `load_quantized` runs them; the original's output distribution is
-recomputed from the hidden states with the language-model head, which both share. That costs H numbers per token
-instead of a whole vocabulary of them.
+against that file with its packed weights; the original's output distribution is recomputed from the hidden states
+with the language-model head, which both share. That costs H numbers per token instead of a whole vocabulary of them.
+One decoder layer is in memory at a time, and a run that was stopped goes on at the last finished one.
 """
 
 import argparse
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_model, add_runtime, parser_for, start_torch
-from mxmoe_steps.atomic import atomic_path, canonical_json, write_json
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, parser_for, start_torch
+from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
 
-_ROWS = 4096  # tokens whose logits exist at one time
 
+def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[float, float]:
+    """Sums of ``nll`` and ``kl`` (original to model), in nats, over the predicted tokens of some sequences.
 
-def score(model: Any, tokens: Any, batch: int, reference: Any | None) -> tuple[dict[str, float], Any]:
-    """Metrics of ``model`` on ``tokens`` int64 [S, L], and its final hidden states [S, L, H].
-
-    ``reference``: hidden states of the original, or None. ``nll`` and ``kl`` (original to model) are
-    means in nats per predicted token; the first token of a sequence predicts, and is not predicted.
+    ``hidden`` final hidden states [B, L, H], ``tokens`` int64 [B, L], ``reference``: hidden states of the original, or
+    None; ``model.log_probs`` turns the former two kinds into log-probabilities, at most ``model.head_rows`` at a time.
+    The first token of a sequence predicts, and is not predicted.
     """
     import torch
 
-    hidden = []
     nll = kl = 0.0
-    with torch.inference_mode():
-        for start in range(0, len(tokens), batch):
-            chunk = tokens[start : start + batch].to(model.device)
-            states = model.model(input_ids=chunk, use_cache=False).last_hidden_state
-            hidden.append(states.cpu())
-            rows, targets = states[:, :-1].flatten(0, 1), chunk[:, 1:].flatten()
-            original = None
-            if reference is not None:
-                original = reference[start : start + batch, :-1].to(states.device, states.dtype).flatten(0, 1)
-            for low in range(0, len(rows), _ROWS):
-                piece = slice(low, low + _ROWS)
-                log_q = torch.log_softmax(model.lm_head(rows[piece]).float(), dim=-1)
-                nll -= float(log_q.gather(-1, targets[piece].unsqueeze(-1)).double().sum())
-                if original is not None:
-                    log_p = torch.log_softmax(model.lm_head(original[piece]).float(), dim=-1)
-                    kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-    predicted = tokens.shape[0] * (tokens.shape[1] - 1)
-    metrics = {"nll": nll / predicted, "perplexity": math.exp(nll / predicted), "kl": kl / predicted}
-    return metrics, torch.cat(hidden)
+    rows, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten().to(hidden.device)
+    original = None if reference is None else reference[:, :-1].flatten(0, 1)
+    for low in range(0, len(rows), model.head_rows):
+        piece = slice(low, low + model.head_rows)
+        log_q = model.log_probs(rows[piece])
+        nll -= float(log_q.gather(-1, targets[piece].unsqueeze(-1)).double().sum())
+        if original is not None:
+            log_p = model.log_probs(original[piece].to(hidden.device, hidden.dtype))
+            kl += float((log_p.exp() * (log_p - log_q)).sum(-1, dtype=torch.float64).sum())
+    return nll, kl
 
 
-def read_reference(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tokens int64 [S, L] and hidden states [S, L, H] of the original, by text."""
-    from safetensors.torch import load_file
+class Reference:
+    """What --save-reference kept of the original: its text, and its final hidden states, read as they are needed."""
 
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such reference; evaluate the original with --save-reference first")
-    stored = load_file(path)
-    texts = sorted(name.removeprefix("tokens.") for name in stored if name.startswith("tokens."))
-    if not texts:
-        raise UserError(f"{path}: holds no tokens; it is not what evaluate --save-reference writes")
-    return {text: stored[f"tokens.{text}"] for text in texts}, {text: stored[f"hidden.{text}"] for text in texts}
+    def __init__(self, path: str) -> None:
+        from mxmoe_steps.models.raw import tensors_of
+        from mxmoe_steps.models.rows import read_rows
+
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such reference; evaluate the original with --save-reference first")
+        names = sorted(name.removeprefix("tokens.") for name in tensors_of(Path(path)) if name.startswith("tokens."))
+        if not names:
+            raise UserError(f"{path}: holds no tokens; it is not what evaluate --save-reference writes")
+        self.path = Path(path)
+        self.tokens = {text: read_rows(self.path, f"tokens.{text}", slice(None)) for text in names}
+
+    def hidden(self, text: str, rows: slice = slice(None)) -> Any:
+        """Final hidden states [S, L, H] of some sequences of a text."""
+        from mxmoe_steps.models.rows import read_rows
+
+        return read_rows(self.path, f"hidden.{text}", rows)
 
 
-def load_checkpoint(args: argparse.Namespace, path: Path) -> tuple[Any, dict[str, Any]]:
-    """The model, original or quantized, and what is known of it: allocation summary and size on disk."""
-    from mxmoe_steps.inference.plugin import load_quantized
-    from mxmoe_steps.models.loading import load_model, resolve_device
+def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, reference: Any, keep: str | None) -> Any:
+    """Metrics of every text, int64 [S, L], whose last border was reached; ``keep``: file for a reference."""
+    import torch
 
-    manifest = path / "mxmoe.json"
+    from mxmoe_steps.models.rows import read_rows, write_rows
+
+    metrics = {}
+    start = 0
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(model.head())
+        if keep is not None:
+            hidden_size = model.model.config.hidden_size
+            layout = {f"tokens.{text}": (torch.int64, tuple(tokens.shape)) for text, tokens in texts.items()}
+            layout |= {f"hidden.{text}": (model.dtype, (*tokens.shape, hidden_size)) for text, tokens in texts.items()}
+            writer = stack.enter_context(write_rows(Path(keep), layout, {"texts": sorted(texts)}))
+        for text, tokens in texts.items():
+            sums = [0.0, 0.0]
+            for low in range(0, len(tokens), batch):
+                rows = slice(low, min(low + batch, len(tokens)))
+                at = slice(start + rows.start, start + rows.stop)
+                entering = read_rows(borders.hidden(model.layers), "hidden", at).to(model.device)
+                hidden = model.decoder.norm(entering)
+                original = reference.hidden(text, rows) if reference is not None else None
+                sums = [old + new for old, new in zip(sums, score(model, hidden, tokens[rows], original), strict=True)]
+                if keep is not None:
+                    writer.append(f"tokens.{text}", tokens[rows])
+                    writer.append(f"hidden.{text}", hidden)
+            start += len(tokens)
+            nll, kl = (total / (tokens.shape[0] * (tokens.shape[1] - 1)) for total in sums)
+            if not math.isfinite(nll):
+                raise UserError(f"{model.folder.path}: the loss on text {text!r} is not finite")
+            metrics[text] = {"nll": nll, "perplexity": math.exp(nll), "kl": kl}
+            print(f"evaluate {text}: perplexity {metrics[text]['perplexity']:.3f}", file=sys.stderr, flush=True)
+    return metrics
+
+
+def known_facts(folder: Any) -> dict[str, Any]:
+    """What is known of a checkpoint, original or quantized: allocation summary and size on disk."""
+    manifest = folder.path / "mxmoe.json"
     if manifest.is_file():
-        model = load_quantized(path, str(resolve_device(args.device)), args.dtype)
-        return model, json.loads(manifest.read_text(encoding="utf-8"))
-    folder, model = load_model(path, args.dtype, args.device, args.trust_remote_code)
-    weights_bytes = sum(file.stat().st_size for file in set(folder.files.values()))
-    return model, {"allocation": None, "weights_bytes": weights_bytes}
+        facts: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
+        return facts
+    return {"allocation": None, "weights_bytes": sum(file.stat().st_size for file in set(folder.files.values()))}
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Evaluate one checkpoint on every text."""
     import torch
-    from safetensors.torch import save_file
 
     from mxmoe_steps.data.reading import read_texts
+    from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.streaming import StreamedModel
 
     if (args.reference is None) == (args.sources is None or args.texts is None):
         raise UserError("give either --reference, or --sources with --texts")
     start_torch(args)
     path = resolve_model(args.model)
-    reference: dict[str, Any] = {}
-    if args.reference is None:
+    reference = None if args.reference is None else Reference(args.reference)
+    if reference is None:
         found = read_texts(args, path, args.texts, "test")
-        tokens = {text: torch.from_numpy(values) for text, values in found.items()}
+        texts = {text: torch.from_numpy(tokens) for text, tokens in found.items()}
     else:
-        tokens, reference = read_reference(args.reference)
-    model, facts = load_checkpoint(args, path)
-    texts, hidden = {}, {}
-    for text in tokens:
-        texts[text], hidden[text] = score(model, tokens[text], args.batch, reference.get(text))
-        if not math.isfinite(texts[text]["nll"]):
-            raise UserError(f"{path}: the loss on text {text!r} is not finite; the checkpoint is unusable")
-        print(f"evaluate {text}: perplexity {texts[text]['perplexity']:.3f}", file=sys.stderr, flush=True)
-    mean = {key: sum(metrics[key] for metrics in texts.values()) / len(texts) for key in ("nll", "kl")}
+        texts = reference.tokens
+    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
+    borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", args)
+    runs = runs_of([len(tokens) for tokens in texts.values()], args.batch)
+    forward(model, borders, runs, model.layers, unwatched)
+    metrics = measure(model, borders, texts, args.batch, reference, args.save_reference)
+    mean = {key: sum(one[key] for one in metrics.values()) / len(metrics) for key in ("nll", "kl")}
     overall = mean | {"perplexity": math.exp(mean["nll"])}
-    if args.save_reference:
-        stored = {f"tokens.{text}": values for text, values in tokens.items()}
-        stored |= {f"hidden.{text}": values for text, values in hidden.items()}
-        with atomic_path(args.save_reference) as temporary:
-            save_file(stored, temporary, metadata={"mxmoe": canonical_json({"texts": sorted(tokens)})})
-    write_json(args.out, facts | {"texts": texts, "overall": overall})
+    write_json(args.out, known_facts(model.folder) | {"texts": metrics, "overall": overall})
+    borders.remove()
 
 
 def main() -> None:
@@ -125,6 +151,7 @@ def main() -> None:
     parser.add_argument("--save-reference", metavar="FILE", help="keep tokens and hidden states, for the original")
     parser.add_argument("--reference", metavar="FILE", help="what --save-reference kept: its text, and KL from it")
     add_runtime(parser)
+    add_borders(parser)
     parser.add_argument("--out", required=True, help="JSON file to write")
     evaluate(parser.parse_args())
 

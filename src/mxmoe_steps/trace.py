@@ -1,42 +1,51 @@
 """trace: which experts serve which text.
 
-Runs the model over several texts and writes a folder with
+Runs several texts through the model, one decoder layer in memory at a time, and writes a folder with
   traffic.parquet      tokens, share and router weights per text, layer and expert
   routing.safetensors  the expert ids of every token, int16 [sequences, length, k] per text and layer,
                        from which `frontier` samples the steps that a server will see
+
+A run that was stopped goes on at the last finished layer. --until K stops at layer K, so that a chain of jobs with
+rising K and the same --borders, the last one without --until, does the work of one: same bytes.
 """
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_model, add_runtime, add_text, parser_for, start_torch
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for, start_torch
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import run_cli
 
 
-def trace_text(folder: Any, model: Any, tokens: Any, batch: int) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Route ``tokens`` int64 [S, L]; returns per layer expert ids int16 [S, L, k] and weights float32 [S, L, k]."""
+def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None:
+    """Route the borders' text through layers 0 ... last - 1; keeps each layer's routing beside the borders."""
     import torch
+    from safetensors.torch import save_file
 
-    from mxmoe_steps.models.loading import expert_hooks
+    from mxmoe_steps.models.borders import forward
 
-    ids: dict[int, list[Any]] = {layer: [] for layer in folder.moe_layers}
-    weights: dict[int, list[Any]] = {layer: [] for layer in folder.moe_layers}
+    @contextmanager
+    def watch(layer: int) -> Iterator[Any]:
+        found: list[Any] = []
+        yield found.append
+        routing = {
+            "ids": torch.cat([ids.to("cpu", torch.int16) for _, ids, _ in found]),
+            "weights": torch.cat([weights.to("cpu", torch.float32) for _, _, weights in found]),
+        }
+        print(f"trace: layer {layer}", file=sys.stderr, flush=True)
+        with atomic_path(routing_file(borders, layer)) as temporary:
+            save_file({name: tensor.view(*borders.tokens.shape, -1) for name, tensor in routing.items()}, temporary)
 
-    def seen(layer: int, routing: Any) -> None:
-        ids[layer].append(routing[1].to("cpu", torch.int16))
-        weights[layer].append(routing[2].to("cpu", torch.float32))
+    forward(model, borders, runs, last, watch)
 
-    with torch.inference_mode(), expert_hooks(folder, model, seen):
-        for chunk in torch.from_numpy(tokens).split(batch):
-            model.model(input_ids=chunk.to(model.device), use_cache=False)
-    shape = (*tokens.shape, -1)
-    return (
-        {layer: torch.cat(parts).view(shape) for layer, parts in ids.items()},
-        {layer: torch.cat(parts).view(shape) for layer, parts in weights.items()},
-    )
+
+def routing_file(borders: Any, layer: int) -> Path:
+    """Where a traced layer waits for the last: ids and weights [S, L, k] of all texts."""
+    return Path(borders.folder / f"routing-{layer:03d}.safetensors")
 
 
 def traffic_rows(text: str, layer: int, ids: Any, weights: Any, experts: int) -> dict[str, list[Any]]:
@@ -61,27 +70,20 @@ def traffic_rows(text: str, layer: int, ids: Any, weights: Any, experts: int) ->
     }
 
 
-def trace(args: argparse.Namespace) -> None:
-    """Trace every text of ``args.texts`` with one loaded model."""
-    from safetensors.torch import save_file
+def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
+    """Both files of the step from what every layer left beside the borders."""
+    from safetensors.torch import load_file, save_file
 
-    from mxmoe_steps.data.reading import read_texts
-    from mxmoe_steps.models.families import resolve_model
-    from mxmoe_steps.models.loading import load_model
     from mxmoe_steps.tables import TRAFFIC, write_table
 
-    start_torch(args)
-    path = resolve_model(args.model)
-    tokens = read_texts(args, path, args.texts, "calibration")
-    folder, model = load_model(path, args.dtype, args.device, args.trust_remote_code)
     columns: dict[str, list[Any]] = {name: [] for name in TRAFFIC.schema.names}
     routing = {}
-    for text in args.texts:
-        print(f"trace {text}: {args.sequences} sequences of {args.length} tokens", file=sys.stderr, flush=True)
-        ids, weights = trace_text(folder, model, tokens[text], args.batch)
-        for layer in folder.moe_layers:
-            routing[f"{text}/{layer}"] = ids[layer]
-            for name, values in traffic_rows(text, layer, ids[layer], weights[layer], folder.experts).items():
+    for layer in folder.moe_layers:
+        found = load_file(routing_file(borders, layer))
+        for number, text in enumerate(args.texts):
+            ids, weights = (found[name].split(args.sequences)[number] for name in ("ids", "weights"))
+            routing[f"{text}/{layer}"] = ids.clone()
+            for name, values in traffic_rows(text, layer, ids, weights, folder.experts).items():
                 columns[name] += values
     facts = {
         "experts": folder.experts,
@@ -89,12 +91,35 @@ def trace(args: argparse.Namespace) -> None:
         "length": args.length,
         "sequences": args.sequences,
         "texts": sorted(args.texts),
-        "top_k": routing[f"{args.texts[0]}/{folder.moe_layers[0]}"].shape[-1],
+        "top_k": ids.shape[-1],
     }
     out = Path(args.out)
     write_table(TRAFFIC, out / "traffic.parquet", columns, facts)
     with atomic_path(out / "routing.safetensors") as temporary:
         save_file(routing, temporary, metadata={"mxmoe": canonical_json(facts)})
+
+
+def trace(args: argparse.Namespace) -> None:
+    """Trace every text of ``args.texts``."""
+    import torch
+
+    from mxmoe_steps.data.reading import read_texts
+    from mxmoe_steps.models.borders import Borders, runs_of
+    from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.streaming import StreamedModel
+
+    start_torch(args)
+    path = resolve_model(args.model)
+    found = read_texts(args, path, args.texts, "calibration")
+    tokens = torch.cat([torch.from_numpy(found[text]) for text in args.texts])
+    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
+    borders = Borders(model, tokens, "mxmoe_steps.trace", args)
+    runs = runs_of([args.sequences] * len(args.texts), args.batch)
+    end = model.folder.moe_layers[-1] + 1
+    trace_layers(model, borders, runs, min(args.until or end, end))
+    if args.until is None:
+        write_traffic(args, model.folder, borders)
+        borders.remove()
 
 
 def main() -> None:
@@ -103,6 +128,8 @@ def main() -> None:
     add_model(parser)
     add_text(parser, several=True)
     add_runtime(parser)
+    add_borders(parser)
+    parser.add_argument("--until", type=int, metavar="K", help="stop when layers 0 ... K-1 are done")
     parser.add_argument("--out", required=True, help="folder to write")
     trace(parser.parse_args())
 

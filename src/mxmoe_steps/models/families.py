@@ -63,6 +63,11 @@ class ModelFolder:
         raise UserError(f"{self.path}/config.json: none of the keys {', '.join(_EXPERT_COUNTS)} says how many experts")
 
     @property
+    def is_packed(self) -> bool:
+        """Whether `quantize` wrote the folder."""
+        return self.config.get("quantization_config") is not None
+
+    @property
     def activation(self) -> str:
         """Name of the activation between gate and down, e.g. ``silu``."""
         return str(self.config.get("hidden_act", "silu"))
@@ -82,6 +87,8 @@ class ModelFolder:
     @cached_property
     def moe_layers(self) -> list[int]:
         """Indices of the decoder layers that have experts."""
+        if self.is_packed:
+            return sorted(map(int, self.config["quantization_config"]["blocks"]))
         found = [
             layer
             for layer in range(int(self.config["num_hidden_layers"]))
@@ -116,6 +123,13 @@ def open_model(path: str | Path) -> ModelFolder:
         raise UserError(
             f"{config_file}: model_type {config.get('model_type')!r} is not supported;"
             f" supported are {', '.join(sorted(FAMILIES))}"
+        )
+    method = (config.get("quantization_config") or {}).get("quant_method", "mxmoe")
+    if method != "mxmoe":
+        raise UserError(
+            f"{config_file}: the weights are quantized already ({method}); this tool starts from 16- or 32-bit weights:"
+            " take the unquantized release, or load it in transformers with dequantize=True, save_pretrained, and give"
+            " that folder"
         )
     return ModelFolder(folder, family, config)
 

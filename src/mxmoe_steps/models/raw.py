@@ -5,8 +5,9 @@ name -> {dtype, shape, data_offsets}, then the data without holes.
 """
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,31 +53,47 @@ def tensors_of(file: Path) -> dict[str, RawTensor]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not a readable safetensors file ({error})") from error
     header.pop("__metadata__", None)
+    size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if file.stat().st_size < size:
+        raise UserError(f"{file}: truncated, {file.stat().st_size:,} of {size:,} bytes; download it again")
     return {
         name: RawTensor(file, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
         for name, entry in header.items()
     }
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Iterable[tuple[str, RawTensor]]) -> None:
-    """Write a file of named tensors, atomically: wide elements first, so that all stay aligned, then by name."""
-    ordered = sorted(tensors, key=lambda item: (-_element_bytes(item[1]), item[0]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+def header_bytes(
+    entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: dict[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file for name -> (dtype, shape, bytes), and where each tensor's data starts after it.
+
+    Wide elements come first, so that all stay aligned, then names in order.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    starts = {}
     position = 0
-    for name, tensor in ordered:
-        offsets = [position, position + tensor.nbytes]
-        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": offsets}
-        position += tensor.nbytes
+    for name in sorted(entries, key=lambda name: (-_element_bytes(entries[name]), name)):
+        dtype, shape, size = entries[name]
+        starts[name] = position
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, position + size]}
+        position += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, starts
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: Iterable[tuple[str, RawTensor]]) -> None:
+    """Write a file of named tensors, atomically."""
+    named = dict(tensors)
+    entries = {name: (tensor.dtype, tensor.shape, tensor.nbytes) for name, tensor in named.items()}
+    text, starts = header_bytes(entries, {"format": "pt"})
     with atomic_path(path) as temporary, temporary.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            stream.write(tensor.read())
+        stream.write(text)
+        for name in starts:
+            stream.write(named[name].read())
 
 
-def _element_bytes(tensor: RawTensor) -> int:
-    elements = 1
-    for size in tensor.shape:
-        elements *= size
-    return tensor.nbytes // elements if elements else _ALIGNMENT
+def _element_bytes(entry: tuple[str, tuple[int, ...], int]) -> int:
+    _, shape, size = entry
+    elements = math.prod(shape)
+    return size // elements if elements else _ALIGNMENT

@@ -1,31 +1,54 @@
 """Reading expert weights from a checkpoint, one layer at a time."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import ModelFolder
 
 
-def read_tensors(files: dict[str, Path], names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The named tensors; each file is opened once. `UserError` names a tensor that is missing."""
+@contextlib.contextmanager
+def open_tensors(files: dict[str, Path], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Unread slices of the named tensors (safetensors' ``get_slice``); each file is opened once.
+
+    `UserError` names a tensor that is missing, or a file that is missing, truncated or not safetensors.
+    """
     for name in names:
         if name not in files:
             raise UserError(f"tensor {name} is missing from the checkpoint {next(iter(files.values())).parent}")
-    tensors = {}
     with contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in sorted({files[name] for name in names})}
+        opened = {}
+        for file in sorted({files[name] for name in names}):
+            try:
+                opened[file] = stack.enter_context(safe_open(file, "pt"))
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"{file}: missing, truncated or not a safetensors file ({error}); download it again"
+                ) from error
+        slices = {}
         for name in names:
-            tensors[name] = opened[files[name]].get_tensor(name)
-    return tensors
+            try:
+                slices[name] = opened[files[name]].get_slice(name)
+            except SafetensorError as error:
+                raise UserError(
+                    f"{files[name]}: holds no tensor {name}, which the checkpoint's index says it does"
+                ) from error
+        yield slices
+
+
+def read_tensors(files: dict[str, Path], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The named tensors; `UserError` as in `open_tensors`."""
+    with open_tensors(files, names) as slices:
+        return {name: part[...] for name, part in slices.items()}
 
 
 def read_block(model: ModelFolder, layer: int, experts: Sequence[int], block: str) -> torch.Tensor:
-    """float32 [E, N, K]: the same block of several experts, stacked.
+    """[E, N, K]: the same block of several experts, stacked, in the checkpoint's precision.
 
     Raises `UserError` naming layer, expert and block where a weight is NaN or infinite.
     """
@@ -36,7 +59,13 @@ def read_block(model: ModelFolder, layer: int, experts: Sequence[int], block: st
             raise UserError(
                 f"{model.files[name]}: layer {layer}, expert {expert}, {block}: the weights hold NaN or infinity"
             )
-    return torch.stack([tensors[name].float() for name in names])
+    return torch.stack([tensors[name] for name in names])
+
+
+def check_block_weights(model: ModelFolder, layer: int, block: str) -> None:
+    """`UserError` of `read_block` for the first expert of a layer whose weights are NaN or infinite."""
+    for expert in model.expert_ids():
+        read_block(model, layer, [expert], block)
 
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -1,0 +1,150 @@
+"""Text on its way through a streamed model: hidden states waiting in files at the borders between layers.
+
+Border k is what enters decoder layer k; the border after the last layer enters the final norm. A border's file appears
+when it is complete and after everything that was to be learned from the layers before it, so a run that was stopped
+goes on from the furthest border it finds, and ranges of layers can be jobs of their own: the bytes are the same.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mxmoe_steps.atomic import write_json
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.rows import read_rows, write_rows
+from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.provenance import stamps
+
+Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], expert ids [T, k], router weights [T, k]
+Seen = Callable[[Routing], None]
+Watch = Callable[[int], AbstractContextManager[Seen]]
+
+_PLACES = ("out", "borders", "until", "layers", "save_reference")  # options that do not decide bytes
+
+
+class Borders:
+    """A folder of border files for one text, tokens int64 [S, L], one model and one ``step`` with its options.
+
+    What an earlier run with another text, model, code or option left there is removed.
+    """
+
+    def __init__(self, model: StreamedModel, tokens: torch.Tensor, step: str, args: argparse.Namespace) -> None:
+        self.folder, self.tokens = Path(args.borders or f"{args.out}.borders"), tokens
+        files = sorted({*model.folder.files.values(), model.folder.path / "config.json"})
+        key = {
+            "options": {name: value for name, value in vars(args).items() if name not in _PLACES},
+            "code": stamps(step, "torch", "transformers"),
+            "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+            "checkpoint": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+        }
+        marker = self.folder / "key.json"
+        if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != key:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_json(marker, key)
+
+    def hidden(self, border: int) -> Path:
+        """File of hidden states ``hidden`` [S, L, H]."""
+        return self.folder / f"hidden-{border:03d}.safetensors"
+
+    def gradient(self, border: int) -> Path:
+        """File of the loss's gradient with respect to them, ``hidden`` [S, L, H]."""
+        return self.folder / f"gradient-{border:03d}.safetensors"
+
+    def layout(self, model: StreamedModel) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Layout of a border file."""
+        return {"hidden": (model.dtype, (*self.tokens.shape, model.model.config.hidden_size))}
+
+    def remove(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+
+
+def runs_of(sequences: Sequence[int], batch: int) -> list[slice]:
+    """Runs of at most ``batch`` sequences, none of which crosses from one text to the next."""
+    runs = []
+    start = 0
+    for count in sequences:
+        stop = start + count
+        runs += [slice(low, min(low + batch, stop)) for low in range(start, stop, batch)]
+        start = stop
+    return runs
+
+
+@contextmanager
+def hooked(experts: nn.Module, seen: Seen) -> Iterator[None]:
+    """Call ``seen`` with what enters an experts module, whose call is the same in every transformers family."""
+    handle = experts.register_forward_pre_hook(lambda _module, args: seen((args[0], args[1], args[2])))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def unwatched(_layer: int) -> AbstractContextManager[Seen]:
+    """The ``watch`` of a `forward` that only moves the text."""
+    return nullcontext(lambda _: None)
+
+
+@torch.no_grad()
+def forward(
+    model: StreamedModel, borders: Borders, runs: list[slice], last: int, watch: Watch, keep: bool = False
+) -> None:
+    """Bring the text to border ``last`` from the furthest border there is.
+
+    ``watch(layer)``, for layers with experts, gives what to call with the routing of every run; files that it writes
+    are complete before the next border appears. ``keep`` borders for a backward pass.
+    Raises `UserError` naming layer and experts where an output is NaN or infinite.
+    """
+    reached = next((border for border in range(last, -1, -1) if borders.hidden(border).is_file()), None)
+    if reached is None:
+        with (
+            model.loaded("model.embed_tokens"),
+            write_rows(borders.hidden(0), borders.layout(model), {"border": 0}) as writer,
+        ):
+            for run in runs:
+                writer.append("hidden", model.embed(borders.tokens[run]))
+        reached = 0
+    for layer in range(reached, last):
+        has_experts = layer in model.folder.moe_layers
+        with (
+            model.loaded(layer_path(layer)),
+            write_rows(borders.hidden(layer + 1), borders.layout(model), {"border": layer + 1}) as writer,
+            (watch if has_experts else unwatched)(layer) as seen,
+        ):
+            for run in runs:
+                hidden = read_rows(borders.hidden(layer), "hidden", run).to(model.device)
+                found: list[Routing] = []
+                with hooked(model.moe(layer).experts, found.append) if has_experts else nullcontext():
+                    output = model.run_layer(layer, hidden)
+                check_output(model, layer, output, found)
+                for routing in found:
+                    seen(routing)
+                writer.append("hidden", output)
+        if not keep:
+            borders.hidden(layer).unlink()
+
+
+def check_output(model: StreamedModel, layer: int, output: torch.Tensor, found: list[Routing]) -> None:
+    """`UserError` for NaN or infinity in a layer's output; names the experts that all bad tokens share."""
+    bad = ~output.isfinite().all(-1).flatten()
+    if not bad.any():
+        return
+    where = f"layer {layer}"
+    for hidden, ids, _ in found:
+        if hidden[bad].isfinite().all():
+            chosen = [set(row) for row in ids[bad].tolist()]
+            shared = set.intersection(*chosen)
+            where += f", experts {', '.join(map(str, sorted(shared or set.union(*chosen))))}"
+        else:
+            where += ", before its experts"
+    raise UserError(
+        f"{model.folder.path}: {where}: {int(bad.sum())} of {len(bad)} tokens leave it as NaN or infinity in"
+        f" {str(model.dtype).removeprefix('torch.')}; set model.dtype to bfloat16 or float32, or check the weights"
+    )

@@ -1,0 +1,190 @@
+"""A causal LM of which one part at a time is in memory.
+
+The model is built without weights (meta device). `StreamedModel.loaded` gives one decoder layer, or the embedding, or
+the head, its weights from safetensors through transformers' own converters, and takes them away again; text passes
+through a layer in runs of a few sequences, and what leaves it waits in a file (`mxmoe_steps.models.rows`). Memory is
+one part of the model and one run, whatever the size of the checkpoint and of the text.
+
+The functions imported from transformers' loading code are internal to it; nothing else of ours touches them.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
+from mxmoe_steps.models.loading import resolve_device
+from mxmoe_steps.models.weights import check_block_weights, open_tensors
+from mxmoe_steps.schemes import BLOCKS
+
+_LOGITS = 1 << 25  # logits that exist at one time
+
+
+class StreamedModel:
+    """The causal LM of a checkpoint folder, original or packed by `quantize`; in evaluation mode, without gradients.
+
+    ``dtype`` is the precision of activations and of everything that is not packed; ``auto`` is the checkpoint's own.
+    """
+
+    def __init__(self, path: str | Path, dtype: str, device: str, trust_remote_code: bool = False) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        self.folder: ModelFolder = open_model(path)
+        self.device = resolve_device(device)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        self.dtype: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
+        with torch.device("meta"):
+            self.model: Any = AutoModelForCausalLM.from_config(
+                config, dtype=self.dtype, trust_remote_code=trust_remote_code
+            )
+        self._quantizer = self._replace_packed_modules()
+        self._conversions: Any = get_model_conversion_mapping(self.model, None, self._quantizer)
+        self.model.eval().requires_grad_(False)
+        self.decoder: Any = self.model.model
+        self.layers = len(self.decoder.layers)
+        self._make_buffers(self.decoder.rotary_emb)
+        self.arguments = cache(self._arguments)
+
+    def _replace_packed_modules(self) -> Any:
+        """The quantizer of a packed checkpoint, after it gave the model its packed modules; None for an original."""
+        if not self.folder.is_packed:
+            return None
+        from mxmoe_steps.inference.plugin import MixedPrecisionConfig, MixedPrecisionQuantizer
+
+        quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**self.folder.config["quantization_config"]))
+        quantizer.preprocess_model(self.model)
+        return quantizer
+
+    @contextmanager
+    def loaded(self, *modules: str) -> Iterator[None]:
+        """Within the block the named modules, e.g. ``model.layers.3``, have their weights.
+
+        `UserError` names what is missing, misshapen, NaN or infinite.
+        """
+        try:
+            for module in modules:
+                self._load(module)
+            yield
+        finally:
+            for module in modules:
+                self.model.get_submodule(module).to("meta")
+
+    @contextmanager
+    def head(self) -> Iterator[None]:
+        """Within the block the final norm and the language-model head have their weights; see `log_probs`."""
+        if "lm_head.weight" in self.folder.files:
+            with self.loaded("model.norm", "lm_head"):
+                yield
+            return
+        with self.loaded("model.norm", "model.embed_tokens"):
+            self.model.lm_head.weight = self.decoder.embed_tokens.weight
+            yield
+        self.model.lm_head.to("meta")
+
+    def _load(self, module: str) -> None:
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        target = self.model.get_submodule(module)
+        names = [name for name in self.folder.files if name.startswith(f"{module}.")]
+        loading = LoadStateDictConfig(
+            device_map={"": self.device},
+            dtype=self.dtype,
+            dtype_plan=self.model._get_dtype_plan(self.dtype),
+            hf_quantizer=self._quantizer,
+            weight_mapping=copy.deepcopy(self._conversions),
+        )
+        with open_tensors(self.folder.files, names) as slices:
+            info, _ = convert_and_load_state_dict_in_model(self.model, slices, loading)
+        for problems in (info.mismatched_keys, info.conversion_errors, info.error_msgs):
+            for problem in problems:
+                raise UserError(f"{self.folder.path}: {module}: {problem} does not fit what config.json describes")
+        self._make_buffers(target)
+        target.requires_grad_(False)
+        for name, parameter in (*target.named_parameters(), *target.named_buffers()):
+            if parameter.is_meta:
+                raise UserError(f"{self.folder.path}: the checkpoint holds no weights for {module}.{name}")
+            if parameter.is_floating_point() and not parameter.isfinite().all():
+                self._refuse_not_finite(module, name)
+
+    def _refuse_not_finite(self, module: str, name: str) -> None:
+        """`UserError` that names layer, expert and block where an expert's weights are to blame."""
+        layer = int(module.rsplit(".", 1)[1]) if module.startswith("model.layers.") else None
+        if layer in self.folder.moe_layers and not self.folder.is_packed:
+            for block in BLOCKS:
+                check_block_weights(self.folder, layer, block)
+        raise UserError(f"{self.folder.path}: {module}.{name}: the weights hold NaN or infinity; download them again")
+
+    def _make_buffers(self, root: nn.Module) -> None:
+        """Compute what no checkpoint holds (rotary frequencies, decay slopes) as transformers does."""
+        for module in root.modules():
+            empty = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+            if empty and type(module).__module__.startswith("transformers"):
+                for name, buffer in empty.items():
+                    setattr(module, name, torch.empty_like(buffer, device=self.device))
+                self.model._init_weights(module)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, L] token ids to what enters the first layer, [B, L, H]; within ``loaded("model.embed_tokens")``."""
+        hidden: torch.Tensor = self.decoder.embed_tokens(tokens.to(self.device))
+        return hidden
+
+    def _arguments(self, batch: int, length: int) -> tuple[dict[str, Any], ...]:
+        """What the decoder hands to each layer beside hidden states: masks, positions and rotary embeddings.
+
+        They depend on shapes alone. The decoder says them itself: it runs with layers that only listen.
+        """
+        heard: dict[int, dict[str, Any]] = {}
+
+        def listen(layer: int) -> Any:
+            def forward(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+                heard[layer] = arguments
+                return hidden
+
+            return forward
+
+        quiet = [self.decoder.norm, *self.decoder.layers]
+        self.decoder.norm.forward = lambda hidden: hidden
+        for number, module in enumerate(self.decoder.layers):
+            module.forward = listen(number)
+        try:
+            shape = (batch, length, self.model.config.hidden_size)
+            with torch.no_grad():
+                self.decoder(inputs_embeds=torch.zeros(shape, dtype=self.dtype, device=self.device), use_cache=False)
+        finally:
+            for module in quiet:
+                del module.forward
+        return tuple(heard[number] for number in range(self.layers))
+
+    def run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, L, H] through one decoder layer; within ``loaded(layer_path(layer))``."""
+        output: torch.Tensor = self.decoder.layers[layer](hidden, **self.arguments(*hidden.shape[:2])[layer])
+        return output
+
+    def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [n, H], normed, to log-probabilities of the next token, float32 [n, V]; within `head`."""
+        return torch.log_softmax(self.model.lm_head(hidden).float(), dim=-1)
+
+    @property
+    def head_rows(self) -> int:
+        """Tokens whose logits may exist at one time: a vocabulary is wide."""
+        return max(1, _LOGITS // self.model.config.vocab_size)
+
+    def moe(self, layer: int) -> Any:
+        """Router, experts and shared expert of a decoder layer."""
+        return self.model.get_submodule(moe_path(layer))
+
+
+def layer_path(layer: int) -> str:
+    """Path of a decoder layer, the same in transformers and in every supported checkpoint."""
+    return f"model.layers.{layer}"
