@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mxmoe_steps.kernels.build import build, default_cache, library_path
+from mxmoe_steps.kernels.build import TOKEN_KERNELS, build, default_cache, library_path
 from mxmoe_steps.kernels.formats import FORMATS, PHASES, SHARED_BYTES, Format, KernelConfig, Tile, default_config
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect
 
@@ -46,6 +46,18 @@ def test_a_mixture_has_every_matrix_instruction_it_needs(cache: Path) -> None:
     assert set(code.matrix) == {"HGMMA", "QGMMA"}
     assert sum(code.matrix.values()) > 2 * code.groups, "serialized"
     assert (code.spills, code.early_reads) == (0, [])
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", TOKEN_KERNELS)
+def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, cache: Path) -> None:
+    sass = disassemble(build(name, cache).with_suffix(".cubin"))
+    code = inspect(sass)
+    assert (code.spills, code.early_reads, code.matrix) == (0, [], {})
+    assert code.registers <= 64
+    if not name.startswith("sort"):
+        assert "LDG.E.128" in sass
+        assert "STG.E.128" in sass
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels import launch, reference
+from mxmoe_steps.kernels import launch, reference, routing
 from mxmoe_steps.kernels.formats import Format, KernelConfig, Tile, default_config, kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, original_weights
 from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
@@ -67,9 +67,8 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> launch.GroupGemmKernel:
     def fail(*_: object) -> None:
         raise AssertionError("launched")
 
-    monkeypatch.setattr(launch, "built", lambda kernel: Path("none"))
-    monkeypatch.setattr(launch, "_load", lambda library: fail)
-    monkeypatch.setattr(launch, "_check_device", lambda tensor, name: None)
+    monkeypatch.setattr(launch, "load_kernel", lambda kernel: fail)
+    monkeypatch.setattr(launch, "check_device", lambda tensor, name: None)
     return launch.GroupGemmKernel(default_config((Format("bf16", 16),), "decode"))
 
 
@@ -120,9 +119,11 @@ def test_the_phase_follows_the_rows_of_an_expert() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
     with pytest.raises(UserError, match="run on a Hopper GPU"):
-        launch.sort_by_expert(torch.zeros(3, 2, dtype=torch.int32), 8)
+        routing.sort_by_expert(torch.zeros(3, 2, dtype=torch.int64), 8)
+    kernel = launch.GroupGemmKernel.__new__(launch.GroupGemmKernel)
+    kernel.config = default_config((Format("bf16", 16),), "decode")
     with pytest.raises(UserError, match="run on a Hopper GPU"):
-        launch.gather_tokens(torch.zeros(3, 64, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32), "fp8")
+        kernel(**arguments())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,7 @@ def test_the_command_compiles_what_a_mixture_needs(tmp_path: Path, monkeypatch: 
     build.main()
     record = json.loads(out.read_text())
     assert record["formats"] == ["w2a16_g128_asym", "w4a16_g128_asym", "w8a8_g-1_sym_fp8"]
-    assert list(record["libraries"]) == ["decode", "gather_bf16", "gather_fp8", "gather_int8", "prefill", "sort"]
+    assert list(record["libraries"]) == sorted(["decode", "prefill", *build.TOKEN_KERNELS])
     formats = tuple(kernel_format(parse_scheme(name)) for name in ("w8a8_fp8", "w4a16", "w1a16"))
     assert asked[:2] == [default_config(formats, "decode"), default_config(formats, "prefill")]
 

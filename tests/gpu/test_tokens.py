@@ -1,10 +1,12 @@
-"""Sorting, gathering and quantizing tokens on a GPU, against torch on the CPU."""
+"""Sorting, dispatching, SwiGLU and the weighted sum on a GPU, against torch on the CPU."""
 
 import pytest
 import torch
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.launch import gather_tokens, sort_by_expert
+from mxmoe_steps.kernels.formats import OPERAND_MASKS
+from mxmoe_steps.kernels.launch import Activations
+from mxmoe_steps.kernels.routing import Routed, combine, dispatch, sort_by_expert, swiglu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,34 +16,117 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 60, 4), (77, 8, 2), (5000, 128, 8), (300, 1, 1)])
-def test_rows_are_sorted_by_expert(tokens: int, experts: int, top_k: int) -> None:
+def route(tokens: int, experts: int, top_k: int, shared: int) -> Routed:
+    chosen = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=1).indices
+    return sort_by_expert(chosen, experts, shared)
+
+
+def rows_of(routed: Routed) -> torch.Tensor:
+    """[tokens, top_k + shared]: all rows of every token, on the CPU."""
+    tokens, top_k = routed.chosen.shape
+    shared = torch.arange(tokens)[:, None] + tokens * torch.arange(top_k, top_k + routed.shared)
+    return torch.cat([routed.row.cpu().long(), shared], 1)
+
+
+def experts_of(routed: Routed) -> torch.Tensor:
+    """[tokens, top_k + shared]: the experts that those rows belong to."""
+    tokens = len(routed.chosen)
+    experts = routed.offsets.shape[0] - 1
+    last = torch.arange(experts - routed.shared, experts).expand(tokens, -1)
+    return torch.cat([routed.chosen.cpu(), last], 1)
+
+
+@pytest.mark.parametrize("shared", [0, 3])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(1, 60, 4), (77, 8, 2), (5000, 128, 8), (300, 1, 1), (9, 1000, 6)]
+)
+def test_rows_are_sorted_by_expert(tokens: int, experts: int, top_k: int, shared: int) -> None:
     torch.manual_seed(tokens)
-    chosen = torch.rand(tokens, experts).topk(top_k, dim=1).indices.int()
-    routed = sort_by_expert(chosen.cuda(), experts)
-    counts = torch.bincount(chosen.flatten(), minlength=experts)
+    routed = route(tokens, experts, top_k, shared)
+    owner = experts_of(routed)
+    counts = torch.bincount(owner.flatten(), minlength=experts + shared)
     assert torch.equal(routed.offsets.cpu(), torch.cat([torch.zeros(1), counts.cumsum(0)]).int())
-    row = routed.row.cpu().long()
-    assert torch.equal(row.sort().values, torch.arange(tokens * top_k))
-    assert torch.equal(routed.source.cpu()[row], torch.arange(tokens * top_k, dtype=torch.int32) // top_k)
-    by_row = torch.empty_like(chosen.flatten())
-    by_row[row] = chosen.flatten()
+    rows = rows_of(routed).flatten()
+    assert torch.equal(rows.sort().values, torch.arange(routed.rows))
+    by_row = torch.empty_like(rows)
+    by_row[rows] = owner.flatten()
     assert (by_row.diff() >= 0).all()
 
 
-@pytest.mark.parametrize("operand", ["bf16", "fp8", "int8"])
+def check_operands(made: dict[str, Activations], expected: torch.Tensor, mask: torch.Tensor) -> None:
+    """``expected``: bfloat16 [rows, K]; ``mask``: the types each row is needed in."""
+    for operand, got in made.items():
+        needed = (mask & OPERAND_MASKS[operand]) != 0
+        assert needed.any()
+        if operand == "bf16":
+            assert torch.equal(got.values.cpu()[needed], expected[needed])
+            continue
+        codes, scales = reference.quantize_tokens(expected[needed], operand)
+        assert got.scales is not None
+        assert torch.equal(got.scales.cpu()[needed], scales)
+        assert torch.equal(got.values.cpu()[needed], codes)
+
+
+@pytest.mark.parametrize("operands", [("bf16",), ("fp8",), ("int8",), ("bf16", "fp8", "int8")])
 @pytest.mark.parametrize("features", [64, 2048, 14336])
-def test_gathered_tokens_are_those_of_the_reference_bit_for_bit(operand: str, features: int) -> None:
+def test_dispatched_tokens_are_those_of_the_reference_bit_for_bit(operands: tuple[str, ...], features: int) -> None:
     torch.manual_seed(features)
     x = (torch.randn(200, features) * torch.logspace(-6, 6, 200)[:, None]).bfloat16()
     x[3] = 0
-    source = torch.randint(0, 200, (517,), dtype=torch.int32)
-    got = gather_tokens(x.cuda(), source.cuda(), operand)
-    rows = x[source.long()]
-    if operand == "bf16":
-        assert torch.equal(got.values.cpu(), rows)
-        return
-    codes, scales = reference.quantize_tokens(rows, operand)
-    assert got.scales is not None
-    assert torch.equal(got.scales.cpu(), scales)
-    assert torch.equal(got.values.cpu(), codes)
+    routed = route(200, 16, 3, 2)
+    needs = torch.randint(1, 8, (18,)) & sum(OPERAND_MASKS[operand] for operand in operands)
+    made = dispatch(x.cuda(), routed, needs.int().cuda(), operands)
+    assert set(made) == set(operands)
+    expected, mask = torch.empty(routed.rows, features, dtype=x.dtype), torch.empty(routed.rows, dtype=torch.long)
+    expected[rows_of(routed)] = x[:, None]
+    mask[rows_of(routed)] = needs[experts_of(routed)]
+    check_operands(made, expected, mask)
+
+
+@pytest.mark.parametrize("features", [64, 1408, 14336])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_products_of_gate_and_up(features: int, shared: int) -> None:
+    torch.manual_seed(features)
+    tokens = 50
+    routed = route(tokens, 16, 3, shared)
+    gate_up = (torch.randn(routed.rows, 2 * features) * torch.logspace(-2, 1.5, routed.rows)[:, None]).bfloat16()
+    gate, up = gate_up.double().chunk(2, 1)
+    exact = gate * gate.sigmoid() * up
+    operands = ("bf16", "fp8", "int8")
+    needs = torch.full((16 + shared,), 7, dtype=torch.int32, device="cuda")
+    made = swiglu(gate_up.cuda(), routed, needs, operands)
+    product = made["bf16"].values.cpu()
+    assert ((product.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-30).all()
+    routed_rows = tokens * 3
+    mask = torch.full((routed_rows,), 7)
+    parts = {
+        name: Activations(each.values[:routed_rows], None if each.scales is None else each.scales[:routed_rows])
+        for name, each in made.items()
+    }
+    check_operands(parts, product[:routed_rows], mask)
+    if shared:  # the slices of a token are one row
+        wide = product[routed_rows:].view(shared, tokens, features).transpose(0, 1).reshape(tokens, -1)
+        for operand in ("fp8", "int8"):
+            codes, scales = reference.quantize_tokens(wide, operand)
+            got = made[operand].values[routed_rows:].cpu().view(shared, tokens, features)
+            assert torch.equal(got.transpose(0, 1).reshape(tokens, -1), codes)
+            assert made[operand].scales is not None
+            assert torch.equal(made[operand].scales[routed_rows:].cpu().view(shared, tokens), scales.expand(shared, -1))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "shared", "gated"), [(1, 4, 4, True), (300, 6, 2, False), (129, 1, 0, False)]
+)
+def test_weighted_sums(kind: torch.dtype, tokens: int, top_k: int, shared: int, gated: bool) -> None:
+    torch.manual_seed(tokens)
+    routed = route(tokens, 16, top_k, shared)
+    given = torch.randn(routed.rows, 2112).bfloat16()
+    weights = torch.rand(tokens, top_k).to(kind)
+    gate = torch.randn(tokens).bfloat16() if gated else None
+    factors = torch.ones(tokens) if gate is None else gate.double().sigmoid()
+    factors = torch.cat([weights.double(), factors.double()[:, None].expand(-1, shared)], 1)
+    exact = (given.double()[rows_of(routed)] * factors[..., None]).sum(1)
+    out = combine(given.cuda(), routed, weights.cuda(), None if gate is None else gate.cuda())
+    size = (given.double()[rows_of(routed)] * factors[..., None]).abs().sum(1)
+    assert ((out.cpu().double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * size).all()

@@ -28,10 +28,10 @@ ARCHITECTURE = "sm_90a"
 COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refused
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
-TOKEN_KERNELS = ("sort", "gather_bf16", "gather_fp8", "gather_int8")  # see `tokens`
+TOKEN_KERNELS = ("sort_1", "sort_8", "dispatch", "swiglu", "combine_bf16", "combine_float32")  # `tokens`, `activations`
 
 _GEMM_SOURCES = ("formats.py", "decode.py", "group_gemm.py", "build.py")
-_TOKEN_SOURCES = ("tokens.py", "build.py")
+_TOKEN_SOURCES = ("formats.py", "rounding.py", "tokens.py", "activations.py", "build.py")
 
 
 def default_cache() -> Path:
@@ -132,16 +132,26 @@ def _group_gemm(config: KernelConfig) -> tuple[Any, list[Any]]:
 
 def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     """The generator of a token kernel and stand-ins for its arguments."""
-    from cutlass import Float32, Int32
+    from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import sym_int
 
-    from mxmoe_steps.kernels.tokens import GatherTokens, SortByExpert
+    from mxmoe_steps.kernels.activations import Combine, SwiGlu
+    from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
-    if name == "sort":
-        return SortByExpert(), [*(_fake(Int32, (sym_int(),), 4) for _ in range(4)), Int32(1)]
-    operand = name.removeprefix("gather_")
-    x, values = (_fake(_boundary_type(kind), (sym_int(), sym_int(divisibility=64)), 16) for kind in ("bf16", operand))
-    return GatherTokens(operand), [x, _fake(Int32, (sym_int(),), 4), values, _fake(Float32, (sym_int(),), 4)]
+    kind, _, variant = name.partition("_")
+    chosen, row = (_fake(number, (sym_int(), sym_int()), 4) for number in (Int64, Int32))
+    needs, count = _fake(Int32, (sym_int(),), 4), Int32(1)
+    bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(2)]
+    if kind == "sort":
+        return SortByExpert(int(variant)), [chosen, row, _fake(Int32, (sym_int(),), 4), count]
+    if kind == "combine":
+        number, size = (BFloat16, 2) if variant == "bf16" else (Float32, 4)
+        weights = _fake(number, (sym_int(), sym_int()), size)
+        return Combine(), [bf16[0], row, weights, _fake(BFloat16, (sym_int(),), 2), bf16[1], count, count]
+    codes = [_fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16) for operand in ("fp8", "int8")]
+    scales = [_fake(Float32, (sym_int(),), 4) for _ in range(2)]
+    outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
+    return {"dispatch": DispatchTokens, "swiglu": SwiGlu}[kind](), [bf16[0], chosen, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:

@@ -20,6 +20,10 @@ SHARED_BYTES = {1: 227 * 1024, 2: 113 * 1024}  # shared memory a block may use o
 MAX_STAGES = 8
 EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
 
+OPERAND_MASKS = {"bf16": 1, "fp8": 2, "int8": 4}  # what an expert reads, one bit per type
+MAX_EXPERTS = 1024  # of a layer, slices of the shared expert included
+MAX_ENTRIES = 64  # rows of one token
+
 _OPERAND_BITS = {"bf16": 16, "fp8": 8, "int8": 8}
 
 

@@ -4,18 +4,16 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.build import ENTRY, RUNTIME, build, runtime_library
-from mxmoe_steps.kernels.formats import EDGE, TILE_ROWS, Format, KernelConfig
+from mxmoe_steps.kernels.formats import TILE_ROWS, Format, KernelConfig
 from mxmoe_steps.kernels.layouts import KernelWeights
 
 COLUMN_MULTIPLE = 8  # 16-byte stores
-MAX_EXPERTS = 1024  # of the sort kernel
 MAX_STREAMS = 64  # that one kernel object can be launched on
 
 
@@ -63,7 +61,7 @@ class GroupGemmKernel:
     def __init__(self, config: KernelConfig) -> None:
         """Load ``config`` from the kernel cache, or build it there first."""
         self.config = config
-        self._function = _load(built(config))
+        self._function = load_kernel(config)
         self._made: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._streams: dict[torch.device, dict[int, int]] = {}
 
@@ -136,37 +134,37 @@ class GroupGemmKernel:
             raise UserError(f"weights of one launch must have one shape; these have {shapes}")
         if set(activations) != set(config.operands):
             raise UserError(f"activations are {sorted(activations)}; this kernel takes {list(config.operands)}")
-        _check_device(out, "out")
-        _check_tensor("out", out, torch.bfloat16, 2, out.device)
+        check_device(out, "out")
+        check_tensor("out", out, torch.bfloat16, 2, out.device)
         rows, features = out.shape[0], weights[0].in_features
         if out.shape[1] % COLUMN_MULTIPLE:
             raise UserError(f"out has {out.shape[1]} columns; need a multiple of {COLUMN_MULTIPLE}")
         for operand, tokens in activations.items():
             kind = torch.bfloat16 if operand == "bf16" else torch.uint8
-            _check_tensor(f"{operand} activations", tokens.values, kind, 2, out.device, (rows, features))
+            check_tensor(f"{operand} activations", tokens.values, kind, 2, out.device, (rows, features))
             if operand != "bf16":
                 if tokens.scales is None:
                     raise UserError(f"{operand} activations need one scale per row")
-                _check_tensor(f"scales of {operand} activations", tokens.scales, torch.float32, 1, out.device, (rows,))
+                check_tensor(f"scales of {operand} activations", tokens.scales, torch.float32, 1, out.device, (rows,))
         for weight in weights:
             _check_weights(weight, out.device)
-        _check_tensor("problems", problems, torch.int32, 2, out.device)
+        check_tensor("problems", problems, torch.int32, 2, out.device)
         if problems.shape[1] != 4 or problems.shape[0] > config.max_problems:
             raise UserError(
                 f"problems have shape {list(problems.shape)}; need [P, 4] with P at most {config.max_problems}"
             )
-        _check_tensor("offsets", offsets, torch.int32, 1, out.device)
+        check_tensor("offsets", offsets, torch.int32, 1, out.device)
 
 
 def _check_weights(weight: KernelWeights, device: torch.device) -> None:
     kind = torch.bfloat16 if weight.format.bits == 16 else torch.uint8
-    _check_tensor(f"{weight.format.name} weights", weight.data, kind, 1 if weight.format.decoded else 3, device)
+    check_tensor(f"{weight.format.name} weights", weight.data, kind, 1 if weight.format.decoded else 3, device)
     if weight.channel_scales is not None:
         shape = (weight.entries, -(-weight.out_features // TILE_ROWS) * TILE_ROWS)
-        _check_tensor(f"channel scales of {weight.format.name}", weight.channel_scales, torch.float32, 2, device, shape)
+        check_tensor(f"channel scales of {weight.format.name}", weight.channel_scales, torch.float32, 2, device, shape)
 
 
-def _check_tensor(
+def check_tensor(
     name: str,
     tensor: torch.Tensor,
     kind: torch.dtype,
@@ -174,6 +172,7 @@ def _check_tensor(
     device: torch.device,
     shape: tuple[int, ...] | None = None,
 ) -> None:
+    """`UserError` unless ``tensor`` is a contiguous ``kind`` on ``device``, of ``shape`` if one is given."""
     if tensor.dtype != kind or tensor.ndim != dimensions or (shape is not None and tuple(tensor.shape) != shape):
         wanted = f"{dimensions}-dimensional" if shape is None else str(list(shape))
         raise UserError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected {kind} {wanted}")
@@ -195,7 +194,8 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _check_device(tensor: torch.Tensor, name: str) -> None:
+def check_device(tensor: torch.Tensor, name: str) -> None:
+    """`UserError` unless ``tensor`` is on a Hopper GPU."""
     if tensor.device.type != "cuda":
         raise UserError(f"{name}: on {tensor.device}; the kernels run on a Hopper GPU, kernels.reference runs anywhere")
     if _capability(tensor.device) != (9, 0):
@@ -204,18 +204,16 @@ def _check_device(tensor: torch.Tensor, name: str) -> None:
 
 
 @cache
-def built(kernel: KernelConfig | str) -> Path:
-    """`build.build`, once per process: it reads and hashes the generator's source."""
-    return build(kernel)
+def load_kernel(kernel: KernelConfig | str) -> Any:
+    """The function of a compiled kernel, built first unless it is in the kernel cache.
 
-
-@cache
-def _load(library: Path) -> Any:
-    """The function in ``library``; the compiler's run-time library is taken from beside it, or from the compiler."""
+    The compiler's run-time library is taken from beside it, or from the compiler.
+    """
     try:
         import tvm_ffi
     except ModuleNotFoundError:
         raise UserError("GPU kernels need the extra [cuda]: pip install 'mxmoe-steps[cuda]'") from None
+    library = build(kernel)
     beside = library.parent / RUNTIME
     ctypes.CDLL(str(beside if beside.is_file() else runtime_library()), mode=ctypes.RTLD_GLOBAL)
     return tvm_ffi.load_module(str(library))[ENTRY]
@@ -232,45 +230,3 @@ def phase_for(rows: int, experts: int) -> str:
 def formats_of(weights: Sequence[KernelWeights]) -> tuple[Format, ...]:
     """Formats of ``weights`` in the order a kernel takes them."""
     return tuple(sorted({weight.format for weight in weights}))
-
-
-@dataclass(frozen=True)
-class Routed:
-    """Tokens sorted by expert: ``offsets`` int32 [experts + 1], ``source`` int32 [rows], the token of each row, and
-    ``row`` int32 [rows], the row of entry ``token * top_k + choice``."""
-
-    offsets: torch.Tensor
-    source: torch.Tensor
-    row: torch.Tensor
-
-
-def sort_by_expert(chosen: torch.Tensor, experts: int) -> Routed:
-    """Sort the router's choices, int32 [tokens, top_k] on the GPU with values below ``experts``, without a wait."""
-    _check_device(chosen, "chosen experts")
-    _check_tensor("chosen experts", chosen, torch.int32, 2, chosen.device)
-    if not 0 < experts <= MAX_EXPERTS:
-        raise UserError(f"{experts} experts; the sort kernel takes 1 to {MAX_EXPERTS}")
-    rows = chosen.numel()
-    offsets, source, row = (
-        torch.empty(size, dtype=torch.int32, device=chosen.device) for size in (experts + 1, rows, rows)
-    )
-    _load(built("sort"))(chosen.view(-1), offsets, source, row, chosen.shape[1])
-    return Routed(offsets, source, row)
-
-
-def gather_tokens(x: torch.Tensor, source: torch.Tensor, operand: str) -> Activations:
-    """Rows ``source``, int32 [rows], of ``x``, bfloat16 [tokens, K], as the kernels take them, quantized for 8 bits."""
-    _check_device(x, "x")
-    _check_tensor("x", x, torch.bfloat16, 2, x.device)
-    _check_tensor("source", source, torch.int32, 1, x.device)
-    if operand not in ("bf16", "fp8", "int8"):
-        raise UserError(f"operand {operand!r}; expected bf16, fp8 or int8")
-    if x.shape[1] % EDGE:
-        raise UserError(f"x has {x.shape[1]} features; need a multiple of {EDGE}")
-    rows = source.shape[0]
-    kind = torch.bfloat16 if operand == "bf16" else torch.uint8
-    values = torch.empty(rows, x.shape[1], dtype=kind, device=x.device)
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
-    if rows:
-        _load(built(f"gather_{operand}"))(x, source, values, scales)
-    return Activations(values, None if operand == "bf16" else scales)

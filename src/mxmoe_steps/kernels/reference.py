@@ -1,11 +1,11 @@
 """The grouped GEMM in torch: what runs without a kernel, and what the kernels are compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
-from mxmoe_steps.schemes import ORIGINAL
+from mxmoe_steps.schemes import ORIGINAL, SHARED
 
 Problem = tuple[int, int, int, int]  # expert, number of the weight stack, entry in it, output column
 
@@ -45,3 +45,34 @@ def quantize_tokens(x: torch.Tensor, operand: str) -> tuple[torch.Tensor, torch.
     scaled = (x.float() / scales[:, None]).clamp(-top, top)
     codes = scaled.to(E4M3) if operand == "fp8" else scaled.round().to(torch.int8)
     return codes.view(torch.uint8), scales
+
+
+def moe_layer(
+    x: torch.Tensor,
+    chosen: torch.Tensor,
+    weights: torch.Tensor,
+    read: Callable[[int, str], QuantizedWeight | torch.Tensor],
+    gate: torch.Tensor | None = None,
+    shared: bool = False,
+) -> torch.Tensor:
+    """float64 [tokens, H]: the layer that `mxmoe_steps.kernels.moe_layer.MoeLayer` computes, exact but for its bfloat16
+    intermediates. ``read(expert, block)``: the weights of gate, up or down; ``gate``: the shared expert's gate logits.
+    """
+
+    def linear(block: QuantizedWeight | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        if isinstance(block, torch.Tensor):
+            return (rows.double() @ block.double().T).bfloat16()
+        seen = quantize_activations(rows, block.scheme).double()
+        return (seen @ block.dequantize().double().T).bfloat16()
+
+    def run(expert: int, rows: torch.Tensor) -> torch.Tensor:
+        inner, up = (linear(read(expert, block), rows).double() for block in ("gate", "up"))
+        return linear(read(expert, "down"), (inner * inner.sigmoid() * up).bfloat16()).double()
+
+    result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
+    for expert in chosen.unique().tolist():
+        token, slot = (chosen == expert).nonzero(as_tuple=True)
+        result.index_add_(0, token, run(expert, x[token]) * weights[token, slot, None].double())
+    if shared:
+        result += run(SHARED, x) * (1.0 if gate is None else gate.double().sigmoid()[:, None])
+    return result

@@ -1,0 +1,177 @@
+"""Between and after the two grouped GEMMs of a layer (CuTe DSL): SwiGLU with quantization, and the weighted sum.
+
+`SwiGlu` gives one block a row of gate and up: a first pass finds the largest magnitude of the product (unless the
+expert's down block reads bfloat16), a second one, from L1, rounds and stores it. A shared expert may be cut into
+slices of the routed experts' size; one block then takes all slices of a token, so that its scale covers the
+whole row as it does for one wide expert.
+
+`Combine` sums the rows of a token in float32, in the order of the router's choices: no atomics, the same bits
+every time.
+"""
+
+from typing import Any
+
+import cutlass
+from cutlass import BFloat16, Float32, Int32, cute
+from cutlass.memory import SmemAllocator
+
+from mxmoe_steps.kernels import rounding
+from mxmoe_steps.kernels.rounding import THREADS, VECTOR
+
+LOG2_E = 1.4426950408889634
+
+
+def sigmoid(value: Float32) -> Float32:
+    """1 / (1 + exp(-value)) to about 1e-7."""
+    return cute.arch.inline_ptx(
+        "{ .reg .f32 a; mul.f32 a, {$r0}, {$r1}; ex2.approx.f32 a, a; add.f32 a, a, 0f3F800000; "
+        "rcp.approx.f32 {$w0}, a; }",
+        write_only_types=[Float32],
+        read_only_args=[value, Float32(-LOG2_E)],
+    )
+
+
+class SwiGlu:
+    """``silu(gate) * up`` of every row, in float32 and rounded once to bfloat16, as the operand of the down blocks.
+
+    ``gate_up``: bfloat16 [rows, 2 K], gate first. ``chosen``, ``row``, ``needs``, ``shared``: as for
+    `tokens.DispatchTokens`, of the down blocks.
+    """
+
+    @cute.jit
+    def __call__(
+        self,
+        gate_up: cute.Tensor,
+        chosen: cute.Tensor,
+        row: cute.Tensor,
+        needs: cute.Tensor,
+        outputs: tuple,
+        shared: Int32,
+        stream: Any,
+    ) -> None:
+        @cute.struct
+        class Shared:
+            largest: cute.struct.MemRange[Int32, rounding.WARPS]
+
+        self.Shared = Shared
+        per_token = chosen.shape[1] + cutlass.min(shared, 1)
+        self.kernel(gate_up, chosen, row, needs, outputs, shared).launch(
+            grid=(per_token, chosen.shape[0], 1), block=(THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        gate_up: cute.Tensor,
+        chosen: cute.Tensor,
+        row: cute.Tensor,
+        needs: cute.Tensor,
+        outputs: tuple,
+        shared: Int32,
+    ) -> None:
+        entry, token, _ = cute.arch.block_idx()
+        thread, _, _ = cute.arch.thread_idx()
+        memory = SmemAllocator().allocate(self.Shared)
+        written = rounding.Outputs(*outputs)
+        tokens, top_k = chosen.shape[0], chosen.shape[1]
+        first, mask, slices = Int32(0), Int32(0), Int32(1)
+        if entry < top_k:
+            first = row[token, entry]
+            mask = needs[Int32(chosen[token, entry])]
+        else:
+            first = tokens * top_k + token
+            mask = needs[needs.shape[0] - 1]
+            slices = shared
+        steps = gate_up.shape[1] // (2 * VECTOR)  # of a slice
+        vector = rounding.Vector.make()
+        largest = Float32(1.0)
+        if (mask & rounding.EIGHT_BITS) != 0:
+            pair = Int32(0)
+            for i in cutlass.range(thread, steps * slices, THREADS, unroll=1):
+                self.product(gate_up, first + i // steps * tokens, i % steps, steps, vector.bf16)
+                pair = rounding.larger_of(pair, vector.bf16)
+            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(rounding.WARPS)))
+        scales = rounding.Scales.of(largest)
+        if thread < slices:
+            rounding.store_scales(scales, mask, written, first + thread * tokens)
+        for i in cutlass.range(thread, steps * slices, THREADS, unroll=1):
+            target = first + i // steps * tokens
+            self.product(gate_up, target, i % steps, steps, vector.bf16)
+            rounding.encode(vector, mask, scales)
+            rounding.store(vector, mask, written, target, i % steps)
+
+    @cute.jit
+    def product(self, gate_up: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+        """Vector ``at`` of a row's product into ``eight``."""
+        given = rounding.vectors(gate_up, row)
+        gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
+        cute.autovec_copy(given[None, at], gate)
+        cute.autovec_copy(given[None, at + steps], up)
+        values = cute.make_rmem_tensor((VECTOR,), Float32)
+        for j in cutlass.range_constexpr(VECTOR):
+            value = Float32(gate[j])
+            values[j] = value * sigmoid(value) * Float32(up[j])
+        eight.store(values.load().to(BFloat16))
+
+
+class Combine:
+    """Row t of ``out``, bfloat16 [tokens, N]: the sum of the token's rows of ``given`` [rows, N] times their weights.
+
+    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``row`` [tokens, top_k]. The ``shared`` rows of a
+    token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
+    """
+
+    @cute.jit
+    def __call__(
+        self,
+        given: cute.Tensor,
+        row: cute.Tensor,
+        weights: cute.Tensor,
+        gate: cute.Tensor,
+        out: cute.Tensor,
+        shared: Int32,
+        gated: Int32,
+        stream: Any,
+    ) -> None:
+        span = THREADS * VECTOR
+        self.kernel(given, row, weights, gate, out, shared, gated).launch(
+            grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1), block=(THREADS, 1, 1), stream=stream
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        given: cute.Tensor,
+        row: cute.Tensor,
+        weights: cute.Tensor,
+        gate: cute.Tensor,
+        out: cute.Tensor,
+        shared: Int32,
+        gated: Int32,
+    ) -> None:
+        part, token, _ = cute.arch.block_idx()
+        thread, _, _ = cute.arch.thread_idx()
+        at = part * THREADS + thread
+        if at * VECTOR < out.shape[1]:
+            top_k = row.shape[1]
+            total = cute.make_rmem_tensor((VECTOR,), Float32)
+            total.fill(0.0)
+            for j in cutlass.range(shared, unroll=4):
+                self.add(given, out.shape[0] * (top_k + j) + token, at, Float32(1.0), total)
+            if gated != 0:
+                factor = sigmoid(Float32(gate[token]))
+                for e in cutlass.range_constexpr(VECTOR):
+                    total[e] = total[e] * factor
+            for j in cutlass.range(top_k, unroll=4):
+                self.add(given, row[token, j], at, Float32(weights[token, j]), total)
+            rounded = cute.make_rmem_tensor((VECTOR,), BFloat16)
+            rounded.store(total.load().to(BFloat16))
+            cute.autovec_copy(rounded, rounding.vectors(out, token)[None, at])
+
+    @cute.jit
+    def add(self, given: cute.Tensor, row: Int32, at: Int32, factor: Float32, total: cute.Tensor) -> None:
+        """total += factor * vector ``at`` of row ``row``."""
+        eight = cute.make_rmem_tensor((VECTOR,), BFloat16)
+        cute.autovec_copy(rounding.vectors(given, row)[None, at], eight)
+        for e in cutlass.range_constexpr(VECTOR):
+            total[e] = total[e] + factor * Float32(eight[e])

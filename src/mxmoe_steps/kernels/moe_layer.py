@@ -1,0 +1,125 @@
+"""A whole MoE layer on the GPU: hidden states to hidden states, every block under its own scheme.
+
+    sort -> dispatch (+ quantize) -> gate/up grouped GEMM -> SwiGLU (+ quantize) -> down grouped GEMM -> combine
+
+Six launches, whatever the mixture; the router stays the model's own. Between launches lie bfloat16 gate and up,
+bfloat16 or 8-bit products, and bfloat16 rows of the down blocks; sums are float32. Nothing waits for the GPU, and
+after the first call a call can be captured in a CUDA graph.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from mxmoe_steps.kernels.formats import PHASES, KernelConfig
+from mxmoe_steps.kernels.launch import GroupGemmKernel, phase_for, problem_table
+from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, kernel_weights, original_weights
+from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
+from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert, swiglu
+from mxmoe_steps.quantizers.grid import QuantizedWeight
+
+Block = QuantizedWeight | torch.Tensor  # [N, K]
+Read = Callable[[int, str], Block]  # expert (`SHARED` for the shared one) and block kind to its weights
+
+MOST_TOKENS = 32768  # at a time: bounds the intermediates, and 32-bit offsets into them
+MOST_ELEMENTS = 2**30
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A grouped GEMM ready to run."""
+
+    plan: LaunchPlan
+    weights: list[KernelWeights]
+    problems: torch.Tensor
+    needs: torch.Tensor
+    kernels: dict[str, GroupGemmKernel]
+
+
+class MoeLayer:
+    """The experts of one layer in kernel order on ``device``."""
+
+    def __init__(self, plan: LayerPlan, read: Read, device: torch.device) -> None:
+        """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice."""
+        self.plan, self.device = plan, device
+        self._gate_up = _prepare(plan, plan.gate_up, read, device)
+        self._down = _prepare(plan, plan.down, read, device)
+
+    def __call__(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Routed and shared experts' sum, bfloat16 [tokens, hidden].
+
+        ``x``: bfloat16 [tokens, hidden]; ``chosen``: int64 [tokens, top_k]; ``weights``: bfloat16 or float32, the
+        same shape; ``gate``: bfloat16 [tokens], the logit of the shared expert's gate, if it has one.
+        """
+        per_token = (chosen.shape[1] + self.plan.slices) * max(2 * self.plan.intermediate, self.plan.hidden)
+        at_once = min(MOST_TOKENS, MOST_ELEMENTS // per_token)
+        if x.shape[0] <= at_once:
+            return self._run(x, chosen, weights, gate)
+        gates = [None] * len(x) if gate is None else gate.split(at_once)
+        parts = zip(x.split(at_once), chosen.split(at_once), weights.split(at_once), gates, strict=False)
+        return torch.cat([self._run(*part) for part in parts])
+
+    def _run(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None
+    ) -> torch.Tensor:
+        if not x.shape[0]:
+            return torch.empty_like(x)
+        plan, up, down = self.plan, self._gate_up, self._down
+        routed = sort_by_expert(chosen, plan.experts, plan.slices)
+        phase = phase_for(chosen.numel(), plan.experts)
+        given = dispatch(x, routed, up.needs, up.plan.operands)
+        gate_up = torch.empty(routed.rows, 2 * plan.intermediate, dtype=torch.bfloat16, device=x.device)
+        up.kernels[phase](given, up.weights, up.problems, routed.offsets, gate_up)
+        given = swiglu(gate_up, routed, down.needs, down.plan.operands)
+        rows = torch.empty(routed.rows, plan.hidden, dtype=torch.bfloat16, device=x.device)
+        down.kernels[phase](given, down.weights, down.problems, routed.offsets, rows)
+        return combine(rows, routed, weights, gate)
+
+
+@cache
+def _kernel(config: KernelConfig) -> GroupGemmKernel:
+    """Layers share kernels."""
+    return GroupGemmKernel(config)
+
+
+def _prepare(plan: LayerPlan, launch: LaunchPlan, read: Read, device: torch.device) -> _Launch:
+    weights = [_stack([_entries(read(s.expert, s.block), s) for s in sources], device) for sources in launch.stacks]
+    columns = 2 * plan.intermediate if launch is plan.gate_up else plan.hidden
+    problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device)
+    needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
+    return _Launch(launch, weights, problems, needs, {phase: _kernel(launch.config(phase)) for phase in PHASES})
+
+
+def _entries(weight: Block, source: Source) -> KernelWeights:
+    """Kernel order of a block, cut into entries along its inner width: rows of gate and up, columns of down."""
+    count = source.entries
+
+    def cut(values: torch.Tensor) -> torch.Tensor:
+        if source.block != "down":
+            return values.unflatten(0, (count, -1))
+        if values.shape[1] == 1:  # one scale for all columns
+            return values.expand(count, *values.shape)
+        return values.unflatten(1, (count, -1)).transpose(0, 1)
+
+    if isinstance(weight, torch.Tensor):
+        return original_weights(cut(weight))
+    zeros = None if weight.zeros is None else cut(weight.zeros)
+    return kernel_weights(QuantizedWeight(weight.scheme, cut(weight.codes), cut(weight.scales), zeros))
+
+
+def _stack(parts: Sequence[KernelWeights], device: torch.device) -> KernelWeights:
+    """One stack of all entries of ``parts``, which have one format and one shape."""
+    first = parts[0]
+    data = [part.data.to(device) for part in parts]
+    if first.format.decoded:
+        pad = PAD_CHUNKS * first.format.chunk_bytes
+        data = [*(each[:-pad] for each in data), data[0].new_zeros(pad)]
+    scales = None
+    if first.channel_scales is not None:
+        scales = torch.cat([part.channel_scales.to(device) for part in parts if part.channel_scales is not None])
+    entries = sum(part.entries for part in parts)
+    return KernelWeights(first.format, entries, first.out_features, first.in_features, torch.cat(data), scales)

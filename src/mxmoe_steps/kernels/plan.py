@@ -1,0 +1,126 @@
+"""What a layer's two grouped GEMMs are made of: stacks of blocks, problems, kernels. Stdlib only.
+
+A shared expert whose width is s times the routed one runs as s more experts that take every token: rows
+of its gate and up blocks, columns of its down block. Its problems come first, being the largest; the others are
+interleaved by format, so that tiles which wait for memory run beside tiles which compute.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import (
+    EDGE,
+    GROUP,
+    OPERAND_MASKS,
+    Format,
+    KernelConfig,
+    default_config,
+    kernel_format,
+)
+from mxmoe_steps.schemes import SHARED, Scheme
+
+Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
+
+
+@dataclass(frozen=True)
+class Source:
+    """A block of the model and the number of entries that it is cut into."""
+
+    expert: int
+    block: str
+    entries: int
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """One grouped GEMM.
+
+    ``formats``: in the kernel's order; ``stacks[i]``: the blocks of ``formats[i]``, in the order of their entries.
+    ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads.
+    """
+
+    formats: tuple[Format, ...]
+    stacks: tuple[tuple[Source, ...], ...]
+    problems: tuple[tuple[int, int, int, int], ...]
+    needs: tuple[int, ...]
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Activation types the launch reads."""
+        return tuple(sorted({format_.operand for format_ in self.formats}))
+
+    def config(self, phase: str) -> KernelConfig:
+        """The kernel that runs it."""
+        return default_config(self.formats, phase, max(128, -(-len(self.problems) // 32) * 32))
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A layer of ``experts`` routed experts and ``slices`` of a shared one, [hidden] to [hidden] features."""
+
+    experts: int
+    slices: int
+    hidden: int
+    intermediate: int
+    gate_up: LaunchPlan
+    down: LaunchPlan
+
+
+def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0) -> LayerPlan:
+    """Plan a layer from the schemes of its experts, numbered from 0, and of `SHARED` if it has that.
+
+    ``intermediate``, ``shared``: widths of a routed and of the shared expert. `UserError` says why there is no kernel
+    for it.
+    """
+    experts = len(schemes) - (SHARED in schemes)
+    slices = 0
+    if SHARED in schemes:
+        slices, rest = divmod(shared, intermediate)
+        if rest:
+            raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
+    order = [*([SHARED] if slices else []), *range(experts)]
+    gate_up, down = (
+        _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, k)
+        for blocks, n, k in (
+            ({"gate": 0, "up": intermediate}, intermediate, hidden),
+            ({"down": 0}, hidden, intermediate),
+        )
+    )
+    return LayerPlan(experts, slices, hidden, intermediate, gate_up, down)
+
+
+def _plan_launch(
+    schemes: Sequence[tuple[int, Schemes]], columns: Mapping[str, int], experts: int, slices: int, n: int, k: int
+) -> LaunchPlan:
+    """``columns``: output column of each block kind; ``n``, ``k``: output and input features of an entry."""
+    blocks = [
+        (expert, block, kernel_format(dict(zip(("gate", "up", "down"), three, strict=True))[block]))
+        for expert, three in schemes
+        for block in columns
+    ]
+    formats = tuple(sorted({format_ for _, _, format_ in blocks}))
+    for format_ in formats:
+        if n % EDGE or k % (GROUP if format_.grouped else EDGE):
+            raise UserError(
+                f"blocks of {n} x {k} under {format_.name}: kernels need output features in multiples of {EDGE}"
+                f" and input features in multiples of {GROUP if format_.grouped else EDGE}"
+            )
+    stacks: list[list[Source]] = [[] for _ in formats]
+    counts = [0] * len(formats)
+    needs = [0] * (experts + slices)
+    problems: list[list[tuple[int, int, int, int]]] = [[] for _ in formats]
+    for expert, block, format_ in blocks:
+        number = formats.index(format_)
+        numbers = range(experts, experts + slices) if expert == SHARED else [expert]
+        stacks[number].append(Source(expert, block, len(numbers)))
+        for place in numbers:
+            problems[number].append((place, number, counts[number], columns[block]))
+            needs[place] |= OPERAND_MASKS[format_.operand]
+            counts[number] += 1
+    ordered = sorted(
+        (problem[0] < experts, (index + 0.5) / len(mine), problem)
+        for mine in problems
+        for index, problem in enumerate(mine)
+    )
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), tuple(problem for *_, problem in ordered), tuple(needs))

@@ -1,0 +1,175 @@
+"""The whole MoE layer on a GPU, against float64 with the same bfloat16 intermediates."""
+
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from mxmoe_steps.kernels import moe_layer, reference
+from mxmoe_steps.kernels.build import build
+from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.kernels.moe_layer import MoeLayer
+from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
+from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+QWEN = (2048, 1408, 4)  # hidden, intermediate, slices of the shared expert: Qwen1.5-MoE with fewer experts
+UNIFORM = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w3a16", "w2a16", "w4a8_fp8")
+MIXTURES = (("w2a16", "w4a16", "w8a8_fp8"), ("w16a16", "w4a8_fp8", "w8a8", "w4a16"))
+# Rounding the rows of the down blocks and the sum to bfloat16, decoded weights too, and an intermediate that falls
+# on the other side of a rounding now and then: one 8-bit step of it, where down blocks read 8 bits.
+BOUND, EIGHT_BIT_BOUND = 4e-3, 8e-3
+
+Weights = dict[tuple[int, str], QuantizedWeight | torch.Tensor]
+
+
+def layer_plan(names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int = 0) -> LayerPlan:
+    """Schemes drawn from ``names`` for every block of every expert."""
+    hidden, inner, slices = sizes
+    return plan_layer(schemes_of(names, experts, slices, seed), hidden, inner, inner * slices)
+
+
+def schemes_of(names: Sequence[str], experts: int, slices: int, seed: int) -> dict[int, tuple[Scheme, Scheme, Scheme]]:
+    rng = random.Random(seed)
+    deck = [parse_scheme(name) for name in names]
+    numbers = [*range(experts), *([SHARED] if slices else [])]
+    drawn: dict[int, tuple[Scheme, Scheme, Scheme]] = {}
+    for place, expert in enumerate(numbers):  # every scheme in every kind of block, then at random
+        gate, up, down = (
+            deck[(place + kind) % len(deck)] if place < len(deck) else rng.choice(deck) for kind in (0, 1, 2)
+        )
+        drawn[expert] = (gate, up, down)
+    return drawn
+
+
+def random_block(scheme: Scheme, n: int, k: int) -> QuantizedWeight | torch.Tensor:
+    """Random codes and plausible scales: weights of about 0.03."""
+    if scheme.is_original:
+        return (torch.randn(n, k, device="cuda") * 0.03).bfloat16()
+    groups = k // scheme.group_size(k)
+    spread = 0.05 / 2**scheme.weight_bits
+    if scheme.fp8 and scheme.weight_bits == 8:
+        codes, spread = (torch.randn(n, k, device="cuda") * 100).clamp(-448, 448).to(E4M3), 3e-4
+    else:
+        codes = torch.randint(0, 2**scheme.weight_bits, (n, k), device="cuda", dtype=torch.uint8)
+    scales = (spread * (1 + torch.rand(n, groups, device="cuda"))).bfloat16()
+    middle = (2**scheme.weight_bits - 1) / 2
+    zeros = None if scheme.symmetric else (middle + torch.rand(n, groups, device="cuda") - 0.5).bfloat16()
+    return QuantizedWeight(scheme, codes, scales, zeros)
+
+
+def make_layer(names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int) -> tuple[MoeLayer, Weights]:
+    torch.manual_seed(seed)
+    hidden, inner, slices = sizes
+    weights: Weights = {}
+    for expert, three in schemes_of(names, experts, slices, seed).items():
+        width = inner * slices if expert == SHARED else inner
+        for block, scheme in zip(BLOCKS, three, strict=True):
+            weights[expert, block] = random_block(scheme, *((hidden, width) if block == "down" else (width, hidden)))
+    plan = layer_plan(names, experts, sizes, seed)
+    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda")), weights
+
+
+def route(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Skewed choices, the last expert never chosen if there is a choice, and their weights."""
+    logits = torch.randn(tokens, experts, device="cuda") - torch.arange(experts, device="cuda") * 4 / experts
+    if experts > top_k:
+        logits[:, -1] = -torch.inf
+    weights, chosen = logits.softmax(-1).topk(top_k)
+    return chosen, weights
+
+
+def error_of(layer: MoeLayer, weights: Weights, tokens: int, top_k: int, gated: bool = False) -> float:
+    x = torch.randn(tokens, layer.plan.hidden, device="cuda").bfloat16()
+    chosen, mixing = route(tokens, layer.plan.experts, top_k)
+    mixing = mixing.bfloat16() if tokens % 2 else mixing
+    gate = torch.randn(tokens, device="cuda").bfloat16() if gated else None
+    out = layer(x, chosen, mixing, gate)
+    shared = layer.plan.slices > 0
+    exact = reference.moe_layer(x, chosen, mixing, lambda e, block: weights[e, block], gate, shared)
+    assert torch.equal(out, layer(x, chosen, mixing, gate)), "not the same bits twice"
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def bound_of(names: Sequence[str]) -> float:
+    return EIGHT_BIT_BOUND if any("a8" in name for name in names) else BOUND
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 1000])
+@pytest.mark.parametrize("name", UNIFORM)
+def test_one_scheme(name: str, tokens: int) -> None:
+    layer, weights = make_layer([name], 8, QWEN, 1)
+    error = error_of(layer, weights, tokens, 4, gated=True)
+    print(name, tokens, error)
+    assert error < bound_of([name])
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 33, 517, 8192])
+@pytest.mark.parametrize("names", MIXTURES, ids="+".join)
+def test_random_mixtures(names: Sequence[str], tokens: int) -> None:
+    layer, weights = make_layer(names, 16, QWEN, tokens)
+    error = error_of(layer, weights, tokens, 6)
+    print(names, tokens, error)
+    assert error < bound_of(names)
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "sizes"),
+    [(1, 1, (256, 128, 0)), (3, 3, (128, 256, 1)), (8, 2, (4096, 14336, 0)), (100, 8, (256, 128, 2))],
+)
+def test_other_shapes(experts: int, top_k: int, sizes: tuple[int, int, int]) -> None:
+    layer, weights = make_layer(MIXTURES[0], experts, sizes, 3)
+    error = error_of(layer, weights, 300, top_k)
+    print(sizes, error)
+    assert error < bound_of(MIXTURES[0])
+
+
+def test_a_captured_call_follows_its_inputs() -> None:
+    layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5)
+    x = torch.randn(40, 2048, device="cuda").bfloat16()
+    chosen, mixing = route(40, 16, 4)
+    layer(x, chosen, mixing)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer(x, chosen, mixing)
+    for _ in range(3):
+        x.copy_(torch.randn(40, 2048, device="cuda"))
+        for target, new in zip((chosen, mixing), route(40, 16, 4), strict=True):
+            target.copy_(new)
+        graph.replay()
+        assert torch.equal(out, layer(x, chosen, mixing))
+
+
+def test_long_inputs_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, _ = make_layer(["w16a16"], 8, QWEN, 7)
+    x = torch.randn(1000, 2048, device="cuda").bfloat16()
+    chosen, mixing = route(1000, 8, 4)
+    gate = torch.randn(1000, device="cuda").bfloat16()
+    whole = layer(x, chosen, mixing, gate)
+    monkeypatch.setattr(moe_layer, "MOST_TOKENS", 300)
+    assert torch.equal(layer(x, chosen, mixing, gate), whole)
+    assert layer(x[:0], chosen[:0], mixing[:0]).shape == (0, 2048)
+
+
+def main() -> None:
+    """Build every kernel that these tests load: run where there is a compiler and no GPU."""
+    plans = [layer_plan([name], 8, QWEN, 1) for name in UNIFORM]
+    plans += [layer_plan(names, 16, QWEN, seed) for names in MIXTURES for seed in (1, 2, 33, 517, 8192)]
+    shapes = [(1, (256, 128, 0)), (3, (128, 256, 1)), (8, (4096, 14336, 0)), (100, (256, 128, 2))]
+    plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
+    plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
+    for config in {launch.config(phase) for plan in plans for launch in (plan.gate_up, plan.down) for phase in PHASES}:
+        print(build(config), config.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()
