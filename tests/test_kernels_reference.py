@@ -9,7 +9,7 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels import launch, reference, routing
-from mxmoe_steps.kernels.formats import Format, KernelConfig, Tile, default_config, kernel_format
+from mxmoe_steps.kernels.formats import Format, KernelConfig, Tile, default_config, kernel_format, phase_for
 from mxmoe_steps.kernels.layouts import KernelWeights, original_weights
 from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
 from mxmoe_steps.schemes import parse_scheme
@@ -112,8 +112,8 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 
 
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
-    assert launch.phase_for(1024, 60) == "decode"
-    assert launch.phase_for(4096, 60) == "prefill"
+    assert phase_for(1024, 60) == "decode"
+    assert phase_for(4096, 60) == "prefill"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -219,14 +219,6 @@ def load_kernel(kernel: KernelConfig | str) -> Any:
     return tvm_ffi.load_module(str(library))[ENTRY]
 
 
-def phase_for(rows: int, experts: int) -> str:
-    """The kernel, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
-
-    Measured on an H100 with skewed traffic: decode is ahead at 17 rows an expert, prefill at 68.
-    """
-    return "decode" if rows <= 32 * experts else "prefill"
-
-
 def formats_of(weights: Sequence[KernelWeights]) -> tuple[Format, ...]:
     """Formats of ``weights`` in the order a kernel takes them."""
     return tuple(sorted({weight.format for weight in weights}))
