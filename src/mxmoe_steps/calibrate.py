@@ -22,27 +22,25 @@ from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
 def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Method) -> tuple[list[Any], Any]:
     """Rows of `tables.LOSSES` (tuples in column order) and packed tensors of one layer."""
-    from mxmoe_steps.calibration.losses import expert_losses
-    from mxmoe_steps.calibration.weights import quantize_layer, restored, seen_by
+    from mxmoe_steps.calibration.losses import layer_losses
+    from mxmoe_steps.calibration.weights import quantize_layer
     from mxmoe_steps.models.weights import activation_function, read_block
 
     activation = activation_function(folder)
     rows, packed = [], {}
     for experts in [list(range(folder.experts))] + ([[SHARED]] if inputs.shared is not None else []):
-        weights = [read_block(folder, layer, experts, block).to(inputs.device) for block in BLOCKS]
+        weights = [read_block(folder, layer, experts, block, inputs.device) for block in BLOCKS]
         stacks = quantize_layer(inputs, experts, weights, activation, scheme, method)
+        losses = layer_losses(inputs, experts, weights, stacks, activation, scheme, method)
         for index, expert in enumerate(experts):
-            own = [block[index].float() for block in weights]
-            changes = [restored(stack[index], method) - block for stack, block in zip(stacks, own, strict=True)]
-            sums = expert_losses(inputs.batches(expert), own, changes, activation, seen_by(scheme, method)).cpu()
-            sums[:, 1] /= len(inputs)
-            if not sums.isfinite().all():
+            if not losses[index].isfinite().all():
                 raise UserError(f"layer {layer}, expert {expert}: the loss under {scheme} is not finite")
+            tokens = inputs.tokens(expert)
             for number, block in enumerate(BLOCKS):
-                out_features, in_features = own[number].shape
-                few = method.gptq and inputs.tokens(expert) < in_features
-                row = (layer, expert, block, out_features, in_features, scheme.bits(in_features))
-                rows.append((*row, inputs.tokens(expert), *sums[number].tolist(), few))
+                out_features, in_features = weights[number].shape[1:]
+                few = method.gptq and tokens < in_features
+                row = (layer, expert, block, out_features, in_features, scheme.bits(in_features), tokens)
+                rows.append((*row, *losses[index, number].tolist(), few))
                 for part, tensor in stacks[number][index].tensors().items():
                     packed[f"{layer}.{expert}.{block}.{part}"] = tensor.cpu()
     return rows, packed

@@ -8,12 +8,47 @@ tensor cores' TF32 products with float32 sums are accurate enough.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
-from mxmoe_steps.calibration.inputs import Batch
+from mxmoe_steps.calibration.inputs import Batch, LayerInputs
+from mxmoe_steps.quantizers.grid import QuantizedWeight, quantize_activations
+from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.quantizers.method import Method
+from mxmoe_steps.schemes import Scheme
 
 Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def layer_losses(
+    inputs: LayerInputs,
+    experts: list[int],
+    weights: Sequence[torch.Tensor],
+    quantized: Sequence[QuantizedWeight],
+    activation: Function,
+    scheme: Scheme,
+    method: Method,
+) -> torch.Tensor:
+    """float64 [E, 3, 2] on the CPU: per expert and block (gate, up, down) out_sq and fisher of `tables.LOSSES`.
+
+    ``weights``: the originals, three [E, N, K] in any precision; ``quantized``: what `quantize_layer` made of them.
+    """
+    seen = None if scheme.act_bits == 16 else partial(_seen, scheme=scheme, rotated=method.rotated)
+    losses = []
+    for index, expert in enumerate(experts):
+        own = [block[index].float() for block in weights]
+        restored = [stack[index].dequantize() for stack in quantized]
+        changes = [
+            (rotate(new) if method.rotated else new) - original for new, original in zip(restored, own, strict=True)
+        ]
+        losses.append(expert_losses(inputs.batches(expert), own, changes, activation, seen))
+    return torch.stack(losses).cpu() / torch.tensor([1.0, len(inputs)])
+
+
+def _seen(x: torch.Tensor, scheme: Scheme, rotated: bool) -> torch.Tensor:
+    """What a kernel multiplies in place of ``x``: its quantized values, turned back where they were rotated."""
+    return rotate(quantize_activations(rotate(x), scheme)) if rotated else quantize_activations(x, scheme)
 
 
 def expert_losses(

@@ -11,7 +11,7 @@ import torch
 
 from mxmoe_steps.calibration.inputs import Batch, LayerInputs
 from mxmoe_steps.quantizers.gptq import Hessians, gptq
-from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate, quantize_activations, round_to_nearest
+from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate, round_to_nearest
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import Scheme
@@ -31,7 +31,7 @@ def quantize_layer(
 ) -> list[QuantizedWeight]:
     """Stacks of gate, up and down; ``weights``: the originals, three [E, N, K] in any precision.
 
-    A rotating method's stacks multiply rotated inputs: `restored` undoes that.
+    The stacks of a rotating method multiply rotated inputs.
     """
     gate, up, down = weights
     if not method.gptq:
@@ -57,20 +57,6 @@ def quantize_layer(
     ]
     both = concatenate(gate_up)
     return [both[:, :width], both[:, width:], concatenate(downs)]
-
-
-def restored(weight: QuantizedWeight, method: Method) -> torch.Tensor:
-    """float32 [..., N, K]: what the quantized weight means for inputs that are not rotated."""
-    return rotate(weight.dequantize()) if method.rotated else weight.dequantize()
-
-
-def seen_by(scheme: Scheme, method: Method) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What a block multiplies in place of its input, turned back if rotated; None for 16-bit activations."""
-    if scheme.act_bits == 16:
-        return None
-    if not method.rotated:
-        return lambda x: quantize_activations(x, scheme)
-    return lambda x: rotate(quantize_activations(rotate(x), scheme))
 
 
 def _stacks(experts: int, out_features: int, in_features: int) -> Iterator[slice]:

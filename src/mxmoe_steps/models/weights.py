@@ -47,19 +47,22 @@ def read_tensors(files: dict[str, Path], names: Sequence[str]) -> dict[str, torc
         return {name: part[...] for name, part in slices.items()}
 
 
-def read_block(model: ModelFolder, layer: int, experts: Sequence[int], block: str) -> torch.Tensor:
-    """[E, N, K]: the same block of several experts, stacked, in the checkpoint's precision.
+def read_block(
+    model: ModelFolder, layer: int, experts: Sequence[int], block: str, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """[E, N, K] on ``device``: the same block of several experts, stacked, in the checkpoint's precision.
 
     Raises `UserError` naming layer, expert and block where a weight is NaN or infinite.
     """
     names = [model.block_name(layer, expert, block) for expert in experts]
     tensors = read_tensors(model.files, names)
-    for expert, name in zip(experts, names, strict=True):
-        if not tensors[name].isfinite().all():
+    stacked = torch.stack([tensors[name] for name in names]).to(device)
+    for expert, name, finite in zip(experts, names, stacked.isfinite().flatten(1).all(1).tolist(), strict=True):
+        if not finite:
             raise UserError(
                 f"{model.files[name]}: layer {layer}, expert {expert}, {block}: the weights hold NaN or infinity"
             )
-    return torch.stack([tensors[name] for name in names])
+    return stacked
 
 
 def check_block_weights(model: ModelFolder, layer: int, block: str) -> None:
