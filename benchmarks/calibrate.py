@@ -121,10 +121,8 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def run_layer(folder: ModelFolder, clock: Clock, method: Method, scheme: Scheme) -> None:
+def run_layer(folder: ModelFolder, inputs: LayerInputs, clock: Clock, method: Method, scheme: Scheme) -> None:
     """The steps of `mxmoe_steps.calibrate.calibrate_layer`, one by one."""
-    with clock.step("read"):
-        inputs = LayerInputs.read(folder.path / "layer-000.safetensors", folder.experts, clock.device)
     packed = {}
     for experts in [list(range(folder.experts))] + ([[SHARED]] if inputs.shared is not None else []):
         with clock.step("read"):
@@ -200,9 +198,14 @@ def main() -> None:
         for layer in range(args.layers):
             with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
                 folder = draw_layer(shape, args.tokens or (524288 if cuda else 8192), layer, device, Path(temporary))
-                for quantizer, scheme in itertools.product(args.quantizers, map(parse_scheme, args.schemes)):
+                work = list(itertools.product(args.quantizers, map(parse_scheme, args.schemes)))
+                # The same layer again for every piece of work, as a run of that many layers would read them.
+                layers = LayerInputs.read([folder.path / "layer-000.safetensors"] * len(work), folder.experts, device)
+                for quantizer, scheme in work:
                     clock = Clock(device)
-                    run_layer(folder, clock, Method(quantizer), scheme)
+                    with clock.step("read"):
+                        inputs = next(layers)
+                    run_layer(folder, inputs, clock, Method(quantizer), scheme)
                     common = {"model": name, "quantizer": quantizer, "scheme": scheme.name, "layer": layer}
                     total = sum(clock.seconds.values())
                     row = common | clock.seconds | {"total": total, "whole model": total * shape.layers}

@@ -66,12 +66,13 @@ def calibrate(args: argparse.Namespace) -> None:
     out = Path(args.out)
     partial = out / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
     shutil.rmtree(partial, ignore_errors=True)
+    files = [Path(args.capture) / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers]
     rows: list[Any] = []
     parts: list[Path] = []
     try:
-        for layer in folder.moe_layers:
-            file = Path(args.capture) / f"layer-{layer:03d}.safetensors"
-            inputs = LayerInputs.read(file, folder.experts, device)
+        for layer, file, inputs in zip(
+            folder.moe_layers, files, LayerInputs.read(files, folder.experts, device), strict=True
+        ):
             layer_rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
             rows += layer_rows
             partial.mkdir(parents=True, exist_ok=True)

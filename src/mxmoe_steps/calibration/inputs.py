@@ -1,6 +1,7 @@
 """What `capture` wrote for one layer, on the compute device, by expert."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +45,15 @@ class LayerInputs:
         self._top_k = tensors["ids"].shape[1]
 
     @classmethod
-    def read(cls, path: Path, experts: int, device: torch.device) -> "LayerInputs":
-        """From a file of `capture`; `UserError` when there is none."""
-        if not path.is_file():
-            raise UserError(f"{path}: no such captured layer; run the capture step for this model")
-        return cls({name: tensor.to(device) for name, tensor in load_file(path).items()}, experts)
+    def read(cls, paths: Sequence[Path], experts: int, device: torch.device) -> "Iterator[LayerInputs]":
+        """From files of `capture`, the next one read while one is in use; `UserError` when one is missing."""
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            following = pool.submit(_read, paths[0], device)
+            for path in [*paths[1:], None]:
+                tensors = following.result()
+                if path is not None:
+                    following = pool.submit(_read, path, device)
+                yield cls({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}, experts)
 
     def __len__(self) -> int:
         """Tokens T."""
@@ -77,3 +82,10 @@ class LayerInputs:
     def _batch(self, rows: slice | torch.Tensor, scale: torch.Tensor) -> Batch:
         gradient = None if self.gradient is None else self.gradient[rows].float()
         return Batch(self.hidden[rows].float(), scale.float(), gradient)
+
+
+def _read(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    """A file's tensors in memory, in pages that a GPU copies from directly."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such captured layer; run the capture step for this model")
+    return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in load_file(path).items()}

@@ -39,8 +39,11 @@ class Grid:
         """Codes of ``values`` (same trailing layout as the scales): uint8, or e4m3 for fp8 weights."""
         if _is_float(self.scheme):
             return (values / self.scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        top = 2**self.scheme.weight_bits - 1
-        return (values / self.scales + self.zeros).round_().clamp_(0, top).to(torch.uint8)
+        return self.nearest(values).to(torch.uint8)
+
+    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+        """Integer codes of ``values`` as float32."""
+        return (values / self.scales).add_(self.zeros).round_().clamp_(0, 2**self.scheme.weight_bits - 1)
 
     def value(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 weights of ``codes``."""
@@ -203,7 +206,8 @@ def _make_grid(scheme: Scheme, low: torch.Tensor, high: torch.Tensor, levels: in
 
 def _error(grid: Grid, values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     wide = _expanded(grid)
-    return ((wide.value(wide.round(values)) - values).square_() * mass).sum(-1)
+    restored = wide.nearest(values).sub_(wide.zeros).mul_(wide.scales)
+    return restored.sub_(values).square_().mul_(mass).sum(-1)
 
 
 def _better(
@@ -221,7 +225,7 @@ def _better(
 
 def _least_squares(grid: Grid, values: torch.Tensor, mass: torch.Tensor) -> Grid:
     """Best (scale, zero) for the codes that ``grid`` gives: weighted regression of values on codes."""
-    codes = _expanded(grid).round(values).float()
+    codes = _expanded(grid).nearest(values)
     if grid.scheme.symmetric:
         centred = codes - grid.zeros.unsqueeze(-1)
         scale = (mass * centred * values).sum(-1) / (mass * centred.square()).sum(-1).clamp_min(1e-30)
