@@ -1,14 +1,24 @@
 """Models run one layer at a time: what transformers computes whole, resumed or in ranges; and bad weights."""
 
+import argparse
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import capture_tokens, make_checkpoint
+from checkpoints import capture_tokens, make_checkpoint, make_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from mxmoe_steps import capture, evaluate, trace
+from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import FAMILIES, open_model
+from mxmoe_steps.models.rows import read_rows, write_rows
 from mxmoe_steps.models.streaming import StreamedModel, layer_path
 
 RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 3}
@@ -79,3 +89,253 @@ def test_a_streamed_model_equals_the_whole_one(family: str, tmp_path: Path) -> N
         with model.head():
             assert torch.equal(model.log_probs(model.decoder.norm(hidden.flatten(0, 1))), log_probs[0])
     assert all(parameter.is_meta for parameter in model.model.parameters())
+
+
+@pytest.fixture(scope="module")
+def deep_moe(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five layers, the first dense, with the tokenizer of `tiny_moe`."""
+    path = tmp_path_factory.mktemp("deep")
+    make_checkpoint("deepseek_v2", path, num_hidden_layers=5, vocab_size=320, max_position_embeddings=256)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_moe / name, path / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sources(text_file: Path) -> str:
+    return canonical_json({name: {"files": [str(text_file)], "separator": "-----"} for name in ("words", "more")})
+
+
+def run(step: Callable[[argparse.Namespace], None], model: Path, sources: str, out: Path, **options: Any) -> None:
+    """A step on seven sequences of 24 tokens, three at a time."""
+    runtime = {"device": "cpu", "threads": 1, "seed": 0, "batch": 3, "dtype": "float32", "trust_remote_code": False}
+    text = {"sources": sources, "sequences": 7, "length": 24}
+    if step is capture.capture:
+        text |= {"text": "words", "no_gradient": False, "layers": None, "until": None}
+    else:
+        text |= {"texts": ["words", "more"]} | ({"until": None} if step is trace.trace else {})
+    step(argparse.Namespace(**({"model": str(model), "out": str(out), "borders": None} | runtime | text | options)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("no_gradient", [False, True])
+def test_layer_ranges_write_the_bytes_of_one_job(
+    deep_moe: Path, sources: str, tmp_path: Path, no_gradient: bool
+) -> None:
+    run(capture.capture, deep_moe, sources, tmp_path / "whole", no_gradient=no_gradient)
+    borders = str(tmp_path / "borders")
+    for until in [] if no_gradient else [2, 4, 5]:
+        run(capture.capture, deep_moe, sources, tmp_path / "none", until=until, borders=borders)
+    ranges = ["0:2", "2:4", "4:5"] if no_gradient else ["4:5", "2:4", "0:2"]
+    for layers in ranges:
+        out = tmp_path / "ranges"
+        run(capture.capture, deep_moe, sources, out, layers=layers, borders=borders, no_gradient=no_gradient)
+    assert sorted(contents(tmp_path / "whole")) == [f"layer-{layer:03d}.safetensors" for layer in (1, 2, 3, 4)]
+    assert contents(tmp_path / "ranges") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranges", "whole"], "border files stay behind"
+    with safe_open(tmp_path / "whole" / "layer-002.safetensors", "pt") as file:
+        assert ("gradient" in set(file.keys())) != no_gradient
+        assert json.loads(file.metadata()["mxmoe"])["layer"] == 2
+
+
+def test_a_trace_in_parts_writes_the_bytes_of_one_job(deep_moe: Path, sources: str, tmp_path: Path) -> None:
+    run(trace.trace, deep_moe, sources, tmp_path / "whole")
+    for until in (3, 4, None):
+        run(trace.trace, deep_moe, sources, tmp_path / "parts", until=until, borders=str(tmp_path / "borders"))
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert not (tmp_path / "borders").exists()
+
+
+@pytest.mark.parametrize("step", [trace.trace, capture.capture, evaluate.evaluate])
+def test_a_killed_run_goes_on_at_the_last_border(
+    step: Callable[[argparse.Namespace], None],
+    deep_moe: Path,
+    sources: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed at every layer in turn, in the middle of its runs: each layer's work is done once, plus the torn part."""
+    extra = {"reference": None, "save_reference": str(tmp_path / "kept")} if step is evaluate.evaluate else {}
+    run(step, deep_moe, sources, tmp_path / "whole", **extra)
+    original = StreamedModel.run_layer
+    calls: list[int] = []
+
+    def count(self: StreamedModel, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        calls.append(layer)
+        if len(calls) in stops:
+            raise KeyboardInterrupt
+        return original(self, layer, hidden)
+
+    monkeypatch.setattr(StreamedModel, "run_layer", count)
+    stops: set[int] = set()
+    run(step, deep_moe, sources, tmp_path / "counted", **extra)
+    uninterrupted = len(calls)
+    calls.clear()
+    stops = {2, 6, 13, 20, 27}
+    while True:
+        try:
+            run(step, deep_moe, sources, tmp_path / "resumed", **extra)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "resumed").exists()
+    assert len(calls) <= uninterrupted + 3 * len([stop for stop in stops if stop <= len(calls)])
+    same = (
+        path.read_bytes() if path.is_file() else contents(path) for path in (tmp_path / "resumed", tmp_path / "whole")
+    )
+    assert next(same) == next(same)
+    assert not (tmp_path / "resumed.borders").exists()
+
+
+def test_borders_of_another_text_or_model_are_not_taken_up(deep_moe: Path, sources: str, tmp_path: Path) -> None:
+    borders = str(tmp_path / "borders")
+    run(capture.capture, deep_moe, sources, tmp_path / "none", until=3, borders=borders)
+    run(capture.capture, deep_moe, sources, tmp_path / "out", borders=borders, seed=1)
+    run(capture.capture, deep_moe, sources, tmp_path / "clean", seed=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+
+
+def test_a_lower_range_says_that_it_needs_the_upper_one(deep_moe: Path, sources: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no gradient at layer 2; capture the layers from 2 on first"):
+        run(capture.capture, deep_moe, sources, tmp_path / "out", layers="0:2")
+    with pytest.raises(UserError, match=r"--layers '3:9' is no range A:B with 0 <= A < B <= 5"):
+        run(capture.capture, deep_moe, sources, tmp_path / "out", layers="3:9")
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_checkpoint_layouts(tmp_path: Path, fused: bool, tied: bool) -> None:
+    """One tensor per expert or fused 3-D experts, in one file or shards, with or without a head of its own."""
+    model = make_model("qwen2_moe", tie_word_embeddings=tied)
+    size = "10GB" if fused else "50KB"
+    model.save_pretrained(tmp_path / "model", save_original_format=not fused, max_shard_size=size)
+    assert (tmp_path / "model" / "model.safetensors").is_file() == fused
+    tokens = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(1))
+    streamed = StreamedModel(tmp_path / "model", "float32", "cpu")
+    assert ("lm_head.weight" in streamed.folder.files) != tied
+    assert streamed.folder.moe_layers == [0, 1]
+    with torch.no_grad():
+        with streamed.loaded("model.embed_tokens"):
+            hidden = streamed.embed(tokens)
+        for layer in range(2):
+            with streamed.loaded(layer_path(layer)):
+                hidden = streamed.run_layer(layer, hidden)
+        with streamed.head():
+            got = streamed.log_probs(streamed.decoder.norm(hidden))
+        assert torch.equal(got, torch.log_softmax(model(tokens).logits, -1))
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())
+
+
+def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def shard_of(model: Path, tensor: str) -> Path:
+    return open_model(model).files[tensor]
+
+
+UP = "model.layers.3.mlp.experts.2.up_proj.weight"
+SHARED_DOWN = "model.layers.2.mlp.shared_experts.down_proj.weight"
+NORM = "model.layers.3.input_layernorm.weight"
+
+
+def nan_in(model: Path, tensor: str) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[tensor].view(-1)[5] = float("nan")
+
+    rewrite(shard_of(model, tensor), change)
+
+
+def overflowing(model: Path) -> None:
+    """Weights that are finite, and whose product is not."""
+    for block in ("up", "down"):
+        name = f"model.layers.3.mlp.experts.2.{block}_proj.weight"
+        rewrite(shard_of(model, name), lambda tensors, name=name: tensors[name].mul_(1e30))
+
+
+def truncated(model: Path, tensor: str) -> None:
+    file = shard_of(model, tensor)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def absent(model: Path, tensor: str) -> None:
+    rewrite(shard_of(model, tensor), lambda tensors: tensors.pop(tensor))
+
+
+def unlisted(model: Path, tensor: str) -> None:
+    index = model / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    del values["weight_map"][tensor]
+    index.write_text(json.dumps(values))
+
+
+def misshapen(model: Path, tensor: str) -> None:
+    rewrite(shard_of(model, tensor), lambda tensors: tensors.update({tensor: torch.zeros(7)}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda model: nan_in(model, UP), "layer 3, expert 2, up: the weights hold NaN or infinity"),
+        (lambda model: nan_in(model, SHARED_DOWN), "layer 2, expert -1, down: the weights hold NaN or infinity"),
+        (lambda model: nan_in(model, NORM), r"model.layers.3.input_layernorm.weight: the weights hold NaN"),
+        (
+            lambda model: huge(model, UP),
+            r"layer 3, experts 2: \d+ of \d+ tokens leave it as NaN or infinity in float32",
+        ),
+        (lambda model: truncated(model, UP), r"model-000\d+-of-000\d+.safetensors: missing, truncated"),
+        (lambda model: shard_of(model, UP).unlink(), r"model-000\d+-of-000\d+.safetensors: missing, though"),
+        (lambda model: absent(model, NORM), "holds no tensor model.layers.3.input_layernorm.weight, which the"),
+        (lambda model: unlisted(model, NORM), "no weights for model.layers.3.input_layernorm.weight"),
+        (lambda model: misshapen(model, NORM), "model.layers.3.*does not fit what config.json describes"),
+    ],
+)
+def test_a_broken_checkpoint_is_named(
+    deep_moe: Path, sources: str, tmp_path: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(deep_moe, broken)
+    damage(broken)
+    with pytest.raises(UserError, match=message):
+        run(capture.capture, broken, sources, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quantized_original_is_refused(deep_moe: Path, tmp_path: Path) -> None:
+    config = json.loads((deep_moe / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"quantized already \(fp8\)"):
+        open_model(tmp_path)
+
+
+def test_rows_written_in_runs_are_one_safetensors_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        "wide": torch.randn(7, 5, 3, generator=generator, dtype=torch.float64),
+        "half": torch.randn(7, 2, generator=generator).bfloat16(),
+        "ids": torch.randint(-9, 9, (7,), generator=generator).to(torch.int16),
+    }
+    path = tmp_path / "rows.safetensors"
+    layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with write_rows(path, layout, {"made": "here"}) as writer:
+        for rows in (slice(0, 3), slice(3, 4), slice(4, 7)):
+            for name, tensor in tensors.items():
+                writer.append(name, tensor[rows])
+    found = load_file(path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(read_rows(path, "half", slice(2, 5)), tensors["half"][2:5])
+
+    def torn() -> None:
+        with write_rows(path, layout, {}) as writer:
+            writer.append("wide", tensors["wide"])
+            writer.append("half", tensors["half"][:4])
+            writer.append("ids", tensors["ids"])
+
+    with pytest.raises(ValueError, match="half: 12 bytes were never written"):
+        torn()
+    assert torch.equal(load_file(path)["ids"], tensors["ids"]), "the old file stays"

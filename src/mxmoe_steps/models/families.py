@@ -1,7 +1,8 @@
 """Where each supported model family keeps its expert weights, as names of checkpoint tensors.
 
-Facts of the published checkpoints (one tensor per expert and block), not of the model classes:
-`calibrate` and `quantize` read weights straight from safetensors and never build a model.
+Facts of the published checkpoints, not of the model classes: `calibrate` and `quantize` read weights straight from
+safetensors and never build a model. A checkpoint has one tensor per expert and block, or, as transformers 5 may also
+save it, one per layer for gate and up of all experts and one for down.
 """
 
 import json
@@ -21,13 +22,16 @@ class Family:
     """Tensor names of one ``model_type``.
 
     ``moe`` is the MoE module of a layer inside the checkpoint; ``blocks`` the names of gate, up and
-    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate.
+    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate; ``transposed`` and
+    ``interleaved`` say how a tensor of all experts is laid out (`Place`).
     """
 
     moe: str = "mlp"
     blocks: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str | None = None
     shared_gate: str | None = None
+    transposed: bool = False
+    interleaved: bool = False
 
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
@@ -44,6 +48,31 @@ FAMILIES: Mapping[str, Family] = {
     "glm4_moe": Family(shared="shared_experts"),
     "dots1": Family(shared="shared_experts"),
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint keeps the weight of one linear block: in a tensor of its own, or in one of all experts.
+
+    Such a tensor is [E, out, in], or ``transposed`` [E, in, out]; ``gate_up_proj`` holds the outputs of gate before
+    those of up, or ``interleaved``: gate, up, gate, up, ...
+    """
+
+    tensor: str
+    expert: int | None = None
+    block: str = ""
+    transposed: bool = False
+    interleaved: bool = False
+
+    def cut(self, part: Any) -> Any:
+        """The block [N, K], or its bias [N], from one expert's ``part`` of a stacked tensor; NumPy or PyTorch."""
+        if self.transposed and part.ndim == 2:
+            part = part.T
+        if self.block == "down":
+            return part
+        second = self.block == "up"
+        half = len(part) // 2
+        return part[second::2] if self.interleaved else part[half * second : half * (second + 1)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,9 @@ class ModelFolder:
         index = self.path / "model.safetensors.index.json"
         if index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            for file in sorted(set(weight_map.values())):
+                if not (self.path / file).is_file():
+                    raise UserError(f"{self.path / file}: missing, though the checkpoint's index names it; download it")
             return {name: self.path / file for name, file in weight_map.items()}
         single = self.path / "model.safetensors"
         if not single.is_file():
@@ -92,7 +124,7 @@ class ModelFolder:
         found = [
             layer
             for layer in range(int(self.config["num_hidden_layers"]))
-            if self.block_name(layer, 0, "gate") in self.files
+            if self.place(layer, 0, "gate").tensor in self.files
         ]
         if not found:
             raise UserError(f"{self.path}: no tensor named like {self.block_name(0, 0, 'gate')}; is it an MoE model?")
@@ -102,6 +134,14 @@ class ModelFolder:
         """Checkpoint name of one linear block's weight, [out_features, in_features]."""
         inner = self.family.shared if expert == SHARED else f"experts.{expert}"
         return f"model.layers.{layer}.{self.family.moe}.{inner}.{self.family.blocks[BLOCKS.index(block)]}.weight"
+
+    def place(self, layer: int, expert: int, block: str) -> Place:
+        """Where the block's weight is."""
+        name = self.block_name(layer, expert, block)
+        stacked = f"{moe_path(layer)}.experts.{'down_proj' if block == 'down' else 'gate_up_proj'}"
+        if name in self.files or stacked not in self.files or expert == SHARED:
+            return Place(name)
+        return Place(stacked, expert, block, self.family.transposed, self.family.interleaved)
 
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""

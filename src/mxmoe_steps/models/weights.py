@@ -41,12 +41,6 @@ def open_tensors(files: dict[str, Path], names: Sequence[str]) -> Iterator[dict[
         yield slices
 
 
-def read_tensors(files: dict[str, Path], names: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The named tensors; `UserError` as in `open_tensors`."""
-    with open_tensors(files, names) as slices:
-        return {name: part[...] for name, part in slices.items()}
-
-
 def read_block(
     model: ModelFolder, layer: int, experts: Sequence[int], block: str, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
@@ -54,14 +48,17 @@ def read_block(
 
     Raises `UserError` naming layer, expert and block where a weight is NaN or infinite.
     """
-    names = [model.block_name(layer, expert, block) for expert in experts]
-    tensors = read_tensors(model.files, names)
-    stacked = torch.stack([tensors[name] for name in names]).to(device)
-    for expert, name, finite in zip(experts, names, stacked.isfinite().flatten(1).all(1).tolist(), strict=True):
+    places = [model.place(layer, expert, block) for expert in experts]
+    with open_tensors(model.files, sorted({place.tensor for place in places})) as slices:
+        parts = [
+            slices[place.tensor][...] if place.expert is None else place.cut(slices[place.tensor][place.expert])
+            for place in places
+        ]
+    stacked = torch.stack(parts).to(device)
+    for expert, place, finite in zip(experts, places, stacked.isfinite().flatten(1).all(1).tolist(), strict=True):
         if not finite:
-            raise UserError(
-                f"{model.files[name]}: layer {layer}, expert {expert}, {block}: the weights hold NaN or infinity"
-            )
+            where = f"{model.files[place.tensor]}: layer {layer}, expert {expert}, {block}"
+            raise UserError(f"{where}: the weights hold NaN or infinity")
     return stacked
 
 
