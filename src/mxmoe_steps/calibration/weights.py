@@ -47,7 +47,7 @@ def quantize_layer(
         entering = torch.zeros(len(experts[stack]), hidden, hidden, dtype=torch.float64, device=gate.device)
         for index, expert in enumerate(experts[stack]):
             blocks = gate[stack][index].float(), up[stack][index].float()
-            _add_moments(entering[index], inner[stack][index], inputs.batches(expert), *blocks, activation)
+            add_moments(entering[index], inner[stack][index], inputs.batches(expert), *blocks, activation)
         hessians = Hessians(entering, tokens[stack], every)
         gate_up.append(_gptq(torch.cat((gate[stack], up[stack]), dim=1), hessians, scheme, method))
     pooled = inner.sum(0) / tokens.sum().clamp_min(1)
@@ -78,7 +78,7 @@ def _gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, method: Meth
     return gptq(weight.float(), hessians, scheme, method.damping)
 
 
-def _add_moments(
+def add_moments(
     entering: torch.Tensor,
     inner: torch.Tensor,
     batches: Iterable[Batch],

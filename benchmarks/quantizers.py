@@ -1,0 +1,69 @@
+"""What each quantizer is worth: the embedded model with one scheme everywhere, measured on held-out text.
+
+    snakemake --cores 2                  # the demo: captured layers and reference text
+    python benchmarks/quantizers.py      # every quantizer and scheme, about half a minute each on one core
+
+Every pair is calibrated, packed, loaded and evaluated by the steps themselves.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from mxmoe_steps.allocation.files import write_allocation
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.reporting.summary import read_json
+from mxmoe_steps.schemes import parse_scheme
+
+SCHEMES = ["w1a16", "w2a16", "w3a16", "w4a16", "w8a8", "w4a8", "w4a4", "w4a4_g128"]
+
+
+def step(name: str, **options: object) -> None:
+    """Run one step of the pipeline."""
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    subprocess.run([sys.executable, "-m", f"mxmoe_steps.{name}", *words], check=True, capture_output=True)
+
+
+def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path) -> dict[str, float]:
+    """Overall metrics of the model with ``scheme`` in every block."""
+    packed, allocation, checkpoint = work / "packed", work / "allocation.json", work / "checkpoint"
+    common = {"model": args.model, "out": packed, "threads": args.threads, "device": args.device}
+    step("calibrate", capture=f"{args.results}/capture", quantizer=quantizer, scheme=scheme, **common)
+    folder = open_model(args.model)
+    assignment = [[layer, expert, *[scheme] * 3] for layer in folder.moe_layers for expert in folder.expert_ids()]
+    write_allocation(str(allocation), {"assignment": assignment, "quantizer": quantizer})
+    step("quantize", model=args.model, allocation=allocation, packed=packed, out=checkpoint)
+    common |= {"model": checkpoint, "out": work / "metrics.json"}
+    step("evaluate", reference=f"{args.results}/evaluate/original.safetensors", **common)
+    return dict(read_json(work / "metrics.json")["overall"])
+
+
+def main() -> None:
+    """Run the study and print one table: KL divergence from the original / perplexity."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default="results/demo-moe")
+    parser.add_argument("--model", default="resources/demo-moe")
+    parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--quantizers", nargs="+", default=QUANTIZERS, choices=QUANTIZERS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    rows = []
+    for scheme in (parse_scheme(text).name for text in args.schemes):
+        row = {"scheme": scheme}
+        for quantizer in args.quantizers:
+            with tempfile.TemporaryDirectory() as work:
+                metrics = damage(args, quantizer, scheme, Path(work))
+            row[quantizer] = f"{metrics['kl']:.4f} / {metrics['perplexity']:.2f}"
+            print(f"{scheme} {quantizer}: {row[quantizer]}", file=sys.stderr, flush=True)
+        rows.append(row)
+    print(pd.DataFrame(rows).to_string(index=False))
+
+
+if __name__ == "__main__":
+    main()
