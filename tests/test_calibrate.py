@@ -7,19 +7,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from checkpoints import capture_tokens
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from mxmoe_steps import calibrate, capture
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import open_model
-from mxmoe_steps.models.loading import load_model, moe_module
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
+PARTS = {"borders": None, "until": None, "layers": None}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def captured(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     sources = canonical_json({"words": {"files": [str(text_file)], "separator": "-----"}})
     model = {"model": str(tiny_moe), "dtype": "float32", "trust_remote_code": False}
     text = {"sources": sources, "text": "words", "sequences": 8, "length": 64}
-    capture.capture(argparse.Namespace(**model, **text, **RUNTIME, no_gradient=False, out=str(out)))
+    capture.capture(argparse.Namespace(**model, **text, **RUNTIME, no_gradient=False, **PARTS, out=str(out)))
     return out
 
 
@@ -73,11 +74,11 @@ def test_losses_equal_whole_layer_differences(
 ) -> None:
     losses = run(tiny_moe, captured, tmp_path, quantizer, scheme).set_index(["layer", "expert", "block"])
     packed = load_file(tmp_path / f"{parse_scheme(scheme)}.safetensors")
-    folder, model = load_model(tiny_moe, "float32", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).requires_grad_(False)
     assert len(losses) == 2 * 5 * 3
     for layer in range(2):
         tensors = load_file(captured / f"layer-{layer:03d}.safetensors")
-        moe = moe_module(folder, model, layer)
+        moe = model.model.layers[layer].mlp
         original = layer_output(moe, tensors, None)
         with torch.no_grad():  # the model's own layer says the same, in its float32
             assert torch.allclose(moe(tensors["hidden"].unsqueeze(0)).squeeze(0).double(), original, atol=1e-5)
@@ -126,12 +127,11 @@ def test_fisher_estimates_kl(tiny_moe: Path, captured: Path, tmp_path: Path, tex
     """1/2 (gradient . change)^2 with labels drawn from the model is the second-order KL of a change."""
     losses = run(tiny_moe, captured, tmp_path, "rtn", "w3a16_g32").set_index(["layer", "expert", "block"])
     packed = load_file(tmp_path / "w3a16_g32_asym.safetensors")
-    _, model = load_model(tiny_moe, "float32", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, model.config.vocab_size, (64, 64), generator=generator)
-    # Both sides on the same random tokens: capture them in memory rather than from the text.
-    folder = open_model(tiny_moe)
-    inputs = capture.capture_batch(folder, model, tokens, True, torch.Generator().manual_seed(2))
+    # Both sides on the same random tokens: capture them rather than the text.
+    inputs = capture_tokens(tiny_moe, tokens, tmp_path / "capture")
     names = ("qweight", "scales", "zeros")
     weight = from_tensors(
         parse_scheme("w3a16_g32"), 160, {part: packed[f"0.-1.down.{part}"] for part in names}
@@ -168,5 +168,3 @@ def test_nan_weights_name_layer_expert_and_block(tiny_moe: Path, captured: Path,
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="layer 1, expert 2, up"):
         run(broken, captured, tmp_path / "out", "rtn", "w4a16")
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.experts\.gate_up_proj, expert 2: the weights hold NaN"):
-        load_model(broken, "float32", "cpu")

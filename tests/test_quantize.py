@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import mxmoe_steps
 from mxmoe_steps import calibrate, capture, evaluate, quantize
 from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.loading import load_model
 from mxmoe_steps.models.raw import tensors_of, write_tensors
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
+PARTS = {"borders": None, "until": None, "layers": None}
 SCHEMES = ["w2a16_g128_asym", "w3a16_g128_asym", "w8a8_g-1_sym_fp8", "w4a8_g128_sym", "w16a16"]
 
 
@@ -40,7 +41,9 @@ def packed(tiny_moe: Path, sources: str, tmp_path_factory: pytest.TempPathFactor
     root = tmp_path_factory.mktemp("packed")
     model = {"model": str(tiny_moe), "dtype": "float32", "trust_remote_code": False}
     text = {"sources": sources, "text": "words", "sequences": 4, "length": 64}
-    capture.capture(argparse.Namespace(**model, **text, **RUNTIME, no_gradient=True, out=str(root / "capture")))
+    capture.capture(
+        argparse.Namespace(**model, **text, **RUNTIME, no_gradient=True, **PARTS, out=str(root / "capture"))
+    )
     for scheme in SCHEMES[:-1]:
         calibrate.calibrate(
             argparse.Namespace(
@@ -70,7 +73,7 @@ def checkpoint(tiny_moe: Path, packed: Path, assignment: list[list], tmp_path_fa
 
 def fake_quantized(tiny_moe: Path, packed: Path, assignment: list[list]) -> torch.nn.Module:
     """The original model with an experts forward that looks up each block's stored weights."""
-    _, model = load_model(tiny_moe, "float32", "cpu")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     stores = {scheme: load_file(packed / f"{scheme}.safetensors") for scheme in SCHEMES[:-1]}
 
     def linear(layer: int, expert: int, number: int, name: str, x: torch.Tensor, original: torch.Tensor):
@@ -121,7 +124,7 @@ def test_packed_checkpoint_computes_what_was_calibrated(
     with torch.no_grad():
         got = model(tokens).logits
         expected = fake_quantized(tiny_moe, packed, assignment)(tokens).logits
-        original = load_model(tiny_moe, "float32", "cpu")[1](tokens).logits
+        original = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)(tokens).logits
     assert (got - original).abs().max() > 0.05
     # e4m3 and int8 codes flip on last-bit differences of the activations; the rest is float32 rounding.
     assert (got - expected).norm() / (expected - original).norm() < 0.02
@@ -140,7 +143,7 @@ def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packe
     paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(tmp_path / "packed")}
     quantize.quantize(argparse.Namespace(model=str(tiny_moe), out=str(tmp_path / "out"), **paths))
 
-    expected = load_model(tiny_moe, "float32", "cpu")[1]
+    expected = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     store = load_file(tmp_path / "packed" / "w3a16_g32_asym.safetensors")
     with torch.no_grad():  # 8-bit blocks stay as they were; the 3-bit ones carry nearly all of the damage
         for layer in range(2):
@@ -151,7 +154,7 @@ def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packe
                 weight.copy_(rotate(from_tensors(parse_scheme(choice[0]), 64, parts).dequantize()))
         tokens = torch.randint(0, 300, (3, 40), generator=torch.Generator().manual_seed(0))
         got = mxmoe_steps.load_quantized(str(tmp_path / "out"))(tokens).logits
-        original = load_model(tiny_moe, "float32", "cpu")[1](tokens).logits
+        original = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)(tokens).logits
         expected = expected(tokens).logits
     assert (got - expected).norm() / (expected - original).norm() < 0.1
 
@@ -191,8 +194,9 @@ def test_generation_runs(checkpoint: Path) -> None:
 def test_the_same_allocation_gives_the_same_bytes(
     tiny_moe: Path, packed: Path, assignment: list[list], checkpoint: Path, tmp_path: Path
 ) -> None:
-    allocation = {"assignment": assignment[::-1], "bits": 4.0, "quantizer": "rtn"}
-    write_allocation(str(tmp_path / "allocation.json"), allocation)
+    write_allocation(
+        str(tmp_path / "allocation.json"), {"assignment": assignment[::-1], "bits": 4.0, "quantizer": "rtn"}
+    )
     quantize.quantize(
         argparse.Namespace(
             model=str(tiny_moe),
@@ -255,7 +259,7 @@ def test_an_allocation_of_another_model_is_refused(
 def test_evaluation_matches_the_models_own_loss(tiny_moe: Path, checkpoint: Path, sources: str, tmp_path: Path) -> None:
     text = {"sources": sources, "texts": ["words"], "sequences": 6, "length": 48}
     none = dict.fromkeys(text)
-    options = {"dtype": "float32", "trust_remote_code": False, **RUNTIME}
+    options = {"dtype": "float32", "trust_remote_code": False, "borders": None, **RUNTIME}
     kept = str(tmp_path / "reference.safetensors")
     evaluate.evaluate(
         argparse.Namespace(
@@ -286,7 +290,9 @@ def test_evaluation_matches_the_models_own_loss(tiny_moe: Path, checkpoint: Path
     tokens = load_sequences(parse_sources(sources), "words", "test", load_tokenizer(tiny_moe), 48, 6, 0)
     tokens = torch.from_numpy(tokens)
     with torch.no_grad():
-        p = torch.log_softmax(load_model(tiny_moe, "float32", "cpu")[1](tokens).logits[:, :-1].double(), -1)
+        p = torch.log_softmax(
+            AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)(tokens).logits[:, :-1].double(), -1
+        )
         model = mxmoe_steps.load_quantized(str(checkpoint), dtype="float32")
         output = model(tokens, labels=tokens)
         q = torch.log_softmax(output.logits[:, :-1].double(), -1)
