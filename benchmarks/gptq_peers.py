@@ -53,13 +53,12 @@ def gptq_model(weight: torch.Tensor, hessians: Hessians, scheme: Scheme) -> torc
     from gptqmodel.quantization import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
+    options = {"sym": False, "desc_act": True, "act_group_aware": False, "static_groups": True}
+    config = QuantizeConfig(bits=scheme.weight_bits, group_size=scheme.group, **options)
     results = []
     for one, moments, tokens in zip(weight, hessians.sums, hessians.tokens.tolist(), strict=True):
         linear = torch.nn.Linear(*reversed(one.shape), bias=False)
         linear.weight.data = one.clone()
-        config = QuantizeConfig(
-            bits=scheme.weight_bits, group_size=scheme.group, sym=False, desc_act=True, static_groups=True
-        )
         task = GPTQ(linear, config)
         task.quantizer.configure(perchannel=True)
         task.H, task.nsamples = (2 * moments / max(tokens, 1)).float(), tokens

@@ -22,6 +22,8 @@ Frontier = tuple[dict[str, Any], list[Any]]  # facts and parts, as allocation.fi
 STYLE = {  # kind or granularity -> colour, marker
     "uniform rtn": ("#9e9e9e", "s"),
     "uniform gptq": ("#424242", "o"),
+    "uniform rtn+hadamard": ("#8fa8bf", "D"),
+    "uniform gptq+hadamard": ("#2c4a66", "P"),
     "layer": ("#e6a23c", "v"),
     "expert": ("#4c9f70", "^"),
     "block": ("#c0392b", "*"),

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.quantizers.method import QUANTIZERS
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """``original``, ``uniform rtn``, ``uniform gptq`` or ``ours``."""
+        """``original``, ``uniform`` with the quantizer, or ``ours``."""
         if self.allocation is None:
             return "original"
         if self.allocation["granularity"] == "uniform":
@@ -72,9 +73,9 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
             }
         )
-    order = {"original": 0, "uniform rtn": 1, "uniform gptq": 2, "ours": 3}
+    order = ["original", *(f"uniform {quantizer}" for quantizer in QUANTIZERS), "ours"]
     table = pd.DataFrame(rows).astype({"tokens": "Int64"})
-    table["_order"] = table["kind"].map(order)
+    table["_order"] = table["kind"].map(order.index)
     table = table.sort_values(["budget_bits", "_order", "checkpoint"], na_position="first", ignore_index=True)
     return table.drop(columns="_order")
 
