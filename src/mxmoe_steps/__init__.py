@@ -5,8 +5,8 @@ __version__ = "0.1.0"
 from typing import Any
 
 
-def load_quantized(path: str, device: str = "cpu", dtype: Any = "auto") -> Any:
+def load_quantized(path: str, device: str = "cpu", dtype: Any = "auto", device_map: Any = None) -> Any:
     """A transformers causal LM from a folder that ``quantize`` wrote; see `mxmoe_steps.inference.plugin`."""
     from mxmoe_steps.inference import plugin
 
-    return plugin.load_quantized(path, device, dtype)
+    return plugin.load_quantized(path, device, dtype, device_map)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mxmoe_steps.packing import packed_width
-from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
+from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import Scheme
 
@@ -31,9 +31,13 @@ class PackedLinear(nn.Module):
         if not scheme.symmetric:
             self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.bfloat16))
 
+    def quantized(self) -> QuantizedWeight:
+        """Codes, scales and zero points."""
+        return from_tensors(self.scheme, self.in_features, dict(self.named_buffers()))
+
     def dequantize(self) -> torch.Tensor:
         """float32 [N, K]."""
-        return from_tensors(self.scheme, self.in_features, dict(self.named_buffers())).dequantize()
+        return self.quantized().dequantize()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] to [..., N] in the precision of ``x``."""

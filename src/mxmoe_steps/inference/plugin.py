@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -21,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.inference.modules import MixedExpert, MixedExperts
 from mxmoe_steps.models.families import FAMILIES, moe_path
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
@@ -59,6 +61,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MixedPrecisionConfig
+    _hook: RemovableHandle | None = None
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config = model.config
@@ -80,6 +83,17 @@ class MixedPrecisionQuantizer(HfQuantizer):
                     new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, activation, rotated)
                     setattr(moe, family.shared, new)
 
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        self._hook = model.register_forward_pre_hook(lambda module, _: self.use_kernels(module))
+
+    def use_kernels(self, model: Any) -> None:
+        """Once the model is on a GPU, move its experts to the kernels: at the first forward, if not before."""
+        if self._hook is None or model.device.type != "cuda":
+            return
+        self._hook.remove()
+        self._hook = None
+        use_kernels(model, FAMILIES[model.config.model_type], map(int, self.quantization_config.blocks))
+
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Drop the converters that stack experts: ours stay apart."""
         return [
@@ -98,13 +112,26 @@ class MixedPrecisionQuantizer(HfQuantizer):
         return False
 
 
-def load_quantized(path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto") -> Any:
+def load_quantized(
+    path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto", device_map: Any = None
+) -> Any:
     """A transformers causal LM with packed experts from a folder that ``quantize`` wrote.
 
-    ``dtype`` is the precision of activations and of everything that is not an expert.
+    On a Hopper GPU in bfloat16 the experts run the kernels of `mxmoe_steps.kernels`; their weights are then in kernel
+    order only, and the model stays on that GPU. Anywhere else they run the reference arithmetic. The logger
+    ``mxmoe_steps`` says which layers run what, and why.
+
+    ``dtype`` is the precision of activations and of everything that is not an expert. ``device_map``: as in
+    ``from_pretrained``, instead of ``device``.
     """
     if not (Path(path) / "config.json").is_file():
         raise UserError(f"{path}: no config.json; give a folder that the quantize step wrote")
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return model.to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
+    if device_map is None:
+        model = model.to(device)
+    if model.device.type == "cuda":
+        model.hf_quantizer.use_kernels(model)
+    else:
+        log.info("experts: all layers run reference arithmetic (on the %s)", model.device.type)
+    return model.eval()

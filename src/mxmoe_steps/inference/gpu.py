@@ -1,0 +1,139 @@
+"""MoE modules of a loaded model on the GPU kernels: which of them can, and their replacement.
+
+The others keep the reference arithmetic of `mxmoe_steps.inference.modules`, and one log line says which layers and
+why.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.modules import PackedLinear
+from mxmoe_steps.kernels.moe_layer import MoeLayer
+from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
+from mxmoe_steps.models.families import Family, moe_path
+from mxmoe_steps.quantizers.grid import QuantizedWeight
+from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme
+
+HOPPER = (9, 0)
+
+log = logging.getLogger("mxmoe_steps")
+
+
+class KernelMoe(nn.Module):
+    """A MoE module whose experts, routed and shared, are a `MoeLayer`; the router and the shared expert's gate stay
+    the model's own. Computes on bfloat16 hidden states.
+    """
+
+    def __init__(self, moe: nn.Module, family: Family, layer: MoeLayer) -> None:
+        super().__init__()
+        self.layer = layer
+        self.router_name, self.gate_name = _router_name(moe), family.shared_gate
+        for name in (self.router_name, self.gate_name):
+            if name is not None:
+                self.add_module(name, moe.get_submodule(name))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., H] to [..., H]."""
+        if hidden.device != self.layer.device:
+            raise UserError(
+                f"the experts are in kernel order on {self.layer.device}, their input is on {hidden.device};"
+                " load the checkpoint again for that device"
+            )
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        _, weights, chosen = self.get_submodule(self.router_name)(tokens)
+        gate = None if self.gate_name is None else self.get_submodule(self.gate_name)(tokens).squeeze(-1).bfloat16()
+        return self.layer(tokens.bfloat16(), chosen, weights, gate).to(hidden.dtype).view(hidden.shape)
+
+    def _save_to_state_dict(self, *_: Any) -> None:
+        raise UserError("the experts are in kernel order; copy the checkpoint, or load it on the CPU to save it")
+
+
+def _router_name(moe: nn.Module) -> str:
+    return "router" if hasattr(moe, "router") else "gate"
+
+
+def _experts(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
+    """Number -> module of gate_proj, up_proj and down_proj."""
+    routed = dict(enumerate(moe.get_submodule("experts").children()))
+    return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
+
+
+def plan_of(moe: nn.Module, family: Family, activation: str) -> LayerPlan:
+    """The launches of a MoE module with packed experts; `UserError` says why there are no kernels for it."""
+    if activation not in ("silu", "swish"):
+        raise UserError(f"the kernels have no activation {activation}")
+    experts = _experts(moe, family)
+    schemes = {}
+    for number, expert in experts.items():
+        gate, up, down = (_scheme(expert.get_submodule(f"{block}_proj")) for block in BLOCKS)
+        schemes[number] = (gate, up, down)
+    down_proj: Any = experts[0].down_proj
+    shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
+    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features)
+
+
+def _scheme(linear: Any) -> Scheme:
+    if isinstance(linear, PackedLinear):
+        if linear.rotated:
+            raise UserError("the kernels do not rotate inputs")
+        return linear.scheme
+    if linear.bias is not None:
+        raise UserError("the kernels add no biases")
+    return ORIGINAL
+
+
+def _device_for_kernels(moe: nn.Module) -> torch.device:
+    """Where the module is; `UserError` if the kernels do not run there."""
+    router = next(moe.get_submodule(_router_name(moe)).parameters())
+    if router.device.type != "cuda":
+        raise UserError(f"on the {router.device.type}")
+    if torch.cuda.get_device_capability(router.device) != HOPPER:
+        raise UserError(f"the kernels are for Hopper GPUs, not for {torch.cuda.get_device_name(router.device)}")
+    if router.dtype != torch.bfloat16:
+        raise UserError(f"the kernels compute in bfloat16, not in {str(router.dtype).removeprefix('torch.')}")
+    if importlib.util.find_spec("tvm_ffi") is None:
+        raise UserError("the extra [cuda] is not installed: pip install 'mxmoe-steps[cuda]'")
+    return router.device
+
+
+def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
+    device = _device_for_kernels(moe)
+    experts = _experts(moe, family)
+
+    def read(expert: int, block: str) -> QuantizedWeight | torch.Tensor:
+        linear: Any = experts[expert].get_submodule(f"{block}_proj")
+        return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
+
+    return KernelMoe(moe, family, MoeLayer(plan_of(moe, family, activation), read, device))
+
+
+def use_kernels(model: Any, family: Family, layers: Iterable[int]) -> None:
+    """Move the MoE modules of ``layers`` to the kernels, where there are any for them; log what runs what."""
+    moved: list[int] = []
+    stayed: dict[str, list[int]] = {}
+    for layer in layers:
+        path = moe_path(layer)
+        try:
+            replacement = _replacement(model.get_submodule(path), family, model.config.hidden_act)
+        except UserError as error:
+            stayed.setdefault(str(error), []).append(layer)
+            continue
+        model.set_submodule(path, replacement)
+        moved.append(layer)
+    parts = [f"layers {_ranges(moved)} run the GPU kernels"] if moved else []
+    parts += [f"layers {_ranges(numbers)} run reference arithmetic ({why})" for why, numbers in stayed.items()]
+    unexpected = stayed and model.device.type == "cuda"
+    log.log(logging.WARNING if unexpected else logging.INFO, "experts: %s", "; ".join(parts))
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    firsts = [number for number in numbers if number - 1 not in numbers]
+    lasts = [number for number in numbers if number + 1 not in numbers]
+    return ", ".join(f"{low}" if low == high else f"{low}-{high}" for low, high in zip(firsts, lasts, strict=True))

@@ -1,0 +1,42 @@
+"""Packed checkpoints made straight from a model folder by rounding to nearest: no capture, no calibration."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from mxmoe_steps import quantize
+from mxmoe_steps.allocation.files import write_allocation
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.weights import read_block
+from mxmoe_steps.quantizers.grid import round_to_nearest
+from mxmoe_steps.schemes import BLOCKS, parse_scheme
+
+
+def pack(
+    model: Path, folder: Path, schemes_of: Callable[[int, int], tuple[str, str, str]], quantizer: str = "rtn"
+) -> Path:
+    """A checkpoint of ``model`` in ``folder``; ``schemes_of(layer, expert)`` names the schemes of gate, up and down."""
+    source = open_model(model)
+    stores: dict[str, dict[str, torch.Tensor]] = {}
+    assignment = []
+    for layer in source.moe_layers:
+        for expert in source.expert_ids():
+            names = [parse_scheme(name).name for name in schemes_of(layer, expert)]
+            assignment.append([layer, expert, *names])
+            for block, name in zip(BLOCKS, names, strict=True):
+                if name == "w16a16":
+                    continue
+                weight = read_block(source, layer, [expert], block)[0].float()
+                for part, tensor in round_to_nearest(weight, parse_scheme(name)).tensors().items():
+                    stores.setdefault(name, {})[f"{layer}.{expert}.{block}.{part}"] = tensor
+    store, allocation = folder / "packed", folder / "allocation.json"
+    store.mkdir(parents=True)
+    for name, tensors in stores.items():
+        save_file(tensors, store / f"{name}.safetensors")
+    write_allocation(str(allocation), {"assignment": assignment, "bits": 0.0, "quantizer": quantizer})
+    out = folder / "checkpoint"
+    quantize.quantize(argparse.Namespace(model=str(model), allocation=str(allocation), packed=str(store), out=str(out)))
+    return out

@@ -1,0 +1,149 @@
+"""MoE modules on the kernels: every family's module around them, what is refused and why, what is logged.
+
+The kernels themselves need a GPU (`tests/gpu`); here their place is taken by the same mathematics in torch.
+"""
+
+import itertools
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from packed import pack
+
+import mxmoe_steps
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference import gpu
+from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.plan import LayerPlan
+from mxmoe_steps.models.families import FAMILIES, moe_path, open_model
+from mxmoe_steps.schemes import SHARED
+
+SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
+SHARED_SIZES = {"qwen2_moe": {"shared_expert_intermediate_size": 256}}
+SCHEMES = ["w4a16", "w8a8_fp8", "w16a16", "w2a16", "w8a8", "w4a8_fp8", "w8a16"]
+
+
+class TorchLayer:
+    """`MoeLayer` in torch, on the CPU."""
+
+    def __init__(self, plan: LayerPlan, read: Any, device: torch.device) -> None:
+        self.plan, self.read, self.device = plan, read, device
+
+    def __call__(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None
+    ) -> torch.Tensor:
+        return reference.moe_layer(x, chosen, weights, self.read, gate, self.plan.slices > 0).bfloat16()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CPU were a Hopper GPU."""
+    monkeypatch.setattr(gpu, "_device_for_kernels", lambda moe: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "MoeLayer", TorchLayer)
+
+
+def make_packed(folder: Path, family: str, schemes: list[str], **extra: Any) -> Path:
+    make_checkpoint(family, folder / "model", dtype=torch.bfloat16, **(SIZES | SHARED_SIZES.get(family, {}) | extra))
+    dealt = itertools.cycle(schemes)
+    return pack(folder / "model", folder / "packed", lambda *_: (next(dealt), next(dealt), next(dealt)))
+
+
+def move(model: Any) -> None:
+    family = FAMILIES[model.config.model_type]
+    gpu.use_kernels(model, family, map(int, model.config.quantization_config.blocks))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_gives_the_logits_of_the_reference(family: str, tmp_path: Path, kernels: None) -> None:
+    path = make_packed(tmp_path, family, SCHEMES)
+    model = mxmoe_steps.load_quantized(str(path), dtype="bfloat16")
+    tokens = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits.float()
+        names = {name for name, _ in model.named_parameters() if not re.search(r"experts\.|shared_expert\.", name)}
+        move(model)
+        got = model(tokens).logits.float()
+    for layer in open_model(path).moe_layers:
+        assert isinstance(model.get_submodule(moe_path(layer)), gpu.KernelMoe)
+    assert {name for name, _ in model.named_parameters()} == names
+    # Rounded to bfloat16 in other places, which flips an 8-bit code or a router's choice now and then.
+    assert (got - expected).norm() / expected.norm() < 0.06
+
+
+def test_a_model_on_the_kernels_is_not_saved(tmp_path: Path, kernels: None) -> None:
+    model = mxmoe_steps.load_quantized(str(make_packed(tmp_path, "qwen3_moe", ["w4a16"])))
+    move(model)
+    with pytest.raises(UserError, match="copy the checkpoint, or load it on the CPU"):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> None:
+    model = mxmoe_steps.load_quantized(str(make_packed(tmp_path, "qwen3_moe", ["w4a16"])))
+    move(model)
+    with pytest.raises(UserError, match="in kernel order on cpu, their input is on meta"):
+        model.get_submodule(moe_path(0))(torch.empty(1, 2, 128, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("family", "scheme", "extra", "why"),
+    [
+        ("qwen3_moe", "w4a4", {}, "scheme w4a4_g-1_sym: no GPU kernel"),
+        ("qwen3_moe", "w4a16_g64", {}, "scheme w4a16_g64_asym: no GPU kernel"),
+        ("qwen3_moe", "w4a16", {"moe_intermediate_size": 192}, "input features in multiples of 128"),
+        ("qwen2_moe", "w8a16", {"moe_intermediate_size": 192}, "shared expert of width 256: no multiple"),
+        ("qwen3_moe", "w4a16", {"hidden_act": "gelu"}, "no activation gelu"),
+    ],
+)
+def test_layers_without_a_kernel_stay_and_say_why(
+    family: str,
+    scheme: str,
+    extra: dict[str, Any],
+    why: str,
+    tmp_path: Path,
+    kernels: None,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = mxmoe_steps.load_quantized(str(make_packed(tmp_path, family, [scheme], **extra)))
+    with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
+        move(model)
+    assert "layers 0-1 run reference arithmetic (" in caplog.text
+    assert why in caplog.text
+    assert not isinstance(model.get_submodule(moe_path(0)), gpu.KernelMoe)
+    model(torch.arange(5)[None])
+
+
+def test_rotated_inputs_stay_with_the_reference(
+    tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_checkpoint("qwen3_moe", tmp_path / "model", **SIZES)
+    schemes = ("w4a16", "w4a16", "w16a16")
+    path = pack(tmp_path / "model", tmp_path / "packed", lambda *_: schemes, quantizer="rtn+hadamard")
+    with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
+        move(mxmoe_steps.load_quantized(str(path)))
+    assert "reference arithmetic (the kernels do not rotate inputs)" in caplog.text
+
+
+def test_some_layers_may_have_kernels_and_others_not(
+    tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256, num_hidden_layers=4)
+    path = pack(
+        tmp_path / "model",
+        tmp_path / "packed",
+        lambda layer, expert: ("w4a4",) * 3 if layer == 2 and expert == SHARED else ("w4a16",) * 3,
+    )
+    with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
+        move(mxmoe_steps.load_quantized(str(path)))
+    assert "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4" in caplog.text
+
+
+def test_without_a_gpu_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = make_packed(tmp_path, "qwen3_moe", ["w4a16"])
+    with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
+        model = mxmoe_steps.load_quantized(str(path))
+        model(torch.arange(5)[None])
+    assert caplog.messages == ["experts: all layers run reference arithmetic (on the cpu)"]
