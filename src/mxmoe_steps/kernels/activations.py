@@ -83,22 +83,30 @@ class SwiGlu:
             mask = needs[needs.shape[0] - 1]
             slices = shared
         steps = gate_up.shape[1] // (2 * VECTOR)  # of a slice
-        vector = rounding.Vector.make()
+        held, vector = rounding.Vector.make(), rounding.Vector.make()  # the first vector stays in registers
+        total = steps * slices
         largest = Float32(1.0)
+        if thread < total:
+            self.product(gate_up, first + thread // steps * tokens, thread % steps, steps, held.bf16)
         if (mask & rounding.EIGHT_BITS) != 0:
             pair = Int32(0)
-            for i in cutlass.range(thread, steps * slices, THREADS, unroll=1):
+            if thread < total:
+                pair = rounding.larger_of(pair, held.bf16)
+            for i in cutlass.range(thread + THREADS, total, THREADS, unroll=1):
                 self.product(gate_up, first + i // steps * tokens, i % steps, steps, vector.bf16)
                 pair = rounding.larger_of(pair, vector.bf16)
             largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(rounding.WARPS)))
         scales = rounding.Scales.of(largest)
         if thread < slices:
             rounding.store_scales(scales, mask, written, first + thread * tokens)
-        for i in cutlass.range(thread, steps * slices, THREADS, unroll=1):
-            target = first + i // steps * tokens
-            self.product(gate_up, target, i % steps, steps, vector.bf16)
+        if thread < total:
+            rounding.encode(held, mask, scales)
+            rounding.store(held, mask, written, first + thread // steps * tokens, thread % steps)
+        for i in cutlass.range(thread + THREADS, total, THREADS, unroll=1):
+            row_of_slice = first + i // steps * tokens
+            self.product(gate_up, row_of_slice, i % steps, steps, vector.bf16)
             rounding.encode(vector, mask, scales)
-            rounding.store(vector, mask, written, target, i % steps)
+            rounding.store(vector, mask, written, row_of_slice, i % steps)
 
     @cute.jit
     def product(self, gate_up: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:

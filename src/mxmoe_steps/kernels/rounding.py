@@ -1,7 +1,7 @@
 """Per-row quantization to 8 bits inside a kernel (CuTe DSL): what `tokens` and `activations` share.
 
-The arithmetic is that of `reference.quantize_tokens` on a CPU, bit for bit: one float32 scale per row, correctly
-rounded division, round to nearest even.
+The arithmetic is that of `reference.quantize_tokens` on a CPU, bit for bit but for the sign of zeros: one float32
+scale per row, correctly rounded division, round to nearest even.
 """
 
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def vectors(tensor: cute.Tensor, row: Int32) -> cute.Tensor:
 def larger(pair: Int32, other: Int32) -> Int32:
     """Larger magnitudes of two bfloat16 pairs; NaN wins."""
     return cute.arch.inline_ptx(
-        "{ .reg .b32 t; abs.bf16x2 t, {$r1}; max.NaN.bf16x2 {$w0}, {$r0}, t; }",
+        "{ .reg .b32 t, u; mov.b32 u, {$r0}; abs.bf16x2 t, {$r1}; max.NaN.bf16x2 {$w0}, u, t; }",
         write_only_types=[Int32],
         read_only_args=[pair, other],
     )
