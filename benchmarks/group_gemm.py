@@ -44,15 +44,18 @@ class Workload:
     hidden: int
     intermediate: int
 
-    def routing(self, tokens: int) -> list[int]:
-        """Rows of each expert."""
+    def choices(self, tokens: int) -> torch.Tensor:
+        """Experts of every token, int64 [tokens, top_k]."""
         rank = torch.randperm(self.experts, generator=torch.Generator().manual_seed(7 + self.experts)) + 1
         logits = -0.5 * rank.double().log()
         u = torch.rand(
             tokens, self.experts, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 + tokens)
         )
-        chosen = (logits - (-u.clamp(1e-12, 1 - 1e-12).log()).log()).topk(self.top_k, dim=1).indices
-        return torch.bincount(chosen.flatten(), minlength=self.experts).tolist()
+        return (logits - (-u.clamp(1e-12, 1 - 1e-12).log()).log()).topk(self.top_k, dim=1).indices
+
+    def routing(self, tokens: int) -> list[int]:
+        """Rows of each expert."""
+        return torch.bincount(self.choices(tokens).flatten(), minlength=self.experts).tolist()
 
     @property
     def gemms(self) -> dict[str, tuple[int, int]]:

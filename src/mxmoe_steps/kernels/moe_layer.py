@@ -14,10 +14,10 @@ from functools import cache
 import torch
 
 from mxmoe_steps.kernels.formats import PHASES, KernelConfig, phase_for
-from mxmoe_steps.kernels.launch import GroupGemmKernel, problem_table
+from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, kernel_weights, original_weights
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
-from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert, swiglu
+from mxmoe_steps.kernels.routing import Routed, combine, dispatch, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import QuantizedWeight
 
 Block = QuantizedWeight | torch.Tensor  # [N, K]
@@ -28,14 +28,20 @@ MOST_ELEMENTS = 2**30
 
 
 @dataclass(frozen=True)
-class _Launch:
-    """A grouped GEMM ready to run."""
+class LayerGemm:
+    """One of the layer's grouped GEMMs, its weights and problems on a GPU; ``columns``: width of a row of its output."""
 
     plan: LaunchPlan
+    columns: int
     weights: list[KernelWeights]
     problems: torch.Tensor
     needs: torch.Tensor
     kernels: dict[str, GroupGemmKernel]
+
+    def __call__(self, given: dict[str, Activations], routed: Routed, phase: str) -> torch.Tensor:
+        """bfloat16 [rows, columns] from the operands [rows, K]."""
+        out = torch.empty(routed.rows, self.columns, dtype=torch.bfloat16, device=routed.offsets.device)
+        return self.kernels[phase](given, self.weights, self.problems, routed.offsets, out)
 
 
 class MoeLayer:
@@ -44,8 +50,8 @@ class MoeLayer:
     def __init__(self, plan: LayerPlan, read: Read, device: torch.device) -> None:
         """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice."""
         self.plan, self.device = plan, device
-        self._gate_up = _prepare(plan, plan.gate_up, read, device)
-        self._down = _prepare(plan, plan.down, read, device)
+        self.gate_up = _prepare(plan, plan.gate_up, 2 * plan.intermediate, read, device)
+        self.down = _prepare(plan, plan.down, plan.hidden, read, device)
 
     def __call__(
         self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None = None
@@ -68,16 +74,12 @@ class MoeLayer:
     ) -> torch.Tensor:
         if not x.shape[0]:
             return torch.empty_like(x)
-        plan, up, down = self.plan, self._gate_up, self._down
-        routed = sort_by_expert(chosen, plan.experts, plan.slices)
-        phase = phase_for(chosen.numel(), plan.experts)
+        up, down = self.gate_up, self.down
+        phase = phase_for(chosen.numel(), self.plan.experts)
+        routed = sort_by_expert(chosen, self.plan.experts, self.plan.slices)
         given = dispatch(x, routed, up.needs, up.plan.operands)
-        gate_up = torch.empty(routed.rows, 2 * plan.intermediate, dtype=torch.bfloat16, device=x.device)
-        up.kernels[phase](given, up.weights, up.problems, routed.offsets, gate_up)
-        given = swiglu(gate_up, routed, down.needs, down.plan.operands)
-        rows = torch.empty(routed.rows, plan.hidden, dtype=torch.bfloat16, device=x.device)
-        down.kernels[phase](given, down.weights, down.problems, routed.offsets, rows)
-        return combine(rows, routed, weights, gate)
+        products = swiglu(up(given, routed, phase), routed, down.needs, down.plan.operands)
+        return combine(down(products, routed, phase), routed, weights, gate)
 
 
 @cache
@@ -86,12 +88,12 @@ def _kernel(config: KernelConfig) -> GroupGemmKernel:
     return GroupGemmKernel(config)
 
 
-def _prepare(plan: LayerPlan, launch: LaunchPlan, read: Read, device: torch.device) -> _Launch:
+def _prepare(plan: LayerPlan, launch: LaunchPlan, columns: int, read: Read, device: torch.device) -> LayerGemm:
     weights = [_stack([_entries(read(s.expert, s.block), s) for s in sources], device) for sources in launch.stacks]
-    columns = 2 * plan.intermediate if launch is plan.gate_up else plan.hidden
     problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device)
     needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
-    return _Launch(launch, weights, problems, needs, {phase: _kernel(launch.config(phase)) for phase in PHASES})
+    kernels = {phase: _kernel(launch.config(phase)) for phase in PHASES}
+    return LayerGemm(launch, columns, weights, problems, needs, kernels)
 
 
 def _entries(weight: Block, source: Source) -> KernelWeights:

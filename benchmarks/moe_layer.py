@@ -1,0 +1,219 @@
+"""Time of a whole MoE layer, hidden states to hidden states, stage by stage, beside transformers' own experts.
+
+    python benchmarks/moe_layer.py --build            # compile what the benchmark loads; needs no GPU
+    python benchmarks/moe_layer.py --out layer.json   # measure; needs an H100
+
+Everything after the router: sort, dispatch with quantization, gate/up grouped GEMM, SwiGLU with quantization, down
+grouped GEMM, weighted sum; the shared expert with its sigmoid gate where the model has one. The peer is the model's
+MoE module in transformers with ``experts_implementation="grouped_mm"`` in bfloat16, router left out as well. Workloads,
+routing and timing as in group_gemm.py: CUDA graphs, median of replays, L2 flushed before each. Mixtures: ``hot``, the
+shared expert and the busiest quarter of the routed ones at w8a8_fp8 and the others at w4a16; ``blocks``, one of
+w2a16, w4a16 and w8a8_fp8 for every block at random.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from group_gemm import WORKLOADS, Timer, Workload, floor_us, random_weights
+
+from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
+from mxmoe_steps.kernels.formats import PHASES, phase_for
+from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
+from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
+from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert, swiglu
+from mxmoe_steps.schemes import SHARED, parse_scheme
+
+TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)
+SLICES = {"qwen1.5-moe": 4, "deepseek-v2-lite": 2, "mixtral-8x7b": 0}  # width of the shared expert / routed
+GATED = ("qwen1.5-moe",)
+RUNS = ("w16a16", "w8a8_fp8", "w4a16", "hot", "blocks")
+STAGES = ("sort", "dispatch", "gate_up", "swiglu", "down", "combine")
+CHECKED_TOKENS = 16
+
+
+def schemes_of(run: str, workload: Workload) -> dict[int, Schemes]:
+    """Schemes of every expert under a run's name."""
+    w4, fp8 = parse_scheme("w4a16"), parse_scheme("w8a8_fp8")
+    numbers = [*range(workload.experts), *([SHARED] if SLICES[workload.name] else [])]
+    if run == "hot":
+        rows = workload.routing(8192)
+        busy = sorted(range(workload.experts), key=lambda expert: -rows[expert])[: workload.experts // 4]
+        return {e: (fp8,) * 3 if e == SHARED or e in busy else (w4,) * 3 for e in numbers}
+    if run == "blocks":
+        rng = random.Random(0)
+        deck = [parse_scheme("w2a16"), w4, fp8]
+        return {e: (rng.choice(deck), rng.choice(deck), rng.choice(deck)) for e in numbers}
+    return {e: (parse_scheme(run),) * 3 for e in numbers}
+
+
+def plan_run(run: str, workload: Workload) -> LayerPlan:
+    inner = workload.intermediate
+    return plan_layer(schemes_of(run, workload), workload.hidden, inner, inner * SLICES[workload.name])
+
+
+def make_layer(run: str, workload: Workload) -> tuple[MoeLayer, dict[tuple[int, str], Block]]:
+    """The layer with random weights, and those weights."""
+    weights: dict[tuple[int, str], Block] = {}
+    for expert, three in schemes_of(run, workload).items():
+        width = workload.intermediate * (SLICES[workload.name] if expert == SHARED else 1)
+        for block, scheme in zip(("gate", "up", "down"), three, strict=True):
+            n, k = (workload.hidden, width) if block == "down" else (width, workload.hidden)
+            stack, _ = random_weights(scheme, 1, n, k)
+            weights[expert, block] = stack[0]
+    plan = plan_run(run, workload)
+    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda")), weights
+
+
+def inputs(workload: Workload, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, chosen experts and router weights."""
+    x = torch.randn(tokens, workload.hidden, device="cuda").bfloat16()
+    weights = torch.rand(tokens, workload.top_k, device="cuda").softmax(-1).bfloat16()
+    return x, workload.choices(tokens).cuda(), weights
+
+
+def floor_of(layer: MoeLayer, workload: Workload, tokens: int) -> float:
+    """Sum of the two grouped GEMMs' floors, microseconds."""
+    rows = [*workload.routing(tokens), *[tokens] * layer.plan.slices]
+    total = 0.0
+    for gemm, n, k in (
+        (layer.gate_up, layer.plan.intermediate, layer.plan.hidden),
+        (layer.down, layer.plan.hidden, layer.plan.intermediate),
+    ):
+        shares: list[list[int]] = [[] for _ in gemm.plan.formats]
+        for expert, number, _, _ in gemm.plan.problems:
+            shares[number].append(rows[expert])
+        total += floor_us(list(gemm.plan.formats), shares, n, k)
+    return total
+
+
+def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Total and stages over the token counts."""
+    layer, weights = make_layer(run, workload)
+    gate_weight = torch.randn(1, workload.hidden, device="cuda").bfloat16() * 0.02
+    cells = []
+    for count in tokens:
+        x, chosen, mixing = inputs(workload, count)
+        gated = workload.name in GATED
+
+        def gate() -> torch.Tensor | None:
+            return torch.nn.functional.linear(x, gate_weight).squeeze(-1) if gated else None  # noqa: B023
+
+        up, down, plan = layer.gate_up, layer.down, layer.plan
+        phase = phase_for(chosen.numel(), plan.experts)
+        routed = sort_by_expert(chosen, plan.experts, plan.slices)
+        given = dispatch(x, routed, up.needs, up.plan.operands)
+        products = up(given, routed, phase)
+        acted = swiglu(products, routed, down.needs, down.plan.operands)
+        rows = down(acted, routed, phase)
+        logits = gate()
+        stages: dict[str, Callable[[], object]] = {
+            "sort": lambda: sort_by_expert(chosen, plan.experts, plan.slices),  # noqa: B023
+            "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands),  # noqa: B023
+            "gate_up": lambda: up(given, routed, phase),  # noqa: B023
+            "swiglu": lambda: swiglu(products, routed, down.needs, down.plan.operands),  # noqa: B023
+            "down": lambda: down(acted, routed, phase),  # noqa: B023
+            "combine": lambda: combine(rows, routed, mixing, logits),  # noqa: B023
+        }
+        cell = {"run": run, "T": count, "floor_us": floor_of(layer, workload, count)}
+        cell |= {"us": timer(lambda: layer(x, chosen, mixing, gate()))}  # noqa: B023
+        cell |= {stage: timer(function) for stage, function in stages.items()}
+        if count == CHECKED_TOKENS:
+            out = layer(x, chosen, mixing, logits).double()
+            exact = reference.moe_layer(x, chosen, mixing, lambda e, b: weights[e, b], logits, plan.slices > 0)
+            cell |= {"error": ((out - exact).norm() / exact.norm()).item()}
+        cells.append(cell)
+    return cells
+
+
+def measure_peer(timer: Timer, workload: Workload, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
+    """transformers' grouped_mm experts and, where there is one, its shared expert, bfloat16."""
+    from transformers import Qwen2MoeConfig
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
+
+    slices = SLICES[workload.name]
+    config = Qwen2MoeConfig(
+        hidden_size=workload.hidden,
+        moe_intermediate_size=workload.intermediate,
+        shared_expert_intermediate_size=max(slices, 1) * workload.intermediate,
+        num_experts=workload.experts,
+        num_experts_per_tok=workload.top_k,
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device("cuda"):
+        module = Qwen2MoeSparseMoeBlock(config).bfloat16().requires_grad_(False)
+    for parameter in module.parameters():
+        parameter.normal_(std=0.02)
+    cells = []
+    for count in tokens:
+        x, chosen, mixing = inputs(workload, count)
+
+        def run() -> torch.Tensor:
+            routed = module.experts(x, chosen, mixing)  # noqa: B023
+            if not slices:
+                return routed
+            shared = module.shared_expert(x)  # noqa: B023
+            if workload.name in GATED:
+                shared = torch.sigmoid(module.shared_expert_gate(x)) * shared  # noqa: B023
+            return routed + shared
+
+        try:
+            cells.append({"run": "transformers grouped_mm", "T": count, "us": timer(run)})
+        except RuntimeError as error:
+            print(f"grouped_mm T={count}: {str(error).splitlines()[0]}", flush=True)
+    return cells
+
+
+def print_tables(workload: Workload, cells: list[dict[str, Any]], tokens: tuple[int, ...]) -> None:
+    """Totals, then the stages of every run."""
+    print(f"{workload.name}: us" + "".join(f"{count:>10}" for count in tokens) + "   error")
+    by_run = {run: [cell for cell in cells if cell["run"] == run] for run in dict.fromkeys(c["run"] for c in cells)}
+    for run, mine in by_run.items():
+        values = {cell["T"]: cell["us"] for cell in mine}
+        error = "".join(f"   {cell['error']:.1e}" for cell in mine if "error" in cell)
+        print(f"{run:<24}" + "".join(f"{values.get(count, float('nan')):>10.1f}" for count in tokens) + error)
+    for run, mine in by_run.items():
+        for stage in (*STAGES, "floor_us"):
+            if stage in mine[0]:
+                print(f"  {run} {stage:<16}" + "".join(f"{cell[stage]:>10.1f}" for cell in mine), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--build", action="store_true", help="compile the kernels and stop")
+    parser.add_argument("--runs", nargs="*", default=list(RUNS), help="schemes, or the mixtures hot and blocks")
+    parser.add_argument("--workloads", nargs="*", default=[workload.name for workload in WORKLOADS])
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--out", type=Path, help="write every cell as JSON")
+    arguments = parser.parse_args()
+    workloads = [workload for workload in WORKLOADS if workload.name in arguments.workloads]
+    if arguments.build:
+        plans = [plan_run(run, workload) for run in arguments.runs for workload in workloads]
+        launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
+        for config in {launch.config(phase): None for launch in launches for phase in PHASES}:
+            print(build(config), config.name, flush=True)
+        for name in TOKEN_KERNELS:
+            print(build(name), name)
+        return
+    torch.manual_seed(0)
+    timer, tokens = Timer(), tuple(arguments.tokens)
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    everything = []
+    for workload in workloads:
+        cells = measure_peer(timer, workload, tokens)
+        for run in arguments.runs:
+            torch.cuda.empty_cache()
+            cells += measure_layer(timer, run, workload, tokens)
+        print_tables(workload, cells, tokens)
+        everything += [cell | {"workload": workload.name} for cell in cells]
+        if arguments.out:
+            arguments.out.write_text(json.dumps(everything, indent=1))
+
+
+if __name__ == "__main__":
+    main()
