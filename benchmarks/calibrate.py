@@ -4,7 +4,9 @@
     python benchmarks/calibrate.py --device cpu           # a small layer: also how long the reference way takes
 
 Weights and captured inputs of a layer are drawn on the device, written to a folder and read back as `calibrate` does
-it. Every step is timed for --layers different layers; the last column is their mean times the layers of the model.
+it. Steps are timed for --layers different layers in a row, reading the next while computing one. The first also
+starts the libraries; columns of steps are means over the others, and the whole model is the first layer plus as many
+of the others as it has.
 The reference way runs the whole layer 3E times per scheme, each time with one block of one expert quantized.
 """
 
@@ -54,6 +56,7 @@ SHAPES = {
 }
 
 
+CAPTURED = "layer-000.safetensors"
 CHECKED = ("w2a16", "w4a16", "w8a16", "w4a8", "w8a8", "w8a8_fp8", "w4a4")  # losses of these against float64
 
 
@@ -74,6 +77,7 @@ def draw_layer(shape: Shape, tokens: int, seed: int, device: torch.device, out: 
     """
     normal = Normal(device, seed)
     config = {"model_type": shape.family, "num_experts": shape.experts, "num_hidden_layers": 1, "hidden_act": "silu"}
+    out.mkdir()
     (out / "config.json").write_text(json.dumps(config))
     folder = open_model(out)
     weights = {}
@@ -94,7 +98,7 @@ def draw_layer(shape: Shape, tokens: int, seed: int, device: torch.device, out: 
     }
     if shape.shared:
         captured["shared"] = torch.sigmoid(normal(tokens)).cpu()
-    save_file(captured, out / "layer-000.safetensors")
+    save_file(captured, out / CAPTURED)
     return folder
 
 
@@ -121,8 +125,20 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
+def run_layers(folders: list[ModelFolder], device: torch.device, method: Method, scheme: Scheme) -> list[Clock]:
+    """The steps of `mxmoe_steps.calibrate` one by one; a clock per layer."""
+    clocks = []
+    inputs = LayerInputs.read([folder.path / CAPTURED for folder in folders], folders[0].experts, device)
+    for folder in folders:
+        clocks.append(Clock(device))
+        with clocks[-1].step("read"):
+            entering = next(inputs)
+        run_layer(folder, entering, clocks[-1], method, scheme)
+    return clocks
+
+
 def run_layer(folder: ModelFolder, inputs: LayerInputs, clock: Clock, method: Method, scheme: Scheme) -> None:
-    """The steps of `mxmoe_steps.calibrate.calibrate_layer`, one by one."""
+    """What `mxmoe_steps.calibrate.calibrate_layer` does, and writing it."""
     packed = {}
     for experts in [list(range(folder.experts))] + ([[SHARED]] if inputs.shared is not None else []):
         with clock.step("read"):
@@ -161,7 +177,7 @@ def worst_error(shape: Shape, device: torch.device, scheme: Scheme) -> float:
 
 def reference_seconds(folder: ModelFolder, device: torch.device) -> float:
     """Seconds of one pass of the whole layer in float32 on its captured inputs."""
-    captured = load_file(folder.path / "layer-000.safetensors", device=str(device))
+    captured = load_file(folder.path / CAPTURED, device=str(device))
     hidden, ids, factors = captured["hidden"].float(), captured["ids"].long(), captured["weights"]
     experts = {
         expert: [read_block(folder, 0, [expert], block, device)[0].float() for block in BLOCKS]
@@ -186,7 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="calibration tokens; default 524288 on a GPU, 8192 on a CPU")
     parser.add_argument("--quantizers", nargs="+", default=["rtn", "gptq"], choices=QUANTIZERS)
     parser.add_argument("--schemes", nargs="+", default=["w4a16"])
-    parser.add_argument("--layers", type=int, default=2, help="layers to time")
+    parser.add_argument("--layers", type=int, default=3, help="layers to time, at least 2")
     parser.add_argument("--folder", help="where layers are written; default the system's temporary folder")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -194,29 +210,27 @@ def main() -> None:
     cuda = device.type == "cuda"
     rows = []
     for name in args.models or ([model for model in SHAPES if model != "small"] if cuda else ["small"]):
-        shape = SHAPES[name]
-        for layer in range(args.layers):
-            with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
-                folder = draw_layer(shape, args.tokens or (524288 if cuda else 8192), layer, device, Path(temporary))
-                work = list(itertools.product(args.quantizers, map(parse_scheme, args.schemes)))
-                # The same layer again for every piece of work, as a run of that many layers would read them.
-                layers = LayerInputs.read([folder.path / "layer-000.safetensors"] * len(work), folder.experts, device)
-                for quantizer, scheme in work:
-                    clock = Clock(device)
-                    with clock.step("read"):
-                        inputs = next(layers)
-                    run_layer(folder, inputs, clock, Method(quantizer), scheme)
-                    common = {"model": name, "quantizer": quantizer, "scheme": scheme.name, "layer": layer}
-                    total = sum(clock.seconds.values())
-                    row = common | clock.seconds | {"total": total, "whole model": total * shape.layers}
-                    rows.append(row | {"peak GiB": max(clock.peak_gib.values(), default=float("nan"))})
-                    print(json.dumps(row | {"peak GiB": clock.peak_gib}), file=sys.stderr, flush=True)
-                if not cuda:
-                    passes = 3 * len(folder.expert_ids())
-                    seconds = passes * reference_seconds(folder, device)
-                    print(f"{name}: the reference way, {passes} passes of the layer per scheme: {seconds:.2f} s")
-    table = pd.DataFrame(rows).drop(columns="layer")
-    print(table.groupby(["model", "quantizer", "scheme"], sort=False).mean().round(2).to_string())
+        with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+            tokens = args.tokens or (524288 if cuda else 8192)
+            folders = [
+                draw_layer(SHAPES[name], tokens, layer, device, Path(temporary) / str(layer))
+                for layer in range(args.layers)
+            ]
+            for quantizer, scheme in itertools.product(args.quantizers, map(parse_scheme, args.schemes)):
+                clocks = run_layers(folders, device, Method(quantizer), scheme)
+                steps = pd.DataFrame([clock.seconds for clock in clocks])
+                steps["total"] = steps.sum(axis=1)
+                whole = steps["total"][0] + (SHAPES[name].layers - 1) * steps["total"][1:].mean()
+                peak = {f"{step} GiB": gib for step, gib in clocks[-1].peak_gib.items()}
+                row = {"model": name, "quantizer": quantizer, "scheme": scheme.name, "first layer": steps["total"][0]}
+                rows.append(row | dict(steps[1:].mean()) | {"whole model": whole} | peak)
+                print(pd.DataFrame(rows[-1:]).to_json(orient="records"), file=sys.stderr, flush=True)
+            if not cuda:
+                passes = 3 * len(folders[0].expert_ids())
+                seconds = passes * reference_seconds(folders[0], device)
+                print(f"{name}: the reference way, {passes} passes of the layer per scheme: {seconds:.2f} s")
+    table = pd.DataFrame(rows)
+    print(table.round(2).to_string(index=False))
     errors = []
     for name, scheme in itertools.product(dict.fromkeys(table["model"]), CHECKED):
         error = worst_error(SHAPES[name], device, parse_scheme(scheme))

@@ -29,11 +29,11 @@ def step(name: str, **options: object) -> None:
     subprocess.run([sys.executable, "-m", f"mxmoe_steps.{name}", *words], check=True, capture_output=True)
 
 
-def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path) -> dict[str, float]:
-    """Overall metrics of the model with ``scheme`` in every block."""
+def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path, capture: Path) -> dict[str, float]:
+    """Overall metrics of the model with ``scheme`` in every block; ``work``: an empty folder."""
     packed, allocation, checkpoint = work / "packed", work / "allocation.json", work / "checkpoint"
     common = {"model": args.model, "out": packed, "threads": args.threads, "device": args.device}
-    step("calibrate", capture=f"{args.results}/capture", quantizer=quantizer, scheme=scheme, **common)
+    step("calibrate", capture=capture, quantizer=quantizer, scheme=scheme, **common)
     folder = open_model(args.model)
     assignment = [[layer, expert, *[scheme] * 3] for layer in folder.moe_layers for expert in folder.expert_ids()]
     write_allocation(str(allocation), {"assignment": assignment, "quantizer": quantizer})
@@ -58,7 +58,7 @@ def main() -> None:
         row = {"scheme": scheme}
         for quantizer in args.quantizers:
             with tempfile.TemporaryDirectory() as work:
-                metrics = damage(args, quantizer, scheme, Path(work))
+                metrics = damage(args, quantizer, scheme, Path(work), Path(args.results) / "capture")
             row[quantizer] = f"{metrics['kl']:.4f} / {metrics['perplexity']:.2f}"
             print(f"{scheme} {quantizer}: {row[quantizer]}", file=sys.stderr, flush=True)
         rows.append(row)

@@ -162,8 +162,8 @@ def quantize_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     top = E4M3_MAX if scheme.fp8 else float(2 ** (scheme.act_bits - 1) - 1)
     scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / top
     scaled = x.float() / scale
-    codes = scaled.clamp(-top, top).to(E4M3).float() if scheme.fp8 else scaled.round().clamp(-top, top)
-    return codes * scale
+    codes = scaled.clamp_(-top, top).to(E4M3).float() if scheme.fp8 else scaled.round_().clamp_(-top, top)
+    return codes.mul_(scale)
 
 
 def _is_float(scheme: Scheme) -> bool:
