@@ -29,7 +29,7 @@ MOST_ELEMENTS = 2**30
 
 @dataclass(frozen=True)
 class LayerGemm:
-    """One of the layer's grouped GEMMs, its weights and problems on a GPU; ``columns``: width of a row of its output."""
+    """One of the layer's grouped GEMMs, weights and problems on a GPU; ``columns``: width of a row of its output."""
 
     plan: LaunchPlan
     columns: int
