@@ -389,12 +389,90 @@ class GroupGemm:
         done = (local - row_step * token_tiles) * tokens
         return number, Place(row_step * self.cluster, first + done, cutlass.min(rows - done, tokens), entry, column)
 
-    def picks(self, i: int, number: Int32, rows: Int32) -> Boolean:
-        """Whether tile configuration ``i`` runs a tile of ``rows`` tokens: the smallest that holds them."""
+    def before(self, i: int, number: Int32, rows: Int32) -> Boolean:
+        """Whether a tile of ``rows`` tokens of format ``number`` runs with a configuration before ``i``."""
         tile = self.tiles[i]
-        smaller = [t.tokens for t in self.tiles if t.format == tile.format and t.tokens < tile.tokens]
-        chosen = (number == self.formats.index(tile.format)) & (rows <= tile.tokens)
-        return chosen & (rows > max(smaller)) if smaller else chosen
+        of = self.formats.index(tile.format)
+        earlier = number < of
+        if self.tiles[i - 1].format == tile.format:
+            earlier = earlier | ((number == of) & (rows <= self.tiles[i - 1].tokens))
+        return earlier
+
+    @cute.jit
+    def load_one_of(
+        self,
+        first: cutlass.Constexpr,
+        last: cutlass.Constexpr,
+        weight_maps: tuple,
+        token_maps: tuple,
+        ring: Ring,
+        number: Int32,
+        place: Place,
+        rank: Int32,
+        row_tiles: Int32,
+        features: Int32,
+        stage: Int32,
+        phase: Int32,
+    ) -> tuple[Int32, Int32]:
+        """`load` with the one of the configurations ``first .. last - 1`` that the tile takes."""
+        if const_expr(last - first == 1):
+            weight_map = weight_maps[self.formats.index(self.tiles[first].format)]
+            stage, phase = self.load(
+                first, weight_map, token_maps[first], ring, place, rank, row_tiles, features, stage, phase
+            )
+        else:
+            middle = (first + last) // 2
+            if self.before(middle, number, place.rows):
+                stage, phase = self.load_one_of(
+                    first, middle, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, stage, phase
+                )
+            else:
+                stage, phase = self.load_one_of(
+                    middle, last, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, stage, phase
+                )
+        return stage, phase
+
+    @cute.jit
+    def consume_one_of(
+        self,
+        first: cutlass.Constexpr,
+        last: cutlass.Constexpr,
+        mmas: tuple,
+        ring: Ring,
+        staging: Any,
+        shared_scales: cute.Tensor,
+        token_scales: tuple,
+        channel_scales: tuple,
+        number: Int32,
+        thread: Int32,
+        group: Int32,
+        place: Place,
+        stored: Boolean,
+        features: Int32,
+        out: cute.Tensor,
+        stage: Int32,
+        phase: Int32,
+    ) -> tuple[Int32, Int32]:
+        """`consume` with the one of the configurations ``first .. last - 1`` that the tile takes."""
+        if const_expr(last - first == 1):
+            format_ = self.tiles[first].format
+            stage, phase = self.consume(
+                first, mmas[first], ring, staging, shared_scales, token_scales[self.operands.index(format_.operand)],
+                channel_scales[self.formats.index(format_)], thread, group, place, stored, features, out, stage, phase,
+            )  # fmt: skip
+        else:
+            middle = (first + last) // 2
+            if self.before(middle, number, place.rows):
+                stage, phase = self.consume_one_of(
+                    first, middle, mmas, ring, staging, shared_scales, token_scales, channel_scales, number, thread,
+                    group, place, stored, features, out, stage, phase,
+                )  # fmt: skip
+            else:
+                stage, phase = self.consume_one_of(
+                    middle, last, mmas, ring, staging, shared_scales, token_scales, channel_scales, number, thread,
+                    group, place, stored, features, out, stage, phase,
+                )  # fmt: skip
+        return stage, phase
 
     def slots(self, tile: Tile, features: Int32) -> Int32:
         """Ring slots of one tile."""
@@ -864,12 +942,10 @@ class GroupGemm:
                         drawn = cute.arch.atomic_add(counters.iterator, Int32(1)) + clusters
                     number, at = self.locate(tile, lane, ends, table)
                     place = self.readable(at, rank, row_tiles)
-                    for i in cutlass.range_constexpr(len(self.tiles)):
-                        if self.picks(i, number, place.rows):
-                            weight_map = weight_maps[self.formats.index(self.tiles[i].format)]
-                            stage, phase = self.load(
-                                i, weight_map, token_maps[i], ring, place, rank, row_tiles, features, stage, phase
-                            )
+                    stage, phase = self.load_one_of(
+                        0, len(self.tiles), weight_maps, token_maps, ring, number, place, rank, row_tiles, features,
+                        stage, phase,
+                    )  # fmt: skip
                     self.announce(queue, turn, drawn, rank)
                     tile = self.take(queue, turn, rank != 0)
                     turn += 1
@@ -888,26 +964,10 @@ class GroupGemm:
                 number, at = self.locate(tile, lane, ends, table)
                 stored = (at.row_tile + rank) * TILE_ROWS + group * 64 < out_features
                 place = self.readable(at, rank, row_tiles)
-                for i in cutlass.range_constexpr(len(self.tiles)):
-                    if self.picks(i, number, place.rows):
-                        format_ = self.tiles[i].format
-                        stage, phase = self.consume(
-                            i,
-                            mmas[i],
-                            ring,
-                            staging,
-                            scales,
-                            token_scales[self.operands.index(format_.operand)],
-                            channel_scales[self.formats.index(format_)],
-                            consumer,
-                            group,
-                            place,
-                            stored,
-                            features,
-                            out,
-                            stage,
-                            phase,
-                        )
+                stage, phase = self.consume_one_of(
+                    0, len(self.tiles), mmas, ring, staging, scales, token_scales, channel_scales, number, consumer,
+                    group, place, stored, features, out, stage, phase,
+                )  # fmt: skip
                 tile = self.take(queue, turn, Boolean(True))
                 turn += 1
         if const_expr(self.cluster > 1):  # neither leaves while the other may still write to it
