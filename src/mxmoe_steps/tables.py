@@ -70,6 +70,30 @@ LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
     ("layer", "expert", "block"),
 )
 
+MEASUREMENTS = TableKind(  # written by measure: one row per timed launch
+    "measurements",
+    1,
+    pa.schema(
+        [
+            ("number", pa.int32()),
+            ("kind", pa.string()),  # tile: all problems are one and stay in the L2 cache; problem: a random layer's
+            ("model", pa.string()),  # whose shapes and routing
+            ("block", pa.string()),  # gate_up or down
+            ("tokens", pa.int32()),  # routed tokens; rows of a tile
+            ("out_features", pa.int32()),
+            ("in_features", pa.int32()),
+            ("phase", pa.string()),  # which kernel: decode or prefill
+            ("apart", pa.bool_()),  # one launch per scheme, back to back
+            ("carried", pa.list_(pa.string())),  # schemes that the kernel was compiled for
+            ("experts", pa.int32()),
+            ("rows", pa.list_(pa.int32())),  # of every problem
+            ("schemes", pa.list_(pa.string())),  # of every problem
+            ("us", pa.list_(pa.float64())),  # microseconds in every round
+        ]
+    ),
+    ("number",),
+)
+
 PROFILE = TableKind(  # written by profile, one table per GPU
     "profile",
     1,

@@ -1,0 +1,178 @@
+"""Which launches `measure` times: single tiles at full occupancy, and random whole problems.
+
+A launch is one grouped GEMM, gate+up or down of a layer. Everything here follows from the schemes and a seed, so
+`compile` knows the kernels that `measure` will load. No torch.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, default_tiles, kernel_format
+from mxmoe_steps.schemes import Scheme, parse_scheme
+
+MAX_PROBLEMS = 256  # of every measured kernel: two blocks of 128 experts
+TILE_PROBLEMS = 128  # of a tile launch, at most
+TILE_SHAPES = ((2048, 768), (1408, 2048), (2048, 4096))  # (N, K) of tile launches
+SHORT_SHAPE = (2048, 1408)  # once more with few tiles, to tell a launch's fixed time from a tile's
+SHORT_PROBLEMS = 33
+MIXTURE_SIZES = (2, 2, 2, 3, 3, 4, 4, 6)
+MOST_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a model's MoE layer multiplies; the shared expert is cut into ``slices`` of the routed experts' width."""
+
+    model: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+    slices: int = 0
+
+    def size(self, block: str) -> tuple[int, int]:
+        """(N, K) of a ``gate_up`` or ``down`` launch; gate and up are problems of their own."""
+        return (self.intermediate, self.hidden) if block == "gate_up" else (self.hidden, self.intermediate)
+
+
+MODELS = (
+    Shapes("qwen1.5-moe", 60, 4, 2048, 1408, 4),
+    Shapes("deepseek-v2-lite", 64, 6, 2048, 1408, 2),
+    Shapes("mixtral-8x7b", 8, 2, 4096, 14336),
+    Shapes("qwen3-30b-a3b", 128, 8, 2048, 768),
+    Shapes("olmoe-1b-7b", 64, 8, 2048, 1024),
+    Shapes("phi-3.5-moe", 16, 2, 4096, 6400),
+    Shapes("demo-moe", 16, 4, 256, 128, 2),
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One grouped GEMM over P problems, each an expert's rows times [N, K] weights of its own scheme.
+
+    ``kind``: ``problem``, or ``tile``: all problems are the same one, rows, weights and outputs, so that
+    everything stays in the L2 cache. ``carried``: formats of the kernel's mixture, present or not.
+    """
+
+    kind: str
+    model: str  # whose shapes, or the tile's shape
+    block: str
+    tokens: int
+    n: int
+    k: int
+    rows: tuple[int, ...]  # [P]
+    schemes: tuple[str, ...]  # [P]
+    carried: tuple[Format, ...]
+    slices: int = 0  # of a shared expert, the last of the experts
+
+    @cached_property
+    def blocks(self) -> int:
+        """Problems of one expert."""
+        return 2 if self.block == "gate_up" else 1
+
+    @cached_property
+    def expert_rows(self) -> tuple[int, ...]:
+        """Rows of every expert."""
+        return self.rows[:1] if self.kind == "tile" else self.rows[:: self.blocks]
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The problems as `kernels.plan` orders them: slices first, then formats alternating."""
+        routed = len(self.expert_rows) - self.slices
+        places = [
+            (p // self.blocks < routed, (index + 0.5) / self.schemes.count(name), p)
+            for name in sorted(set(self.schemes))
+            for index, p in enumerate(p for p, mine in enumerate(self.schemes) if mine == name)
+        ]
+        return tuple(p for *_, p in sorted(places))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether more than one format takes part."""
+        return len({kernel_format(parse_scheme(name)) for name in self.schemes}) > 1
+
+    def config(self, phase: str) -> KernelConfig:
+        """The kernel that runs it in one launch."""
+        return default_config(self.carried, phase, MAX_PROBLEMS)
+
+    def configs_apart(self, phase: str) -> list[KernelConfig]:
+        """The kernels that run it in one launch per format."""
+        return [default_config((format_,), phase, MAX_PROBLEMS) for format_ in self.carried]
+
+
+def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
+    """The formats of ``schemes`` that have kernels, in a kernel's order; `UserError` for one without."""
+    return tuple(sorted({kernel_format(scheme) for scheme in schemes}))
+
+
+def mixtures(formats: tuple[Format, ...], seed: int = 0) -> list[tuple[Format, ...]]:
+    """Random subsets of the formats, without repeats."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for size in MIXTURE_SIZES:
+        if size <= len(formats):
+            picked = generator.choice(len(formats), size, replace=False)
+            found[tuple(sorted(formats[i] for i in picked))] = None
+    return list(found)
+
+
+def tile_launches(formats: tuple[Format, ...], sms: int) -> list[tuple[Launch, str]]:
+    """A launch for every tile of the formats' own kernels and (N, K), with its phase; whole waves over ``sms``."""
+    found = []
+    for format_ in formats:
+        for phase in PHASES:
+            config = default_config((format_,), phase, MAX_PROBLEMS)
+            for tile in default_tiles(format_, phase, config.blocks_per_sm):
+                for n, k in (*TILE_SHAPES, SHORT_SHAPE):
+                    step = 2 * sms // math.gcd(2 * sms, -(-n // 128))
+                    most = SHORT_PROBLEMS if (n, k) == SHORT_SHAPE else TILE_PROBLEMS
+                    problems = max(1, most // step) * step if step <= most else most
+                    launch = Launch(
+                        "tile", f"{n}x{k}", "down", tile.tokens, n, k,
+                        (tile.tokens,) * problems, (format_.name,) * problems, (format_,),
+                    )  # fmt: skip
+                    found.append((launch, phase))
+    return found
+
+
+def skewed_rows(shapes: Shapes, tokens: int, skew: float, generator: np.random.Generator) -> np.ndarray:
+    """Rows of each expert and slice, int64: top-k of Gumbel noise over popularities 1 / rank^skew; slices take all."""
+    logits = -skew * np.log(generator.permutation(shapes.experts) + 1.0)
+    noisy = logits + generator.gumbel(size=(tokens, shapes.experts))
+    chosen = np.argpartition(-noisy, shapes.top_k - 1, 1)[:, : shapes.top_k]
+    return np.append(np.bincount(chosen.ravel(), minlength=shapes.experts), np.full(shapes.slices, tokens))
+
+
+def problem_launches(formats: tuple[Format, ...], count: int, seed: int = 0) -> list[Launch]:
+    """``count`` random launches of one format and ``count`` of random mixtures.
+
+    Models, gate+up and down, formats and mixtures take turns; tokens are log-uniform in 1 .. 8192; popularity skew is
+    uniform in 0 .. 1; inside a mixture every block draws its scheme with random odds.
+    """
+    generator = np.random.default_rng([seed, 1])
+    mixed = mixtures(formats, seed)
+    found = []
+    for number in range(count * (2 if mixed else 1)):
+        carried = (formats[number % len(formats)],) if number < count else mixed[number % len(mixed)]
+        shapes = MODELS[generator.integers(len(MODELS))]
+        block = ("gate_up", "down")[generator.integers(2)]
+        n, k = shapes.size(block)
+        tokens = round(2 ** generator.uniform(0, math.log2(MOST_TOKENS)))
+        rows = skewed_rows(shapes, tokens, generator.uniform(), generator).repeat(2 if block == "gate_up" else 1)
+        odds = generator.dirichlet(np.ones(len(carried)))
+        drawn = generator.choice(len(carried), len(rows), p=odds)
+        names = tuple(carried[i].name for i in drawn)
+        launch = Launch(
+            "problem", shapes.model, block, tokens, n, k, tuple(rows.tolist()), names, carried, shapes.slices
+        )  # fmt: skip
+        found.append(launch)
+    return found
+
+
+def kernel_configs(formats: tuple[Format, ...], seed: int = 0) -> list[KernelConfig]:
+    """Every kernel that the launches need: each format's own and the mixtures', both phases."""
+    groups = [*((format_,) for format_ in formats), *mixtures(formats, seed)]
+    return [default_config(group, phase, MAX_PROBLEMS) for group in groups for phase in PHASES]

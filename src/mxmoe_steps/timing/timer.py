@@ -1,0 +1,41 @@
+"""Times of CUDA graphs between device events, each replay after the L2 cache was flushed."""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+FLUSH_BYTES = 192 << 20
+
+
+class Timer:
+    """Flushes by reading: lines that a write left would be written back in the measured time."""
+
+    def __init__(self) -> None:
+        self._flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+    def capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        """Run once, then capture the kernels of ``run``."""
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        return graph
+
+    def replays(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+        """Microseconds of ``count`` replays."""
+        events = []
+        for _ in range(count):
+            self._flush.sum()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+    def __call__(self, run: Callable[[], object], warmup: int = 3, repeats: int = 15) -> float:
+        """Median time of the kernels of ``run``, microseconds."""
+        return statistics.median(self.replays(self.capture(run), warmup + repeats)[warmup:])
