@@ -20,7 +20,7 @@ from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
-PARTS = {"borders": None, "until": None, "layers": None}
+PARTS = {"borders": None, "until": None, "down_to": None}
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def run(step: Callable[[argparse.Namespace], None], model: Path, sources: str, o
     runtime = {"device": "cpu", "threads": 1, "seed": 0, "batch": 3, "dtype": "float32", "trust_remote_code": False}
     text = {"sources": sources, "sequences": 7, "length": 24}
     if step is capture.capture:
-        text |= {"text": "words", "no_gradient": False, "layers": None, "until": None}
+        text |= {"text": "words", "no_gradient": False, "until": None, "down_to": None}
     else:
         text |= {"texts": ["words", "more"]} | ({"until": None} if step is trace.trace else {})
     step(argparse.Namespace(**({"model": str(model), "out": str(out), "borders": None} | runtime | text | options)))
@@ -122,20 +122,18 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("no_gradient", [False, True])
-def test_layer_ranges_write_the_bytes_of_one_job(
+def test_a_capture_in_parts_writes_the_bytes_of_one_job(
     deep_moe: Path, sources: str, tmp_path: Path, no_gradient: bool
 ) -> None:
     run(capture.capture, deep_moe, sources, tmp_path / "whole", no_gradient=no_gradient)
-    borders = str(tmp_path / "borders")
-    for until in [] if no_gradient else [2, 4, 5]:
-        run(capture.capture, deep_moe, sources, tmp_path / "none", until=until, borders=borders)
-    ranges = ["0:2", "2:4", "4:5"] if no_gradient else ["4:5", "2:4", "0:2"]
-    for layers in ranges:
-        out = tmp_path / "ranges"
-        run(capture.capture, deep_moe, sources, out, layers=layers, borders=borders, no_gradient=no_gradient)
+    for until in (2, 4):
+        run(capture.capture, deep_moe, sources, tmp_path / "parts", until=until, no_gradient=no_gradient)
+    for down_to in [] if no_gradient else [4, 2]:
+        run(capture.capture, deep_moe, sources, tmp_path / "parts", down_to=down_to)
+    run(capture.capture, deep_moe, sources, tmp_path / "parts", no_gradient=no_gradient)
     assert sorted(contents(tmp_path / "whole")) == [f"layer-{layer:03d}.safetensors" for layer in (1, 2, 3, 4)]
-    assert contents(tmp_path / "ranges") == contents(tmp_path / "whole")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ranges", "whole"], "border files stay behind"
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"], "no border files stay behind"
     with safe_open(tmp_path / "whole" / "layer-002.safetensors", "pt") as file:
         assert ("gradient" in set(file.keys())) != no_gradient
         assert json.loads(file.metadata()["mxmoe"])["layer"] == 2
@@ -195,13 +193,6 @@ def test_borders_of_another_text_or_model_are_not_taken_up(deep_moe: Path, sourc
     run(capture.capture, deep_moe, sources, tmp_path / "out", borders=borders, seed=1)
     run(capture.capture, deep_moe, sources, tmp_path / "clean", seed=1)
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
-
-
-def test_a_lower_range_says_that_it_needs_the_upper_one(deep_moe: Path, sources: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no gradient at layer 2; capture the layers from 2 on first"):
-        run(capture.capture, deep_moe, sources, tmp_path / "out", layers="0:2")
-    with pytest.raises(UserError, match=r"--layers '3:9' is no range A:B with 0 <= A < B <= 5"):
-        run(capture.capture, deep_moe, sources, tmp_path / "out", layers="3:9")
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["per expert", "fused"])

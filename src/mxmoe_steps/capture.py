@@ -15,9 +15,9 @@ model itself: the squared gradient then is the Fisher information of its predict
 1/2 (gradient . change)^2 estimates the KL divergence that a change of the layer's output causes.
 
 The gradient costs a second pass, from the last layer to the first, each recomputed from the hidden states at
-its border. A run that was stopped goes on at the last finished layer. Ranges of layers can be jobs of their own,
-with the same --borders: --until K with rising K, then --layers A:B from the last range to the first (with
---no-gradient from the first to the last). The bytes are those of one job.
+its border. A run that was stopped goes on at the last finished layer. Parts of the work can be jobs of their own,
+with the same --out: --until K with rising K, --down-to K with falling K (not with --no-gradient), and last a
+run without either. The bytes are those of one job.
 """
 
 import argparse
@@ -132,45 +132,35 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
                 write(captured(model, layer, found[0]) | {"gradient": gradient[0].flatten(0, 1)})
 
 
-def capture_forward(model: Any, borders: Any, runs: list[slice], layers: range, facts: dict[str, Any]) -> None:
-    """Capture ``layers`` without gradients."""
+def capture_forward(model: Any, borders: Any, runs: list[slice], last: int, facts: dict[str, Any]) -> None:
+    """Capture layers 0 ... last - 1 without gradients."""
     from mxmoe_steps.models.borders import forward
 
     @contextmanager
     def watch(layer: int) -> Iterator[Any]:
-        if layer not in layers:
-            yield lambda _: None
-            return
         with layer_file(borders, layer, facts) as write:
             yield lambda routing: write(captured(model, layer, routing))
 
-    forward(model, borders, runs, layers.stop, watch)
+    forward(model, borders, runs, last, watch)
 
 
-def capture_backward(
-    model: Any, borders: Any, runs: list[slice], layers: range, facts: dict[str, Any], seed: int
-) -> None:
-    """Capture ``layers`` with gradients, from the last to the first."""
+def capture_backward(model: Any, borders: Any, runs: list[slice], first: int, facts: dict[str, Any], seed: int) -> None:
+    """Capture with gradients, from the last layer, or from where an earlier run stopped, down to layer ``first``."""
     from mxmoe_steps.models.borders import forward, unwatched
 
-    done = [border for border in layers if borders.gradient(border).is_file()]
-    top = min(done, default=layers.stop)
-    if not borders.gradient(top).is_file():
-        if top < model.layers:
-            raise UserError(
-                f"{borders.folder}: holds no gradient at layer {top}; capture the layers from {top} on first"
-            )
-        forward(model, borders, runs, top, unwatched, keep=True)
+    reached = next((border for border in range(model.layers + 1) if borders.gradient(border).is_file()), None)
+    if reached is None:
+        forward(model, borders, runs, model.layers, unwatched, keep=True)
         head_gradient(model, borders, runs, seed)
-    for layer in reversed(range(layers.start, top)):
-        forward(model, borders, runs, layer, unwatched, keep=True)
+        reached = model.layers
+    for layer in reversed(range(first, reached)):
         backward(model, borders, runs, layer, facts)
         borders.hidden(layer + 1).unlink(missing_ok=True)
         borders.gradient(layer + 1).unlink(missing_ok=True)
 
 
 def capture(args: argparse.Namespace) -> None:
-    """Capture MoE layers of the model on one text."""
+    """Capture every MoE layer of the model on one text."""
     import torch
 
     from mxmoe_steps.data.reading import read_texts
@@ -178,38 +168,27 @@ def capture(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.families import resolve_model
     from mxmoe_steps.models.streaming import StreamedModel
 
+    if args.no_gradient and args.down_to is not None:
+        raise UserError("--down-to is about gradients; leave it out with --no-gradient")
     start_torch(args)
     path = resolve_model(args.model)
     tokens = torch.from_numpy(read_texts(args, path, [args.text], "calibration")[args.text])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
     borders = Borders(model, tokens, "mxmoe_steps.capture", args)
     runs = runs_of([args.sequences], args.batch)
-    if args.until is not None:
-        forward(model, borders, runs, min(args.until, model.layers), unwatched, keep=True)
-        return
-    layers = parse_layers(args.layers, model.layers)
     facts = {"text": args.text, "sequences": args.sequences, "length": args.length}
     if args.no_gradient:
-        capture_forward(model, borders, runs, layers, facts)
+        capture_forward(model, borders, runs, min(args.until or model.layers, model.layers), facts)
+    elif args.until is not None:
+        forward(model, borders, runs, min(args.until, model.layers), unwatched, keep=True)
     else:
-        capture_backward(model, borders, runs, layers, facts, args.seed)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for layer in set(layers) & set(model.folder.moe_layers):
-        name = f"layer-{layer:03d}.safetensors"
-        shutil.move(borders.folder / name, out / name)
-    if layers.stop == model.layers if args.no_gradient else layers.start == 0:
+        capture_backward(model, borders, runs, args.down_to or 0, facts, args.seed)
+    if args.until is None and args.down_to is None:
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        for file in sorted(borders.folder.glob("layer-*.safetensors")):
+            shutil.move(file, out / file.name)
         borders.remove()
-
-
-def parse_layers(text: str | None, layers: int) -> range:
-    """``A:B`` as a range of decoder layers; None is all of them."""
-    if text is None:
-        return range(layers)
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and int(first) < int(last) <= layers):
-        raise UserError(f"--layers {text!r} is no range A:B with 0 <= A < B <= {layers}, the layers of this model")
-    return range(int(first), int(last))
 
 
 def main() -> None:
@@ -220,8 +199,8 @@ def main() -> None:
     add_runtime(parser)
     parser.add_argument("--no-gradient", action="store_true", help="skip the backward pass (no fisher losses)")
     add_borders(parser)
-    parser.add_argument("--until", type=int, metavar="K", help="only bring the text to what enters layer K")
-    parser.add_argument("--layers", metavar="A:B", help="capture layers A ... B-1 (default: all)")
+    parser.add_argument("--until", type=int, metavar="K", help="only bring the text up to layer K")
+    parser.add_argument("--down-to", type=int, metavar="K", help="only bring the gradient down to layer K")
     parser.add_argument("--out", required=True, help="folder to write")
     capture(parser.parse_args())
 

@@ -6,7 +6,7 @@ Runs several texts through the model, one decoder layer in memory at a time, and
                        from which `frontier` samples the steps that a server will see
 
 A run that was stopped goes on at the last finished layer. --until K stops at layer K, so that a chain of jobs with
-rising K and the same --borders, the last one without --until, does the work of one: same bytes.
+rising K and the same --out, the last one without --until, does the work of one: same bytes.
 """
 
 import argparse

@@ -26,7 +26,7 @@ Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], expe
 Seen = Callable[[Routing], None]
 Watch = Callable[[int], AbstractContextManager[Seen]]
 
-_PLACES = ("out", "borders", "until", "layers", "save_reference")  # options that do not decide bytes
+_PLACES = ("out", "borders", "until", "down_to", "save_reference")  # options that do not decide bytes
 
 
 class Borders:
