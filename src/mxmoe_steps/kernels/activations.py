@@ -1,9 +1,9 @@
 """Between and after the two grouped GEMMs of a layer (CuTe DSL): SwiGLU with quantization, and the weighted sum.
 
 `SwiGlu` gives one block a row of gate and up: a first pass finds the largest magnitude of the product (unless the
-expert's down block reads bfloat16), a second one, from L1, rounds and stores it. A shared expert may be cut into
-slices of the routed experts' size; one block then takes all slices of a token, so that its scale covers the
-whole row as it does for one wide expert.
+expert's down block reads bfloat16), a second one rounds and stores it: from registers, or again from L1 where the row
+is long. A shared expert may be cut into slices of the routed experts' size; one block then takes all slices of a
+token, so that its scale covers the whole row as it does for one wide expert.
 
 `Combine` sums the rows of a token in float32, in the order of the router's choices: no atomics, the same bits
 every time.
@@ -16,8 +16,10 @@ from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
-from mxmoe_steps.kernels.rounding import THREADS, VECTOR
+from mxmoe_steps.kernels.rounding import VECTOR
 
+THREADS = 192  # of a block of `SwiGlu`: 1408 features, eight a thread, leave few idle
+COMBINE_THREADS = 256
 LOG2_E = 1.4426950408889634
 
 
@@ -51,7 +53,7 @@ class SwiGlu:
     ) -> None:
         @cute.struct
         class Shared:
-            largest: cute.struct.MemRange[Int32, rounding.WARPS]
+            largest: cute.struct.MemRange[Int32, THREADS // 32]
 
         self.Shared = Shared
         per_token = chosen.shape[1] + cutlass.min(shared, 1)
@@ -83,30 +85,27 @@ class SwiGlu:
             mask = needs[needs.shape[0] - 1]
             slices = shared
         steps = gate_up.shape[1] // (2 * VECTOR)  # of a slice
-        held, vector = rounding.Vector.make(), rounding.Vector.make()  # the first vector stays in registers
         total = steps * slices
+        vector = rounding.Vector.make()
+        held = Int32(-1)  # the vector that the registers hold
         largest = Float32(1.0)
-        if thread < total:
-            self.product(gate_up, first + thread // steps * tokens, thread % steps, steps, held.bf16)
         if (mask & rounding.EIGHT_BITS) != 0:
             pair = Int32(0)
-            if thread < total:
-                pair = rounding.larger_of(pair, held.bf16)
-            for i in cutlass.range(thread + THREADS, total, THREADS, unroll=1):
-                self.product(gate_up, first + i // steps * tokens, i % steps, steps, vector.bf16)
+            rounds = (total - thread + (THREADS - 1)) // THREADS
+            for j in cutlass.range(rounds, unroll=1):  # backwards: the first vector is in the registers at the end
+                held = thread + (rounds - 1 - j) * THREADS
+                self.product(gate_up, first + held // steps * tokens, held % steps, steps, vector.bf16)
                 pair = rounding.larger_of(pair, vector.bf16)
-            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(rounding.WARPS)))
+            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
         scales = rounding.Scales.of(largest)
         if thread < slices:
             rounding.store_scales(scales, mask, written, first + thread * tokens)
-        if thread < total:
-            rounding.encode(held, mask, scales)
-            rounding.store(held, mask, written, first + thread // steps * tokens, thread % steps)
-        for i in cutlass.range(thread + THREADS, total, THREADS, unroll=1):
-            row_of_slice = first + i // steps * tokens
-            self.product(gate_up, row_of_slice, i % steps, steps, vector.bf16)
+        for i in cutlass.range(thread, total, THREADS, unroll=1):
+            target = first + i // steps * tokens
+            if i != held:
+                self.product(gate_up, target, i % steps, steps, vector.bf16)
             rounding.encode(vector, mask, scales)
-            rounding.store(vector, mask, written, row_of_slice, i % steps)
+            rounding.store(vector, mask, written, target, i % steps)
 
     @cute.jit
     def product(self, gate_up: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
@@ -141,9 +140,9 @@ class Combine:
         gated: Int32,
         stream: Any,
     ) -> None:
-        span = THREADS * VECTOR
+        span = COMBINE_THREADS * VECTOR
         self.kernel(given, row, weights, gate, out, shared, gated).launch(
-            grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1), block=(THREADS, 1, 1), stream=stream
+            grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1), block=(COMBINE_THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
@@ -159,7 +158,7 @@ class Combine:
     ) -> None:
         part, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
-        at = part * THREADS + thread
+        at = part * COMBINE_THREADS + thread
         if at * VECTOR < out.shape[1]:
             top_k = row.shape[1]
             total = cute.make_rmem_tensor((VECTOR,), Float32)

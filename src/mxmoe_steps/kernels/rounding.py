@@ -12,8 +12,6 @@ from cutlass import BFloat16, Float32, Int32, Uint8, cute
 
 from mxmoe_steps.kernels.formats import OPERAND_MASKS
 
-THREADS = 256  # of a block of these kernels
-WARPS = THREADS // 32
 VECTOR = 8  # elements a thread moves at once: 16 bytes of bfloat16
 BF16, FP8, INT8 = (OPERAND_MASKS[name] for name in ("bf16", "fp8", "int8"))
 EIGHT_BITS = FP8 | INT8
@@ -55,14 +53,14 @@ def magnitude(pair: Int32) -> Float32:
 
 @cute.jit
 def largest_of_block(largest: Int32, shared: cute.Tensor) -> Float32:
-    """The largest magnitude of the block's pairs, in every thread; ``shared``: int32 [WARPS]."""
+    """The largest magnitude of the block's pairs, in every thread; ``shared``: int32, one per warp."""
     for step in (16, 8, 4, 2, 1):
         largest = larger(largest, cute.arch.shuffle_sync_bfly(largest, step))
     mine = cute.arch.warp_idx()  # a warp-wide exchange: not inside a branch
     if cute.arch.lane_idx() == 0:
         shared[mine] = largest
     cute.arch.sync_threads()
-    for warp in cutlass.range_constexpr(WARPS):
+    for warp in cutlass.range_constexpr(cute.size(shared)):
         largest = larger(largest, shared[warp])
     return magnitude(largest)
 

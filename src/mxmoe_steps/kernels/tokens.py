@@ -18,6 +18,7 @@ from mxmoe_steps.kernels import rounding
 from mxmoe_steps.kernels.formats import MAX_ENTRIES, MAX_EXPERTS
 
 SORT_THREADS = MAX_EXPERTS
+THREADS = 256  # of a block that dispatches a token
 
 
 class SortByExpert:
@@ -146,13 +147,13 @@ class DispatchTokens:
     ) -> None:
         @cute.struct
         class Shared:
-            largest: cute.struct.MemRange[Int32, rounding.WARPS]
+            largest: cute.struct.MemRange[Int32, THREADS // 32]
             rows: cute.struct.MemRange[Int32, MAX_ENTRIES]
             masks: cute.struct.MemRange[Int32, MAX_ENTRIES]
 
         self.Shared = Shared
         self.kernel(x, chosen, row, needs, outputs, shared).launch(
-            grid=(x.shape[0], 1, 1), block=(rounding.THREADS, 1, 1), stream=stream
+            grid=(x.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream
         )
 
     @cute.kernel
@@ -191,14 +192,14 @@ class DispatchTokens:
         largest = Float32(1.0)
         if (wanted & rounding.EIGHT_BITS) != 0:
             pair = Int32(0)
-            for i in cutlass.range(thread, steps, rounding.THREADS, unroll=1):
+            for i in cutlass.range(thread, steps, THREADS, unroll=1):
                 cute.autovec_copy(given[None, i], vector.bf16)
                 pair = rounding.larger_of(pair, vector.bf16)
-            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(rounding.WARPS)))
+            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
         scales = rounding.Scales.of(largest)
         if thread < entries:
             rounding.store_scales(scales, masks[thread], written, rows[thread])
-        for i in cutlass.range(thread, steps, rounding.THREADS, unroll=1):
+        for i in cutlass.range(thread, steps, THREADS, unroll=1):
             cute.autovec_copy(given[None, i], vector.bf16)
             rounding.encode(vector, wanted, scales)
             for j in cutlass.range(entries, unroll=2):
