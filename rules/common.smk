@@ -12,7 +12,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from mxmoe_steps.atomic import canonical_json
-from mxmoe_steps.config import load_config, points
+from mxmoe_steps.config import decoder_layers, load_config, points
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.provenance import stamps
 from mxmoe_steps.quantizers.method import QUANTIZERS
@@ -33,6 +33,7 @@ wildcard_constraints:
     scheme=r"w\d+a\d+[a-z0-9_-]*",
     frontier="|".join(map(re.escape, sorted(FRONTIERS))),
     point="|".join(map(re.escape, sorted(POINTS))),
+    border=r"\d+",
 
 
 def model_files():
@@ -64,6 +65,12 @@ def sources_of(names):
             *(part for name in names for part in CONFIG.texts[name].get("mix", [])),
         }
     )
+
+
+def part_borders():
+    """Layers at which a job of `trace` or `capture` hands over to the next; none when one job does it all."""
+    step = CONFIG.runtime.layers_per_job
+    return [] if step is None else list(range(step, decoder_layers(CONFIG.model), step))
 
 
 def flags(**options):

@@ -180,6 +180,20 @@ def test_moving_the_folder_runs_nothing(project: Path) -> None:
         moved.rename(project)
 
 
+def test_layers_in_jobs_of_their_own_write_the_same_bytes(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "parts"
+    shutil.copytree(done, folder, ignore=shutil.ignore_patterns(".snakemake", "results"))
+    write_settings(folder, SETTINGS | {"runtime": {"device": "cpu", "layers_per_job": 1}})
+    log = snakemake(folder, "results/tiny/trace/traffic.parquet", "results/tiny/capture")
+    assert log.count("rule trace_part:") == 1
+    assert log.count("rule capture_part:") == 2
+    results, parts = done / "results" / "tiny", folder / "results" / "tiny"
+    assert sorted(path.name for path in parts.iterdir()) == ["benchmarks", "capture", "logs", "parts", "trace"]
+    assert not list((parts / "parts").iterdir())
+    for name in ("trace/traffic.parquet", "trace/routing.safetensors", "capture/layer-000.safetensors"):
+        assert (parts / name).read_bytes() == (results / name).read_bytes()
+
+
 def test_a_configuration_error_stops_before_any_job(project: Path) -> None:
     write_settings(project, SETTINGS | {"sweeep": []})
     command = [sys.executable, "-m", "snakemake", "--cores", "1"]

@@ -160,12 +160,17 @@ class Evaluate(Section):
 
 
 class Runtime(Section):
-    """Where and how to compute; every value is part of a result's identity."""
+    """Where and how to compute; every value but `layers_per_job` is part of a result's identity."""
 
     device: str = Field("auto", description="cpu, cuda or auto", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
     threads: int = Field(1, description="CPU threads of one job", gt=0)
     batch: int = Field(8, description="sequences per forward pass", gt=0)
     seed: int = Field(0, description="seed of text order, sampled steps and sampled labels", ge=0)
+    layers_per_job: int | None = Field(
+        None,
+        gt=0,
+        description="decoder layers per job of trace and capture, null for one job each; results do not depend on it",
+    )
 
 
 class Config(Section):
@@ -214,6 +219,8 @@ class Config(Section):
         if self.solve.metric == "fisher" and not self.calibrate.gradient:
             raise ValueError("solve.metric fisher needs calibrate.gradient: true; or set solve.metric: out_sq")
         self._budgets_reachable()
+        if self.runtime.layers_per_job is not None and not is_local(self.model.path):
+            raise ValueError("runtime.layers_per_job needs a local model: download it and set model.path to its folder")
         return self
 
     def _budgets_reachable(self) -> None:
@@ -263,6 +270,11 @@ def _message(item: Any) -> str:
     if isinstance(value, str) and item["type"] in ("int_type", "float_type"):
         advice = " (in YAML write numbers without quotes, and 1.0e-3 rather than 1e-3)"
     return f"{item['msg']}; found {value!r}{advice}"
+
+
+def decoder_layers(model: Model) -> int:
+    """Number of decoder layers of a local model."""
+    return int(open_model(model.path).config["num_hidden_layers"])
 
 
 class Point(BaseModel):
