@@ -168,3 +168,15 @@ def test_nan_weights_name_layer_expert_and_block(tiny_moe: Path, captured: Path,
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="layer 1, expert 2, up"):
         run(broken, captured, tmp_path / "out", "rtn", "w4a16")
+
+
+def test_a_full_gpu_says_what_helps(
+    tiny_moe: Path, captured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(calibrate, "calibrate_layer", full)
+    with pytest.raises(UserError, match=r"layer 0 does not fit in the GPU's memory: lower calibrate\.sequences"):
+        run(tiny_moe, captured, tmp_path, "rtn", "w4a16")
+    assert not list(tmp_path.iterdir())

@@ -48,6 +48,7 @@ def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method
 
 def calibrate(args: argparse.Namespace) -> None:
     """Calibrate every MoE layer under one scheme."""
+    import torch
     from safetensors.torch import save_file
 
     from mxmoe_steps.calibration.inputs import LayerInputs
@@ -82,6 +83,11 @@ def calibrate(args: argparse.Namespace) -> None:
             note = f", {few} blocks with fewer tokens than input features" if few else ""
             print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
         write_tensors(out / f"{scheme}.safetensors", [item for part in parts for item in tensors_of(part).items()])
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"layer {folder.moe_layers[len(parts)]} does not fit in the GPU's memory: lower calibrate.sequences, run"
+            " fewer jobs on the GPU at a time, or set runtime.device: cpu"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     facts = {"quantizer": method.name, "scheme": scheme.name, "fisher": inputs.gradient is not None}
