@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from itertools import pairwise
 
+PARALLEL = 1e-12  # relative: cuts whose slopes differ by less have no meeting point worth the name
+
 Cut = tuple[float, float, float]  # a, b, bound: a x loss_sum + b x time_us >= bound for every allocation
 
 
@@ -32,9 +34,9 @@ class Part:
 
 
 def _meet(one: Cut, two: Cut) -> tuple[float, float] | None:
-    """Where two cuts are tight; None when they are parallel."""
+    """Where two cuts are tight; None when they are parallel, up to rounding."""
     determinant = one[0] * two[1] - two[0] * one[1]
-    if determinant == 0:
+    if abs(determinant) <= PARALLEL * (abs(one[0] * two[1]) + abs(two[0] * one[1])):
         return None
     return (
         (one[2] * two[1] - two[2] * one[1]) / determinant,
@@ -42,12 +44,19 @@ def _meet(one: Cut, two: Cut) -> tuple[float, float] | None:
     )
 
 
+def _distance(cut: Cut) -> float:
+    """Of the cut's line from the origin."""
+    return cut[2] / math.hypot(cut[0], cut[1])
+
+
 def envelope(cuts: list[Cut]) -> list[Cut]:
     """The cuts that are tight somewhere, from least loss (b = 0) to least time (a = 0)."""
     kept: list[Cut] = []
-    for cut in sorted(set(cuts), key=lambda c: (-math.atan2(c[0], c[1]), -c[2] / math.hypot(c[0], c[1]))):
+    for cut in sorted(set(cuts), key=lambda c: (-math.atan2(c[0], c[1]), -_distance(c))):
         if kept and _meet(kept[-1], cut) is None:
-            continue
+            if _distance(cut) <= _distance(kept[-1]):
+                continue
+            kept.pop()
         while len(kept) > 1:
             meeting = _meet(kept[-2], cut)
             last = kept[-1]
