@@ -32,8 +32,7 @@ def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
     config = default_config((format_,), phase)
     code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
     assert set(code.matrix) == {OPCODE[format_.operand]}
-    decoded_fp8 = format_.decoded and format_.operand == "fp8"
-    assert sum(code.matrix.values()) == code.groups * (2 if decoded_fp8 else 4), "serialized"
+    assert sum(code.matrix.values()) == code.groups * 4, "serialized"
     assert code.spills == 0
     assert code.early_reads == []
     assert code.registers <= REGISTERS[config.blocks_per_sm]

@@ -230,7 +230,7 @@ WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block o
 PHASES = ("decode", "prefill")  # few tokens: small tiles; many: large tiles
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
 _LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
-_LARGEST_DECODED = 128  # twice the accumulators leave no registers for fragments
+_LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group
 
 
 def phase_for(rows: int, experts: int) -> str:

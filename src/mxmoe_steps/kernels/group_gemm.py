@@ -647,12 +647,13 @@ class GroupGemm:
                     at = (None, None, b, (step, stage))
                     cute.gemm(mma, acc, fragments[step % 2][None, None, b], tokens[at], acc)
                 warpgroup.commit_group()
+                warpgroup.wait_group(1)  # the fragment of the step before is free
                 if const_expr(step + 1 < steps):
                     self.decode_bf16(tile, chunks, scratch, registers[(step + 1) % 2], thread, row, step + 1, stage)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
                     self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, after)
-                warpgroup.wait_group(0)
+            warpgroup.wait_group(0)
             self.release(ring, stage, Boolean(True))
             stage, phase = after, after_phase
         pin(acc)
@@ -723,60 +724,58 @@ class GroupGemm:
         phase: Int32,
     ) -> tuple[Int32, Int32]:
         """Main loop of 4-bit codes decoded to e4m3: each group of 128 features is summed on its own, then added
-        to the total in float32 with its scale. Half a group is decoded while ``wgmma`` runs on the half before."""
+        to the total in float32 with its scale.
+
+        A group's ``wgmma`` follow one another at once; its sums are added and the next group is decoded while the
+        other warpgroup's run. Codes of the next group's first half are fetched before the wait, those of the second
+        when the sums' registers are free.
+        """
         chunks = self.chunk_parts(ring, tile)
         fragments = [cute.make_rmem_tensor(mma.partition_shape_A((TILE_ROWS, 64)), Float8E4M3FN) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
-        words = cute.make_rmem_tensor((CODE_WORDS,), Int32)
+        words = cute.make_rmem_tensor((CODE_WORDS, 2), Int32)
         partial = cute.make_rmem_tensor(acc.layout, Float32)
         partial.fill(0.0)
         groups = tile.slot_features // GROUP
         slots = self.slots(tile, features)
         cute.arch.mbarrier_wait(ring.full + stage, phase)
-        self.decode_fp8(chunks, words, registers[0], thread, 0, 0, stage)
+        for half in cutlass.range_constexpr(2):
+            cute.autovec_copy(chunks.codes[None, thread, half, 0, stage], words[None, half])
+            self.decode_fp8(words, half, registers[half])
         for slot in cutlass.range(slots, unroll=1):
             after, after_phase = self.advance(stage, phase)
             for c in cutlass.range_constexpr(groups):
+                warpgroup.fence()
                 for half in cutlass.range_constexpr(2):
-                    warpgroup.fence()
                     for b in cutlass.range_constexpr(2):
                         mma.set(warpgroup.Field.ACCUMULATE, half + b > 0)
                         at = (None, None, 2 * half + b, (c, stage))
                         cute.gemm(mma, partial, fragments[half][None, None, b], tokens[at], partial)
-                    warpgroup.commit_group()
-                    if const_expr(half == 0):
-                        self.decode_fp8(chunks, words, registers[1], thread, c, 1, stage)
+                warpgroup.commit_group()
                 scale0 = decode.bf16_value(chunks.scales[row, 0, c, stage]) * 512.0  # codes are times 2**-9
                 scale1 = decode.bf16_value(chunks.scales[row + 8, 0, c, stage]) * 512.0
-                warpgroup.wait_group(1)  # the first fragment is free
+                next_chunk, next_stage = (c + 1, stage) if c + 1 < groups else (0, after)
                 if const_expr(c + 1 < groups):
-                    self.decode_fp8(chunks, words, registers[0], thread, c + 1, 0, stage)
+                    cute.autovec_copy(chunks.codes[None, thread, 0, c + 1, stage], words[None, 0])
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                    self.decode_fp8(chunks, words, registers[0], thread, 0, 0, after)
+                    cute.autovec_copy(chunks.codes[None, thread, 0, 0, after], words[None, 0])
                 warpgroup.wait_group(0)
                 pin(partial)
                 self.add_scaled(acc, partial, scale0, scale1)
+                cute.autovec_copy(chunks.codes[None, thread, 1, next_chunk, next_stage], words[None, 1])
+                for half in cutlass.range_constexpr(2):
+                    self.decode_fp8(words, half, registers[half])
             self.release(ring, stage, Boolean(True))
             stage, phase = after, after_phase
         return stage, phase
 
-    @cute.jit
-    def decode_fp8(
-        self,
-        chunks: Chunks,
-        words: cute.Tensor,
-        registers: cute.Tensor,
-        thread: Int32,
-        chunk: cutlass.Constexpr,
-        half: cutlass.Constexpr,
-        stage: Int32,
-    ) -> None:
+    @staticmethod
+    def decode_fp8(words: cute.Tensor, half: int, registers: cute.Tensor) -> None:
         """Half of a chunk, two k32 blocks, to the fragment ``registers``."""
-        cute.autovec_copy(chunks.codes[None, thread, half, chunk, stage], words)
-        for b in cutlass.range_constexpr(2):
-            for r in cutlass.range_constexpr(4):
-                registers[r, b] = decode.fp8_from_4bit(words[2 * b + r // 2], r)
+        for b in range(2):
+            for r in range(4):
+                registers[r, b] = decode.fp8_from_4bit(words[2 * b + r // 2, half], r)
 
     @staticmethod
     def add_scaled(acc: cute.Tensor, partial: cute.Tensor, scale0: Float32, scale1: Float32) -> None:
