@@ -12,9 +12,10 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from mxmoe_steps.atomic import canonical_json
-from mxmoe_steps.config import decoder_layers, load_config, points
+from mxmoe_steps.config import decoder_layers, load_config, points, timed_as
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.provenance import stamps
+from mxmoe_steps.timing.launches import kernel_hashes
 from mxmoe_steps.quantizers.method import QUANTIZERS
 
 try:
@@ -26,6 +27,12 @@ MODEL = CONFIG.model.name
 POINTS = {point.name: point for point in points(CONFIG)}
 FRONTIERS = {point.frontier: point for point in POINTS.values()}
 OUT = f"results/{MODEL}"
+PROFILED = sorted(
+    {
+        *(timed_as(CONFIG).get(scheme, scheme) for scheme in CONFIG.calibrate.schemes),
+        "w16a16",
+    }
+)
 
 
 wildcard_constraints:
@@ -44,6 +51,23 @@ def model_files():
         for pattern in ("*.json", "*.safetensors")
         for file in sorted(folder.glob(pattern))
     ]
+
+
+def measurements_of(hardware):
+    """Shipped measurements of a named GPU; nothing where only its data sheet is known."""
+    return [
+        str(file)
+        for file in sorted(Path("resources/profiles").glob(f"{hardware}.parquet"))
+    ]
+
+
+def require_gpu():
+    """Stop before any job if this machine is to be measured and has no GPU; cluster jobs find theirs."""
+    if not list(Path("/dev").glob("nvidia[0-9]*")) and workflow.local_exec:
+        raise WorkflowError(
+            "profile.hardware: local measures this machine's GPU, and it has none:"
+            " name a GPU of resources/profiles instead, e.g. h100"
+        )
 
 
 def text_files(names):

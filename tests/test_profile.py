@@ -1,15 +1,22 @@
-"""The roofline estimate."""
+"""Profiles: the data-sheet estimate, the fit to measurements, and what is refused."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.profile import HARDWARE, estimate_profile, read_hardware, roofline_kstep_us
+from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import parse_scheme
-from mxmoe_steps.tables import PROFILE, read_table
+from mxmoe_steps.tables import MEASUREMENTS, PROFILE, read_table, write_table
+from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, read_hardware, roofline_kstep_us
+from mxmoe_steps.timing.fit import errors, features, fit, fit_constants, fit_tiles, held_out, predict
+from mxmoe_steps.timing.launches import kernel_configs, kernel_hashes, mixtures, problem_launches, tile_launches
 
 
 def test_every_shipped_gpu_has_a_source_and_all_fields():
@@ -37,12 +44,139 @@ def test_unknown_gpu_and_missing_tensor_cores():
         estimate_profile([parse_scheme("w8a8_fp8")], read_hardware("a100"))
 
 
-def test_command_line_writes_the_same_bytes(tmp_path):
+SMS = 132
+TRUE = {"launch_us": 6.0, "loop_launch_us": 0.15, "loop_tile_us": 0.05, "tail": 0.7, "exposed": 0.2,
+        "bandwidth_gbs": 3000.0}  # fmt: skip
+FORMATS = tuple(sorted(kernel_format(parse_scheme(name)) for name in ("w16a16", "w4a16", "w8a8_fp8", "w2a16")))
+
+
+def row_of(launch, phase: str, us: list[float], apart: bool = False) -> dict:
+    return {
+        "kind": launch.kind, "model": launch.model, "block": launch.block, "tokens": launch.tokens,
+        "out_features": launch.n, "in_features": launch.k, "phase": phase, "apart": apart,
+        "carried": [f.name for f in launch.carried], "experts": len(launch.expert_rows), "rows": list(launch.rows),
+        "schemes": list(launch.schemes), "us": us,
+    }  # fmt: skip
+
+
+def synthetic_machine(noise: float) -> list[dict]:
+    """Measurements of a machine that obeys the model, with lognormal noise."""
+    generator = np.random.default_rng(0)
+
+    def rounds(us: float) -> list[float]:
+        return (us * generator.lognormal(0, noise, 5)).tolist()
+
+    tile = {}
+    rows = []
+    for launch, phase in tile_launches(FORMATS, SMS):
+        scheme = parse_scheme(launch.schemes[0])
+        tile_us, kstep_us = 0.5 + launch.tokens / 100, 0.1 + scheme.weight_bits / 40 + launch.tokens / 500
+        tile.setdefault((phase, scheme.name), set()).add((launch.tokens, tile_us, kstep_us, 0.0))
+        waves = len(launch.rows) * -(-launch.n // 128) / SMS
+        rows.append(row_of(launch, phase, rounds(5 + waves * (tile_us + kstep_us * launch.k / 128))))
+    tiles = {key: np.array(sorted(cells)) for key, cells in tile.items()}
+    for launch in problem_launches(FORMATS, 60):
+        for phase in ("decode", "prefill"):
+            row = row_of(launch, phase, [1.0])
+            us = predict(features([row], tiles, SMS), TRUE)[0]
+            rows.append({**row, "us": rounds(us)})
+            if launch.mixed:
+                rows.append({**row, "us": rounds(1.25 * us), "apart": True})
+    return rows
+
+
+def test_the_fit_finds_the_machine():
+    rows = synthetic_machine(noise=0.01)
+    columns, facts = fit(rows, SMS)
+    for name, value in TRUE.items():
+        assert facts[name] == pytest.approx(value, rel=0.1, abs=0.02), name
+    for scheme, tokens, tile_us, kstep_us in zip(
+        columns["scheme"], columns["tile_tokens"], columns["tile_us"], columns["kstep_us"], strict=True
+    ):
+        assert kstep_us == pytest.approx(0.1 + parse_scheme(scheme).weight_bits / 40 + tokens / 500, rel=0.05)
+        assert tile_us == pytest.approx(0.5 + tokens / 100, rel=0.25, abs=0.2)
+    assert facts["errors"]["single"]["median"] < 0.02
+    assert facts["errors"]["mixed"]["p95"] < 0.05
+    assert facts["repeat_spread"]["median"] == pytest.approx(0.023, rel=0.3)  # range of five normal draws: 2.33 sigma
+    assert facts["fused_over_apart"][0]["median"] == pytest.approx(0.8, rel=0.02)
+    assert fit(rows, SMS) == (columns, facts)
+
+
+def test_errors_by_hand():
+    found = errors(np.array([1.1, 2.0, 2.4]), np.array([1.0, 2.0, 3.0]))
+    assert found == {"problems": 3, "median": pytest.approx(0.1), "p95": pytest.approx(0.1 + 0.9 * 0.1)}
+
+
+def test_held_out_problems_do_not_reach_their_own_fit():
+    rows = synthetic_machine(noise=0.0)
+    problems = [row for row in rows if row["kind"] == "problem" and not row["apart"] and row["phase"] == "decode"]
+    data = features(problems, fit_tiles([row for row in rows if row["kind"] == "tile"], SMS), SMS)
+    spoiled = data.us.copy()
+    spoiled[::5] *= 10
+    honest = fit_constants(data[np.arange(len(spoiled)) % 5 > 0])
+    kept = held_out(replace(data, us=spoiled))[::5]
+    assert kept == pytest.approx(predict(data, honest)[::5])
+
+
+def test_too_few_measurements_are_refused(tmp_path):
+    rows = [row for row in synthetic_machine(0.0) if row["kind"] == "tile"]
+    with pytest.raises(UserError, match="0 problems, fewer than"):
+        fit(rows, SMS)
+    write_table(MEASUREMENTS, tmp_path / "other.parquet", {name: [] for name in MEASUREMENTS.schema.names},
+                {"device": "NVIDIA Abacus"})  # fmt: skip
+    with pytest.raises(UserError, match="no kernels for NVIDIA Abacus and no data sheet"):
+        fit_profile(tmp_path / "other.parquet", [parse_scheme("w4a16")])
+
+
+def test_a_known_gpu_without_kernels_gets_its_data_sheet(tmp_path, capsys):
+    write_table(MEASUREMENTS, tmp_path / "a100.parquet", {name: [] for name in MEASUREMENTS.schema.names},
+                {"device": "NVIDIA A100-SXM4-80GB"})  # fmt: skip
+    columns, facts = fit_profile(tmp_path / "a100.parquet", [parse_scheme("w4a16")])
+    assert (columns, facts) == estimate_profile([parse_scheme("w4a16")], read_hardware("a100"))
+    assert capsys.readouterr().err.count("no kernels for NVIDIA A100") == 1
+
+
+def test_shipped_measurements_meet_the_bar(tmp_path):
+    table, measured = read_table(MEASUREMENTS, HARDWARE.with_name("h100.parquet"))
+    assert set(measured["kernels"]) == set(kernel_hashes())
+    assert {"clocks", "compiler", "cuda", "date", "device", "driver", "torch"} <= set(measured)
+    facts = fit(table.to_pylist(), measured["sms"])[1]
+    for error in facts["errors"].values():
+        assert error["problems"] >= 100
+        assert error["median"] <= 0.10
+        assert error["p95"] <= 0.20
+
+
+def test_launches_are_those_that_were_compiled():
+    compiled = set(kernel_configs(FORMATS))
+    launches = problem_launches(FORMATS, 50)
+    assert all(config in compiled for launch in launches for p in ("decode", "prefill")
+               for config in (launch.config(p), *launch.configs_apart(p)))  # fmt: skip
+    assert launches == problem_launches(FORMATS, 50)
+    assert len({launch.model for launch in launches}) > 4
+    assert all(sorted(launch.order) == list(range(len(launch.rows))) for launch in launches)
+    assert not mixtures(FORMATS[:1])
+    for launch, _ in tile_launches(FORMATS, SMS):
+        assert len(launch.rows) * -(-launch.n // 128) % (2 * SMS) == 0
+
+
+def test_measuring_needs_a_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    command = [sys.executable, "-m", "mxmoe_steps.measure", "--schemes", "w4a16", "--out", str(tmp_path / "m")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "measure needs a CUDA GPU and this machine has none" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("hardware", ["h200", "h100"])
+def test_command_line_writes_the_same_bytes(tmp_path, hardware):
     for name in ("a", "b"):
-        command = [sys.executable, "-m", "mxmoe_steps.profile", "--hardware", "h100", "--schemes", "w1a16", "w4a16",
+        command = [sys.executable, "-m", "mxmoe_steps.profile", "--hardware", hardware, "--schemes", "w1a16", "w4a16",
                    "--out", str(tmp_path / name)]  # fmt: skip
         subprocess.run(command, check=True)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     table, facts = read_table(PROFILE, tmp_path / "a")
-    assert set(table.column("scheme").to_pylist()) == {"w2a16_g128_asym", "w4a16_g128_asym"}
-    assert facts["estimate"] is True
+    assert {"w2a16_g128_asym", "w4a16_g128_asym"} <= set(table.column("scheme").to_pylist())
+    assert facts["estimate"] is (hardware == "h200")

@@ -18,6 +18,7 @@ from mxmoe_steps.allocation.files import read_allocation
 from mxmoe_steps.allocation.time_model import block_times, layer_times, read_profile, timing_schemes
 from mxmoe_steps.allocation.traffic import sample_traffic
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import PHASES
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, PROFILE, read_table, write_table
 
@@ -30,7 +31,7 @@ def inputs(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("inputs")
     losses = write_losses(folder / "losses", SCHEMES, layers=2, experts=3)
     trace = write_trace(folder / "trace", layers=2, experts=3, top_k=2)
-    run(profile_step, "--hardware", "h100", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h100.parquet")
+    run(profile_step, "--hardware", "h200", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h100.parquet")
     return {"losses": losses, "trace": trace, "profile": str(folder / "h100.parquet")}
 
 
@@ -83,7 +84,9 @@ def test_reported_numbers_are_those_of_the_assignment(tmp_path, inputs, granular
     assert allocation["bits"] <= 4.5
     profile = read_profile(inputs["profile"])
     traffic = sample_traffic(inputs["trace"], [], 16)
-    times = block_times(blocks, timing_schemes(losses.schemes, profile, {}), traffic, profile)
+    kernels = timing_schemes(losses.schemes, profile, {})
+    carried = None if granularity in ("layer", "uniform") else kernels
+    times = block_times(blocks, kernels, traffic, profile, carried)
     assert allocation["time_us"] == pytest.approx(sum(layer_times(blocks, times, choice).values()))
     assert allocation["time_is_estimate"] is True
     assert 0 <= allocation["gap"] <= 1e-4
@@ -245,10 +248,21 @@ def toy(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("toy")
     losses = write_losses(folder / "losses", SCHEMES, layers=1, experts=2, shared=0)
     trace = write_trace(folder / "trace", layers=1, experts=2, top_k=1)
-    cells = [(parse_scheme(text).name, tile, 0.05 * index + tile / 400, 0.02 * (3 - index) + tile / 600)
-             for index, text in enumerate(SCHEMES) for tile in (8, 32)]  # fmt: skip
+    cells = [(phase, parse_scheme(text).name, tile, 0.05 * index + tile / 400, 0.02 * (3 - index) + tile / 600, 0.0)
+             for phase in PHASES for index, text in enumerate(SCHEMES) for tile in (8, 32)]  # fmt: skip
     columns = dict(zip(PROFILE.schema.names, map(list, zip(*cells, strict=True)), strict=True))
-    facts = {"sms": 4, "bandwidth_gbs": 60.0, "launch_us": 0.5, "estimate": True, "device": "toy", "arch": "toy"}
+    facts = {
+        "sms": 4,
+        "bandwidth_gbs": 60.0,
+        "launch_us": 0.5,
+        "estimate": True,
+        "device": "toy",
+        "arch": "toy",
+        "loop_launch_us": 0.1,
+        "loop_tile_us": 0.03,
+        "tail": 0.7,
+        "exposed": 0.2,
+    }
     write_table(PROFILE, folder / "toy.parquet", columns, {**facts, "source": "made up"})
     return {"losses": losses, "trace": trace, "profile": str(folder / "toy.parquet")}
 
@@ -274,7 +288,8 @@ def test_every_r_against_all_assignments(tmp_path, toy, flags, tokens):
     traffic = sample_traffic(toy["trace"], [], tokens)
     kernels = timing_schemes(losses.schemes, profile, {})
     tiles = [profile.only_tile(8), profile.only_tile(32)] if "--shared-tile" in flags else [profile]
-    times = [block_times(losses.blocks, kernels, traffic, tile) for tile in tiles]
+    carried = None if {"layer", "uniform"} & set(flags) else kernels
+    times = [block_times(losses.blocks, kernels, traffic, tile, carried) for tile in tiles]
     index = np.arange(6)
     points = []
     for choice in map(np.array, itertools.product(range(3), repeat=6)):

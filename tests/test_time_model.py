@@ -6,9 +6,10 @@ from synthetic import write_trace
 
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.predict import mean_layer_us
-from mxmoe_steps.allocation.time_model import Profile, block_times, layer_times, timing_schemes
+from mxmoe_steps.allocation.time_model import Profile, block_times, layer_times, tile_counts, timing_schemes
 from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import PHASES
 from mxmoe_steps.schemes import parse_scheme
 
 W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
@@ -16,8 +17,10 @@ W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
 
 def gpu(**changes) -> Profile:
     tiles = {W4: np.array([[16, 1.0, 0.1], [64, 2.0, 0.2]]), W8: np.array([[16, 1.0, 0.05]])}
-    return Profile(**{"tiles": tiles, "sms": 4, "bandwidth_gbs": 100.0, "launch_us": 5.0, "estimate": True,
-                      "device": "toy", **changes})  # fmt: skip
+    given = {"sms": 4, "bandwidth_gbs": 100.0, "launch_us": 5.0, "loop_launch_us": 0.5, "loop_tile_us": 0.25,
+             "tail": 0.75, "exposed": 0.125, "estimate": True, "device": "toy", **changes}  # fmt: skip
+    by_scheme = given.pop("tiles", tiles)
+    return Profile(tiles={(phase, s): cells for phase in PHASES for s, cells in by_scheme.items()}, **given)
 
 
 def layer_of_two_experts() -> Blocks:
@@ -35,27 +38,43 @@ def layer_of_two_experts() -> Blocks:
 
 def test_times_by_hand():
     blocks = layer_of_two_experts()
-    rows = np.array([[[40, 0], [20, 20]]])  # two steps
+    rows = np.array([[[70, 0], [20, 20]]])  # two steps
     traffic = Traffic((0,), 40, rows, np.full(rows.shape, 0.5))
-    times = block_times(blocks, [W4, W8], traffic, gpu())
-    # Expert 0, gate [128, 256], w4: step one 40 rows -> one 64-tile of 2 + 2 x 0.2; step two 20 rows -> two 16-tiles
-    # of 1 + 2 x 0.1 = 2.4, or one 64-tile of 2.4: equal, the smaller tile counts as first.
+    times = block_times(blocks, [W4, W8], traffic, gpu(), carried=[W4, W8])
+    # Expert 0, gate [128, 256], w4, whose kernel carries one loop of another scheme: 70 rows are a 64-tile of
+    # 2 + 0.25 + 2 x 0.2 and a 16-tile of 1 + 0.25 + 2 x 0.1; 20 rows are one 64-tile.
     gate = 3
-    assert times.compute[gate, 0] == pytest.approx((2.4 + 2.4) / 2 / 4)
-    assert times.longest[gate, 0] == pytest.approx(0.75 * 2.4)
+    assert times.compute[gate, 0] == pytest.approx(((2.65 + 1.45) + 2.65) / 2 / 4)
+    assert times.longest[gate, 0] == pytest.approx(0.75 * 2.65)
     # Expert 1: idle in step one; its bytes count half.
     weights = 128 * 256 * 4.25 / 8
-    assert times.memory[6, 0] == pytest.approx((0.5 * weights + 10 * (256 * 2 + 128 * 2)) / 1e5)
-    # The shared expert sees all 40 tokens; down is [256, 256], two strips of 128 rows.
-    assert times.compute[2, 1] == pytest.approx(3 * 2 * (1 + 2 * 0.05) / 4)
+    moved = (0.5 * weights + 10 * (256 * 2 + 128 * 2)) / 1e5
+    assert times.memory[6, 0] == pytest.approx(moved + 0.125 * times.compute[6, 0])
+    # The shared expert sees all 40 tokens: three 16-tiles; two loops of another scheme. Its width is two experts:
+    # gate and up are two pieces of [128, 256], down two of [256, 128] with two strips of 128 rows each.
+    assert times.compute[0, 1] == pytest.approx(3 * 2 * (1 + 0.5 + 2 * 0.05) / 4)
+    assert times.compute[2, 1] == pytest.approx(3 * 2 * 2 * (1 + 0.5 + 0.05) / 4)
+    assert times.launch_us.tolist() == [6.5, 6.5]
+    assert block_times(blocks, [W4, W8], traffic, gpu()).launch_us.tolist() == [6.0, 5.5]
     choice = np.array([0, 1, 1, 0, 0, 1, 1, 1, 1])
     index = np.arange(9)
     total = 0.0
     for members in ([0, 1, 3, 4, 6, 7], [2, 5, 8]):
         take = (index[members], choice[members])
         compute = times.compute[take].sum() + times.longest[take].max()
-        total += 5 + max(compute, times.memory[take].sum())
+        total += 6.5 + max(compute, times.memory[take].sum())
     assert layer_times(blocks, times, choice) == {0: pytest.approx(total)}
+
+
+@pytest.mark.parametrize("rows", range(0, 700, 7))
+def test_rows_are_cut_as_the_kernels_cut_them(rows):
+    sizes = np.array([16.0, 32, 48, 64, 128])
+    left, expected = rows, [0] * 5
+    while left > 0:
+        size = next((i for i, size in enumerate(sizes) if size >= left), 4)
+        expected[size] += 1
+        left -= int(sizes[size])
+    assert tile_counts(np.array([[rows]]), sizes)[0, 0].tolist() == expected
 
 
 def test_a_prediction_counts_the_kernel_that_the_allocation_names():
@@ -77,7 +96,7 @@ def test_narrow_memory_is_the_floor():
     traffic = Traffic((0,), 20, rows, np.ones(rows.shape))
     times = block_times(blocks, [W4], traffic, gpu(bandwidth_gbs=1e-3))
     choice = np.zeros(9, int)
-    assert layer_times(blocks, times, choice)[0] == pytest.approx(10 + times.memory.sum())
+    assert layer_times(blocks, times, choice)[0] == pytest.approx(12 + times.memory.sum())
 
 
 def test_one_bit_runs_as_two_bit_and_unknown_kernels_are_refused():

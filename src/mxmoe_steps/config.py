@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.data.sources import FileText, MixText
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.models.families import is_local, open_model
 from mxmoe_steps.quantizers.method import QuantizerName
 from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.timing.estimate import measured_file, read_hardware
 
 Granularity = Literal["block", "expert", "layer", "uniform"]
 Goal = Literal["r", "max_time_us", "max_loss"]
@@ -90,7 +92,19 @@ class Calibrate(Section):
 class Profile(Section):
     """Kernel times."""
 
-    hardware: str = Field("h100", description="GPU whose profile in resources/profiles to use")
+    hardware: str = Field(
+        "h100", description="a GPU of resources/profiles, or local: compile kernels and measure this machine's GPU"
+    )
+
+    @field_validator("hardware")
+    @classmethod
+    def _exists(cls, name: str) -> str:
+        if name != "local":
+            try:
+                read_hardware(name)
+            except UserError as error:
+                raise ValueError(f"{error}; or local, to measure this machine's GPU") from None
+        return name
 
 
 class Solve(Section):
@@ -223,6 +237,19 @@ class Config(Section):
             raise ValueError("runtime.layers_per_job needs a local model: download it and set model.path to its folder")
         return self
 
+    def _kernels_exist(self) -> None:
+        """Where times are measured, every candidate needs a kernel, its own or one that counts for it."""
+        if self.profile.hardware != "local" and measured_file(self.profile.hardware) is None:
+            return
+        for scheme in self.calibrate.schemes:
+            try:
+                kernel_format(parse_scheme(timed_as(self).get(scheme, scheme)))
+            except UserError as error:
+                raise ValueError(
+                    f"{error}; take it out of calibrate.schemes, or count another one's kernel,"
+                    f" e.g. solve.time_as: [{scheme}=w4a16]"
+                ) from None
+
     def _budgets_reachable(self) -> None:
         """No candidate can go below its codes and group overhead; `frontier` knows the exact figure."""
         wide = 1 << 20  # input features: per-channel overhead vanishes, so this is a lower bound
@@ -234,6 +261,12 @@ class Config(Section):
                     f"sweep: budget_bits {min(grid.budget_bits):g} is below {bits:g}, what the smallest candidate"
                     f" {least} takes; raise the budget or add a smaller scheme to calibrate.schemes"
                 )
+
+
+def timed_as(config: Config) -> dict[str, str]:
+    """Scheme -> the scheme whose kernel counts for it, by canonical names."""
+    pairs = (text.split("=", 1) for text in config.solve.time_as if "=" in text)
+    return {parse_scheme(scheme).name: parse_scheme(kernel).name for scheme, kernel in pairs}
 
 
 def _known(key: str, names: list[str], known: list[str] | list[QuantizerName], what: str) -> None:

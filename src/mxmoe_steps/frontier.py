@@ -25,7 +25,7 @@ def frontier(args: argparse.Namespace) -> None:
     from mxmoe_steps.allocation.files import write_frontier
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import Part
-    from mxmoe_steps.allocation.time_model import block_times, read_profile, timing_schemes
+    from mxmoe_steps.allocation.time_model import block_times, read_profile, step_phase, timing_schemes
     from mxmoe_steps.allocation.traffic import sample_traffic
     from mxmoe_steps.schemes import ORIGINAL, parse_scheme
 
@@ -50,11 +50,15 @@ def frontier(args: argparse.Namespace) -> None:
     profile = read_profile(args.profile)
     traffic = sample_traffic(args.trace, args.traffic_text, args.tokens, args.phase, args.steps, args.seed)
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
+    used = [kernel for kernel, scheme in zip(kernels, losses.schemes, strict=True) if scheme in {*candidates, *fixed}]
+    alone = args.granularity in ("layer", "uniform") and not fixed
     tiles: list[int | None] = [None]
     if args.shared_tile:
-        tiles = [*sorted({int(tile) for kernel in kernels for tile in profile.tiles[kernel][:, 0]})]
+        tiles = [*profile.shared_tiles(step_phase(traffic), used)]
     times = {
-        tile: block_times(losses.blocks, kernels, traffic, profile.only_tile(tile) if tile else profile)
+        tile: block_times(
+            losses.blocks, kernels, traffic, profile.only_tile(tile) if tile else profile, None if alone else used
+        )
         for tile in tiles
     }
     whole = args.scope == "model" or args.granularity == "uniform"

@@ -13,8 +13,6 @@ from typing import Any
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
 
-KERNEL_MODULES = ("decode", "formats", "group_gemm")  # what the times depend on
-
 
 def environment() -> dict[str, Any]:
     """The GPU and the versions; `UserError` if there is no GPU."""
@@ -51,10 +49,9 @@ def environment() -> dict[str, Any]:
 def measure(args: argparse.Namespace) -> None:
     """Measure and write the table."""
     from mxmoe_steps.kernels.formats import PHASES
-    from mxmoe_steps.provenance import module_hash
     from mxmoe_steps.schemes import parse_scheme
     from mxmoe_steps.tables import MEASUREMENTS, write_table
-    from mxmoe_steps.timing.launches import formats_of, problem_launches, tile_launches
+    from mxmoe_steps.timing.launches import formats_of, kernel_hashes, problem_launches, tile_launches
 
     facts = environment()
     columns: dict[str, list[Any]] = {name: [] for name in MEASUREMENTS.schema.names}
@@ -91,8 +88,7 @@ def measure(args: argparse.Namespace) -> None:
         }  # fmt: skip
         for name, values in columns.items():
             values.append(row[name])
-    kernels = {name: module_hash(f"mxmoe_steps.kernels.{name}") for name in KERNEL_MODULES}
-    facts |= {"clocks": clocks, "kernels": kernels, "repeats": args.repeats, "rounds": args.rounds}
+    facts |= {"clocks": clocks, "kernels": kernel_hashes(), "repeats": args.repeats, "rounds": args.rounds}
     write_table(MEASUREMENTS, args.out, columns, facts)
 
 

@@ -1,77 +1,93 @@
-"""profile: what one output tile of a GroupGEMM costs on a GPU, per scheme and token tile.
+"""profile: what launches of the grouped GEMM kernels cost on a GPU, for the time model of `frontier`.
 
-Writes a table of tile times; `frontier` turns them into the time of a layer. Without a GPU the times are a
-roofline estimate from the data sheet of a named GPU (resources/profiles/hardware.json), and every result
-that uses them says so.
+Fits the model to measurements: those that `measure` took on this machine's GPU, or those in resources/profiles of
+a named one. The error on held-out problems goes into the table and to stderr. For a GPU that nothing was measured on
+the times are a roofline estimate from its data sheet, and every result that uses them says so.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.schemes import Scheme, parse_scheme
-
-HARDWARE = Path(__file__).parents[2] / "resources" / "profiles" / "hardware.json"
-TILE_TOKENS = (8, 16, 32, 64, 128, 256)
-TILE_WEIGHTS = 128  # weight rows of a tile: two 64-row warpgroup products on Hopper
-MIN_TENSOR_TOKENS = 16  # a narrower product keeps the tensor cores busy just as long
+from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, measured_file, read_hardware
 
 
-def read_hardware(name: str) -> dict[str, Any]:
-    """Data sheet of a known GPU; `UserError` lists the known ones."""
-    known: dict[str, dict[str, Any]] = json.loads(HARDWARE.read_text(encoding="utf-8"))
-    if name not in known:
-        raise UserError(f"hardware {name!r} is not known; known are {', '.join(sorted(known))} (see {HARDWARE})")
-    return known[name]
+def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Columns and facts of a PROFILE table from a table of measurements."""
+    from mxmoe_steps.kernels.formats import kernel_format
+    from mxmoe_steps.tables import MEASUREMENTS, read_table
+    from mxmoe_steps.timing.fit import fit
+    from mxmoe_steps.timing.launches import kernel_hashes
+
+    table, measured = read_table(MEASUREMENTS, path)
+    if not len(table):  # a GPU that the kernels do not run on
+        known = json.loads(HARDWARE.read_text(encoding="utf-8"))
+        names = [name for name, sheet in known.items() if sheet["device"] == measured["device"]]
+        if not names:
+            raise UserError(
+                f"no kernels for {measured['device']} and no data sheet of it: add it to {HARDWARE}, or set"
+                f" profile.hardware to one of {', '.join(sorted(known))}"
+            )
+        print(f"profile: no kernels for {measured['device']}; its data sheet is used", file=sys.stderr)
+        return estimate_profile(schemes, known[names[0]])
+    columns, fitted = fit(table.to_pylist(), measured["sms"])
+    for scheme in schemes:
+        if (kernel := kernel_format(scheme).name) not in columns["scheme"]:
+            raise UserError(f"{path}: no times of {kernel}, which runs {scheme}: measure with it")
+    changed = [name for name, value in kernel_hashes().items() if measured["kernels"].get(name) != value]
+    source = f"measured on {measured['date']}, {measured['rounds']} rounds"
+    if changed:
+        source += f", with an earlier version of kernels/{changed[0]}.py"
+        print(f"profile: the kernels ({', '.join(changed)}) have changed since {path} was measured", file=sys.stderr)
+    facts = {"arch": "sm_90a", "estimate": False, "kernels_changed": changed, "source": source}
+    return columns, measured | fitted | facts
 
 
-def roofline_kstep_us(scheme: Scheme, tile_tokens: int, hardware: dict[str, Any]) -> float:
-    """Time of 128 input features of one tile on one SM: tensor cores or the L2 cache, whichever is slower.
-
-    The tensor cores do 2 x 128 x 128 x tokens operations at 1/SMs of the GPU's peak; the L2 cache delivers
-    the stored weights and the activations of the step at 1/SMs of its bandwidth.
-    """
-    peaks = hardware["peak_tflops"]
-    if scheme.compute_type not in peaks:
-        raise UserError(
-            f"scheme {scheme}: {hardware['device']} has no {scheme.compute_type} tensor cores, only {', '.join(peaks)}"
+def summary(facts: dict[str, Any]) -> str:
+    """The fit in a few lines."""
+    lines = [f"{facts['device']}, {facts['source']}"]
+    for kind, error in facts["errors"].items():
+        lines.append(
+            f"held-out error, {error['problems']} {kind} problems: median {error['median']:.1%},"
+            f" 95th percentile {error['p95']:.1%}"
         )
-    operations = 2 * TILE_WEIGHTS * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
-    compute_us = operations * hardware["sms"] / (peaks[scheme.compute_type] * 1e6)
-    loaded = TILE_WEIGHTS * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
-    return float(max(compute_us, loaded * hardware["sms"] / (hardware["l2_gbs"] * 1e3)))
-
-
-def estimate_profile(schemes: list[Scheme], hardware: dict[str, Any]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
-    """Columns and facts of a `tables.PROFILE` table from a data sheet."""
-    kernels = sorted({scheme.kernel_scheme for scheme in schemes})
-    cells = [(scheme, tile) for scheme in kernels for tile in TILE_TOKENS]
-    columns: dict[str, list[Any]] = {
-        "scheme": [scheme.name for scheme, _ in cells],
-        "tile_tokens": [tile for _, tile in cells],
-        "tile_us": [float(hardware["tile_us"]) for _ in cells],
-        "kstep_us": [roofline_kstep_us(scheme, tile, hardware) for scheme, tile in cells],
-    }
-    facts = {key: hardware[key] for key in ("device", "arch", "sms", "bandwidth_gbs", "launch_us", "source")}
-    return columns, {**facts, "estimate": True}
+    repeat, loss = facts["repeat_spread"], facts["phase_loss"]
+    lines.append(f"repeat-to-repeat spread: median {repeat['median']:.1%}, 95th percentile {repeat['p95']:.1%}")
+    lines.append(f"time lost by the rule for decode or prefill: median {loss['median']:.1%}, 95 % {loss['p95']:.1%}")
+    for one in facts["fused_over_apart"]:
+        lines.append(
+            f"fused / one launch per scheme, from {one['tokens_from']} tokens: median {one['median']:.2f}"
+            f" ({one['least']:.2f} to {one['most']:.2f}, {one['launches']} problems)"
+        )
+    return "\n".join(lines)
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Write the profile of ``args.hardware``."""
+    """Write the profile."""
     from mxmoe_steps.tables import PROFILE, write_table
 
     schemes = [parse_scheme(text) for text in args.schemes]
-    columns, facts = estimate_profile(schemes, read_hardware(args.hardware))
+    path = Path(args.measurements) if args.measurements else measured_file(args.hardware)
+    if path is None:
+        columns, facts = estimate_profile(schemes, read_hardware(args.hardware))
+    else:
+        columns, facts = fit_profile(path, schemes)
+    if not facts["estimate"]:
+        print(summary(facts), file=sys.stderr)
     write_table(PROFILE, args.out, columns, facts)
 
 
 def main() -> None:
     """Command line."""
     parser = parser_for(__doc__)
-    parser.add_argument("--hardware", required=True, help="a GPU of resources/profiles/hardware.json, e.g. h100")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--hardware", help="a GPU of resources/profiles, e.g. h100")
+    source.add_argument("--measurements", help="table that measure wrote")
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
     parser.add_argument("--out", required=True, help="parquet file to write")
     profile(parser.parse_args())

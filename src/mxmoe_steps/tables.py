@@ -96,16 +96,18 @@ MEASUREMENTS = TableKind(  # written by measure: one row per timed launch
 
 PROFILE = TableKind(  # written by profile, one table per GPU
     "profile",
-    1,
+    2,
     pa.schema(
         [
+            ("phase", pa.string()),  # which kernel: decode or prefill
             ("scheme", pa.string()),
             ("tile_tokens", pa.int32()),  # tokens per output tile; 128 weight rows per tile
             ("tile_us", pa.float64()),  # fixed time of one tile on one SM, microseconds
             ("kstep_us", pa.float64()),  # time per 128 input features of one tile on one SM
+            ("spread", pa.float64()),  # (most - least) / median over the rounds of measuring; 0 for an estimate
         ]
     ),
-    ("scheme", "tile_tokens"),
+    ("phase", "scheme", "tile_tokens"),
 )
 
 

@@ -11,7 +11,7 @@ from mxmoe_steps.schemes import BLOCKS, parse_scheme
 
 
 def mean_layer_us(allocation: dict[str, Any], blocks: Blocks, traffic: Traffic, profile: Profile) -> float:
-    """Microseconds of one layer's expert GEMMs, the mean over layers.
+    """Microseconds of one layer's expert GEMMs, the mean over layers; a layer's kernels carry the schemes it uses.
 
     ``allocation``: what `solve` wrote: its ``assignment`` has rows [layer, expert, gate, up, down] for every expert
     in ``blocks``, its ``timed_as`` names schemes that another one's kernel is counted for.
@@ -24,5 +24,11 @@ def mean_layer_us(allocation: dict[str, Any], blocks: Blocks, traffic: Traffic, 
     ]
     assert len(choice) == len(BLOCKS) * len(named)
     timed_as = {parse_scheme(scheme): parse_scheme(kernel) for scheme, kernel in allocation["timed_as"].items()}
-    times = block_times(blocks, timing_schemes(tuple(schemes), profile, timed_as), traffic, profile)
-    return float(np.mean(list(layer_times(blocks, times, np.array(choice)).values())))
+    kernels = timing_schemes(tuple(schemes), profile, timed_as)
+    chosen = np.array(choice)
+    layers: list[float] = []
+    for used in {tuple(np.unique(chosen[blocks.layer == layer])) for layer in np.unique(blocks.layer)}:
+        times = block_times(blocks, kernels, traffic, profile, [kernels[number] for number in used])
+        every = layer_times(blocks, times, chosen)
+        layers += [us for layer, us in every.items() if tuple(np.unique(chosen[blocks.layer == layer])) == used]
+    return float(np.mean(sorted(layers)))

@@ -39,7 +39,7 @@ class Problem:
     longest: NDArray[np.float64]  # [U, G, C, J]
     memory: NDArray[np.float64]  # [U, G, C, J]
     scheme_sets: NDArray[np.bool_]  # [U, G, C, S]: schemes that a choice brings into the layer
-    constant_us: float  # launch overheads
+    constant_us: float  # launch overheads that no choice changes
     budget: int  # bits
     params: int
     max_schemes: int | None = None
@@ -147,17 +147,18 @@ def build_problem(
     sets[unit[:, None], group[:, None], np.arange(len(candidates)), scheme] = True
     sides = [np.zeros((*shape, launches)) for _ in range(3)]  # compute, longest, memory
     layers = np.unique(blocks.layer)
-    constant_us = times.launch_us * LAUNCHES * len(layers)
     if granularity in ("layer", "uniform"):  # a choice decides whole launches, so their times are plain numbers
         for layer, launch in product(layers, range(LAUNCHES)):
             of = (blocks.layer == layer) & (blocks.launch == launch)
             time = np.maximum(compute[of].sum(0) + longest[of].max(0), memory[of].sum(0))
-            sides[0][*place[of][0], :, 0] += time
+            sides[0][*place[of][0], :, 0] += time + times.launch_us[scheme[of]].max(0)
+        constant_us = 0.0
     else:
         cells = (unit[:, None], group[:, None], np.arange(len(candidates)), slot[:, None])
         np.add.at(sides[0], cells, compute)
         np.maximum.at(sides[1], cells, longest)
         np.add.at(sides[2], cells, memory)
+        constant_us = float(times.launch_us[scheme].max()) * LAUNCHES * len(layers)
     params = int(blocks.params.sum())
     problem = Problem(
         loss=total_loss,

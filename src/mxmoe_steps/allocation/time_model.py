@@ -2,13 +2,17 @@
 
 A layer is two GroupGEMM launches, gate+up of all experts and down of all experts. A launch takes
 
-    launch_us + max(sum of tile times / P + (1 - 1/P) x longest tile in use, bytes / bandwidth)
+    launch_us + loop_launch_us F + max(W + tail x longest tile in use, bytes / bandwidth + exposed W)
+    W = sum over tiles of (its time + loop_tile_us (F - F of its own scheme)) / P
 
-with P multiprocessors: Graham's bound for list scheduling (1969, theorem 1) or the memory floor. Every term is
-linear in the choices or a maximum over them, so the time of a model is a sum of maxima of linear functions.
-Costs are expectations over sampled steps (`traffic`). The token tile follows from a block's row count.
+with P multiprocessors: Graham's bound for list scheduling (1969, theorem 1; there the tail is 1 - 1/P), or the memory
+floor and the part of the compute that it does not hide. A kernel carries F main loops, one per scheme and token tile.
+Every term is linear in the choices or a maximum over them, so the time of a model is a sum of maxima of linear
+functions. `profile` fits the constants (docs/profile.md). Costs are expectations over sampled steps (`traffic`).
 """
 
+import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import kernel_format, phase_for
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 from mxmoe_steps.tables import PROFILE, read_table
 
@@ -24,47 +29,82 @@ TILE_WEIGHTS = 128  # weight rows per tile
 KSTEP = 128  # input features per k-step
 LAUNCHES = 2  # gate+up, down
 OUTPUT_BYTES = 2  # bfloat16
+CONSTANTS = ("launch_us", "loop_launch_us", "loop_tile_us", "tail", "exposed", "bandwidth_gbs")
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Tile times of one GPU: per scheme [(tile_tokens, tile_us, kstep_us), ...] as float64 [C, 3]."""
+    """Times of one GPU.
 
-    tiles: dict[Scheme, NDArray[np.float64]]
+    ``tiles``: per (phase, scheme) rows of (tile_tokens, tile_us, kstep_us), ascending, float64 [C, 3]; the other
+    numbers are the constants of the module's docstring.
+    """
+
+    tiles: dict[tuple[str, Scheme], NDArray[np.float64]]
     sms: int
-    bandwidth_gbs: float
     launch_us: float
+    loop_launch_us: float
+    loop_tile_us: float
+    tail: float
+    exposed: float
+    bandwidth_gbs: float
     estimate: bool
     device: str
 
+    @property
+    def schemes(self) -> list[Scheme]:
+        """Schemes with a kernel."""
+        return sorted({scheme for _, scheme in self.tiles})
+
+    def loops(self, phase: str, schemes: Collection[Scheme]) -> int:
+        """Main loops of the kernel that carries ``schemes``."""
+        return sum(len(self.tiles[phase, scheme]) for scheme in set(schemes))
+
+    def shared_tiles(self, phase: str, schemes: Collection[Scheme]) -> list[int]:
+        """Token tiles that every one of ``schemes`` has."""
+        return sorted(set.intersection(*({int(t) for t in self.tiles[phase, s][:, 0]} for s in schemes)))
+
     def only_tile(self, tile_tokens: int) -> "Profile":
         """The same GPU with one token tile for every scheme (the paper: one tile per kernel)."""
-        return replace(self, tiles={s: rows[rows[:, 0] == tile_tokens] for s, rows in self.tiles.items()})
+        return replace(self, tiles={key: rows[rows[:, 0] == tile_tokens] for key, rows in self.tiles.items()})
+
+
+def profile_of(columns: dict[str, NDArray[np.generic]], facts: dict[str, object]) -> Profile:
+    """From the columns and facts of a PROFILE table."""
+    rows = np.stack([np.asarray(columns[name], np.float64) for name in ("tile_tokens", "tile_us", "kstep_us")], 1)
+    keys = list(zip(columns["phase"], columns["scheme"], strict=True))
+    tiles = {}
+    for phase, name in sorted({(str(phase), str(name)) for phase, name in keys}):
+        mine = rows[[key == (phase, name) for key in keys]]
+        tiles[phase, parse_scheme(name)] = mine[mine[:, 0].argsort()]
+    return Profile(tiles, **{key: facts[key] for key in ("sms", *CONSTANTS, "estimate", "device")})  # type: ignore[arg-type]
 
 
 def read_profile(path: str) -> Profile:
     """Read a PROFILE table."""
     table, facts = read_table(PROFILE, path)
-    rows = np.stack([table.column(name).to_numpy() for name in ("tile_tokens", "tile_us", "kstep_us")], 1)
-    names = np.array(table.column("scheme").to_pylist())
-    tiles = {parse_scheme(name): rows[names == name] for name in sorted(set(names.tolist()))}
-    for scheme, cells in tiles.items():
+    profile = profile_of({name: np.array(table.column(name).to_pylist()) for name in table.column_names}, facts)
+    for (_, scheme), cells in profile.tiles.items():
         if not (np.isfinite(cells).all() and (cells >= 0).all()):
             raise UserError(f"{path}: a time of {scheme} is negative or not finite; profile this GPU again")
-    keys = ("sms", "bandwidth_gbs", "launch_us", "estimate", "device")
-    return Profile(tiles, **{key: facts[key] for key in keys})
+    return profile
 
 
 def timing_schemes(schemes: tuple[Scheme, ...], profile: Profile, time_as: dict[Scheme, Scheme]) -> list[Scheme]:
-    """Whose kernel times each scheme: its own, the one `time_as` names, or that of `Scheme.kernel_scheme`."""
+    """Whose kernel times each scheme: the one `time_as` names, its own, or the one that runs it."""
     kernels = []
     for scheme in schemes:
-        kernel = time_as.get(scheme, scheme if scheme in profile.tiles else scheme.kernel_scheme)
-        if kernel not in profile.tiles:
+        kernel = time_as.get(scheme, scheme)
+        if kernel not in profile.schemes:
+            kernel = kernel.kernel_scheme
+        if kernel not in profile.schemes and not profile.estimate:
+            with contextlib.suppress(UserError):  # the message below says what to do
+                kernel = parse_scheme(kernel_format(kernel).name)
+        if kernel not in profile.schemes:
             raise UserError(
                 f"scheme {scheme} has no kernel in the profile of {profile.device}, which times "
-                f"{', '.join(map(str, sorted(profile.tiles)))}: drop it from the candidates, or say whose kernel to "
-                f"count for it, e.g. --time-as {scheme}={min(profile.tiles)}"
+                f"{', '.join(map(str, profile.schemes))}: drop it from the candidates, or say whose kernel to "
+                f"count for it, e.g. --time-as {scheme}={profile.schemes[0]}"
             )
         kernels.append(kernel)
     return kernels
@@ -74,17 +114,112 @@ def timing_schemes(schemes: tuple[Scheme, ...], profile: Profile, time_as: dict[
 class Times:
     """Expected times of B blocks under S schemes, microseconds, float64 [B, S].
 
-    ``compute``: tile times / P; ``longest``: (1 - 1/P) x the block's tile; ``memory``: bytes / bandwidth.
+    ``compute``: the block's part of W; ``longest``: tail x its longest tile; ``memory``: bytes / bandwidth + exposed
+    x its part of W. ``launch_us`` [S]: constant time of a launch whose blocks take this scheme.
     """
 
     compute: NDArray[np.float64]
     longest: NDArray[np.float64]
     memory: NDArray[np.float64]
-    launch_us: float
+    launch_us: NDArray[np.float64]
 
 
-def block_times(blocks: Blocks, kernels: list[Scheme], traffic: Traffic, profile: Profile) -> Times:
-    """Times of every block under the kernels of S schemes for the sampled traffic."""
+def tile_counts(rows: NDArray[np.int64], sizes: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Token tiles of each size, [..., C], that the kernels cut ``rows`` [...] into: as many of the largest as fit, and
+    for the rest the smallest that holds it. ``sizes`` ascend."""
+    whole, rest = np.divmod(rows, int(sizes[-1]))
+    counts = np.zeros((*rows.shape, len(sizes)), np.int64)
+    counts[..., -1] = whole
+    np.add.at(counts, (*np.nonzero(rest), np.searchsorted(sizes, rest[rest > 0])), 1)
+    return counts
+
+
+def block_work(
+    rows: NDArray[np.int64],
+    out_features: NDArray[np.int64],
+    in_features: NDArray[np.int64],
+    cells: NDArray[np.float64],
+    extra_us: float,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Time of all tiles and of the longest tile of blocks, both [B, steps]; ``rows`` [B, steps], features [B].
+
+    ``cells`` as in `Profile.tiles`; every tile takes ``extra_us`` more.
+    """
+    counts = tile_counts(rows, cells[:, 0])  # [B, steps, C]
+    one = cells[:, 1] + extra_us + cells[:, 2] * (in_features / KSTEP)[:, None]  # [B, C]
+    strips = -(-out_features // TILE_WEIGHTS)
+    work = (counts * one[:, None]).sum(2) * strips[:, None]
+    return work, np.where(counts > 0, one[:, None], 0.0).max(2)
+
+
+def bytes_moved(
+    rows: NDArray[np.int64], out_features: NDArray[np.int64], in_features: NDArray[np.int64], scheme: Scheme
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Bytes of the weights of blocks [B], moved if there are rows, and of one row's activations in and out [B]."""
+    bits = np.array([scheme.bits(int(features)) for features in in_features])
+    weights = out_features * in_features * bits / 8
+    return weights, in_features * scheme.act_bits / 8 + out_features * OUTPUT_BYTES
+
+
+def step_phase(traffic: Traffic) -> str:
+    """Which kernel runs steps of this size."""
+    return phase_for(int(np.median(traffic.rows.sum(2))), traffic.rows.shape[2])
+
+
+def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Pieces that every block runs as, and output and input features of a piece, int64 [B].
+
+    The kernels cut a shared expert into experts of the routed width (`kernels.plan`).
+    """
+    routed = blocks.expert != SHARED
+    pieces = np.ones(len(blocks), np.int64)
+    out, inner = blocks.out_features.copy(), blocks.in_features.copy()
+    for kind in np.unique(blocks.kind):
+        for layer in np.unique(blocks.layer[~routed & (blocks.kind == kind)]):
+            here = (blocks.layer == layer) & (blocks.kind == kind)
+            shape = {(int(n), int(k)) for n, k in zip(out[here & routed], inner[here & routed], strict=True)}
+            mine = here & ~routed
+            if len(shape) == 1:
+                n, k = shape.pop()
+                count, rest = divmod(int(out[mine][0] * inner[mine][0]), n * k)
+                if not rest and count > 1:
+                    pieces[mine], out[mine], inner[mine] = count, n, k
+    return pieces, out, inner
+
+
+def block_times(
+    blocks: Blocks,
+    kernels: list[Scheme],
+    traffic: Traffic,
+    profile: Profile,
+    carried: Collection[Scheme] | None = None,
+) -> Times:
+    """Times of every block under the kernels of S schemes for the sampled traffic.
+
+    ``carried``: schemes of the kernel that runs the launches; by default each scheme is timed alone in its own.
+    """
+    rows, weight = _rows_and_weights(blocks, traffic)
+    phase = step_phase(traffic)
+    used = weight * (rows > 0)
+    pieces, out, inner = cut_shared(blocks)
+    shape = (len(blocks), len(kernels))
+    times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(len(kernels)))
+    for column, scheme in enumerate(kernels):
+        own = profile.loops(phase, [scheme])
+        loops = own if carried is None else profile.loops(phase, carried)
+        extra_us = profile.loop_tile_us * (loops - own)
+        work, longest = block_work(rows, out, inner, profile.tiles[phase, scheme], extra_us)
+        times.launch_us[column] = profile.launch_us + profile.loop_launch_us * loops
+        times.compute[:, column] = pieces * (weight * work).sum(1) / profile.sms
+        times.longest[:, column] = profile.tail * longest.max(1)
+        weight_bytes, row_bytes = bytes_moved(rows, out, inner, scheme)
+        moved = pieces * (used.sum(1) * weight_bytes + (weight * rows).sum(1) * row_bytes)
+        times.memory[:, column] = moved / (profile.bandwidth_gbs * 1e3) + profile.exposed * times.compute[:, column]
+    return times
+
+
+def _rows_and_weights(blocks: Blocks, traffic: Traffic) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Rows of every block in every sampled step and the step's weight, [B, steps]; `UserError` if models differ."""
     layer_of = {layer: index for index, layer in enumerate(traffic.layers)}
     missing = sorted(set(blocks.layer.tolist()) - set(layer_of))
     if missing:
@@ -104,27 +239,7 @@ def block_times(blocks: Blocks, kernels: list[Scheme], traffic: Traffic, profile
     shared = blocks.expert == SHARED
     rows = np.where(shared[:, None], traffic.tokens, traffic.rows[layer, :, blocks.expert])  # [B, steps]
     weight = np.where(shared[:, None], 1 / rows.shape[1], traffic.weight[layer, :, blocks.expert])
-    used = weight * (rows > 0)
-    shape = (len(blocks), len(kernels))
-    times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), profile.launch_us)
-    strips = -(-blocks.out_features // TILE_WEIGHTS)
-    for column, scheme in enumerate(kernels):
-        cells = profile.tiles[scheme]
-        best = np.full(rows.shape, np.inf)  # time of the block's tiles in a step
-        tile = np.zeros(rows.shape)  # time of one of them
-        for tile_tokens, tile_us, kstep_us in cells:
-            one = tile_us + kstep_us * blocks.in_features / KSTEP
-            total = -(-rows // int(tile_tokens)) * (strips * one)[:, None]
-            better = total < best
-            best = np.where(better, total, best)
-            tile = np.where(better, one[:, None], tile)
-        times.compute[:, column] = (weight * best).sum(1) / profile.sms
-        times.longest[:, column] = (1 - 1 / profile.sms) * np.where(rows > 0, tile, 0).max(1)
-        weight_bytes = blocks.params * np.array([scheme.bits(int(k)) for k in blocks.in_features]) / 8
-        row_bytes = blocks.in_features * scheme.act_bits / 8 + blocks.out_features * OUTPUT_BYTES
-        moved = used.sum(1) * weight_bytes + (weight * rows).sum(1) * row_bytes
-        times.memory[:, column] = moved / (profile.bandwidth_gbs * 1e3)
-    return times
+    return rows, weight
 
 
 def layer_times(blocks: Blocks, times: Times, choice: NDArray[np.int64]) -> dict[int, float]:
@@ -136,5 +251,6 @@ def layer_times(blocks: Blocks, times: Times, choice: NDArray[np.int64]) -> dict
         result[layer] = 0.0
         for launch in range(LAUNCHES):
             of = (blocks.layer == layer) & (blocks.launch == launch)
-            result[layer] += times.launch_us + max(compute[of].sum() + longest[of].max(), memory[of].sum())
+            result[layer] += times.launch_us[choice[of]].max()
+            result[layer] += max(compute[of].sum() + longest[of].max(), memory[of].sum())
     return result

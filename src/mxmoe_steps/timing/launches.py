@@ -4,12 +4,15 @@ A launch is one grouped GEMM, gate+up or down of a layer. Everything here follow
 `compile` knows the kernels that `measure` will load. No torch.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
+from mxmoe_steps import kernels
 from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, default_tiles, kernel_format
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
@@ -101,6 +104,13 @@ class Launch:
     def configs_apart(self, phase: str) -> list[KernelConfig]:
         """The kernels that run it in one launch per format."""
         return [default_config((format_,), phase, MAX_PROBLEMS) for format_ in self.carried]
+
+
+def kernel_hashes() -> dict[str, str]:
+    """Hash of every source file that measured times depend on."""
+    names = ("decode", "formats", "group_gemm")
+    files = {name: Path(kernels.__file__).with_name(f"{name}.py") for name in names}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:10] for name, file in files.items()}
 
 
 def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:

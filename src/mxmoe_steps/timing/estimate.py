@@ -1,0 +1,62 @@
+"""Tile times from a GPU's data sheet, for GPUs that nothing was measured on. Stdlib only."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.schemes import Scheme
+
+HARDWARE = Path(__file__).parents[3] / "resources" / "profiles" / "hardware.json"
+TILE_TOKENS = (8, 16, 32, 64, 128, 256)
+TILE_WEIGHTS = 128  # weight rows of a tile: two 64-row warpgroup products on Hopper
+MIN_TENSOR_TOKENS = 16  # a narrower product keeps the tensor cores busy just as long
+
+
+def read_hardware(name: str) -> dict[str, Any]:
+    """Data sheet of a known GPU; `UserError` lists the known ones."""
+    known: dict[str, dict[str, Any]] = json.loads(HARDWARE.read_text(encoding="utf-8"))
+    if name not in known:
+        raise UserError(f"hardware {name!r} is not known; known are {', '.join(sorted(known))} (see {HARDWARE})")
+    return known[name]
+
+
+def measured_file(name: str) -> Path | None:
+    """Measurements of a named GPU, if they ship."""
+    file = HARDWARE.with_name(f"{name}.parquet")
+    return file if file.is_file() else None
+
+
+def roofline_kstep_us(scheme: Scheme, tile_tokens: int, hardware: dict[str, Any]) -> float:
+    """Time of 128 input features of one tile on one SM: tensor cores or the L2 cache, whichever is slower.
+
+    The tensor cores do 2 x 128 x 128 x tokens operations at 1/SMs of the GPU's peak; the L2 cache delivers
+    the stored weights and the activations of the step at 1/SMs of its bandwidth.
+    """
+    peaks = hardware["peak_tflops"]
+    if scheme.compute_type not in peaks:
+        raise UserError(
+            f"scheme {scheme}: {hardware['device']} has no {scheme.compute_type} tensor cores, only {', '.join(peaks)}"
+        )
+    operations = 2 * TILE_WEIGHTS * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
+    compute_us = operations * hardware["sms"] / (peaks[scheme.compute_type] * 1e6)
+    loaded = TILE_WEIGHTS * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
+    return float(max(compute_us, loaded * hardware["sms"] / (hardware["l2_gbs"] * 1e3)))
+
+
+def estimate_profile(schemes: list[Scheme], hardware: dict[str, Any]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Columns and facts of a `tables.PROFILE` table from a data sheet: a perfect machine, Graham's tail."""
+    kernels = sorted({scheme.kernel_scheme for scheme in schemes})
+    cells = [(phase, scheme, tile) for phase in PHASES for scheme in kernels for tile in TILE_TOKENS]
+    columns: dict[str, list[Any]] = {
+        "phase": [phase for phase, _, _ in cells],
+        "scheme": [scheme.name for _, scheme, _ in cells],
+        "tile_tokens": [tile for _, _, tile in cells],
+        "tile_us": [float(hardware["tile_us"]) for _ in cells],
+        "kstep_us": [roofline_kstep_us(scheme, tile, hardware) for _, scheme, tile in cells],
+        "spread": [0.0 for _ in cells],
+    }
+    facts = {key: hardware[key] for key in ("device", "arch", "sms", "bandwidth_gbs", "launch_us", "source")}
+    ideal = {"loop_launch_us": 0.0, "loop_tile_us": 0.0, "tail": 1 - 1 / hardware["sms"], "exposed": 0.0}
+    return columns, {**facts, **ideal, "estimate": True}
