@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,32 @@ def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"\xff" * 12)
     with pytest.raises(UserError, match=r"broken.safetensors: not a readable safetensors file"):
         tensors_of(tmp_path / "broken.safetensors")
+
+
+def test_stacked_experts_give_the_same_checkpoint(
+    tiny_moe: Path, packed: Path, checkpoint: Path, assignment: list[list], tmp_path: Path
+) -> None:
+    """transformers 5 may save gate and up of all experts as one tensor, and down as another."""
+    shutil.copytree(tiny_moe, tmp_path / "stacked")
+    model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "stacked", save_original_format=False)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in tensors_of(tmp_path / "stacked" / "model.safetensors")
+    for options in ({"quantizer": "rtn", "scheme": "w3a16_g128_asym"}, {"quantizer": "gptq", "scheme": "w8a8_fp8"}):
+        for name, folder in (("one", tiny_moe), ("other", tmp_path / "stacked")):
+            capture_folder, out = str(packed.parent / "capture"), str(tmp_path / name)
+            calibrate.calibrate(
+                argparse.Namespace(
+                    model=str(folder), capture=capture_folder, damping=0.01, out=out, **options, **RUNTIME
+                )
+            )
+    for file in (tmp_path / "one").iterdir():
+        assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
+    allocation = {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"}
+    write_allocation(str(tmp_path / "allocation.json"), allocation)
+    paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
+    quantize.quantize(argparse.Namespace(model=str(tmp_path / "stacked"), **paths))
+    name = "model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
 
 
 def test_an_allocation_of_another_model_is_refused(

@@ -50,8 +50,9 @@ def checkpoint_tensors(folder: Any, assignment: Assignment, packed: Path) -> lis
     replaced: list[tuple[str, Any]] = []
     for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
-            weight = original.pop(folder.block_name(layer, expert, block))
+            original.pop(folder.place(layer, expert, block).tensor, None)  # one of all experts goes with the first
             if scheme == "w16a16":
+                weight = folder.raw_block(layer, expert, block)
                 replaced.append((packed_name(folder, layer, expert, block, "weight"), weight))
                 continue
             store = tensors_of(packed / f"{scheme}.safetensors")

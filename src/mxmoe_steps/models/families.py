@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.raw import tensors_of
+from mxmoe_steps.models.raw import RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -22,16 +22,13 @@ class Family:
     """Tensor names of one ``model_type``.
 
     ``moe`` is the MoE module of a layer inside the checkpoint; ``blocks`` the names of gate, up and
-    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate; ``transposed`` and
-    ``interleaved`` say how a tensor of all experts is laid out (`Place`).
+    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate.
     """
 
     moe: str = "mlp"
     blocks: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str | None = None
     shared_gate: str | None = None
-    transposed: bool = False
-    interleaved: bool = False
 
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
@@ -54,25 +51,18 @@ FAMILIES: Mapping[str, Family] = {
 class Place:
     """Where a checkpoint keeps the weight of one linear block: in a tensor of its own, or in one of all experts.
 
-    Such a tensor is [E, out, in], or ``transposed`` [E, in, out]; ``gate_up_proj`` holds the outputs of gate before
-    those of up, or ``interleaved``: gate, up, gate, up, ...
+    The latter are ``gate_up_proj`` [E, 2I, H], gate's rows before up's, and ``down_proj`` [E, H, I].
     """
 
     tensor: str
     expert: int | None = None
     block: str = ""
-    transposed: bool = False
-    interleaved: bool = False
 
-    def cut(self, part: Any) -> Any:
-        """The block [N, K], or its bias [N], from one expert's ``part`` of a stacked tensor; NumPy or PyTorch."""
-        if self.transposed and part.ndim == 2:
-            part = part.T
+    def rows(self, total: int) -> slice:
+        """The block's rows among those of its expert."""
         if self.block == "down":
-            return part
-        second = self.block == "up"
-        half = len(part) // 2
-        return part[second::2] if self.interleaved else part[half * second : half * (second + 1)]
+            return slice(0, total)
+        return slice(0, total // 2) if self.block == "gate" else slice(total // 2, total)
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,20 @@ class ModelFolder:
         stacked = f"{moe_path(layer)}.experts.{'down_proj' if block == 'down' else 'gate_up_proj'}"
         if name in self.files or stacked not in self.files or expert == SHARED:
             return Place(name)
-        return Place(stacked, expert, block, self.family.transposed, self.family.interleaved)
+        return Place(stacked, expert, block)
+
+    def raw_block(self, layer: int, expert: int, block: str) -> RawTensor:
+        """The block's weight as bytes of its file."""
+        place = self.place(layer, expert, block)
+        source = tensors_of(self.files[place.tensor])[place.tensor]
+        if place.expert is None:
+            return source
+        experts, total, in_features = source.shape
+        rows = place.rows(total)
+        row_bytes = source.nbytes // (experts * total)
+        start = source.start + (place.expert * total + rows.start) * row_bytes
+        stop = start + (rows.stop - rows.start) * row_bytes
+        return RawTensor(source.file, source.dtype, (rows.stop - rows.start, in_features), start, stop)
 
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""

@@ -51,8 +51,9 @@ def read_block(
     places = [model.place(layer, expert, block) for expert in experts]
     with open_tensors(model.files, sorted({place.tensor for place in places})) as slices:
         parts = [
-            slices[place.tensor][...] if place.expert is None else place.cut(slices[place.tensor][place.expert])
+            part[...] if place.expert is None else part[place.expert, place.rows(part.get_shape()[1])]
             for place in places
+            for part in [slices[place.tensor]]
         ]
     stacked = torch.stack(parts).to(device)
     for expert, place, finite in zip(experts, places, stacked.isfinite().flatten(1).all(1).tolist(), strict=True):
