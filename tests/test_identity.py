@@ -1,0 +1,64 @@
+"""The losses of `calibrate`, measured expert by expert, against transformers' own MoE layer in float64 as a whole."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import capture_tokens, make_checkpoint
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from mxmoe_steps import calibrate
+from mxmoe_steps.models.families import FAMILIES
+from mxmoe_steps.quantizers.grid import from_tensors
+from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.tables import LOSSES, read_table
+
+SCHEME = parse_scheme("w3a16_g32")
+
+
+def block_weight(moe: Any, family: str, expert: int, block: str) -> torch.Tensor:
+    """A view of one block's weight [N, K] inside the whole layer."""
+    if expert == SHARED:
+        return getattr(getattr(moe, str(FAMILIES[family].shared)), f"{block}_proj").weight
+    if block == "down":
+        return moe.experts.down_proj[expert]
+    return moe.experts.gate_up_proj[expert].chunk(2)[BLOCKS.index(block)]
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3"])
+def test_losses_equal_forwards_of_the_whole_layer(family: str, tmp_path: Path) -> None:
+    """Every block in turn gets its quantized weight; routers, shared experts and scaling factors are transformers'."""
+    make_checkpoint(family, tmp_path / "model")
+    tokens = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(1))
+    captured = capture_tokens(tmp_path / "model", tokens, tmp_path / "capture")
+    options = {"quantizer": "gptq", "scheme": SCHEME.name, "damping": 0.01, "out": str(tmp_path / "out")}
+    runtime = {"device": "cpu", "threads": 1, "seed": 0}
+    paths = {"model": str(tmp_path / "model"), "capture": str(tmp_path / "capture")}
+    calibrate.calibrate(argparse.Namespace(**paths, **options, **runtime))
+    losses = read_table(LOSSES, tmp_path / "out" / f"{SCHEME}.parquet")[0].to_pandas()
+    packed = load_file(tmp_path / "out" / f"{SCHEME}.safetensors")
+
+    # "eager": the grouped products of transformers have no float64
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float64, experts_implementation="eager"
+    ).requires_grad_(False)
+    assert set(losses["layer"]) == set(captured)
+    assert set(losses["expert"]) == ({SHARED} if FAMILIES[family].shared else set()) | {0, 1, 2, 3}
+    for row in losses.itertuples():
+        moe = model.model.layers[row.layer].mlp
+        hidden = captured[row.layer]["hidden"].double().unsqueeze(0)
+        before = moe(hidden)
+        weight = block_weight(moe, family, row.expert, row.block)
+        original = weight.clone()
+        prefix = f"{row.layer}.{row.expert}.{row.block}"
+        parts = {part: packed[f"{prefix}.{part}"] for part in ("qweight", "scales", "zeros")}
+        weight.copy_(from_tensors(SCHEME, row.in_features, parts).dequantize())
+        change = (moe(hidden) - before).squeeze(0)
+        weight.copy_(original)
+        assert row.out_sq == pytest.approx(float(change.square().sum()), rel=1e-4, abs=1e-12)
+        fisher = 0.5 * (change * captured[row.layer]["gradient"].double()).sum(-1).square().mean()
+        assert row.fisher == pytest.approx(float(fisher), rel=1e-3, abs=1e-15)
+    assert (losses["out_sq"] > 0).mean() > 0.9
