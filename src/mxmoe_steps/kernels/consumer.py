@@ -1,0 +1,172 @@
+"""A consumer warpgroup's tile: its main loop, then scales, rounding and the store (CuTe DSL)."""
+
+from typing import Any
+
+import cutlass
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import BFloat16, Boolean, Float32, Int8, Int32, Int64, const_expr, cute
+from cutlass._mlir.dialects import llvm
+from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
+from cutlass.cutlass_dsl import T
+
+from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, TILE_ROWS, Format
+from mxmoe_steps.kernels.main_loops import MainLoops
+from mxmoe_steps.kernels.ring import OPERAND_TYPES, Ring
+from mxmoe_steps.kernels.schedule import Place
+
+STAGING_PITCH = TILE_ROWS + 8  # one 16-byte step of padding: no bank conflicts
+
+
+def opaque(value: Int32) -> Int32:
+    """The same value, unknown to the compiler: what is derived from it is computed here, not kept in registers
+    across tiles for every configuration. Emits no instruction."""
+    return Int32(llvm.inline_asm(T.i32(), [value.ir_value()], "", "=r,0", has_side_effects=True))
+
+
+class Consumer(MainLoops):
+    """Multiplies and stores with the configuration that the tile takes."""
+
+    @staticmethod
+    def mma_of(format_: Format, tokens: int) -> cute.TiledMma:
+        operand = OPERAND_TYPES[format_.operand]
+        source = warpgroup.OperandSource.RMEM if format_.decoded else warpgroup.OperandSource.SMEM
+        major = OperandMajorMode.K
+        accumulator = Int32 if operand is Int8 else Float32
+        return hopper.make_trivial_tiled_mma(
+            operand, operand, major, major, accumulator, (2, 1, 1), (64, tokens), source
+        )
+
+    @cute.jit
+    def consume_one_of(
+        self,
+        first: cutlass.Constexpr,
+        last: cutlass.Constexpr,
+        mmas: tuple,
+        ring: Ring,
+        staging: Any,
+        shared_scales: cute.Tensor,
+        token_scales: tuple,
+        channel_scales: tuple,
+        number: Int32,
+        thread: Int32,
+        group: Int32,
+        place: Place,
+        stored: Boolean,
+        features: Int32,
+        out: cute.Tensor,
+        stage: Int32,
+        phase: Int32,
+    ) -> tuple[Int32, Int32]:
+        """`consume` with the one of the configurations ``first .. last - 1`` that the tile takes."""
+        if const_expr(last - first == 1):
+            format_ = self.tiles[first].format
+            stage, phase = self.consume(
+                first, mmas[first], ring, staging, shared_scales, token_scales[self.operands.index(format_.operand)],
+                channel_scales[self.formats.index(format_)], thread, group, place, stored, features, out, stage, phase,
+            )  # fmt: skip
+        else:
+            middle = (first + last) // 2
+            if self.before(middle, number, place.rows):
+                stage, phase = self.consume_one_of(
+                    first, middle, mmas, ring, staging, shared_scales, token_scales, channel_scales, number, thread,
+                    group, place, stored, features, out, stage, phase,
+                )  # fmt: skip
+            else:
+                stage, phase = self.consume_one_of(
+                    middle, last, mmas, ring, staging, shared_scales, token_scales, channel_scales, number, thread,
+                    group, place, stored, features, out, stage, phase,
+                )  # fmt: skip
+        return stage, phase
+
+    @cute.jit
+    def consume(
+        self,
+        i: cutlass.Constexpr,
+        mma: cute.TiledMma,
+        ring: Ring,
+        staging: Any,
+        shared_scales: cute.Tensor,
+        token_scales: cute.Tensor,
+        channel_scales: cute.Tensor,
+        thread: Int32,
+        group: Int32,
+        place: Place,
+        stored: Boolean,
+        features: Int32,
+        out: cute.Tensor,
+        stage: Int32,
+        phase: Int32,
+    ) -> tuple[Int32, Int32]:
+        """Multiply one tile with configuration ``i`` and, if ``stored``, store this warpgroup's 64 rows."""
+        tile = self.tiles[i]
+        format_ = tile.format
+        thread = opaque(thread)
+        lane, in_group = thread % 32, thread % 128
+        row = (thread // 32) * 16 + lane // 4  # of the thread's two rows, row and row + 8, in the tile
+        scale_row = place.row_tile * TILE_ROWS + row
+        channel0, channel1 = Float32(1.0), Float32(1.0)
+        if const_expr(format_.channel_scaled):
+            channel0, channel1 = channel_scales[place.entry, scale_row], channel_scales[place.entry, scale_row + 8]
+        fetched = cute.make_rmem_tensor(((tile.tokens + 127) // 128,), Float32)
+        if const_expr(format_.token_scaled):
+            for j in cutlass.range_constexpr(cute.size(fetched)):
+                fetched[j] = Float32(0.0)
+                if in_group + 128 * j < place.rows:
+                    fetched[j] = token_scales[place.first + in_group + 128 * j]
+
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+        part = mma.get_slice(cute.make_layout(2, stride=128)(group))
+        token_blocks = self.blocks(ring, format_.operand, tile.tokens, tile.token_offset, tile.depth)
+        tokens = mma.make_fragment_B(part.partition_B(token_blocks))
+        kind = Int32 if format_.operand == "int8" else Float32
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((TILE_ROWS, tile.tokens)), kind)
+        acc.fill(0)
+        if const_expr(not format_.decoded):
+            weight_blocks = self.blocks(ring, format_.operand, TILE_ROWS, 0, tile.depth)
+            weights = mma.make_fragment_A(part.partition_A(weight_blocks))
+            stage, phase = self.multiply_rows(tile, mma, acc, ring, weights, tokens, features, stage, phase)
+        elif const_expr(format_.operand == "bf16"):
+            stage, phase = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, features, stage, phase)
+        else:
+            stage, phase = self.multiply_fp8(tile, mma, acc, ring, tokens, thread, row, features, stage, phase)
+
+        if const_expr(format_.token_scaled):
+            for j in cutlass.range_constexpr(cute.size(fetched)):
+                if in_group + 128 * j < tile.tokens:
+                    shared_scales[in_group + 128 * j, group] = fetched[j]
+        row8 = cute.assume(group * 64 + (in_group % 8) * 8, divby=8)  # of the 8 rows this thread stores
+        pair = cute.make_rmem_tensor((2,), Float32)
+        eight = cute.make_rmem_tensor((8,), BFloat16)
+        for start in cutlass.range_constexpr(0, tile.tokens, EPILOGUE_TOKENS):
+            staged = min(tile.tokens - start, EPILOGUE_TOKENS)
+            staging_tile = cute.make_tensor(staging, cute.make_layout((TILE_ROWS, staged), stride=(1, STAGING_PITCH)))
+            staging_mma = self.mma_of(Format("bf16", 16), staged)
+            store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), BFloat16)
+            to_staging = cute.make_tiled_copy_C(store, staging_mma)
+            values = cute.make_rmem_tensor(staging_mma.partition_shape_C((TILE_ROWS, staged)), Float32)
+            rounded = cute.make_fragment_like(values, BFloat16)
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+            for e in cutlass.range_constexpr(cute.size(values)):
+                value = Float32(acc[start // 2 + e])
+                if const_expr(format_.channel_scaled):
+                    value = value * (channel0 if (e // 2) % 2 == 0 else channel1)
+                if const_expr(format_.token_scaled):
+                    if const_expr(e % 4 == 0):
+                        at = cute.assume(start + 2 * e + 2 * (lane % 4), divby=2)
+                        scale_pair = cute.make_tensor(shared_scales[None, group].iterator + at, cute.make_layout(2))
+                        cute.autovec_copy(scale_pair, pair)
+                    value = value * pair[e % 2]
+                values[e] = value
+            rounded.store(values.load().to(BFloat16))
+            cute.copy(to_staging, to_staging.retile(rounded), to_staging.get_slice(thread).partition_D(staging_tile))
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+            if stored:
+                for j in cutlass.range_constexpr(staged // 16):
+                    token = in_group // 8 + 16 * j
+                    if start + token < place.rows:
+                        source = cute.assume(token * STAGING_PITCH + row8, divby=8)
+                        target = Int64(place.first + start + token) * out.shape[1] + place.column
+                        target = cute.assume(target + place.row_tile * TILE_ROWS + row8, divby=8)
+                        cute.autovec_copy(cute.make_tensor(staging + source, cute.make_layout(8)), eight)
+                        cute.autovec_copy(eight, cute.make_tensor(out.iterator + target, cute.make_layout(8)))
+        return stage, phase

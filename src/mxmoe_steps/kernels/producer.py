@@ -1,0 +1,109 @@
+"""The producer warp: fills the ring, tile after tile (CuTe DSL)."""
+
+import cutlass
+from cutlass import Int16, Int32, Int64, const_expr, cute
+from cutlass.cute.nvgpu import cpasync
+
+from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS
+from mxmoe_steps.kernels.ring import Ring
+from mxmoe_steps.kernels.schedule import Place, Schedule
+
+
+class Producer(Schedule):
+    """TMA boxes of rows and bulk copies of chunks, per configuration."""
+
+    @cute.jit
+    def load_one_of(
+        self,
+        first: cutlass.Constexpr,
+        last: cutlass.Constexpr,
+        weight_maps: tuple,
+        token_maps: tuple,
+        ring: Ring,
+        number: Int32,
+        place: Place,
+        rank: Int32,
+        row_tiles: Int32,
+        features: Int32,
+        stage: Int32,
+        phase: Int32,
+    ) -> tuple[Int32, Int32]:
+        """`load` with the one of the configurations ``first .. last - 1`` that the tile takes."""
+        if const_expr(last - first == 1):
+            weight_map = weight_maps[self.formats.index(self.tiles[first].format)]
+            stage, phase = self.load(
+                first, weight_map, token_maps[first], ring, place, rank, row_tiles, features, stage, phase
+            )
+        else:
+            middle = (first + last) // 2
+            if self.before(middle, number, place.rows):
+                stage, phase = self.load_one_of(
+                    first, middle, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, stage, phase
+                )
+            else:
+                stage, phase = self.load_one_of(
+                    middle, last, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, stage, phase
+                )
+        return stage, phase
+
+    @cute.jit
+    def load(
+        self,
+        i: cutlass.Constexpr,
+        weight_map: tuple,
+        token_map: tuple,
+        ring: Ring,
+        place: Place,
+        rank: Int32,
+        row_tiles: Int32,
+        features: Int32,
+        stage: Int32,
+        phase: Int32,
+    ) -> tuple[Int32, Int32]:
+        """Fill the slots of one tile with configuration ``i``."""
+        tile = self.tiles[i]
+        operand, columns = tile.format.operand, tile.format.block_features
+        tokens = cute.local_tile(cute.domain_offset((place.first, 0), token_map[1]), (tile.tokens, columns), (0, None))
+        token_ring = self.blocks(ring, operand, tile.tokens, tile.token_offset, tile.depth)
+        token_slots, token_blocks = cpasync.tma_partition(
+            token_map[0],
+            rank,
+            cute.make_layout(self.cluster),
+            cute.group_modes(token_ring, 0, 2),
+            cute.group_modes(tokens, 0, 2),
+        )
+        multicast = {} if self.cluster == 1 else {"mcast_mask": Int16(2**self.cluster - 1)}
+        if const_expr(tile.format.decoded):
+            words = tile.weight_bytes // 4
+            row_bytes = (features + (GROUP - 1)) // GROUP * tile.format.chunk_bytes
+            row_start = Int64(place.entry * row_tiles + place.row_tile) * row_bytes
+            bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Int32)
+        else:
+            rows = cute.local_tile(weight_map[1], (TILE_ROWS, columns), (place.row_tile, None, place.entry))
+            weight_ring = self.blocks(ring, operand, TILE_ROWS, 0, tile.depth)
+            weight_slots, weight_blocks = cpasync.tma_partition(
+                weight_map[0],
+                0,
+                cute.make_layout(1),
+                cute.group_modes(weight_ring, 0, 2),
+                cute.group_modes(rows, 0, 2),
+            )
+        for slot in cutlass.range(self.slots(tile, features), unroll=1):
+            cute.arch.mbarrier_wait(ring.empty + stage, phase ^ 1)
+            full = ring.full + stage
+            with cute.arch.elect_one():
+                cute.arch.mbarrier_arrive_and_expect_tx(full, tile.weight_bytes + tile.token_bytes)
+                if const_expr(tile.format.decoded):
+                    start = cute.assume(row_start + slot * tile.weight_bytes, divby=128)
+                    at = cute.assume(stage * self.slot_bytes, divby=1024)
+                    source = cute.recast_ptr(weight_map[0].iterator + start, dtype=Int32)
+                    target = cute.recast_ptr(ring.base + at, dtype=Int32)
+                    line = cute.make_layout(words)
+                    cute.copy(bulk, cute.make_tensor(source, line), cute.make_tensor(target, line), mbar_ptr=full)
+            for d in cutlass.range_constexpr(tile.depth):
+                block, at_slot = (None, slot * tile.depth + d), (None, (d, stage))
+                if const_expr(not tile.format.decoded):
+                    cute.copy(weight_map[0], weight_blocks[block], weight_slots[at_slot], tma_bar_ptr=full)
+                cute.copy(token_map[0], token_blocks[block], token_slots[at_slot], tma_bar_ptr=full, **multicast)
+            stage, phase = self.advance(stage, phase)
+        return stage, phase

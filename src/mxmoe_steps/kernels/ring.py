@@ -1,0 +1,158 @@
+"""The ring of slots in shared memory, its barriers and views, and the queue of tile numbers (CuTe DSL)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass.utils.hopper_helpers as hopper
+from cutlass import BFloat16, Boolean, Float8E4M3FN, Int8, Int32, Uint16, const_expr, cute
+from cutlass.cute.nvgpu import warpgroup
+from cutlass.utils import LayoutEnum
+
+from mxmoe_steps.kernels.formats import GROUP, ROW_BYTES, TILE_ROWS, KernelConfig, Tile
+
+CODE_WORDS = 4  # 32-bit words of a 16-byte load
+
+OPERAND_TYPES = {"bf16": BFloat16, "fp8": Float8E4M3FN, "int8": Int8}
+
+
+@dataclass(frozen=True)
+class Ring:
+    """The slots in shared memory: first byte, and the barriers of slot 0."""
+
+    base: Any
+    full: Any
+    empty: Any
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Views of the weight chunks in the ring, see `layouts`; the last two modes are (chunk, stage).
+
+    ``codes``: words (4, thread, load); ``third_bits``: words (2, thread), of 3-bit codes; ``scales``: bfloat16 bits
+    (row, 0 scale or 1 zero point).
+    """
+
+    codes: cute.Tensor
+    third_bits: cute.Tensor
+    scales: cute.Tensor
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Tile numbers on their way from the cluster's first producer: two slots, and their barriers."""
+
+    tiles: cute.Tensor
+    full: Any
+    empty: Any
+
+
+def send(value: Int32, target: Any, barrier: Any, rank: Int32) -> None:
+    """Write ``value`` to ``target``, and 4 bytes to ``barrier``, in shared memory of block ``rank`` of the cluster."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], {$r3}, [b]; }",
+        read_only_args=[target.toint(), barrier.toint(), rank, value],
+    )
+
+
+class RingUser:
+    """What producer and consumers share: the configuration, and their steps through ring and queue."""
+
+    def __init__(self, config: KernelConfig) -> None:
+        self.config = config
+        self.tiles, self.formats, self.operands = config.tiles, config.formats, config.operands
+        self.stages, self.slot_bytes, self.max_problems = config.stages, config.slot_bytes, config.max_problems
+        self.cluster = config.cluster
+
+    @cute.jit
+    def advance(self, stage: Int32, phase: Int32) -> tuple[Int32, Int32]:
+        """The next ring slot, and the parity its barriers turn to."""
+        stage += 1
+        if stage == self.stages:
+            stage = Int32(0)
+            phase ^= 1
+        return stage, phase
+
+    @cute.jit
+    def release(self, ring: Ring, stage: Int32, wanted: Boolean) -> None:
+        """This warp has read the slot: tell the producer of every block that writes it."""
+        lane = cute.arch.lane_idx()
+        if const_expr(self.cluster == 1):
+            if (lane == 0) & wanted:
+                cute.arch.mbarrier_arrive(ring.empty + stage)
+        elif (lane < self.cluster) & wanted:
+            cute.arch.mbarrier_arrive(ring.empty + stage, peer_cta_rank_in_cluster=lane)
+
+    @cute.jit
+    def announce(self, queue: Queue, turn: Int32, drawn: Int32, rank: Int32) -> None:
+        """Producers: expect a tile number; the first block's sends lane 0's ``drawn`` to every block."""
+        slot = turn % 2
+        lane = cute.arch.lane_idx()
+        if lane == 0:
+            cute.arch.mbarrier_arrive_and_expect_tx(queue.full + slot, 4)
+        if rank == 0:
+            cute.arch.mbarrier_wait(queue.empty + slot, turn // 2 % 2 ^ 1)
+            number = cute.arch.shuffle_sync(drawn, 0)
+            if lane < self.cluster:
+                send(number, queue.tiles.iterator + slot, queue.full + slot, lane)
+
+    @cute.jit
+    def take(self, queue: Queue, turn: Int32, acknowledged: Boolean) -> Int32:
+        """The next tile number; ``acknowledged`` by all but the producer that sends it."""
+        slot = turn % 2
+        cute.arch.mbarrier_wait(queue.full + slot, turn // 2 % 2)
+        tile = queue.tiles[slot]
+        cute.arch.sync_warp()
+        if (cute.arch.lane_idx() == 0) & acknowledged:
+            if const_expr(self.cluster == 1):
+                cute.arch.mbarrier_arrive(queue.empty + slot)
+            else:
+                cute.arch.mbarrier_arrive(queue.empty + slot, peer_cta_rank_in_cluster=0)
+        return tile
+
+    def slots(self, tile: Tile, features: Int32) -> Int32:
+        """Ring slots of one tile."""
+        return (features + (tile.slot_features - 1)) // tile.slot_features
+
+    @staticmethod
+    def block_layout(operand: str, rows: int) -> cute.ComposedLayout:
+        """Swizzled shared memory layout (rows, columns, 1) of a block of 128-byte rows."""
+        kind = OPERAND_TYPES[operand]
+        columns = ROW_BYTES * 8 // kind.width
+        atom = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, kind, columns)
+        return cute.tile_to_shape(warpgroup.make_smem_layout_atom(atom, kind), (rows, columns, 1), order=(0, 1, 2))
+
+    def blocks(self, ring: Ring, operand: str, rows: int, offset: int, depth: int) -> cute.Tensor:
+        """(rows, columns, (depth, stages)) view of the swizzled 128-byte blocks at ``offset`` of every slot."""
+        kind = OPERAND_TYPES[operand]
+        layout = self.block_layout(operand, rows)
+        size = kind.width // 8
+        outer = cute.make_layout(
+            (layout.outer.shape[0], layout.outer.shape[1], (depth, self.stages)),
+            stride=(
+                layout.outer.stride[0],
+                layout.outer.stride[1],
+                (rows * ROW_BYTES // size, self.slot_bytes // size),
+            ),
+        )
+        return cute.make_tensor(cute.recast_ptr(ring.base + offset, layout.inner, dtype=kind), outer)
+
+    def chunk_parts(self, ring: Ring, tile: Tile) -> Chunks:
+        """Views of what every weight chunk of every slot holds."""
+        format_ = tile.format
+        code_bytes = TILE_ROWS * GROUP * format_.bits // 8
+        loads = max(1, format_.bits // 2)
+        return Chunks(
+            self.chunk_view(ring, tile, 0, Int32, (CODE_WORDS, 256, loads), (1, CODE_WORDS, CODE_WORDS * 256)),
+            self.chunk_view(ring, tile, CODE_WORDS * 256 * 4, Int32, (2, 256), (1, 2)),
+            self.chunk_view(ring, tile, code_bytes, Uint16, (TILE_ROWS, 2), (1, TILE_ROWS)),
+        )
+
+    def chunk_view(self, ring: Ring, tile: Tile, offset: int, kind: Any, shape: tuple, stride: tuple) -> cute.Tensor:
+        """View of ``shape`` + (chunks, stages) of the bytes at ``offset`` of every weight chunk of every slot."""
+        size = kind.width // 8
+        layout = cute.make_layout(
+            (*shape, tile.slot_features // GROUP, self.stages),
+            stride=(*stride, tile.format.chunk_bytes // size, self.slot_bytes // size),
+        )
+        return cute.make_tensor(cute.recast_ptr(ring.base + offset, dtype=kind), layout)
