@@ -2,6 +2,7 @@
 
     python benchmarks/moe_layer.py --build            # compile what the benchmark loads; needs no GPU
     python benchmarks/moe_layer.py --out layer.json   # measure; needs an H100
+    python benchmarks/moe_layer.py --draw layer.json docs/images/layer.svg   # stages of the first workload
 
 Everything after the router: sort, dispatch with quantization, gate/up grouped GEMM, SwiGLU with quantization, down
 grouped GEMM, weighted sum; the shared expert with its sigmoid gate where the model has one. The peer is the model's
@@ -35,6 +36,7 @@ GATED = ("qwen1.5-moe",)
 RUNS = ("w16a16", "w8a8_fp8", "w4a16", "hot", "blocks")
 STAGES = ("sort", "dispatch", "gate_up", "swiglu", "down", "combine")
 CHECKED_TOKENS = 16
+DRAWN_TOKENS = (16, 256, 1024, 8192)
 
 
 def schemes_of(run: str, workload: Workload) -> dict[int, Schemes]:
@@ -183,14 +185,45 @@ def print_tables(workload: Workload, cells: list[dict[str, Any]], tokens: tuple[
                 print(f"  {run} {stage:<16}" + "".join(f"{cell[stage]:>10.1f}" for cell in mine), flush=True)
 
 
+def draw(source: Path, target: Path) -> None:
+    """Stages of the first workload in ``source``, stacked, beside the peer, for a few token counts."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"svg.hashsalt": "mxmoe-steps", "font.size": 9})
+    cells = json.loads(source.read_text())
+    mine = [cell for cell in cells if cell["workload"] == cells[0]["workload"]]
+    figure, axes = plt.subplots(1, len(DRAWN_TOKENS), figsize=(10, 3.2), layout="constrained")
+    for ax, count in zip(axes, DRAWN_TOKENS, strict=True):
+        column = [cell for cell in mine if cell["T"] == count]
+        places = range(len(column))
+        bottom = [0.0] * len(column)
+        for stage, colour in zip(STAGES, plt.cm.tab10.colors, strict=False):
+            heights = [cell.get(stage, 0.0) for cell in column]
+            ax.bar(places, heights, bottom=bottom, color=colour, label=stage)
+            bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+        whole = [0.0 if stages else cell["us"] for cell, stages in zip(column, bottom, strict=True)]
+        ax.bar(places, whole, color="0.75", label="all of the peer")
+        ax.set_xticks(places, [cell["run"].split()[-1] for cell in column], rotation=60, ha="right")
+        ax.set_title(f"{count} tokens")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("microseconds")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.savefig(target, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="compile the kernels and stop")
+    parser.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "SVG"), help="draw an earlier --out and stop")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), help="schemes, or the mixtures hot and blocks")
     parser.add_argument("--workloads", nargs="*", default=[workload.name for workload in WORKLOADS])
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--out", type=Path, help="write every cell as JSON")
     arguments = parser.parse_args()
+    if arguments.draw:
+        draw(*arguments.draw)
+        return
     workloads = [workload for workload in WORKLOADS if workload.name in arguments.workloads]
     if arguments.build:
         plans = [plan_run(run, workload) for run in arguments.runs for workload in workloads]
