@@ -48,6 +48,14 @@ def test_a_mixture_has_every_matrix_instruction_it_needs(cache: Path) -> None:
 
 
 @needs_compiler
+def test_a_table_of_512_problems_fits(cache: Path) -> None:
+    config = default_config((Format("bf16", 4, True, True),), "prefill", max_problems=512)
+    assert config.stages >= 3
+    code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
+    assert (code.spills, code.early_reads) == (0, [])
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", TOKEN_KERNELS)
 def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, cache: Path) -> None:
     sass = disassemble(build(name, cache).with_suffix(".cubin"))

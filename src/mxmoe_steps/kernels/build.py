@@ -30,8 +30,10 @@ ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
 TOKEN_KERNELS = ("sort_1", "sort_8", "dispatch", "swiglu", "combine_bf16", "combine_float32")  # `tokens`, `activations`
 
-GEMM_MODULES = ("formats", "decode", "ring", "schedule", "producer", "main_loops", "consumer", "group_gemm")
-_GEMM_SOURCES = (*(f"{module}.py" for module in GEMM_MODULES), "build.py")
+_GEMM_SOURCES = (
+    *("formats.py", "decode.py", "ring.py", "schedule.py", "producer.py", "main_loops.py", "consumer.py"),
+    *("group_gemm.py", "build.py"),
+)
 _TOKEN_SOURCES = ("formats.py", "rounding.py", "tokens.py", "activations.py", "build.py")
 
 
