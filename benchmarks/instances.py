@@ -3,10 +3,10 @@
 import numpy as np
 
 from mxmoe_steps.allocation.blocks import Blocks, Losses
-from mxmoe_steps.allocation.time_model import Profile, block_times
+from mxmoe_steps.allocation.time_model import Profile, block_times, profile_of
 from mxmoe_steps.allocation.traffic import Traffic
-from mxmoe_steps.profile import estimate_profile, read_hardware
 from mxmoe_steps.schemes import SHARED, parse_scheme
+from mxmoe_steps.timing.estimate import estimate_profile, read_hardware
 
 SCHEMES = ("w2a16", "w3a16", "w4a16", "w4a8_fp8", "w8a16", "w8a8_fp8")
 MODELS = {  # layers, experts, top-k, hidden, expert width, shared expert's width
@@ -55,10 +55,7 @@ def h100() -> Profile:
     """The roofline estimate of an H100."""
     schemes = [parse_scheme(text) for text in SCHEMES]
     columns, facts = estimate_profile(schemes, read_hardware("h100"))
-    rows = np.stack([np.array(columns[name], float) for name in ("tile_tokens", "tile_us", "kstep_us")], 1)
-    names = np.array(columns["scheme"])
-    tiles = {scheme: rows[names == scheme.name] for scheme in schemes}
-    return Profile(tiles, facts["sms"], facts["bandwidth_gbs"], facts["launch_us"], True, facts["device"])
+    return profile_of({name: np.array(values) for name, values in columns.items()}, facts)
 
 
 def make_problem(model, tokens, layers=None, granularity="block", budget="4.5", constraints=None):  # type: ignore[no-untyped-def]

@@ -6,7 +6,15 @@ output   results/report.html, results/summary.csv, SVG figures
 """
 
 DRAWN = CONFIG.sweep[0].quantizer[0]
-FIGURES = ["allocation", "frontier", "quality", "sensitivity", "speed", "traffic"]
+FIGURES = [
+    "allocation",
+    "frontier",
+    "quality",
+    "sensitivity",
+    "speed",
+    "times",
+    "traffic",
+]
 
 
 def drawn_frontiers():

@@ -39,10 +39,13 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
     for scheme in schemes:
         if (kernel := kernel_format(scheme).name) not in columns["scheme"]:
             raise UserError(f"{path}: no times of {kernel}, which runs {scheme}: measure with it")
-    changed = [name for name, value in kernel_hashes().items() if measured["kernels"].get(name) != value]
+    now = kernel_hashes()
+    changed = sorted(
+        name for name in now.keys() | measured["kernels"] if now.get(name) != measured["kernels"].get(name)
+    )
     source = f"measured on {measured['date']}, {measured['rounds']} rounds"
     if changed:
-        source += f", with an earlier version of kernels/{changed[0]}.py"
+        source += ", with an earlier version of the kernels"
         print(f"profile: the kernels ({', '.join(changed)}) have changed since {path} was measured", file=sys.stderr)
     facts = {"arch": "sm_90a", "estimate": False, "kernels_changed": changed, "source": source}
     return columns, measured | fitted | facts

@@ -97,6 +97,35 @@ def _plain_log(axis: Any) -> None:
     axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
+def times(tiles: pd.DataFrame, facts: dict[str, Any]) -> str:
+    """Rate of the tiles of every scheme; predicted over measured times of held-out launches, where there are any."""
+    held_out = facts.get("held_out")
+    figure = Figure(figsize=(9.5, 3.6))
+    left, right = figure.subplots(1, 2)
+    prefill = tiles[tiles["phase"] == "prefill"]
+    for scheme, cells in prefill.groupby("scheme"):
+        operations = 2 * 128 * 128 * cells["tile_tokens"] * facts["sms"]
+        left.plot(cells["tile_tokens"], operations / cells["kstep_us"] / 1e6, "o-", ms=3, lw=1, label=scheme)
+    label = "estimated" if facts["estimate"] else "measured"
+    left.set(xlabel="tokens of a tile", ylabel=f"{label} TFLOP/s", xscale="log", yscale="log")
+    left.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
+    left.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    left.legend(fontsize=6)
+    if held_out is None:
+        right.set_axis_off()
+        right.text(0.5, 0.5, "no launches were measured on this GPU", ha="center")
+        return to_svg(figure)
+    measured, predicted = np.array(held_out["measured_us"]), np.array(held_out["predicted_us"])
+    mixed = np.array(held_out["mixed"], bool)
+    for of, name, colour in ((~mixed, "one scheme", "#2e6f95"), (mixed, "mixed schemes", "#c0392b")):
+        right.scatter(measured[of], (predicted / measured)[of], s=8, color=colour, label=name, alpha=0.7, lw=0)
+    for level, line in ((0.8, ":"), (1.0, "-"), (1.2, ":")):
+        right.axhline(level, color="#424242", lw=0.8, ls=line)
+    right.set(xscale="log", xlabel="measured time of a launch, µs", ylabel="predicted / measured")
+    right.legend(fontsize=8)
+    return to_svg(figure)
+
+
 def traffic(table: pd.DataFrame) -> str:
     """Share of tokens per layer and expert, one panel per text; 1 is an even split."""
     texts = list(dict.fromkeys(table["text"]))

@@ -8,12 +8,11 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
-from mxmoe_steps import kernels
 from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, default_tiles, kernel_format
+from mxmoe_steps.provenance import closure, module_file
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
 MAX_PROBLEMS = 256  # of every measured kernel: two blocks of 128 experts
@@ -108,9 +107,9 @@ class Launch:
 
 def kernel_hashes() -> dict[str, str]:
     """Hash of every source file that measured times depend on."""
-    names = ("decode", "formats", "group_gemm")
-    files = {name: Path(kernels.__file__).with_name(f"{name}.py") for name in names}
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest()[:10] for name, file in files.items()}
+    modules = [name for name in closure("mxmoe_steps.kernels.group_gemm") if name.startswith("mxmoe_steps.kernels.")]
+    files = [file for file in map(module_file, modules) if file is not None]
+    return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:10] for file in files}
 
 
 def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
