@@ -17,6 +17,7 @@ from packed import pack
 import mxmoe_steps
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference import gpu
+from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.models.families import FAMILIES, moe_path, open_model
@@ -139,6 +140,17 @@ def test_some_layers_may_have_kernels_and_others_not(
     with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
         move(mxmoe_steps.load_quantized(str(path)))
     assert "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4" in caplog.text
+
+
+def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256, num_hidden_layers=3)
+    layers = [("w4a16", "w4a16", "w8a8_fp8"), ("w4a16", "w4a16", "w4a16"), ("w4a4", "w4a16", "w4a16")]
+    path = pack(tmp_path / "model", tmp_path / "packed", lambda layer, _: layers[layer])
+    kernels = checkpoint_kernels(str(path))
+    formats = {tuple(format_.name for format_ in config.formats) for config in kernels}
+    assert formats == {("w4a16_g128_asym",), ("w8a8_g-1_sym_fp8",)}
+    assert len(kernels) == len({config.name for config in kernels}) == 4
+    assert "layer 2: scheme w4a4_g-1_sym: no GPU kernel" in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

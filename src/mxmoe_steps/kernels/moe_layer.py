@@ -63,11 +63,12 @@ class MoeLayer:
         """
         per_token = (chosen.shape[1] + self.plan.slices) * max(2 * self.plan.intermediate, self.plan.hidden)
         at_once = min(MOST_TOKENS, MOST_ELEMENTS // per_token)
-        if x.shape[0] <= at_once:
-            return self._run(x, chosen, weights, gate)
-        gates = [None] * len(x) if gate is None else gate.split(at_once)
-        parts = zip(x.split(at_once), chosen.split(at_once), weights.split(at_once), gates, strict=False)
-        return torch.cat([self._run(*part) for part in parts])
+        with torch.cuda.device(self.device):  # kernels go to the current device
+            if x.shape[0] <= at_once:
+                return self._run(x, chosen, weights, gate)
+            gates = [None] * len(x) if gate is None else gate.split(at_once)
+            parts = zip(x.split(at_once), chosen.split(at_once), weights.split(at_once), gates, strict=False)
+            return torch.cat([self._run(*part) for part in parts])
 
     def _run(
         self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None
