@@ -1,0 +1,87 @@
+"""What `measure` launches, with the reference in place of the kernels; on a GPU, that it measures."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.formats import KernelConfig, kernel_format
+from mxmoe_steps.kernels.layouts import KernelWeights, quantized_weight
+from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.timing import gpu
+from mxmoe_steps.timing.launches import Launch, kernel_hashes
+
+NAMES = ("w16a16", "w4a16_g128_asym", "w8a8_g-1_sym_fp8")
+FORMATS = tuple(sorted(kernel_format(parse_scheme(name)) for name in NAMES))
+
+
+class ReferenceKernel:
+    """Takes what a compiled kernel takes; the reference quantizes tokens itself."""
+
+    x: torch.Tensor
+
+    def __init__(self, config: KernelConfig) -> None:
+        self.config = config
+
+    def __call__(self, activations, weights, problems, offsets, out) -> None:
+        assert [weight.format for weight in weights] == list(self.config.formats)
+        assert set(activations) == set(self.config.operands)
+        assert len(problems) <= self.config.max_problems
+        result = reference.group_gemm(
+            self.x, offsets.tolist(), problems.tolist(), [plain(w) for w in weights], out.shape[1]
+        )
+        out.add_(result)
+
+
+def plain(weights: KernelWeights):
+    return weights.data if weights.format.bits == 16 else quantized_weight(weights, parse_scheme(weights.format.name))
+
+
+def small_launch() -> Launch:
+    rows = np.repeat([3, 0, 17, 5, 9], 2)  # the last expert is a slice of a shared one
+    names = tuple(NAMES[i % 3] for i in range(10))
+    return Launch("problem", "small", "gate_up", 9, 64, 128, tuple(rows.tolist()), names, FORMATS, slices=1)
+
+
+def test_fused_and_apart_multiply_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "GroupGemmKernel", ReferenceKernel)
+    launch = small_launch()
+    jobs = [gpu.Job(launch, "decode"), gpu.Job(launch, "decode", apart=True)]
+    bench = gpu.Bench(jobs, "cpu")
+    monkeypatch.setattr(ReferenceKernel, "x", bench._tokens("bf16", sum(launch.expert_rows), launch.k).values, False)
+    results = []
+    for job in jobs:
+        run = bench.prepare(job)
+        bench._out.zero_()
+        run()
+        results.append(bench._out.clone())
+    assert results[0].isfinite().all()
+    assert (results[0] != 0).float().mean() > 0.99
+    assert torch.equal(*results)
+
+
+def test_problems_run_in_the_order_of_a_layer() -> None:
+    order = small_launch().order
+    assert set(order[:2]) == {8, 9}  # the slice first
+    names = [NAMES[p % 3] for p in order[2:]]
+    assert all(one != two for one, two in itertools.pairwise(names))
+
+
+def test_kernel_hashes_cover_what_the_generator_imports() -> None:
+    assert {"decode", "formats", "group_gemm"} <= set(kernel_hashes())
+    assert "launch" not in kernel_hashes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+def test_a_launch_is_measured() -> None:
+    jobs = [gpu.Job(small_launch(), "decode"), gpu.Job(small_launch(), "decode", apart=True)]
+    times, clocks = gpu.Bench(jobs).measure(rounds=3, repeats=3)
+    assert len(clocks) == 3
+    assert all(len(us) == 3 and min(us) > 1 and max(us) < math.inf for us in times)
+    assert np.median(times[0]) < np.median(times[1])  # one launch against three
