@@ -1,6 +1,6 @@
 """Peak memory of trace, capture and evaluate on a checkpoint several times larger.
 
-    python benchmarks/streaming.py            # writes 4 GB to a temporary folder, about 15 minutes on two cores
+    python benchmarks/streaming.py            # writes 5 GB to the temporary folder
 
 Random weights in the shape of Qwen2-MoE, bfloat16, written layer by layer; tokenizer and text are the demo's. Each step
 runs as its users run it, and the kernel's account of its anonymous memory (RssAnon: what cannot be given back, unlike

@@ -293,6 +293,13 @@ def test_a_broken_checkpoint_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_unsupported_family_lists_the_supported_ones(deep_moe: Path, tmp_path: Path) -> None:
+    config = json.loads((deep_moe / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "gpt_oss"}))
+    with pytest.raises(UserError, match="'gpt_oss' is not supported; supported are " + ", ".join(sorted(FAMILIES))):
+        StreamedModel(tmp_path, "float32", "cpu")
+
+
 def test_a_quantized_original_is_refused(deep_moe: Path, tmp_path: Path) -> None:
     config = json.loads((deep_moe / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "fp8"}
