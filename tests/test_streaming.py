@@ -187,6 +187,16 @@ def test_a_killed_run_goes_on_at_the_last_border(
     assert not (tmp_path / "resumed.borders").exists()
 
 
+def test_files_lost_at_the_end_are_not_passed_over(deep_moe: Path, sources: str, tmp_path: Path) -> None:
+    run(capture.capture, deep_moe, sources, tmp_path / "whole")
+    run(capture.capture, deep_moe, sources, tmp_path / "out", down_to=1)
+    (tmp_path / "out.borders" / "layer-002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"layer-002.safetensors was lost .* run capture again"):
+        run(capture.capture, deep_moe, sources, tmp_path / "out")
+    run(capture.capture, deep_moe, sources, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_borders_of_another_text_or_model_are_not_taken_up(deep_moe: Path, sources: str, tmp_path: Path) -> None:
     borders = str(tmp_path / "borders")
     run(capture.capture, deep_moe, sources, tmp_path / "none", until=3, borders=borders)

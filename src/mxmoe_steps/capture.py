@@ -184,11 +184,21 @@ def capture(args: argparse.Namespace) -> None:
     else:
         capture_backward(model, borders, runs, args.down_to or 0, facts, args.seed)
     if args.until is None and args.down_to is None:
-        out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
-        for file in sorted(borders.folder.glob("layer-*.safetensors")):
-            shutil.move(file, out / file.name)
+        finish(model, borders, Path(args.out))
+
+
+def finish(model: Any, borders: Any, out: Path) -> None:
+    """Move the layers' files to their place; `UserError` if an earlier run was killed in the midst of that."""
+    names = [f"layer-{layer:03d}.safetensors" for layer in model.folder.moe_layers]
+    lost = [name for name in names if not ((borders.folder / name).is_file() or (out / name).is_file())]
+    if lost:
         borders.remove()
+        raise UserError(f"{out}: {lost[0]} was lost when an earlier run was stopped; run capture again from the start")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if (borders.folder / name).is_file():
+            shutil.move(borders.folder / name, out / name)
+    borders.remove()
 
 
 def main() -> None:
