@@ -6,7 +6,7 @@
 At each budget, allocations of equal true bits (within 0.02) are drawn from near-optimal to random, every one is
 evaluated on held-out text with its quantized weights, and each metric's prediction is rank-correlated with the
 measured KL divergence and perplexity. Then the allocations that each metric, scope and granularity would choose
-are measured at the same budgets. Weight-only schemes, GPTQ weights.
+are measured at the same budgets, and those that concave functions of fisher choose. Weight-only schemes.
 """
 
 import argparse
@@ -25,19 +25,25 @@ from transformers import AutoModelForCausalLM
 from mxmoe_steps.evaluate import Reference, score
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors
+from mxmoe_steps.quantizers.method import QUANTIZERS
 from mxmoe_steps.reporting.summary import read_json
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 SCHEMES = ["w1a16_g128_asym", "w2a16_g128_asym", "w3a16_g128_asym", "w4a16_g128_asym", "w8a16_g-1_sym"]
 KEYS = ["layer", "expert", "block"]
+CONCAVE = {  # fisher overstates large changes: functions of a block's that grow more slowly
+    "fisher^0.8": lambda fisher: fisher**0.8,
+    "fisher^0.5": lambda fisher: fisher**0.5,
+    "0.01 (1 - exp(-fisher / 0.01))": lambda fisher: 0.01 * -np.expm1(-fisher / 0.01),
+}
 
 
 class Bench:
     """The original model, every block's weights under every scheme, and the reference text."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.results = Path(args.results)
+        self.results, self.quantizer = Path(args.results), args.quantizer
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
         self.head = StreamedModel(args.model, "float32", args.device)
         reference = Reference(str(self.results / "evaluate" / "original.safetensors"))
@@ -55,7 +61,7 @@ class Bench:
 
     def table(self, scheme: str) -> Path:
         """Losses of a scheme."""
-        return self.results / "calibrate" / "gptq" / f"{scheme}.parquet"
+        return self.results / "calibrate" / self.quantizer / f"{scheme}.parquet"
 
     def _dequantized(self, name: str) -> list[torch.Tensor]:
         stored = load_file(self.table(name).with_suffix(".safetensors"))
@@ -107,6 +113,7 @@ def predictions(bench: Bench) -> dict[str, np.ndarray]:
         "out_sq weighted by the layer's fisher": weighted,
         "out_sq": out_sq,
         "sum of norms (paper)": np.sqrt(out_sq),
+        **{name: function(fisher) for name, function in CONCAVE.items()},
     }
 
 
@@ -156,6 +163,12 @@ def chosen(bench: Bench, budget: float, **options: str) -> np.ndarray:
     )
 
 
+def measured(bench: Bench, budget: float, name: str, choice: np.ndarray) -> dict[str, Any]:
+    """A row of the second table."""
+    kl, perplexity = bench.measure(choice)
+    return {"budget": budget, "allocation": name, "bits": bench.true_bits(choice), "KL": kl, "ppl": perplexity}
+
+
 CONTENDERS: list[tuple[str, dict[str, Any]]] = [
     ("fisher, model budget, per block", {"metric": "fisher", "scope": "model", "granularity": "block"}),
     ("fisher, model budget, per expert", {"metric": "fisher", "scope": "model", "granularity": "expert"}),
@@ -175,6 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="results/demo-moe")
     parser.add_argument("--model", default="resources/demo-moe")
+    parser.add_argument("--quantizer", default="gptq", choices=QUANTIZERS, help="whose weights and losses")
     parser.add_argument("--budgets", nargs="+", type=float, default=[2.25, 3.25, 5.0])
     parser.add_argument("--count", type=int, default=50, help="allocations per budget")
     parser.add_argument("--sequences", type=int, default=4, help="sequences per text")
@@ -207,10 +221,10 @@ def main() -> None:
     for budget in args.budgets:
         for name, options in CONTENDERS:
             choice = chosen(bench, budget, **options)
-            kl, perplexity = bench.measure(choice)
-            contest.append(
-                {"budget": budget, "allocation": name, "bits": bench.true_bits(choice), "KL": kl, "ppl": perplexity}
-            )
+            contest.append(measured(bench, budget, name, choice))
+        for name in ("fisher", *CONCAVE):
+            choice = cheapest(losses[name], bench, budget)
+            contest.append(measured(bench, budget, f"{name}, by bisection", choice))
     print(pd.DataFrame(contest).round(4).to_string(index=False))
 
 
