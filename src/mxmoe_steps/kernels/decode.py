@@ -114,13 +114,10 @@ def bf16_from_8bit(word: Int32, register: int) -> Int32:
 
 def fp8_from_4bit(word: Int32, register: int) -> Int32:
     """e4m3 elements of ``register`` (its parity counts): exact code * 2**-9, see `layouts`."""
-    shift = 4 * (register % 2)
-    magnitude = (
-        f"shr.u32 t, {{$r0}}, {shift}; and.b32 t, t, 0x07070707; " if shift else "and.b32 t, {$r0}, 0x07070707; "
-    )
+    source = "shf.r.wrap.b32 w, {$r0}, {$r0}, 4; " if register % 2 else "mov.b32 w, {$r0}; "
     return _ptx(
-        f".reg .b32 t, s; {magnitude}shr.u32 s, {{$r0}}, {shift + 3}; and.b32 s, s, 0x01010101; "
-        "mad.lo.u32 {$w0}, s, 0x81, t;",
+        f".reg .b32 w, t, s; {source}and.b32 t, w, 0x87878787; and.b32 s, w, 0x80808080; shr.u32 s, s, 7; "
+        "add.u32 {$w0}, t, s;",
         word,
     )
 

@@ -22,8 +22,10 @@ Bits of one 32-bit word (msb left; ``r.i`` is element i of register r, primes ma
     4 bit, fp8:  1 word 2 registers   1.3 0.3 1.2 0.2 1.1 0.1 1.0 0.0  then 3.3 2.3 ...   4 bits each
 
 so that a mask and one shift give a register's elements in place. 8-bit codes are stored as two's
-complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below: e4m3 bit patterns
-0..8 are linear, so ``magnitude bits + 0x81 * sign`` is the operand, times 2**-9.
+complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below, and the sign bits of a word
+four places further left, in a circle: so a sign is in its operand's sign bit, for odd registers after the word is
+turned right by four. e4m3 bit patterns 0..8 are linear, so ``magnitude bits + 0x81 * sign`` is the operand, times
+2**-9.
 """
 
 from dataclasses import dataclass
@@ -222,11 +224,20 @@ def _split_words(codes: torch.Tensor, format_: Format) -> torch.Tensor:
         bits = (codes.long() >> plane.low) & (2**plane.width - 1)
         words = bits.new_zeros(*codes.shape[:-1], plane.words)
         words.index_add_(-1, plane.word.to(codes.device), bits << plane.shift.to(codes.device))
+        if format_.operand == "fp8":
+            words = _turn_signs(words, 4)
         pieces = words.view(torch.uint8).view(*words.shape, 8)[..., :4].flatten(-2)  # little-endian low halves
         width = min(16, 4 * plane.words)
         pieces = pieces.unflatten(-1, (-1, width)).transpose(-2, -3)
         parts.append(pieces.flatten(-3))
     return torch.cat(parts, -1)
+
+
+def _turn_signs(words: torch.Tensor, places: int) -> torch.Tensor:
+    """32-bit words, in int64, with the highest bit of every code ``places`` further left, in a circle."""
+    mask = 0x88888888
+    signs = words & mask
+    return words & 0x77777777 | (signs << places | signs >> (32 - places)) & mask
 
 
 def _join_words(data: torch.Tensor, format_: Format) -> torch.Tensor:
@@ -238,6 +249,8 @@ def _join_words(data: torch.Tensor, format_: Format) -> torch.Tensor:
         width = min(16, 4 * plane.words)
         pieces = data[..., start : start + size].unflatten(-1, (-1, THREADS, width)).transpose(-2, -3)
         words = pieces.flatten(-2).unflatten(-1, (-1, 4)).contiguous().view(torch.int32).flatten(-2).long()
+        if format_.operand == "fp8":
+            words = _turn_signs(words, 28)
         bits = (words[..., plane.word.to(data.device)] >> plane.shift.to(data.device)) & (2**plane.width - 1)
         codes |= bits << plane.low
         start += size
