@@ -120,7 +120,7 @@ def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
 def mixtures(formats: tuple[Format, ...], seed: int = 0) -> list[tuple[Format, ...]]:
     """Random subsets of the formats, without repeats."""
     generator = np.random.default_rng(seed)
-    found = {}
+    found: dict[tuple[Format, ...], None] = {}
     for size in MIXTURE_SIZES:
         if size <= len(formats):
             picked = generator.choice(len(formats), size, replace=False)
