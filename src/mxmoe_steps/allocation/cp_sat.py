@@ -10,12 +10,17 @@ from mxmoe_steps.allocation.core import Core
 
 RESOLUTION = 2**36  # integer steps that the limit is divided into
 LARGEST = 2**50  # of an integer coefficient
-WORK = 20.0  # deterministic work limit per core
+WORK = 20.0  # deterministic work limit per core, roughly seconds
+BRIEF_WORK = 0.2  # the same where a gap is allowed: a tighter bound is worth little there
 Terms = list[tuple[cp_model.IntVar, float]]  # variables with their rates, in units of cost
 
 
-def solve_by_cp_sat(core: Core, workers: int = 1) -> tuple[float, NDArray[np.int64] | None]:
+def solve_by_cp_sat(
+    core: Core, near: float = 0.0, work: float = WORK, workers: int = 1
+) -> tuple[float, NDArray[np.int64] | None]:
     """A proven bound on the whole identity of `core` and the best assignment; (limit, None) if none is within it.
+
+    It may stop once the bound is within ``near`` of the assignment, and does after ``work``.
 
     The prices of each unit's base mode serve all its modes: the identity holds for any prices. Costs are integers,
     ``RESOLUTION`` steps to the limit, and the bound is stated after their rounding.
@@ -82,7 +87,8 @@ def solve_by_cp_sat(core: Core, workers: int = 1) -> tuple[float, NDArray[np.int
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = workers
     solver.parameters.interleave_search = workers > 1  # the same result however threads are scheduled
-    solver.parameters.max_deterministic_time = WORK
+    solver.parameters.max_deterministic_time = work
+    solver.parameters.absolute_gap_limit = near * scale
     solver.parameters.cp_model_presolve = False  # ortools 9.15 loses optima of these cores in presolve
     status = solver.solve(model)
     if status == cp_model.INFEASIBLE:

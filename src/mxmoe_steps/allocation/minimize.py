@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.core import Core
-from mxmoe_steps.allocation.cp_sat import solve_by_cp_sat
+from mxmoe_steps.allocation.cp_sat import BRIEF_WORK, WORK, solve_by_cp_sat
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Dual, Relaxation
 from mxmoe_steps.allocation.states import least_excess, solve_by_states, whole_stage
@@ -84,7 +84,7 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
             whole = {unit: whole_stage(core, unit) for unit in balanced}
             proven, found = solve_by_states(core, whole)
         else:
-            proven, found = solve_by_cp_sat(core, workers)
+            proven, found = solve_by_cp_sat(core, near / 2, BRIEF_WORK if gap else WORK, workers)
         bound = max(bound, base + proven)
         if found is None:
             if proven < core.limit:  # out of work
@@ -112,7 +112,7 @@ def prove_by_cp_sat(relaxation: Relaxation, point: Point, workers: int = 1) -> P
     constant = point.b * problem.constant_us
     above = point.value - constant - dual.bound
     limit = above + EXACT * (abs(dual.bound) + constant)
-    proven, found = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers)
+    proven, found = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers=workers)
     if found is not None and _value(problem, dual, found) + constant < point.value * (1 - 1e-9):
         raise RuntimeError(f"CP-SAT found {_value(problem, dual, found) + constant!r}, the states {point.value!r}")
     bound = dual.bound + proven + constant
