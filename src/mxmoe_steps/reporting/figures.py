@@ -102,6 +102,7 @@ def times(tiles: pd.DataFrame, facts: dict[str, Any]) -> str:
     held_out = facts.get("held_out")
     figure = Figure(figsize=(9.5, 3.6))
     left, right = figure.subplots(1, 2)
+    left.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # more schemes than the usual ten colours
     prefill = tiles[tiles["phase"] == "prefill"]
     for scheme, cells in prefill.groupby("scheme"):
         operations = 2 * 128 * 128 * cells["tile_tokens"] * facts["sms"]
@@ -109,6 +110,7 @@ def times(tiles: pd.DataFrame, facts: dict[str, Any]) -> str:
     label = "estimated" if facts["estimate"] else "measured"
     left.set(xlabel="tokens of a tile", ylabel=f"{label} TFLOP/s", xscale="log", yscale="log")
     left.set_xticks([16, 32, 64, 128, 256], ["16", "32", "64", "128", "256"])
+    left.xaxis.minorticks_off()
     left.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
     left.legend(fontsize=6)
     if held_out is None:
