@@ -102,7 +102,7 @@ def times(tiles: pd.DataFrame, facts: dict[str, Any]) -> str:
     held_out = facts.get("held_out")
     figure = Figure(figsize=(9.5, 3.6))
     left, right = figure.subplots(1, 2)
-    left.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # more schemes than the usual ten colours
+    left.set_prop_cycle(color=mpl.colormaps["tab20"](range(20)))  # more schemes than the usual ten colours
     prefill = tiles[tiles["phase"] == "prefill"]
     for scheme, cells in prefill.groupby("scheme"):
         operations = 2 * 128 * 128 * cells["tile_tokens"] * facts["sms"]
