@@ -13,7 +13,6 @@ The floor is max(operations / tensor rate, bytes / read rate) with the rates thi
 import argparse
 import json
 import math
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +26,12 @@ from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_tab
 from mxmoe_steps.kernels.layouts import KernelWeights, kernel_weights, original_weights
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
 from mxmoe_steps.schemes import Scheme, parse_scheme
+from mxmoe_steps.timing.timer import Timer
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)
 SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w3a16", "w2a16")
 RATES = {"bf16": 801e12, "fp8": 1542e12, "int8": 1542e12}  # operations a second, measured on one H100
 READ_BYTES = 3.04e12  # a second
-FLUSH_BYTES = 192 << 20
-WARMUP, REPEATS = 3, 15
 
 
 @dataclass(frozen=True)
@@ -83,31 +81,6 @@ def floor_us(formats: list[Format], rows: list[list[int]], n: int, k: int) -> fl
         arithmetic += 2 * total * n * k / RATES[format_.operand]
         memory += (active * n * k * weight_bits / 8 + total * (k * token_bytes + n * 2)) / READ_BYTES
     return max(arithmetic, memory) * 1e6
-
-
-class Timer:
-    """Median time of a function's kernels: one CUDA graph, replayed after an L2 flush."""
-
-    def __init__(self) -> None:
-        self.flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        times = []
-        for repeat in range(WARMUP + REPEATS):
-            self.flush.sum()  # reads: lines that a write left would be written back in the measured time
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            if repeat >= WARMUP:
-                times.append(start.elapsed_time(end) * 1e3)
-        return statistics.median(times)
 
 
 def random_weights(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from group_gemm import WORKLOADS, Timer, Workload, floor_us, random_weights
+from group_gemm import WORKLOADS, Workload, floor_us, random_weights
 
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
@@ -29,6 +29,7 @@ from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
 from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert, swiglu
 from mxmoe_steps.schemes import SHARED, parse_scheme
+from mxmoe_steps.timing.timer import Timer
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)
 SLICES = {"qwen1.5-moe": 4, "deepseek-v2-lite": 2, "mixtral-8x7b": 0}  # width of the shared expert / routed
