@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import kernel_format, phase_for
+from mxmoe_steps.kernels.formats import TILE_ROWS, kernel_format, phase_for
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 from mxmoe_steps.tables import PROFILE, read_table
 
-TILE_WEIGHTS = 128  # weight rows per tile
 KSTEP = 128  # input features per k-step
 LAUNCHES = 2  # gate+up, down
 OUTPUT_BYTES = 2  # bfloat16
@@ -147,7 +146,7 @@ def block_work(
     """
     counts = tile_counts(rows, cells[:, 0])  # [B, steps, C]
     one = cells[:, 1] + extra_us + cells[:, 2] * (in_features / KSTEP)[:, None]  # [B, C]
-    strips = -(-out_features // TILE_WEIGHTS)
+    strips = -(-out_features // TILE_ROWS)
     work = (counts * one[:, None]).sum(2) * strips[:, None]
     return work, np.where(counts > 0, one[:, None], 0.0).max(2)
 

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.kernels.formats import PHASES, TILE_ROWS
 from mxmoe_steps.schemes import Scheme
 
 HARDWARE = Path(__file__).parents[3] / "resources" / "profiles" / "hardware.json"
 TILE_TOKENS = (8, 16, 32, 64, 128, 256)
-TILE_WEIGHTS = 128  # weight rows of a tile: two 64-row warpgroup products on Hopper
 MIN_TENSOR_TOKENS = 16  # a narrower product keeps the tensor cores busy just as long
 
 
@@ -39,9 +38,9 @@ def roofline_kstep_us(scheme: Scheme, tile_tokens: int, hardware: dict[str, Any]
         raise UserError(
             f"scheme {scheme}: {hardware['device']} has no {scheme.compute_type} tensor cores, only {', '.join(peaks)}"
         )
-    operations = 2 * TILE_WEIGHTS * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
+    operations = 2 * TILE_ROWS * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
     compute_us = operations * hardware["sms"] / (peaks[scheme.compute_type] * 1e6)
-    loaded = TILE_WEIGHTS * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
+    loaded = TILE_ROWS * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
     return float(max(compute_us, loaded * hardware["sms"] / (hardware["l2_gbs"] * 1e3)))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mxmoe_steps.allocation.time_model import CONSTANTS, KSTEP, TILE_WEIGHTS, block_work, bytes_moved
+from mxmoe_steps.allocation.time_model import CONSTANTS, KSTEP, block_work, bytes_moved
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import phase_for
+from mxmoe_steps.kernels.formats import TILE_ROWS, phase_for
 from mxmoe_steps.schemes import parse_scheme
 
 Rows = list[dict[str, Any]]  # of a MEASUREMENTS table
@@ -51,7 +51,7 @@ def fit_tiles(rows: Iterable[dict[str, Any]], sms: int) -> Tiles:
     cells = []
     for (phase, scheme, tokens), mine in sorted(groups.items()):
         us = np.array([median_us(row) for row in mine])
-        waves = np.array([len(row["rows"]) * -(-row["out_features"] // TILE_WEIGHTS) / sms for row in mine])
+        waves = np.array([len(row["rows"]) * -(-row["out_features"] // TILE_ROWS) / sms for row in mine])
         ksteps = np.array([row["in_features"] / KSTEP for row in mine])
         matrix = np.stack([waves, waves * ksteps], 1) / us[:, None]
         cells.append(((phase, scheme, tokens), us, matrix, float(np.median([spread(row) for row in mine]))))
