@@ -90,6 +90,7 @@ def arguments(rows: int = 4, features: int = 64) -> dict:
         ({"out": torch.zeros(4, 60, dtype=torch.bfloat16)}, "multiple of 8"),
         ({"problems": torch.zeros(200, 4, dtype=torch.int32)}, "at most 128"),
         ({"offsets": torch.zeros(3, dtype=torch.int64)}, "offsets: torch.int64"),
+        ({"offsets": torch.zeros(1026, dtype=torch.int32)}, "1 to 1024 experts"),
         ({"activations": {}}, "this kernel takes"),
         ({"activations": {"bf16": launch.Activations(torch.zeros(4, 128, dtype=torch.bfloat16))}}, "expected"),
         ({"weights": []}, "this kernel takes w16a16"),

@@ -58,7 +58,7 @@ class SwiGlu:
         self.Shared = Shared
         per_token = chosen.shape[1] + cutlass.min(shared, 1)
         self.kernel(gate_up, chosen, row, needs, outputs, shared).launch(
-            grid=(per_token, chosen.shape[0], 1), block=(THREADS, 1, 1), stream=stream
+            grid=(per_token, chosen.shape[0], 1), block=(THREADS, 1, 1), use_pdl=True, stream=stream
         )
 
     @cute.kernel
@@ -75,6 +75,8 @@ class SwiGlu:
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
         written = rounding.Outputs(*outputs)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         tokens, top_k = chosen.shape[0], chosen.shape[1]
         first, mask, slices = Int32(0), Int32(0), Int32(1)
         if entry < top_k:
@@ -142,7 +144,10 @@ class Combine:
     ) -> None:
         span = COMBINE_THREADS * VECTOR
         self.kernel(given, row, weights, gate, out, shared, gated).launch(
-            grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1), block=(COMBINE_THREADS, 1, 1), stream=stream
+            grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1),
+            block=(COMBINE_THREADS, 1, 1),
+            use_pdl=True,
+            stream=stream,
         )
 
     @cute.kernel
@@ -158,6 +163,7 @@ class Combine:
     ) -> None:
         part, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
+        cute.arch.griddepcontrol_wait()
         at = part * COMBINE_THREADS + thread
         if at * VECTOR < out.shape[1]:
             top_k = row.shape[1]

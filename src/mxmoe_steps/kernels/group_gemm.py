@@ -29,6 +29,10 @@ Schedule: tiles differ in cost, so clusters draw them, in order, from a counter 
 a cluster's first block draws one tile ahead and sends the number to every block of the cluster (``st.async``
 into a queue of two); the last cluster to finish sets the counters back, so a launch leaves them at zero.
 
+Launches overlap: a launch may start when all blocks of the one before have (programmatic dependent launch). It reads
+problems and row offsets at once, and the rest after the wait for that launch. So offsets must not come from a launch
+that lets the next one start early: `tokens.SortByExpert` does not.
+
 Epilogue: accumulators (x token scale x channel scale) -> bf16 -> transposed `stmatrix` to a padded tile of up
 to 64 tokens -> 16-byte row stores, predicated by the expert's rows and by N. Loads never are: a token tile
 that runs past its expert reads the next expert's rows, whose results are not stored, and TMA fills rows and
@@ -43,7 +47,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels.consumer import STAGING_PITCH, Consumer
-from mxmoe_steps.kernels.formats import ROW_BYTES, TILE_ROWS, Format, KernelConfig
+from mxmoe_steps.kernels.formats import MAX_EXPERTS, ROW_BYTES, TILE_ROWS, Format, KernelConfig
 from mxmoe_steps.kernels.producer import Producer
 from mxmoe_steps.kernels.ring import OPERAND_TYPES, Queue, Ring
 from mxmoe_steps.kernels.schedule import TABLE_FIELDS, THREADS
@@ -127,6 +131,7 @@ class GroupGemm(Producer, Consumer):
             cluster=(self.cluster, 1, 1),
             min_blocks_per_mp=self.config.blocks_per_sm,
             preferred_smem_carveout=100,  # percent: all of it
+            use_pdl=True,
             stream=stream,
         )
 
@@ -196,7 +201,12 @@ class GroupGemm(Producer, Consumer):
                         cpasync.prefetch_descriptor(tensor_map[0])
         if const_expr(self.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
-        self.fill_table(problems, offsets, out_features, thread, ends, table)
+        starts = cute.make_tensor(
+            cute.recast_ptr(shared.staging.data_ptr(), dtype=Int32), cute.make_layout(MAX_EXPERTS + 1)
+        )
+        self.fill_table(problems, offsets, out_features, thread, starts, ends, table)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         if const_expr(self.cluster > 1):
             cute.arch.cluster_wait()  # both blocks' barriers exist
 

@@ -10,7 +10,7 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.build import ENTRY, RUNTIME, build, runtime_library
-from mxmoe_steps.kernels.formats import TILE_ROWS, Format, KernelConfig
+from mxmoe_steps.kernels.formats import MAX_EXPERTS, TILE_ROWS, Format, KernelConfig
 from mxmoe_steps.kernels.layouts import KernelWeights
 
 COLUMN_MULTIPLE = 8  # 16-byte stores
@@ -154,6 +154,10 @@ class GroupGemmKernel:
                 f"problems have shape {list(problems.shape)}; need [P, 4] with P at most {config.max_problems}"
             )
         check_tensor("offsets", offsets, torch.int32, 1, out.device)
+        if not 2 <= offsets.shape[0] <= MAX_EXPERTS + 1:
+            raise UserError(
+                f"offsets have {offsets.shape[0]} elements; need experts + 1, for 1 to {MAX_EXPERTS} experts"
+            )
 
 
 def _check_weights(weight: KernelWeights, device: torch.device) -> None:

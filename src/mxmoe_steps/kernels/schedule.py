@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from mxmoe_steps.kernels.formats import TILE_ROWS
+from mxmoe_steps.kernels.formats import MAX_EXPERTS, TILE_ROWS
 from mxmoe_steps.kernels.ring import RingUser
 
 THREADS = 384  # of a block: a producer warp, three idle ones, two warpgroups of consumers
@@ -38,24 +38,41 @@ class Schedule(RingUser):
         offsets: cute.Tensor,
         out_features: Int32,
         thread: Int32,
+        starts: cute.Tensor,
         ends: cute.Tensor,
         table: cute.Tensor,
     ) -> None:
-        """Write each problem's row of the table and the running sum of tiles; the whole block takes part."""
+        """Write each problem's row of the table and the running sum of tiles; the whole block takes part.
+
+        ``starts``: shared memory for `MAX_EXPERTS` + 1 offsets: they are fetched beside the problems, not after them,
+        since what a launch waits for at its start is the latency of memory.
+        """
         row_steps = self.row_steps(out_features)
-        for i in cutlass.range_constexpr((self.max_problems + THREADS - 1) // THREADS):
+        each = (self.max_problems + THREADS - 1) // THREADS
+        given = cute.make_rmem_tensor((4, each), Int32)
+        given.fill(0)
+        for i in cutlass.range_constexpr(each):
+            if thread + i * THREADS < problems.shape[0]:
+                at = cute.assume((thread + i * THREADS) * 4, divby=4)
+                row = cute.make_tensor(problems.iterator + at, cute.make_layout(4))
+                cute.autovec_copy(row, given[None, i])
+        for i in cutlass.range_constexpr((MAX_EXPERTS + THREADS) // THREADS):
+            if thread + i * THREADS < offsets.shape[0]:
+                starts[thread + i * THREADS] = offsets[thread + i * THREADS]
+        cute.arch.sync_threads()
+        for i in cutlass.range_constexpr(each):
             p = thread + i * THREADS
             if p < self.max_problems:
                 tiles = Int32(0)
                 if p < problems.shape[0]:
-                    expert, number = problems[p, 0], problems[p, 1]
-                    first = offsets[expert]
-                    rows = offsets[expert + 1] - first
+                    expert, number = given[0, i], given[1, i]
+                    first = starts[expert]
+                    rows = starts[expert + 1] - first
                     table[p, 0] = first
                     table[p, 1] = rows
                     table[p, 2] = number
-                    table[p, 3] = problems[p, 2]
-                    table[p, 4] = problems[p, 3]
+                    table[p, 3] = given[2, i]
+                    table[p, 4] = given[3, i]
                     largest = self.largest_tokens(number)
                     tiles = (rows + largest - 1) // largest * row_steps
                 ends[p + 1] = tiles

@@ -6,6 +6,9 @@ result depends on it.
 
 `DispatchTokens` gives one block a token: a first pass over it finds the largest magnitude (unless all its experts read
 bfloat16), a second one, from L1, rounds it to the types that its experts read and stores it to all their rows.
+
+Launches overlap, see `group_gemm`: a kernel here waits for the launch before it, then lets the next one start. Sorting
+does not: grouped GEMMs read row offsets before they wait.
 """
 
 from typing import Any
@@ -153,7 +156,7 @@ class DispatchTokens:
 
         self.Shared = Shared
         self.kernel(x, chosen, row, needs, outputs, shared).launch(
-            grid=(x.shape[0], 1, 1), block=(THREADS, 1, 1), stream=stream
+            grid=(x.shape[0], 1, 1), block=(THREADS, 1, 1), use_pdl=True, stream=stream
         )
 
     @cute.kernel
@@ -172,6 +175,8 @@ class DispatchTokens:
         rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES))
         masks = memory.masks.get_tensor(cute.make_layout(MAX_ENTRIES))
         written = rounding.Outputs(*outputs)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
         tokens, top_k = x.shape[0], chosen.shape[1]
         entries = top_k + shared
         if thread < entries:
