@@ -49,8 +49,9 @@ def test_per_channel_formats_take_multiples_of_64(name: str) -> None:
 
 def test_four_bit_word_matches_its_diagram() -> None:
     weight = random_weight("w4a16", 1, 128, 128)
-    words = kernel_weights(weight).data[:8192].view(torch.int32).view(2, 256, 4)
-    thread, block, half = 128 + 32 * 2 + 13, 5, 1  # warpgroup 1, warp 2, lane 13; k16 block 5 is word 1 of half 1
+    rows_64 = kernel_weights(weight).data[: 2 * (4096 + 256)].view(2, -1)  # codes, scales and zero points of each
+    words = rows_64[1, :4096].view(torch.int32).view(2, 128, 4)
+    thread, block, half = 32 * 2 + 13, 5, 1  # of rows 64-127: warp 2, lane 13; k16 block 5 is word 1 of half 1
     row, column = 64 + 16 * 2 + 13 // 4, 16 * block + 2 * (13 % 4)
     word = int(words[half, thread, block % 4]) & 0xFFFFFFFF
     for register in range(4):

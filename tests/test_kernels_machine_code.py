@@ -14,7 +14,6 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None or disassembler() is None,
     reason="nvidia-cutlass-dsl or nvidia-cuda-nvdisasm is not installed",
 )
-REGISTERS = {1: 232, 2: 104}  # a consumer thread may use, by blocks per SM
 OPCODE = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}
 
 
@@ -35,7 +34,7 @@ def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
     assert sum(code.matrix.values()) == code.groups * 4, "serialized"
     assert code.spills == 0
     assert code.early_reads == []
-    assert code.registers <= REGISTERS[config.blocks_per_sm]
+    assert code.registers <= config.registers[1]
 
 
 @needs_compiler

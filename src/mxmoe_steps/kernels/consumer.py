@@ -9,12 +9,10 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.cutlass_dsl import T
 
-from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, TILE_ROWS, Format
+from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, Format
 from mxmoe_steps.kernels.main_loops import MainLoops
-from mxmoe_steps.kernels.ring import OPERAND_TYPES, Ring
+from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Ring
 from mxmoe_steps.kernels.schedule import Place
-
-STAGING_PITCH = TILE_ROWS + 8  # one 16-byte step of padding: no bank conflicts
 
 
 def opaque(value: Int32) -> Int32:
@@ -26,14 +24,13 @@ def opaque(value: Int32) -> Int32:
 class Consumer(MainLoops):
     """Multiplies and stores with the configuration that the tile takes."""
 
-    @staticmethod
-    def mma_of(format_: Format, tokens: int) -> cute.TiledMma:
+    def mma_of(self, format_: Format, tokens: int) -> cute.TiledMma:
         operand = OPERAND_TYPES[format_.operand]
         source = warpgroup.OperandSource.RMEM if format_.decoded else warpgroup.OperandSource.SMEM
         major = OperandMajorMode.K
         accumulator = Int32 if operand is Int8 else Float32
         return hopper.make_trivial_tiled_mma(
-            operand, operand, major, major, accumulator, (2, 1, 1), (64, tokens), source
+            operand, operand, major, major, accumulator, (self.groups, 1, 1), (64, tokens), source
         )
 
     @cute.jit
@@ -43,6 +40,7 @@ class Consumer(MainLoops):
         last: cutlass.Constexpr,
         mmas: tuple,
         ring: Ring,
+        partials: Partials,
         staging: Any,
         shared_scales: cute.Tensor,
         token_scales: tuple,
@@ -61,20 +59,21 @@ class Consumer(MainLoops):
         if const_expr(last - first == 1):
             format_ = self.tiles[first].format
             stage, phase = self.consume(
-                first, mmas[first], ring, staging, shared_scales, token_scales[self.operands.index(format_.operand)],
-                channel_scales[self.formats.index(format_)], thread, group, place, stored, features, out, stage, phase,
+                first, mmas[first], ring, partials, staging, shared_scales,
+                token_scales[self.operands.index(format_.operand)], channel_scales[self.formats.index(format_)],
+                thread, group, place, stored, features, out, stage, phase,
             )  # fmt: skip
         else:
             middle = (first + last) // 2
             if self.before(middle, number, place.rows):
                 stage, phase = self.consume_one_of(
-                    first, middle, mmas, ring, staging, shared_scales, token_scales, channel_scales, number, thread,
-                    group, place, stored, features, out, stage, phase,
+                    first, middle, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, number,
+                    thread, group, place, stored, features, out, stage, phase,
                 )  # fmt: skip
             else:
                 stage, phase = self.consume_one_of(
-                    middle, last, mmas, ring, staging, shared_scales, token_scales, channel_scales, number, thread,
-                    group, place, stored, features, out, stage, phase,
+                    middle, last, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, number,
+                    thread, group, place, stored, features, out, stage, phase,
                 )  # fmt: skip
         return stage, phase
 
@@ -84,6 +83,7 @@ class Consumer(MainLoops):
         i: cutlass.Constexpr,
         mma: cute.TiledMma,
         ring: Ring,
+        partials: Partials,
         staging: Any,
         shared_scales: cute.Tensor,
         token_scales: cute.Tensor,
@@ -103,7 +103,7 @@ class Consumer(MainLoops):
         thread = opaque(thread)
         lane, in_group = thread % 32, thread % 128
         row = (thread // 32) * 16 + lane // 4  # of the thread's two rows, row and row + 8, in the tile
-        scale_row = place.row_tile * TILE_ROWS + row
+        scale_row = place.row_tile * self.rows + row
         channel0, channel1 = Float32(1.0), Float32(1.0)
         if const_expr(format_.channel_scaled):
             channel0, channel1 = channel_scales[place.entry, scale_row], channel_scales[place.entry, scale_row + 8]
@@ -115,21 +115,64 @@ class Consumer(MainLoops):
                     fetched[j] = token_scales[place.first + in_group + 128 * j]
 
         mma.set(warpgroup.Field.ACCUMULATE, True)
-        part = mma.get_slice(cute.make_layout(2, stride=128)(group))
+        mine = mma.get_slice(cute.make_layout(self.groups, stride=128)(group))
         token_blocks = self.blocks(ring, format_.operand, tile.tokens, tile.token_offset, tile.depth)
-        tokens = mma.make_fragment_B(part.partition_B(token_blocks))
+        tokens = mma.make_fragment_B(mine.partition_B(token_blocks))
         kind = Int32 if format_.operand == "int8" else Float32
-        acc = cute.make_rmem_tensor(mma.partition_shape_C((TILE_ROWS, tile.tokens)), kind)
+        acc = cute.make_rmem_tensor(mma.partition_shape_C((self.rows, tile.tokens)), kind)
         acc.fill(0)
+        total = self.slots(tile, features)
+        slots, most = self.dealt(total, partials.part), self.dealt(total)
+        begin, parity = (stage, phase) if self.split == 1 else self.advance(stage, phase, partials.part)
         if const_expr(not format_.decoded):
-            weight_blocks = self.blocks(ring, format_.operand, TILE_ROWS, 0, tile.depth)
-            weights = mma.make_fragment_A(part.partition_A(weight_blocks))
-            stage, phase = self.multiply_rows(tile, mma, acc, ring, weights, tokens, features, stage, phase)
+            weight_blocks = self.blocks(ring, format_.operand, self.rows, 0, tile.depth)
+            weights = mma.make_fragment_A(mine.partition_A(weight_blocks))
+            self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, begin, parity)
         elif const_expr(format_.operand == "bf16"):
-            stage, phase = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, features, stage, phase)
+            self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, slots, begin, parity)
         else:
-            stage, phase = self.multiply_fp8(tile, mma, acc, ring, tokens, thread, row, features, stage, phase)
+            self.multiply_fp8(tile, mma, acc, ring, tokens, thread, row, slots, begin, parity)
 
+        store = (
+            i, acc, staging, shared_scales, fetched, (channel0, channel1), thread, group, place, stored, out,
+        )  # fmt: skip
+        if const_expr(self.split == 1):
+            self.store(*store)
+        else:
+            if slots < most:  # an empty slot keeps the parts in step
+                begin, parity = self.skip(begin, parity, slots * self.split)
+                cute.arch.mbarrier_wait(ring.full + begin, parity)
+                self.release(ring, begin, Boolean(True))
+            if partials.part == 0:
+                self.add_parts(acc, partials, thread)
+                self.store(*store)
+            else:
+                self.send_part(acc, partials, thread)
+        return self.skip(stage, phase, most * self.split)
+
+    @cute.jit
+    def store(
+        self,
+        i: cutlass.Constexpr,
+        acc: cute.Tensor,
+        staging: Any,
+        shared_scales: cute.Tensor,
+        fetched: cute.Tensor,
+        channels: tuple,
+        thread: Int32,
+        group: Int32,
+        place: Place,
+        stored: Boolean,
+        out: cute.Tensor,
+    ) -> None:
+        """Scale and round the sums of configuration ``i`` and, if ``stored``, store them.
+
+        ``fetched``: scales of the tokens thread, thread + 128, ...; ``channels``: of the thread's two rows.
+        """
+        tile, pitch = self.tiles[i], self.config.staging_pitch
+        format_ = tile.format
+        lane, in_group = thread % 32, thread % 128
+        channel0, channel1 = channels
         if const_expr(format_.token_scaled):
             for j in cutlass.range_constexpr(cute.size(fetched)):
                 if in_group + 128 * j < tile.tokens:
@@ -139,11 +182,11 @@ class Consumer(MainLoops):
         eight = cute.make_rmem_tensor((8,), BFloat16)
         for start in cutlass.range_constexpr(0, tile.tokens, EPILOGUE_TOKENS):
             staged = min(tile.tokens - start, EPILOGUE_TOKENS)
-            staging_tile = cute.make_tensor(staging, cute.make_layout((TILE_ROWS, staged), stride=(1, STAGING_PITCH)))
+            staging_tile = cute.make_tensor(staging, cute.make_layout((self.rows, staged), stride=(1, pitch)))
             staging_mma = self.mma_of(Format("bf16", 16), staged)
             store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), BFloat16)
             to_staging = cute.make_tiled_copy_C(store, staging_mma)
-            values = cute.make_rmem_tensor(staging_mma.partition_shape_C((TILE_ROWS, staged)), Float32)
+            values = cute.make_rmem_tensor(staging_mma.partition_shape_C((self.rows, staged)), Float32)
             rounded = cute.make_fragment_like(values, BFloat16)
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
             for e in cutlass.range_constexpr(cute.size(values)):
@@ -164,9 +207,41 @@ class Consumer(MainLoops):
                 for j in cutlass.range_constexpr(staged // 16):
                     token = in_group // 8 + 16 * j
                     if start + token < place.rows:
-                        source = cute.assume(token * STAGING_PITCH + row8, divby=8)
+                        source = cute.assume(token * pitch + row8, divby=8)
                         target = Int64(place.first + start + token) * out.shape[1] + place.column
-                        target = cute.assume(target + place.row_tile * TILE_ROWS + row8, divby=8)
+                        target = cute.assume(target + place.row_tile * self.rows + row8, divby=8)
                         cute.autovec_copy(cute.make_tensor(staging + source, cute.make_layout(8)), eight)
                         cute.autovec_copy(eight, cute.make_tensor(out.iterator + target, cute.make_layout(8)))
-        return stage, phase
+
+    def part_vector(self, acc: cute.Tensor, part: Any, vector: int, thread: Int32, sums: Any) -> cute.Tensor:
+        """Where vector ``vector`` of a thread's sums of part ``part`` (from 1) lies, four elements; warps in a row."""
+        vectors, threads = cute.size(acc) // 4, 128 * self.groups
+        at = cute.assume((((part - 1) * vectors + vector) * threads + thread) * 4, divby=4)
+        return cute.make_tensor(cute.recast_ptr(sums, dtype=acc.element_type) + at, cute.make_layout(4))
+
+    @cute.jit
+    def send_part(self, acc: cute.Tensor, partials: Partials, thread: Int32) -> None:
+        """Hand this part's sums to the first one."""
+        cute.arch.mbarrier_wait(partials.free, partials.turn % 2 ^ 1)
+        four = cute.make_rmem_tensor((4,), acc.element_type)
+        for j in cutlass.range_constexpr(cute.size(acc) // 4):
+            for e in cutlass.range_constexpr(4):
+                four[e] = acc[4 * j + e]
+            cute.autovec_copy(four, self.part_vector(acc, partials.part, j, thread, partials.sums))
+        cute.arch.sync_warp()
+        if thread % 32 == 0:
+            cute.arch.mbarrier_arrive(partials.full)
+
+    @cute.jit
+    def add_parts(self, acc: cute.Tensor, partials: Partials, thread: Int32) -> None:
+        """Add the other parts' sums, in order, to those of the first one."""
+        cute.arch.mbarrier_wait(partials.full, partials.turn % 2)
+        four = cute.make_rmem_tensor((4,), acc.element_type)
+        for part in cutlass.range_constexpr(1, self.split):
+            for j in cutlass.range_constexpr(cute.size(acc) // 4):
+                cute.autovec_copy(self.part_vector(acc, part, j, thread, partials.sums), four)
+                for e in cutlass.range_constexpr(4):
+                    acc[4 * j + e] = acc[4 * j + e] + four[e]
+        cute.arch.sync_warp()
+        if thread % 32 == 0:
+            cute.arch.mbarrier_arrive(partials.free)

@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import Scheme
 
-TILE_ROWS = 128  # weight rows of a tile: two warpgroups of 64
+TILE_ROWS = 128  # weight rows of a chunk in kernel order, and of most tiles
+HALF_ROWS = 64  # weight rows of one `wgmma`: a warpgroup's
 ROW_BYTES = 128  # bytes of one row of a token block: the widest shared memory swizzle
 GROUP = 128  # input features that share a scale in every grouped format
 EDGE = 64  # output and input features must be multiples of this
 
 SHARED_BYTES = {1: 227 * 1024, 2: 113 * 1024}  # shared memory a block may use on sm_90, by blocks per SM
-MAX_STAGES = 8
+# Registers of a producer's and of a consumer's thread, by blocks per SM and consumer warpgroups: all there are
+REGISTERS = {(1, 1): (40, 232), (1, 2): (40, 232), (1, 4): (24, 112), (2, 2): (32, 104)}
+MAX_STAGES = 8  # ring slots, for each part of a split
 EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
 
 OPERAND_MASKS = {"bf16": 1, "fp8": 2, "int8": 4}  # what an expert reads, one bit per type
@@ -73,8 +76,13 @@ class Format:
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of 128 rows x 128 input features in kernel order: codes, then scales, then zero points."""
-        return TILE_ROWS * GROUP * self.bits // 8 + 2 * TILE_ROWS * (self.grouped + self.zeros)
+        """Bytes of 128 rows x 128 input features in kernel order."""
+        return 2 * self.half_bytes
+
+    @property
+    def half_bytes(self) -> int:
+        """Bytes of half a chunk, 64 rows: codes, then scales, then zero points."""
+        return HALF_ROWS * GROUP * self.bits // 8 + 2 * HALF_ROWS * (self.grouped + self.zeros)
 
 
 def kernel_format(scheme: Scheme) -> Format:
@@ -103,7 +111,7 @@ def kernel_format(scheme: Scheme) -> Format:
 
 @dataclass(frozen=True, order=True)
 class Tile:
-    """One main loop: 128 rows of weights times ``tokens`` rows of activations.
+    """One main loop: ``rows``, 128 or 64, of weights times ``tokens`` rows of activations.
 
     ``depth``: 128-byte token blocks per ring slot; narrow weights and short token tiles take several, so
     that a slot is worth its barrier round trip.
@@ -112,6 +120,7 @@ class Tile:
     format: Format
     tokens: int
     depth: int = 1
+    rows: int = TILE_ROWS
 
     def __post_init__(self) -> None:
         if self.tokens % 16 or not 16 <= self.tokens <= 256:
@@ -130,8 +139,8 @@ class Tile:
     def weight_bytes(self) -> int:
         """Bytes of weights in one ring slot."""
         if self.format.decoded:
-            return self.slot_features // GROUP * self.format.chunk_bytes
-        return self.depth * TILE_ROWS * ROW_BYTES
+            return self.slot_features // GROUP * self.format.half_bytes * self.rows // HALF_ROWS
+        return self.depth * self.rows * ROW_BYTES
 
     @property
     def token_bytes(self) -> int:
@@ -146,16 +155,19 @@ class Tile:
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """The tiles of one persistent kernel, sorted.
+    """The tiles of one persistent kernel, sorted, all of the same number of weight rows.
 
     ``max_problems`` bounds the problem table (a multiple of 32); ``cluster`` blocks, 1 or 2, share token tiles;
     an SM runs ``blocks_per_sm`` blocks, 1 or 2: two hide each other's latencies, and have half the registers.
+    The slots of a tile are dealt to ``split`` times as many warpgroups, 1, 2 or 4, which add up at the end: a few
+    small tiles then keep a whole SM busy.
     """
 
     tiles: tuple[Tile, ...]
     max_problems: int = 128
     cluster: int = 1
     blocks_per_sm: int = 1
+    split: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiles", tuple(sorted(self.tiles)))
@@ -166,6 +178,10 @@ class KernelConfig:
             raise ValueError(f"max_problems is {self.max_problems}, need a positive multiple of 32")
         if self.cluster not in (1, 2) or self.blocks_per_sm not in (1, 2):
             raise ValueError(f"cluster is {self.cluster}, blocks_per_sm is {self.blocks_per_sm}; need 1 or 2")
+        if len({tile.rows for tile in self.tiles}) > 1 or self.rows not in (HALF_ROWS, TILE_ROWS):
+            raise ValueError(f"tiles of {self.rows} rows; need 64 in all of them or 128")
+        if (self.blocks_per_sm, self.warpgroups) not in REGISTERS or (self.cluster > 1 and self.warpgroups != 2):
+            raise ValueError(f"{self.warpgroups} warpgroups in clusters of {self.cluster}, {self.blocks_per_sm} an SM")
         if self.stages < 2:
             raise ValueError(f"tiles of {self.slot_bytes} bytes per slot leave room for {self.stages} slots, need 2")
 
@@ -195,12 +211,47 @@ class KernelConfig:
         return min(self.max_tokens, EPILOGUE_TOKENS)
 
     @property
+    def rows(self) -> int:
+        """Weight rows of a tile."""
+        return self.tiles[0].rows
+
+    @property
+    def warpgroups(self) -> int:
+        """Warpgroups of a block that multiply."""
+        return self.rows // HALF_ROWS * self.split
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: a producer warp, three idle ones, and the warpgroups that multiply."""
+        return 128 * (1 + self.warpgroups)
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a producer's and of a consumer's thread."""
+        return REGISTERS[self.blocks_per_sm, self.warpgroups]
+
+    @property
+    def staging_pitch(self) -> int:
+        """Elements of a token in the staging tile: one 16-byte step of padding, against bank conflicts."""
+        return self.rows + 8
+
+    @property
+    def staging_bytes(self) -> int:
+        """Bytes of the staging tile, which holds the experts' row offsets before the first tile."""
+        return max(self.staged_tokens * self.staging_pitch * 2, 4 * (MAX_EXPERTS + 1))
+
+    @property
+    def partial_bytes(self) -> int:
+        """Bytes of the sums of all parts of a split but the first."""
+        return (self.split - 1) * self.rows * self.max_tokens * 4
+
+    @property
     def stages(self) -> int:
-        """Ring slots that fit beside the staging tile, the problem table and the token scales."""
-        staging = self.staged_tokens * (TILE_ROWS + 8) * 2
+        """Ring slots that fit beside the staging tile, the sums of parts, the problem table and the token scales."""
         table = 4 * (6 * self.max_problems + 1)
-        fixed = staging + table + 2 * 4 * self.max_tokens + 4096  # barriers and alignment
-        return min(MAX_STAGES, (SHARED_BYTES[self.blocks_per_sm] - fixed) // self.slot_bytes)
+        fixed = self.staging_bytes + self.partial_bytes + table + 2 * 4 * self.max_tokens + 4096  # barriers, alignment
+        fit = min(MAX_STAGES * self.split, (SHARED_BYTES[self.blocks_per_sm] - fixed) // self.slot_bytes)
+        return fit - fit % self.split  # a slot always belongs to the same part
 
     @property
     def name(self) -> str:
@@ -209,7 +260,7 @@ class KernelConfig:
         for format_ in self.formats:
             tiles = [f"{tile.tokens}x{tile.depth}" for tile in self.tiles if tile.format == format_]
             parts.append(".".join([format_.name, *tiles]))
-        return "+".join(parts) + f"+p{self.max_problems}c{self.cluster}b{self.blocks_per_sm}"
+        return "+".join(parts) + f"+p{self.max_problems}c{self.cluster}b{self.blocks_per_sm}r{self.rows}s{self.split}"
 
     def spec(self) -> dict[str, object]:
         """The configuration as plain data, for cache keys and build records."""
@@ -227,8 +278,10 @@ FORMATS = (
 
 TOKEN_LIMIT = 16 * 1024  # bytes of tokens in the slots of an SM at one time, unless one group has more
 WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block or four 2-bit groups take
-PHASES = ("decode", "prefill")  # few tokens: small tiles; many: large tiles
+PHASES = ("latency", "decode", "prefill")  # a few tokens: small, split tiles; some: small tiles; many: large tiles
+LATENCY_SPLIT = 4
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
+_LARGEST_LATENCY = 32  # tokens of the latency kernel's largest tile
 _LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
 _LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group
 
@@ -242,7 +295,10 @@ def phase_for(rows: int, experts: int) -> str:
 
 
 def default_tiles(format_: Format, phase: str, blocks_per_sm: int) -> tuple[Tile, ...]:
-    """The tiles of ``format_`` in the ``decode`` or the ``prefill`` kernel."""
+    """The tiles of ``format_`` in the kernel of ``phase``."""
+    if phase == "latency":
+        blocks = GROUP // format_.block_features if format_.decoded else 1
+        return tuple(Tile(format_, n, blocks, HALF_ROWS) for n in _TOKENS if n <= _LARGEST_LATENCY)
     largest = min(
         _LARGEST_DECODE[blocks_per_sm] if phase == "decode" else 256, _LARGEST_DECODED if format_.decoded else 256
     )
@@ -253,13 +309,14 @@ def default_config(formats: tuple[Format, ...], phase: str, max_problems: int = 
     """The kernel of ``phase`` that runs any mixture of ``formats``.
 
     Measured: two blocks per SM help to decode to bf16 in registers, and slow other formats down a little;
-    clusters help w16a16 with many tokens, and nothing else.
+    clusters help w16a16 with many tokens, and nothing else. A few tokens leave SMs without tiles, or with one: tiles of
+    64 rows, each by four warpgroups, are more and shorter.
     """
     decoding = all(format_.decoded and format_.operand == "bf16" for format_ in formats)
     blocks = 2 if phase == "decode" and decoding else 1
     cluster = 2 if phase == "prefill" and formats == (Format("bf16", 16),) else 1
     tiles = tuple(tile for format_ in formats for tile in default_tiles(format_, phase, blocks))
-    return KernelConfig(tiles, max_problems, cluster, blocks)
+    return KernelConfig(tiles, max_problems, cluster, blocks, LATENCY_SPLIT if phase == "latency" else 1)
 
 
 def _depth(format_: Format, tokens: int, blocks_per_sm: int) -> int:

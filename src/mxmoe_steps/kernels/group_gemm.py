@@ -46,14 +46,11 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, const_expr,
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
-from mxmoe_steps.kernels.consumer import STAGING_PITCH, Consumer
-from mxmoe_steps.kernels.formats import MAX_EXPERTS, ROW_BYTES, TILE_ROWS, Format, KernelConfig
+from mxmoe_steps.kernels.consumer import Consumer
+from mxmoe_steps.kernels.formats import HALF_ROWS, MAX_EXPERTS, ROW_BYTES, TILE_ROWS, Format, KernelConfig
 from mxmoe_steps.kernels.producer import Producer
-from mxmoe_steps.kernels.ring import OPERAND_TYPES, Queue, Ring
-from mxmoe_steps.kernels.schedule import TABLE_FIELDS, THREADS
-
-REGISTERS = {1: (40, 232), 2: (32, 104)}  # of producer and consumer threads, by blocks per SM
-CONSUMER_WARPS = 8
+from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Queue, Ring
+from mxmoe_steps.kernels.schedule import TABLE_FIELDS
 
 
 class GroupGemm(Producer, Consumer):
@@ -74,7 +71,7 @@ class GroupGemm(Producer, Consumer):
 
     def __init__(self, config: KernelConfig) -> None:
         super().__init__(config)
-        self.producer_registers, self.consumer_registers = REGISTERS[config.blocks_per_sm]
+        self.producer_registers, self.consumer_registers = config.registers
 
     @cute.jit
     def __call__(
@@ -104,12 +101,13 @@ class GroupGemm(Producer, Consumer):
 
         @cute.struct
         class Shared:
-            barriers: cute.struct.MemRange[Int64, 2 * stages + 4]
+            barriers: cute.struct.MemRange[Int64, 2 * stages + 6]
             queue: cute.struct.MemRange[Int32, 2]
             ends: cute.struct.MemRange[Int32, max_problems + 1]
             table: cute.struct.MemRange[Int32, max_problems * TABLE_FIELDS]
             token_scales: cute.struct.Align[cute.struct.MemRange[Float32, 2 * config.max_tokens], 16]
-            staging: cute.struct.Align[cute.struct.MemRange[BFloat16, config.staged_tokens * STAGING_PITCH], 128]
+            partials: cute.struct.Align[cute.struct.MemRange[Float32, config.partial_bytes // 4], 16]
+            staging: cute.struct.Align[cute.struct.MemRange[BFloat16, config.staging_bytes // 2], 128]
             ring: cute.struct.Align[cute.struct.MemRange[Uint8, stages * self.slot_bytes], 1024]
 
         self.Shared = Shared
@@ -127,7 +125,7 @@ class GroupGemm(Producer, Consumer):
             tokens[0].shape[1],
         ).launch(
             grid=(grid, 1, 1),
-            block=(THREADS, 1, 1),
+            block=(self.threads, 1, 1),
             cluster=(self.cluster, 1, 1),
             min_blocks_per_mp=self.config.blocks_per_sm,
             preferred_smem_carveout=100,  # percent: all of it
@@ -140,14 +138,13 @@ class GroupGemm(Producer, Consumer):
         """8-bit types cross the boundary as uint8."""
         return tensor if operand == "bf16" else cute.recast_tensor(tensor, OPERAND_TYPES[operand])
 
-    @classmethod
-    def _weight_map(cls, format_: Format, weight: cute.Tensor) -> tuple:
+    def _weight_map(self, format_: Format, weight: cute.Tensor) -> tuple:
         """What the producer reads weights through: a TMA atom and its tensor (N, K, entries), or the chunks."""
         if format_.decoded:
             return (weight,)
-        rows = cls._typed(weight, format_.operand)
+        rows = self._typed(weight, format_.operand)
         rows = cute.make_tensor(rows.iterator, cute.select(rows.layout, mode=[1, 2, 0]))
-        return cls._tensor_map(rows, format_.operand, TILE_ROWS, 1)
+        return self._tensor_map(rows, format_.operand, self.rows, 1)
 
     @classmethod
     def _tensor_map(cls, tensor: cute.Tensor, operand: str, rows: int, multicast: int) -> tuple:
@@ -183,16 +180,20 @@ class GroupGemm(Producer, Consumer):
         ring = Ring(shared.ring.data_ptr(), full, full + self.stages)
         queue_full = full + 2 * self.stages
         queue = Queue(shared.queue.get_tensor(cute.make_layout(2)), queue_full, queue_full + 2)
+        partials_full, part_warps = queue_full + 4, 4 * self.groups
         ends = shared.ends.get_tensor(cute.make_layout(self.max_problems + 1))
         table = shared.table.get_tensor(cute.make_layout((self.max_problems, TABLE_FIELDS), stride=(TABLE_FIELDS, 1)))
         if warp_number == 0:
             with cute.arch.elect_one():
                 for s in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(ring.full + s, 1)
-                    cute.arch.mbarrier_init(ring.empty + s, CONSUMER_WARPS * self.cluster)
+                    cute.arch.mbarrier_init(ring.empty + s, part_warps * self.cluster)
                 for s in cutlass.range_constexpr(2):
                     cute.arch.mbarrier_init(queue.full + s, 1)
-                    cute.arch.mbarrier_init(queue.empty + s, CONSUMER_WARPS * self.cluster + self.cluster - 1)
+                    readers = part_warps * self.split * self.cluster + self.cluster - 1
+                    cute.arch.mbarrier_init(queue.empty + s, readers)
+                cute.arch.mbarrier_init(partials_full, max(1, self.split - 1) * part_warps)
+                cute.arch.mbarrier_init(partials_full + 1, part_warps)
             cute.arch.mbarrier_init_fence()
         if warp_number == 1:  # descriptors on their way while the table is made
             for maps in (weight_maps, token_maps):
@@ -241,16 +242,20 @@ class GroupGemm(Producer, Consumer):
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             consumer = thread - 128
-            group = cute.arch.make_warp_uniform(consumer // 128)
+            warpgroup = cute.arch.make_warp_uniform(consumer // 128)
+            group, part = warpgroup % self.groups, warpgroup // self.groups
+            consumer = group * 128 + consumer % 128  # in its part
             staging = shared.staging.data_ptr()
+            sums = shared.partials.data_ptr()
             scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))
             while tile < total:
                 number, at = self.locate(tile, lane, ends, table)
-                stored = (at.row_tile + rank) * TILE_ROWS + group * 64 < out_features
+                stored = (at.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
                 place = self.readable(at, rank, row_tiles)
+                partials = Partials(sums, partials_full, partials_full + 1, part, turn)
                 stage, phase = self.consume_one_of(
-                    0, len(self.tiles), mmas, ring, staging, scales, token_scales, channel_scales, number, consumer,
-                    group, place, stored, features, out, stage, phase,
+                    0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales, number,
+                    consumer, group, place, stored, features, out, stage, phase,
                 )  # fmt: skip
                 tile = self.take(queue, turn, Boolean(True))
                 turn += 1

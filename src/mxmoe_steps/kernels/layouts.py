@@ -3,12 +3,12 @@
 Formats that the tensor cores read directly (w16a16, w8a8) stay ``[entries, N, K]`` rows. Decoded formats are
 cut into chunks of 128 rows x 128 input features, ``[entries, ceil(N/128), ceil(K/128)]`` of them, each
 
-    codes, 16 bytes x 256 threads at a time | scales bf16 [128] | zero points bf16 [128]
+    codes, 16 bytes x 128 threads at a time | scales bf16 [64] | zero points bf16 [64]
 
-with the last two only where the format has them, and 3 empty chunks at the end, because the last slot of a
-row may read past it. Inside a chunk, thread ``t = 128 g + 32 w + l`` (warpgroup g, warp w, lane l) owns 64
-codes, the A fragments of ``wgmma``. Register ``r`` of k-block ``b`` holds row ``64 g + 16 w + 8 (r % 2) + l / 4``
-and
+for rows 0-63 and then for rows 64-127, with the last two only where the format has them, and 3 empty chunks at the
+end, because the last slot of a row may read past it. Inside a chunk, thread ``t = 128 g + 32 w + l`` (rows 64 g and on,
+warp w, lane l) owns 64 codes, the A fragments of ``wgmma``. Register ``r`` of k-block ``b`` holds row
+``64 g + 16 w + 8 (r % 2) + l / 4`` and
 
     bf16  k16 blocks b = 0..7, features k = 16 b + 8 (r / 2) + 2 (l % 4) + i,  i = 0, 1
     fp8   k32 blocks b = 0..3, features k = 32 b + 16 (r / 2) + 4 (l % 4) + i, i = 0..3
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import EDGE, GROUP, TILE_ROWS, Format, kernel_format
+from mxmoe_steps.kernels.formats import EDGE, GROUP, HALF_ROWS, TILE_ROWS, Format, kernel_format
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
 from mxmoe_steps.schemes import Scheme
 
@@ -125,15 +125,15 @@ def quantized_weight(weights: KernelWeights, scheme: Scheme) -> QuantizedWeight:
         codes = weights.data.view(E4M3) if format_.operand == "fp8" else weights.data ^ 0x80
         return QuantizedWeight(scheme, codes, scales, None)
     row_tiles, groups = -(-rows // TILE_ROWS), -(-features // GROUP)
-    shape = (weights.entries, row_tiles, groups, format_.chunk_bytes)
+    shape = (weights.entries, row_tiles, groups, 2, format_.half_bytes)
     chunks = weights.data[: -PAD_CHUNKS * format_.chunk_bytes].view(shape)
-    code_bytes = TILE_ROWS * GROUP * format_.bits // 8
+    code_bytes = HALF_ROWS * GROUP * format_.bits // 8
     codes = _from_fragments(_join_words(chunks[..., :code_bytes], format_), format_)
     codes = _stored_codes(codes, format_, scheme, inverse=True)[:, :rows, :features].contiguous()
     if format_.grouped:
         per_row = chunks[..., code_bytes:].contiguous().view(torch.bfloat16)
-        per_row = per_row.view(weights.entries, row_tiles, groups, -1, TILE_ROWS).permute(3, 0, 1, 4, 2)
-        per_row = per_row.flatten(2, 3)[:, :, :rows]
+        per_row = per_row.view(weights.entries, row_tiles, groups, 2, -1, HALF_ROWS).permute(4, 0, 1, 3, 5, 2)
+        per_row = per_row.flatten(2, 4)[:, :, :rows]
         if scheme.group == -1:
             per_row = per_row[..., :1]
         scales = per_row[0].contiguous()
@@ -161,7 +161,7 @@ def _entry_chunks(weight: QuantizedWeight, format_: Format) -> torch.Tensor:
         if format_.grouped and values is not None:
             values = torch.nn.functional.pad(values.bfloat16().expand(rows, groups), (0, 0, 0, -rows % TILE_ROWS))
             by_tile = values.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
-            parts.append(by_tile.view(torch.uint8))
+            parts.append(by_tile.view(torch.uint8).unflatten(-1, (2, -1)))
     return torch.cat(parts, -1).flatten()
 
 
@@ -218,7 +218,7 @@ def _planes(format_: Format) -> list[_Plane]:
 
 
 def _split_words(codes: torch.Tensor, format_: Format) -> torch.Tensor:
-    """Codes [N/128, K/128, 256, 64] to the code bytes of each chunk, uint8 [N/128, K/128, bytes]."""
+    """Codes [N/128, K/128, 256, 64] to the code bytes of each half chunk, uint8 [N/128, K/128, 2, bytes]."""
     parts = []
     for plane in _planes(format_):
         bits = (codes.long() >> plane.low) & (2**plane.width - 1)
@@ -228,7 +228,7 @@ def _split_words(codes: torch.Tensor, format_: Format) -> torch.Tensor:
             words = _turn_signs(words, 4)
         pieces = words.view(torch.uint8).view(*words.shape, 8)[..., :4].flatten(-2)  # little-endian low halves
         width = min(16, 4 * plane.words)
-        pieces = pieces.unflatten(-1, (-1, width)).transpose(-2, -3)
+        pieces = pieces.unflatten(-1, (-1, width)).unflatten(-3, (2, -1)).transpose(-2, -3)
         parts.append(pieces.flatten(-3))
     return torch.cat(parts, -1)
 
@@ -241,14 +241,15 @@ def _turn_signs(words: torch.Tensor, places: int) -> torch.Tensor:
 
 
 def _join_words(data: torch.Tensor, format_: Format) -> torch.Tensor:
-    """Inverse of `_split_words` with a leading entries axis: uint8 [..., bytes] to codes [..., 256, 64]."""
-    codes = torch.zeros(*data.shape[:-1], THREADS, CODES, dtype=torch.int64, device=data.device)
+    """Inverse of `_split_words` with a leading entries axis: uint8 [..., 2, bytes] to codes [..., 256, 64]."""
+    codes = torch.zeros(*data.shape[:-2], THREADS, CODES, dtype=torch.int64, device=data.device)
     start = 0
     for plane in _planes(format_):
-        size = THREADS * 4 * plane.words
+        size = THREADS // 2 * 4 * plane.words
         width = min(16, 4 * plane.words)
-        pieces = data[..., start : start + size].unflatten(-1, (-1, THREADS, width)).transpose(-2, -3)
-        words = pieces.flatten(-2).unflatten(-1, (-1, 4)).contiguous().view(torch.int32).flatten(-2).long()
+        pieces = data[..., start : start + size].unflatten(-1, (-1, THREADS // 2, width)).transpose(-2, -3)
+        pieces = pieces.flatten(-2).flatten(-3, -2)
+        words = pieces.unflatten(-1, (-1, 4)).contiguous().view(torch.int32).flatten(-2).long()
         if format_.operand == "fp8":
             words = _turn_signs(words, 28)
         bits = (words[..., plane.word.to(data.device)] >> plane.shift.to(data.device)) & (2**plane.width - 1)

@@ -9,7 +9,7 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cutlass_dsl import T
 
 from mxmoe_steps.kernels import decode
-from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS
+from mxmoe_steps.kernels.formats import GROUP
 from mxmoe_steps.kernels.ring import CODE_WORDS, Chunks, Ring
 from mxmoe_steps.kernels.schedule import Schedule
 
@@ -40,7 +40,18 @@ class Scratch:
 
 
 class MainLoops(Schedule):
-    """Each multiplies one tile into ``acc`` and returns the ring slot and parity after it."""
+    """Each multiplies a warpgroup's ``slots`` of a tile into ``acc``: ring slot ``stage`` and every ``split``-th on."""
+
+    def some(self, slots: Int32) -> Boolean:
+        """Whether there is a slot for this warpgroup: not always, where they are dealt to several."""
+        return Boolean(True) if self.split == 1 else slots > 0
+
+    def clear(self, *registers: cute.Tensor) -> None:
+        """Give registers that only a warpgroup with slots fills a value in every tile: they would be kept from one tile
+        to the next, for every configuration, if a tile could leave them alone."""
+        if self.split > 1:
+            for tensor in registers:
+                tensor.fill(0)
 
     @cute.jit
     def multiply_rows(
@@ -51,13 +62,13 @@ class MainLoops(Schedule):
         ring: Ring,
         weights: cute.Tensor,
         tokens: cute.Tensor,
-        features: Int32,
+        slots: Int32,
         stage: Int32,
         phase: Int32,
-    ) -> tuple[Int32, Int32]:
+    ) -> None:
         """Main loop of formats that ``wgmma`` reads from shared memory."""
         previous = stage
-        for slot in cutlass.range(self.slots(tile, features), unroll=1):
+        for slot in cutlass.range(slots, unroll=1):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             warpgroup.fence()
             for d in cutlass.range_constexpr(tile.depth):
@@ -68,11 +79,10 @@ class MainLoops(Schedule):
             warpgroup.wait_group(1)
             self.release(ring, previous, slot > 0)
             previous = stage
-            stage, phase = self.advance(stage, phase)
+            stage, phase = self.advance(stage, phase, self.split)
         warpgroup.wait_group(0)
         pin(acc)
-        self.release(ring, previous, Boolean(True))
-        return stage, phase
+        self.release(ring, previous, self.some(slots))
 
     @cute.jit
     def multiply_bf16(
@@ -84,10 +94,10 @@ class MainLoops(Schedule):
         tokens: cute.Tensor,
         thread: Int32,
         row: Int32,
-        features: Int32,
+        slots: Int32,
         stage: Int32,
         phase: Int32,
-    ) -> tuple[Int32, Int32]:
+    ) -> None:
         """Main loop of formats decoded to bfloat16: half a chunk (64 features) is decoded while ``wgmma`` runs
         on the half before.
 
@@ -95,15 +105,16 @@ class MainLoops(Schedule):
         other configuration of the kernel, and serializes all of them when registers run out.
         """
         chunks = self.chunk_parts(ring, tile)
-        fragments = [cute.make_rmem_tensor(mma.partition_shape_A((TILE_ROWS, 64)), BFloat16) for _ in range(2)]
+        fragments = [cute.make_rmem_tensor(mma.partition_shape_A((self.rows, 64)), BFloat16) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
         scratch = Scratch.make()
+        self.clear(*fragments, scratch.words, scratch.third, scratch.affine)
         steps = 2 * tile.slot_features // GROUP
-        slots = self.slots(tile, features)
-        cute.arch.mbarrier_wait(ring.full + stage, phase)
-        self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, stage)
+        if self.some(slots):
+            cute.arch.mbarrier_wait(ring.full + stage, phase)
+            self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, stage)
         for slot in cutlass.range(slots, unroll=1):
-            after, after_phase = self.advance(stage, phase)
+            after, after_phase = self.advance(stage, phase, self.split)
             for step in cutlass.range_constexpr(steps):
                 warpgroup.fence()
                 for b in cutlass.range_constexpr(4):
@@ -120,7 +131,6 @@ class MainLoops(Schedule):
             self.release(ring, stage, Boolean(True))
             stage, phase = after, after_phase
         pin(acc)
-        return stage, phase
 
     @cute.jit
     def decode_bf16(
@@ -182,10 +192,10 @@ class MainLoops(Schedule):
         tokens: cute.Tensor,
         thread: Int32,
         row: Int32,
-        features: Int32,
+        slots: Int32,
         stage: Int32,
         phase: Int32,
-    ) -> tuple[Int32, Int32]:
+    ) -> None:
         """Main loop of 4-bit codes decoded to e4m3: each group of 128 features is summed on its own, then added
         to the total in float32 with its scale.
 
@@ -194,19 +204,20 @@ class MainLoops(Schedule):
         when the sums' registers are free.
         """
         chunks = self.chunk_parts(ring, tile)
-        fragments = [cute.make_rmem_tensor(mma.partition_shape_A((TILE_ROWS, 64)), Float8E4M3FN) for _ in range(2)]
+        fragments = [cute.make_rmem_tensor(mma.partition_shape_A((self.rows, 64)), Float8E4M3FN) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
         words = cute.make_rmem_tensor((CODE_WORDS, 2), Int32)
+        self.clear(*fragments, words)
         partial = cute.make_rmem_tensor(acc.layout, Float32)
         partial.fill(0.0)
         groups = tile.slot_features // GROUP
-        slots = self.slots(tile, features)
-        cute.arch.mbarrier_wait(ring.full + stage, phase)
-        for half in cutlass.range_constexpr(2):
-            cute.autovec_copy(chunks.codes[None, thread, half, 0, stage], words[None, half])
-            self.decode_fp8(words, half, registers[half])
+        if self.some(slots):
+            cute.arch.mbarrier_wait(ring.full + stage, phase)
+            for half in cutlass.range_constexpr(2):
+                cute.autovec_copy(chunks.codes[None, thread, half, 0, stage], words[None, half])
+                self.decode_fp8(words, half, registers[half])
         for slot in cutlass.range(slots, unroll=1):
-            after, after_phase = self.advance(stage, phase)
+            after, after_phase = self.advance(stage, phase, self.split)
             for c in cutlass.range_constexpr(groups):
                 warpgroup.fence()
                 for half in cutlass.range_constexpr(2):
@@ -231,7 +242,6 @@ class MainLoops(Schedule):
                     self.decode_fp8(words, half, registers[half])
             self.release(ring, stage, Boolean(True))
             stage, phase = after, after_phase
-        return stage, phase
 
     @staticmethod
     def decode_fp8(words: cute.Tensor, half: int, registers: cute.Tensor) -> None:

@@ -74,13 +74,17 @@ class Producer(Schedule):
         )
         multicast = {} if self.cluster == 1 else {"mcast_mask": Int16(2**self.cluster - 1)}
         if const_expr(tile.format.decoded):
-            words = tile.weight_bytes // 4
-            row_bytes = (features + (GROUP - 1)) // GROUP * tile.format.chunk_bytes
-            row_start = Int64(place.entry * row_tiles + place.row_tile) * row_bytes
+            chunk = tile.format.chunk_bytes
+            halves = TILE_ROWS // self.rows  # that a chunk is fetched in
+            row_bytes = (features + (GROUP - 1)) // GROUP * chunk
+            row_start = Int64(place.entry * row_tiles + place.row_tile // halves) * row_bytes
+            row_start += place.row_tile % halves * (chunk // halves)
+            pieces = 1 if halves == 1 else tile.slot_features // GROUP
+            words = tile.weight_bytes // pieces // 4
             bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Int32)
         else:
-            rows = cute.local_tile(weight_map[1], (TILE_ROWS, columns), (place.row_tile, None, place.entry))
-            weight_ring = self.blocks(ring, operand, TILE_ROWS, 0, tile.depth)
+            rows = cute.local_tile(weight_map[1], (self.rows, columns), (place.row_tile, None, place.entry))
+            weight_ring = self.blocks(ring, operand, self.rows, 0, tile.depth)
             weight_slots, weight_blocks = cpasync.tma_partition(
                 weight_map[0],
                 0,
@@ -88,22 +92,30 @@ class Producer(Schedule):
                 cute.group_modes(weight_ring, 0, 2),
                 cute.group_modes(rows, 0, 2),
             )
-        for slot in cutlass.range(self.slots(tile, features), unroll=1):
+        count = self.slots(tile, features)
+        for slot in cutlass.range(count, unroll=1):
             cute.arch.mbarrier_wait(ring.empty + stage, phase ^ 1)
             full = ring.full + stage
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full, tile.weight_bytes + tile.token_bytes)
                 if const_expr(tile.format.decoded):
-                    start = cute.assume(row_start + slot * tile.weight_bytes, divby=128)
-                    at = cute.assume(stage * self.slot_bytes, divby=1024)
-                    source = cute.recast_ptr(weight_map[0].iterator + start, dtype=Int32)
-                    target = cute.recast_ptr(ring.base + at, dtype=Int32)
                     line = cute.make_layout(words)
-                    cute.copy(bulk, cute.make_tensor(source, line), cute.make_tensor(target, line), mbar_ptr=full)
+                    for p in cutlass.range_constexpr(pieces):
+                        start = row_start + slot * (tile.slot_features // GROUP * chunk) + p * chunk
+                        source = cute.recast_ptr(weight_map[0].iterator + cute.assume(start, divby=128), dtype=Int32)
+                        at = cute.assume(stage * self.slot_bytes + p * 4 * words, divby=128)
+                        target = cute.recast_ptr(ring.base + at, dtype=Int32)
+                        cute.copy(bulk, cute.make_tensor(source, line), cute.make_tensor(target, line), mbar_ptr=full)
             for d in cutlass.range_constexpr(tile.depth):
                 block, at_slot = (None, slot * tile.depth + d), (None, (d, stage))
                 if const_expr(not tile.format.decoded):
                     cute.copy(weight_map[0], weight_blocks[block], weight_slots[at_slot], tma_bar_ptr=full)
                 cute.copy(token_map[0], token_blocks[block], token_slots[at_slot], tma_bar_ptr=full, **multicast)
             stage, phase = self.advance(stage, phase)
+        if const_expr(self.split > 1):  # as many slots for every part, the last ones empty
+            for _ in cutlass.range(self.dealt(count) * self.split - count, unroll=1):
+                cute.arch.mbarrier_wait(ring.empty + stage, phase ^ 1)
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_arrive(ring.full + stage)
+                stage, phase = self.advance(stage, phase)
         return stage, phase

@@ -8,7 +8,7 @@ from cutlass import BFloat16, Boolean, Float8E4M3FN, Int8, Int32, Uint16, const_
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 
-from mxmoe_steps.kernels.formats import GROUP, ROW_BYTES, TILE_ROWS, KernelConfig, Tile
+from mxmoe_steps.kernels.formats import GROUP, HALF_ROWS, ROW_BYTES, KernelConfig, Tile
 
 CODE_WORDS = 4  # 32-bit words of a 16-byte load
 
@@ -26,7 +26,7 @@ class Ring:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Views of the weight chunks in the ring, see `layouts`; the last two modes are (chunk, stage).
+    """Views of the weight chunks in the ring, or of their halves, see `layouts`; the last modes are (chunk, stage).
 
     ``codes``: words (4, thread, load); ``third_bits``: words (2, thread), of 3-bit codes; ``scales``: bfloat16 bits
     (row, 0 scale or 1 zero point).
@@ -46,6 +46,21 @@ class Queue:
     empty: Any
 
 
+@dataclass(frozen=True)
+class Partials:
+    """Sums of the parts of a split on their way to the first one, in shared memory.
+
+    ``sums``: the first float; ``full``: barrier that the others arrive at; ``free``: that the first one arrives at.
+    ``part``: this warpgroup's; ``turn``: tiles before this one.
+    """
+
+    sums: Any
+    full: Any
+    free: Any
+    part: Int32
+    turn: Int32
+
+
 def send(value: Int32, target: Any, barrier: Any, rank: Int32) -> None:
     """Write ``value`` to ``target``, and 4 bytes to ``barrier``, in shared memory of block ``rank`` of the cluster."""
     cute.arch.inline_ptx(
@@ -62,16 +77,25 @@ class RingUser:
         self.config = config
         self.tiles, self.formats, self.operands = config.tiles, config.formats, config.operands
         self.stages, self.slot_bytes, self.max_problems = config.stages, config.slot_bytes, config.max_problems
-        self.cluster = config.cluster
+        self.cluster, self.split = config.cluster, config.split
+        self.rows, self.groups = config.rows, config.rows // HALF_ROWS
+        self.threads = config.threads
 
     @cute.jit
-    def advance(self, stage: Int32, phase: Int32) -> tuple[Int32, Int32]:
-        """The next ring slot, and the parity its barriers turn to."""
-        stage += 1
-        if stage == self.stages:
-            stage = Int32(0)
+    def advance(self, stage: Int32, phase: Int32, slots: Any = 1) -> tuple[Int32, Int32]:
+        """The ring slot that is ``slots`` further, at most one round, and the parity of its barriers."""
+        stage += slots
+        if stage >= self.stages:
+            stage -= self.stages
             phase ^= 1
         return stage, phase
+
+    @cute.jit
+    def skip(self, stage: Int32, phase: Int32, slots: Int32) -> tuple[Int32, Int32]:
+        """`advance` by any number of slots."""
+        position = stage + slots
+        rounds = position // self.stages
+        return position - rounds * self.stages, phase ^ (rounds & 1)
 
     @cute.jit
     def release(self, ring: Ring, stage: Int32, wanted: Boolean) -> None:
@@ -114,6 +138,10 @@ class RingUser:
         """Ring slots of one tile."""
         return (features + (tile.slot_features - 1)) // tile.slot_features
 
+    def dealt(self, slots: Int32, part: Any = 0) -> Int32:
+        """Slots of one tile that go to ``part``: it takes slot ``part`` and every ``split``-th one after it."""
+        return slots if self.split == 1 else (slots - part + (self.split - 1)) // self.split
+
     @staticmethod
     def block_layout(operand: str, rows: int) -> cute.ComposedLayout:
         """Swizzled shared memory layout (rows, columns, 1) of a block of 128-byte rows."""
@@ -140,12 +168,16 @@ class RingUser:
     def chunk_parts(self, ring: Ring, tile: Tile) -> Chunks:
         """Views of what every weight chunk of every slot holds."""
         format_ = tile.format
-        code_bytes = TILE_ROWS * GROUP * format_.bits // 8
+        code_bytes = HALF_ROWS * GROUP * format_.bits // 8
+        words, halves = format_.half_bytes // 4, self.groups
         loads = max(1, format_.bits // 2)
+        codes = (CODE_WORDS, (128, halves), loads), (1, (CODE_WORDS, words), CODE_WORDS * 128)
+        third_bits = (2, (128, halves)), (1, (2, words))
+        scales = ((HALF_ROWS, halves), 2), ((1, 2 * words), HALF_ROWS)
         return Chunks(
-            self.chunk_view(ring, tile, 0, Int32, (CODE_WORDS, 256, loads), (1, CODE_WORDS, CODE_WORDS * 256)),
-            self.chunk_view(ring, tile, CODE_WORDS * 256 * 4, Int32, (2, 256), (1, 2)),
-            self.chunk_view(ring, tile, code_bytes, Uint16, (TILE_ROWS, 2), (1, TILE_ROWS)),
+            self.chunk_view(ring, tile, 0, Int32, *codes),
+            self.chunk_view(ring, tile, CODE_WORDS * 128 * 4, Int32, *third_bits),
+            self.chunk_view(ring, tile, code_bytes, Uint16, *scales),
         )
 
     def chunk_view(self, ring: Ring, tile: Tile, offset: int, kind: Any, shape: tuple, stride: tuple) -> cute.Tensor:
@@ -153,6 +185,6 @@ class RingUser:
         size = kind.width // 8
         layout = cute.make_layout(
             (*shape, tile.slot_features // GROUP, self.stages),
-            stride=(*stride, tile.format.chunk_bytes // size, self.slot_bytes // size),
+            stride=(*stride, tile.format.half_bytes * self.groups // size, self.slot_bytes // size),
         )
         return cute.make_tensor(cute.recast_ptr(ring.base + offset, dtype=kind), layout)

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from mxmoe_steps.kernels.formats import MAX_EXPERTS, TILE_ROWS
+from mxmoe_steps.kernels.formats import MAX_EXPERTS
 from mxmoe_steps.kernels.ring import RingUser
 
-THREADS = 384  # of a block: a producer warp, three idle ones, two warpgroups of consumers
 TABLE_FIELDS = 5  # first row, rows, format, entry, output column
 
 
@@ -28,7 +27,7 @@ class Schedule(RingUser):
 
     def row_steps(self, out_features: Int32) -> Int32:
         """Row tiles, or pairs of them in a cluster."""
-        rows = TILE_ROWS * self.cluster
+        rows = self.rows * self.cluster
         return (out_features + (rows - 1)) // rows
 
     @cute.jit
@@ -48,20 +47,20 @@ class Schedule(RingUser):
         since what a launch waits for at its start is the latency of memory.
         """
         row_steps = self.row_steps(out_features)
-        each = (self.max_problems + THREADS - 1) // THREADS
+        each = (self.max_problems + self.threads - 1) // self.threads
         given = cute.make_rmem_tensor((4, each), Int32)
         given.fill(0)
         for i in cutlass.range_constexpr(each):
-            if thread + i * THREADS < problems.shape[0]:
-                at = cute.assume((thread + i * THREADS) * 4, divby=4)
+            if thread + i * self.threads < problems.shape[0]:
+                at = cute.assume((thread + i * self.threads) * 4, divby=4)
                 row = cute.make_tensor(problems.iterator + at, cute.make_layout(4))
                 cute.autovec_copy(row, given[None, i])
-        for i in cutlass.range_constexpr((MAX_EXPERTS + THREADS) // THREADS):
-            if thread + i * THREADS < offsets.shape[0]:
-                starts[thread + i * THREADS] = offsets[thread + i * THREADS]
+        for i in cutlass.range_constexpr((MAX_EXPERTS + self.threads) // self.threads):
+            if thread + i * self.threads < offsets.shape[0]:
+                starts[thread + i * self.threads] = offsets[thread + i * self.threads]
         cute.arch.sync_threads()
         for i in cutlass.range_constexpr(each):
-            p = thread + i * THREADS
+            p = thread + i * self.threads
             if p < self.max_problems:
                 tiles = Int32(0)
                 if p < problems.shape[0]:

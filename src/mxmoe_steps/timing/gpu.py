@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS, Format, KernelConfig, kernel_format
+from mxmoe_steps.kernels.formats import GROUP, HALF_ROWS, TILE_ROWS, Format, KernelConfig, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, original_weights
 from mxmoe_steps.quantizers.grid import E4M3
@@ -35,11 +35,11 @@ def random_stack(format_: Format, entries: int, n: int, k: int, device: str) -> 
             data = torch.randint(0, 256, (entries, n, k), dtype=torch.uint8, device=device)
         return KernelWeights(format_, entries, n, k, data, channel_scales)
     chunks = entries * -(-n // TILE_ROWS) * -(-k // GROUP) + PAD_CHUNKS
-    data = torch.randint(0, 256, (chunks, format_.chunk_bytes), dtype=torch.uint8, device=device)
+    data = torch.randint(0, 256, (2 * chunks, format_.half_bytes), dtype=torch.uint8, device=device)
     if format_.grouped:
-        affine = data[:, TILE_ROWS * GROUP * format_.bits // 8 :].view(torch.bfloat16)
-        affine[:, :TILE_ROWS].uniform_(0.005, 0.015)
-        affine[:, TILE_ROWS:].uniform_(2 ** (format_.bits - 1) - 1, 2 ** (format_.bits - 1) + 1)
+        affine = data[:, HALF_ROWS * GROUP * format_.bits // 8 :].view(torch.bfloat16)
+        affine[:, :HALF_ROWS].uniform_(0.005, 0.015)
+        affine[:, HALF_ROWS:].uniform_(2 ** (format_.bits - 1) - 1, 2 ** (format_.bits - 1) + 1)
     return KernelWeights(format_, entries, n, k, data.view(-1), channel_scales)
 
 
