@@ -118,7 +118,7 @@ class Consumer(MainLoops):
         part = mma.get_slice(cute.make_layout(2, stride=128)(group))
         token_blocks = self.blocks(ring, format_.operand, tile.tokens, tile.token_offset, tile.depth)
         tokens = mma.make_fragment_B(part.partition_B(token_blocks))
-        kind = Int32 if format_.operand == "int8" else Float32
+        kind = Int32 if format_.operand == "int8" and not format_.decoded else Float32
         acc = cute.make_rmem_tensor(mma.partition_shape_C((TILE_ROWS, tile.tokens)), kind)
         acc.fill(0)
         if const_expr(not format_.decoded):
@@ -128,7 +128,7 @@ class Consumer(MainLoops):
         elif const_expr(format_.operand == "bf16"):
             stage, phase = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, features, stage, phase)
         else:
-            stage, phase = self.multiply_fp8(tile, mma, acc, ring, tokens, thread, row, features, stage, phase)
+            stage, phase = self.multiply_8bit(tile, mma, acc, ring, tokens, thread, row, features, stage, phase)
 
         if const_expr(format_.token_scaled):
             for j in cutlass.range_constexpr(cute.size(fetched)):

@@ -89,15 +89,15 @@ def kernel_format(scheme: Scheme) -> Format:
     per_channel = scheme.group == -1
     if act == 8 and weight == 8 and per_channel:
         return Format(operand, 8)
-    if act == 8 and weight == 4 and scheme.fp8 and scheme.group in (-1, GROUP):
-        return Format("fp8", 4, grouped=True)
+    if act == 8 and weight == 4 and scheme.group in (-1, GROUP):
+        return Format(operand, 4, grouped=True)
     if act == 16 and weight == 8 and per_channel and scheme.symmetric:
         return Format("bf16", 8)
     if act == 16 and weight < 8 and scheme.group in (-1, GROUP):
         return Format("bf16", weight, grouped=True, zeros=not scheme.symmetric)
     raise UserError(
         f"scheme {scheme.name}: no GPU kernel; there are kernels for w16a16, w8a8 and w8a16 per channel,"
-        f" w4a16, w3a16, w2a16, w1a16 (g128 or g-1) and w4a8_g128_sym_fp8"
+        f" w4a16, w3a16, w2a16, w1a16 and w4a8 (g128 or g-1)"
     )
 
 
@@ -223,6 +223,7 @@ FORMATS = (
     Format("fp8", 8),
     Format("fp8", 4, True),
     Format("int8", 8),
+    Format("int8", 4, True),
 )
 
 TOKEN_LIMIT = 16 * 1024  # bytes of tokens in the slots of an SM at one time, unless one group has more
