@@ -29,7 +29,7 @@ from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.timer import Timer
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)
-SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w3a16", "w2a16")
+SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w3a16", "w2a16")
 RATES = {"bf16": 801e12, "fp8": 1542e12, "int8": 1542e12}  # operations a second, measured on one H100
 READ_BYTES = 3.04e12  # a second
 

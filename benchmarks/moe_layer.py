@@ -24,9 +24,9 @@ from group_gemm import WORKLOADS, Workload, floor_us, random_weights
 
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
-from mxmoe_steps.kernels.formats import PHASES, phase_for
+from mxmoe_steps.kernels.formats import PHASES
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
-from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
+from mxmoe_steps.kernels.plan import LayerPlan, Schemes, phase_for, plan_layer
 from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert, swiglu
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.timer import Timer

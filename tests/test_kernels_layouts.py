@@ -1,5 +1,7 @@
 """Kernel order of weights: exact inverses for every scheme and size the kernels take."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = [
     "w8a8", "w8a8_fp8", "w8a16", "w4a16", "w4a16_g128_sym", "w4a16_g-1_asym", "w4a16_g-1_sym", "w3a16",
-    "w3a16_g128_sym", "w2a16", "w2a16_g128_sym", "w1a16", "w1a16_g128_sym", "w4a8_fp8",
+    "w3a16_g128_sym", "w2a16", "w2a16_g128_sym", "w1a16", "w1a16_g128_sym", "w4a8_fp8", "w4a8", "w4a8_g-1_sym",
 ]  # fmt: skip
 
 
@@ -60,6 +62,35 @@ def test_four_bit_word_matches_its_diagram() -> None:
             assert (word >> (4 * register + 16 * element)) & 15 == int(code)
 
 
+def fp8_operand(word: int) -> torch.Tensor:
+    """`decode.fp8_from_4bit` of an even register's word, its four elements, times 2**9."""
+    bits = ((word & 0x87878787) + ((word & 0x80808080) >> 7)).to_bytes(4, "little")
+    return torch.tensor(list(bits), dtype=torch.uint8).view(E4M3).float() * 512
+
+
+def int8_operand(word: int) -> torch.Tensor:
+    """`decode.int8_from_4bit` of an even register's word, its four elements."""
+    signs = (word >> 7 & 0x01010101) * 0xFF
+    bits = (word & 0x07070707 | signs & 0xF8F8F8F8).to_bytes(4, "little")
+    return torch.tensor(list(bits), dtype=torch.uint8).view(torch.int8).float()
+
+
+@pytest.mark.parametrize(("name", "operand"), [("w4a8_fp8", fp8_operand), ("w4a8", int8_operand)])
+def test_four_bit_words_become_8_bit_operands(name: str, operand: Callable[[int], torch.Tensor]) -> None:
+    weight = random_weight(name, 1, 128, 128)
+    rows_64 = kernel_weights(weight).data[: 2 * (4096 + 128)].view(2, -1)  # codes and scales of each
+    words = rows_64[1, :4096].view(torch.int32).view(2, 128, 4)
+    thread, half = 32 * 2 + 13, 1  # of rows 64-127: warp 2, lane 13
+    for block in range(2):
+        for register in range(4):
+            word = int(words[half, thread, 2 * block + register // 2]) & 0xFFFFFFFF
+            turned = (word >> 4 | word << 28) & 0xFFFFFFFF if register % 2 else word
+            row = 64 + 16 * 2 + 13 // 4 + 8 * (register % 2)
+            column = 32 * (2 * half + block) + 16 * (register // 2) + 4 * (13 % 4)
+            codes = weight.codes[0, row, column : column + 4].float() - 8
+            assert torch.equal(operand(turned), codes)
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "features", "said"),
     [
@@ -67,6 +98,7 @@ def test_four_bit_word_matches_its_diagram() -> None:
         ("w4a16", 128, 192, "multiples of 128"),
         ("w8a16", 128, 96, "multiples of 64"),
         ("w4a16_g64_asym", 128, 128, "no GPU kernel"),
+        ("w4a8_g64", 128, 128, "no GPU kernel"),
         ("w4a4", 128, 128, "no GPU kernel"),
     ],
 )

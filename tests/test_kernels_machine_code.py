@@ -38,10 +38,11 @@ def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
 
 
 @needs_compiler
-def test_a_mixture_has_every_matrix_instruction_it_needs(cache: Path) -> None:
-    formats = (Format("bf16", 16), Format("bf16", 4, True, True), Format("fp8", 4, True), Format("fp8", 8))
+@pytest.mark.parametrize("last", [Format("fp8", 8), Format("int8", 4, True)], ids=lambda format_: format_.name)
+def test_a_mixture_has_every_matrix_instruction_it_needs(last: Format, cache: Path) -> None:
+    formats = (Format("bf16", 16), Format("bf16", 4, True, True), Format("fp8", 4, True), last)
     code = inspect(disassemble(build(default_config(formats, "prefill"), cache).with_suffix(".cubin")))
-    assert set(code.matrix) == {"HGMMA", "QGMMA"}
+    assert set(code.matrix) == {"HGMMA", "QGMMA", OPCODE[last.operand]}
     assert sum(code.matrix.values()) > 2 * code.groups, "serialized"
     assert (code.spills, code.early_reads) == (0, [])
 

@@ -14,7 +14,7 @@ from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.quantizers.grid import QuantizedWeight, round_to_nearest
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
-SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w2a16_g-1_sym", "w1a16")
+SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w2a16_g-1_sym", "w1a16")
 HIDDEN, INNER, SLICES, EXPERTS = 256, 128, 2, 5
 Weights = dict[tuple[int, str], QuantizedWeight | torch.Tensor]
 

@@ -9,8 +9,9 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels import launch, reference, routing
-from mxmoe_steps.kernels.formats import Format, KernelConfig, Tile, default_config, kernel_format, phase_for
+from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, Tile, default_config, kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, original_weights
+from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
 from mxmoe_steps.schemes import parse_scheme
 
@@ -113,6 +114,7 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 
 
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
+    assert phase_for(16, 60) == "latency"
     assert phase_for(1024, 60) == "decode"
     assert phase_for(4096, 60) == "prefill"
 
@@ -158,9 +160,9 @@ def test_the_command_compiles_what_a_mixture_needs(tmp_path: Path, monkeypatch: 
     build.main()
     record = json.loads(out.read_text())
     assert record["formats"] == ["w2a16_g128_asym", "w4a16_g128_asym", "w8a8_g-1_sym_fp8"]
-    assert list(record["libraries"]) == sorted(["decode", "prefill", *build.TOKEN_KERNELS])
+    assert list(record["libraries"]) == sorted([*PHASES, *build.TOKEN_KERNELS])
     formats = tuple(kernel_format(parse_scheme(name)) for name in ("w8a8_fp8", "w4a16", "w1a16"))
-    assert asked[:2] == [default_config(formats, "decode"), default_config(formats, "prefill")]
+    assert asked[: len(PHASES)] == [default_config(formats, phase) for phase in PHASES]
 
 
 def test_importing_the_package_loads_neither_torch_nor_the_compiler() -> None:

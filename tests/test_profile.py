@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES, kernel_format
 from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.tables import MEASUREMENTS, PROFILE, read_table, write_table
@@ -32,9 +32,9 @@ def test_every_shipped_gpu_has_a_source_and_all_fields():
 def test_the_slower_of_tensor_cores_and_cache_counts():
     h100 = read_hardware("h100")
     loaded = 128 * 128 * 2 + 8 * 128 * 2
-    assert roofline_kstep_us(parse_scheme("w16a16"), 8, h100) == pytest.approx(loaded * 132 / 8e6)
+    assert roofline_kstep_us(parse_scheme("w16a16"), 128, 8, h100) == pytest.approx(loaded * 132 / 8e6)
     peak = 2 * 128 * 128 * 256 * 132 / 989e6
-    assert roofline_kstep_us(parse_scheme("w4a16"), 256, {**h100, "l2_gbs": 1e6}) == pytest.approx(peak)
+    assert roofline_kstep_us(parse_scheme("w4a16"), 128, 256, {**h100, "l2_gbs": 1e6}) == pytest.approx(peak)
 
 
 def test_unknown_gpu_and_missing_tensor_cores():
@@ -72,11 +72,11 @@ def synthetic_machine(noise: float) -> list[dict]:
         scheme = parse_scheme(launch.schemes[0])
         tile_us, kstep_us = 0.5 + launch.tokens / 100, 0.1 + scheme.weight_bits / 40 + launch.tokens / 500
         tile.setdefault((phase, scheme.name), set()).add((launch.tokens, tile_us, kstep_us, 0.0))
-        waves = len(launch.rows) * -(-launch.n // 128) / SMS
+        waves = len(launch.rows) * -(-launch.n // PHASE_ROWS[phase]) / SMS
         rows.append(row_of(launch, phase, rounds(5 + waves * (tile_us + kstep_us * launch.k / 128))))
     tiles = {key: np.array(sorted(cells)) for key, cells in tile.items()}
     for launch in problem_launches(FORMATS, 60):
-        for phase in ("decode", "prefill"):
+        for phase in PHASES:
             row = row_of(launch, phase, [1.0])
             us = predict(features([row], tiles, SMS), TRUE)[0]
             rows.append({**row, "us": rounds(us)})
@@ -150,7 +150,7 @@ def test_shipped_measurements_meet_the_bar(tmp_path):
 def test_launches_are_those_that_were_compiled():
     compiled = set(kernel_configs(FORMATS))
     launches = problem_launches(FORMATS, 50)
-    assert all(config in compiled for launch in launches for p in ("decode", "prefill")
+    assert all(config in compiled for launch in launches for p in PHASES
                for config in (launch.config(p), *launch.configs_apart(p)))  # fmt: skip
     assert launches == problem_launches(FORMATS, 50)
     assert len({launch.model for launch in launches}) > 4

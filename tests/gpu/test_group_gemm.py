@@ -18,7 +18,10 @@ pytestmark = [
     ),
 ]
 
-MIXTURE = ("w16a16", "w8a8_fp8", "w4a16", "w4a8_fp8", "w2a16")
+MIXTURE = ("w16a16", "w8a8_fp8", "w4a16", "w4a8_fp8", "w4a8", "w2a16")
+BORROWERS = (
+    "w4a16_g-1_asym", "w4a16_g-1_sym", "w3a16_g-1_asym", "w1a16", "w1a16_g128_sym", "w4a8_g-1_sym", "w4a8_g-1_sym_fp8",
+)  # fmt: skip
 ROWS = [5, 0, 130, 64, 17, 1, 257, 33, 0, 48, 200, 16, 32, 300, 100, 3]  # ragged; every tile and its edges
 # Rounding the output to bf16 is 1.66e-3, rounding decoded weights to bf16 another 1.2e-3; a zero point that is no
 # integer leaves a second term to round, of the size of the weights at 1 or 2 bits.
@@ -133,17 +136,38 @@ def test_a_mixture_is_as_right_as_its_parts(phase: str) -> None:
     assert_right(errors)
 
 
-@pytest.mark.parametrize("name", ["w4a16_g-1_asym", "w4a16_g-1_sym", "w3a16_g-1_asym", "w1a16", "w1a16_g128_sym"])
+@pytest.mark.parametrize("name", BORROWERS)
 def test_schemes_that_borrow_a_kernel(name: str) -> None:
     errors = run_mixture([parse_scheme(name)], "decode", ROWS, (192, 384), 11)
     assert_right(errors)
 
 
 def test_long_sums_keep_their_bits() -> None:
-    for name in ("w8a8", "w4a8_fp8", "w4a16"):
+    for name in ("w8a8", "w4a8_fp8", "w4a8", "w4a16"):
         assert_right(run_mixture([parse_scheme(name)], "prefill", [40, 300], (128, 14336), 13))
     errors = run_mixture([parse_scheme("w8a8_fp8")], "prefill", [40, 300], (128, 14336), 13)
     assert max(errors.values()) < LONG_FP8_BOUND
+
+
+@pytest.mark.parametrize("code", [0, 15])
+@pytest.mark.parametrize("features", [4096, 4224, 14336])
+def test_int8_sums_at_their_limit(code: int, features: int) -> None:
+    """Every product has the same sign and is the largest: 32 groups just fit into the float32 sums of the kernel."""
+    scheme, rows = parse_scheme("w4a8"), 250
+    scales = torch.rand(1, 128, features // 128, device="cuda").add(0.5).bfloat16()
+    codes = torch.full((1, 128, features), code, dtype=torch.uint8, device="cuda")
+    weight = QuantizedWeight(scheme, codes, scales, None)
+    x = torch.ones(rows, features, device="cuda", dtype=torch.bfloat16)
+    x[::2] = -1.0
+    packed = [kernel_weights(weight)]
+    out = torch.empty(rows, 128, device="cuda", dtype=torch.bfloat16)
+    problems = [(0, 0, 0, 0)]
+    table = problem_table(problems, packed, 1, 128, "cuda")
+    offsets = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
+    config = default_config((packed[0].format,), "prefill")
+    GroupGemmKernel(config)(activations_of(x, config.operands), packed, table, offsets, out)
+    exact = reference.group_gemm(x, [0, rows], problems, [weight], 128, torch.float64)
+    assert relative_error(out, exact) < SYMMETRIC_BOUND
 
 
 def test_more_than_64_experts() -> None:

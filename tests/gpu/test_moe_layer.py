@@ -22,7 +22,7 @@ pytestmark = [
 ]
 
 QWEN = (2048, 1408, 4)  # hidden, intermediate, slices of the shared expert: Qwen1.5-MoE with fewer experts
-UNIFORM = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w3a16", "w2a16", "w4a8_fp8")
+UNIFORM = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w3a16", "w2a16", "w4a8_fp8", "w4a8")
 MIXTURES = (("w2a16", "w4a16", "w8a8_fp8"), ("w16a16", "w4a8_fp8", "w8a8", "w4a16"))
 # Relative Frobenius errors. Rounding the rows of the down blocks and the sum to bfloat16 is 2.4e-3; three rounded
 # decodings add up. A product that falls on the other side of a bfloat16 rounding, which fp8 tensor cores make happen

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import TILE_ROWS, kernel_format, phase_for
+from mxmoe_steps.kernels.formats import PHASE_ROWS, kernel_format
+from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 from mxmoe_steps.tables import PROFILE, read_table
 
@@ -139,14 +140,15 @@ def block_work(
     in_features: NDArray[np.int64],
     cells: NDArray[np.float64],
     extra_us: float,
+    tile_rows: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Time of all tiles and of the longest tile of blocks, both [B, steps]; ``rows`` [B, steps], features [B].
 
-    ``cells`` as in `Profile.tiles`; every tile takes ``extra_us`` more.
+    ``cells`` as in `Profile.tiles`; every tile takes ``extra_us`` more and holds ``tile_rows`` rows of weights.
     """
     counts = tile_counts(rows, cells[:, 0])  # [B, steps, C]
     one = cells[:, 1] + extra_us + cells[:, 2] * (in_features / KSTEP)[:, None]  # [B, C]
-    strips = -(-out_features // TILE_ROWS)
+    strips = -(-out_features // tile_rows)
     work = (counts * one[:, None]).sum(2) * strips[:, None]
     return work, np.where(counts > 0, one[:, None], 0.0).max(2)
 
@@ -207,7 +209,7 @@ def block_times(
         own = profile.loops(phase, [scheme])
         loops = own if carried is None else profile.loops(phase, carried)
         extra_us = profile.loop_tile_us * (loops - own)
-        work, longest = block_work(rows, out, inner, profile.tiles[phase, scheme], extra_us)
+        work, longest = block_work(rows, out, inner, profile.tiles[phase, scheme], extra_us, PHASE_ROWS[phase])
         times.launch_us[column] = profile.launch_us + profile.loop_launch_us * loops
         times.compute[:, column] = pieces * (weight * work).sum(1) / profile.sms
         times.longest[:, column] = profile.tail * longest.max(1)

@@ -118,7 +118,7 @@ class Consumer(MainLoops):
         mine = mma.get_slice(cute.make_layout(self.groups, stride=128)(group))
         token_blocks = self.blocks(ring, format_.operand, tile.tokens, tile.token_offset, tile.depth)
         tokens = mma.make_fragment_B(mine.partition_B(token_blocks))
-        kind = Int32 if format_.operand == "int8" else Float32
+        kind = Int32 if format_.operand == "int8" and not format_.decoded else Float32
         acc = cute.make_rmem_tensor(mma.partition_shape_C((self.rows, tile.tokens)), kind)
         acc.fill(0)
         total = self.slots(tile, features)
@@ -131,7 +131,7 @@ class Consumer(MainLoops):
         elif const_expr(format_.operand == "bf16"):
             self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, slots, begin, parity)
         else:
-            self.multiply_fp8(tile, mma, acc, ring, tokens, thread, row, slots, begin, parity)
+            self.multiply_8bit(tile, mma, acc, ring, tokens, thread, row, features, slots, begin, parity)
 
         store = (
             i, acc, staging, shared_scales, fetched, (channel0, channel1), thread, group, place, stored, out,

@@ -122,6 +122,16 @@ def fp8_from_4bit(word: Int32, register: int) -> Int32:
     )
 
 
+def int8_from_4bit(word: Int32, register: int) -> Int32:
+    """int8 elements of ``register`` (its parity counts): the codes, see `layouts`."""
+    source = "shf.r.wrap.b32 w, {$r0}, {$r0}, 4; " if register % 2 else "mov.b32 w, {$r0}; "
+    return _ptx(
+        f".reg .b32 w, s; {source}prmt.b32 s, w, w, 0xBA98; "  # the sign of each byte, eight times
+        "lop3.b32 {$w0}, w, s, 0x07070707, 0xE4;",
+        word,
+    )
+
+
 def bf16_value(bits: Uint16) -> Float32:
     """The float32 of a bfloat16 bit pattern."""
     return cute.arch.inline_ptx(

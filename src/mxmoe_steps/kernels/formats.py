@@ -97,15 +97,15 @@ def kernel_format(scheme: Scheme) -> Format:
     per_channel = scheme.group == -1
     if act == 8 and weight == 8 and per_channel:
         return Format(operand, 8)
-    if act == 8 and weight == 4 and scheme.fp8 and scheme.group in (-1, GROUP):
-        return Format("fp8", 4, grouped=True)
+    if act == 8 and weight == 4 and scheme.group in (-1, GROUP):
+        return Format(operand, 4, grouped=True)
     if act == 16 and weight == 8 and per_channel and scheme.symmetric:
         return Format("bf16", 8)
     if act == 16 and weight < 8 and scheme.group in (-1, GROUP):
         return Format("bf16", weight, grouped=True, zeros=not scheme.symmetric)
     raise UserError(
         f"scheme {scheme.name}: no GPU kernel; there are kernels for w16a16, w8a8 and w8a16 per channel,"
-        f" w4a16, w3a16, w2a16, w1a16 (g128 or g-1) and w4a8_g128_sym_fp8"
+        f" w4a16, w3a16, w2a16, w1a16 and w4a8 (g128 or g-1)"
     )
 
 
@@ -182,6 +182,8 @@ class KernelConfig:
             raise ValueError(f"tiles of {self.rows} rows; need 64 in all of them or 128")
         if (self.blocks_per_sm, self.warpgroups) not in REGISTERS or (self.cluster > 1 and self.warpgroups != 2):
             raise ValueError(f"{self.warpgroups} warpgroups in clusters of {self.cluster}, {self.blocks_per_sm} an SM")
+        if self.split > 1 and any(tile.format.decoded and tile.slot_features > GROUP for tile in self.tiles):
+            raise ValueError(f"a split deals slots of one group of {GROUP} input features")
         if self.stages < 2:
             raise ValueError(f"tiles of {self.slot_bytes} bytes per slot leave room for {self.stages} slots, need 2")
 
@@ -274,11 +276,14 @@ FORMATS = (
     Format("fp8", 8),
     Format("fp8", 4, True),
     Format("int8", 8),
+    Format("int8", 4, True),
 )
 
 TOKEN_LIMIT = 16 * 1024  # bytes of tokens in the slots of an SM at one time, unless one group has more
 WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block or four 2-bit groups take
-PHASES = ("latency", "decode", "prefill")  # a few tokens: small, split tiles; some: small tiles; many: large tiles
+# Kernels, and the weight rows of their tiles. A few tokens: small, split tiles; some: small tiles; many: large tiles
+PHASE_ROWS = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
+PHASES = tuple(PHASE_ROWS)
 LATENCY_SPLIT = 4
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
 _LARGEST_LATENCY = 32  # tokens of the latency kernel's largest tile
@@ -286,19 +291,11 @@ _LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, 
 _LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group
 
 
-def phase_for(rows: int, experts: int) -> str:
-    """The kernel, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
-
-    Measured on an H100 with skewed traffic: decode is ahead at 17 rows an expert, prefill at 68.
-    """
-    return "decode" if rows <= 32 * experts else "prefill"
-
-
 def default_tiles(format_: Format, phase: str, blocks_per_sm: int) -> tuple[Tile, ...]:
     """The tiles of ``format_`` in the kernel of ``phase``."""
     if phase == "latency":
         blocks = GROUP // format_.block_features if format_.decoded else 1
-        return tuple(Tile(format_, n, blocks, HALF_ROWS) for n in _TOKENS if n <= _LARGEST_LATENCY)
+        return tuple(Tile(format_, n, blocks, PHASE_ROWS[phase]) for n in _TOKENS if n <= _LARGEST_LATENCY)
     largest = min(
         _LARGEST_DECODE[blocks_per_sm] if phase == "decode" else 256, _LARGEST_DECODED if format_.decoded else 256
     )

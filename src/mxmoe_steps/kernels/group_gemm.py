@@ -3,10 +3,11 @@
 ``Y_e = X_e W_e^T`` for every expert e, computed as ``Y_e^T [N, tokens] = W_e [N, K] . X_e^T``: weights on the
 64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 16..256-wide side.
 
-Warps of a block, 384 threads, one or two blocks per SM
+Warps of a block, one or two blocks per SM
     warp 0      producer: fills the ring with TMA (rows) and bulk copies (chunks); few registers
     warps 1-3   nothing
-    warps 4-11  two consumer warpgroups, weight rows 0-63 and 64-127 of every tile; the rest of the registers
+    warps 4-    consumer warpgroups, with the rest of the registers: two for weight rows 0-63 and 64-127 of every tile;
+                or four for the parts of a split tile of 64 rows
 
 Ring: `KernelConfig.stages` slots of one size for all formats, ``weights | tokens`` in each. ``full[s]`` counts
 the bytes of slot s; ``empty[s]`` counts its readers. Producer and consumers walk the same list of tiles,
@@ -15,6 +16,10 @@ so the producer is ahead by up to a ring, across tiles and formats.
     producer    | fill 0 | fill 1 | fill 2 | fill 3 | (tile 2) fill 0 ...
     consumers     wait 0 | decode 0 | wgmma 0, decode 1 | free 0 | wgmma 1, decode 2 | free 1 | ... | epilogue 1
                                                                                the producer goes on here ^
+
+Splits: a tile's slots are dealt to the parts in turn, the last ones empty so that every part gets as many: a slot of
+the ring then belongs to the same part for good, which keeps the parity of its barriers unambiguous. Parts leave their
+sums in shared memory, and the first one adds them in order, so a launch gives the same bits every time.
 
 Clusters: with ``config.cluster == 2``, two blocks take neighbouring row tiles of one token tile. Each fetches
 half of the tokens and multicasts it to both, which halves what the tokens cost in L2 traffic; a slot is

@@ -10,8 +10,8 @@ end, because the last slot of a row may read past it. Inside a chunk, thread ``t
 warp w, lane l) owns 64 codes, the A fragments of ``wgmma``. Register ``r`` of k-block ``b`` holds row
 ``64 g + 16 w + 8 (r % 2) + l / 4`` and
 
-    bf16  k16 blocks b = 0..7, features k = 16 b + 8 (r / 2) + 2 (l % 4) + i,  i = 0, 1
-    fp8   k32 blocks b = 0..3, features k = 32 b + 16 (r / 2) + 4 (l % 4) + i, i = 0..3
+    bf16       k16 blocks b = 0..7, features k = 16 b + 8 (r / 2) + 2 (l % 4) + i,  i = 0, 1
+    fp8, int8  k32 blocks b = 0..3, features k = 32 b + 16 (r / 2) + 4 (l % 4) + i, i = 0..3
 
 Bits of one 32-bit word (msb left; ``r.i`` is element i of register r, primes mark the next block):
 
@@ -19,13 +19,13 @@ Bits of one 32-bit word (msb left; ``r.i`` is element i of register r, primes ma
     2 bit, bf16: 1 word 2 blocks    3'.1 2'.1 1'.1 0'.1 3.1 2.1 1.1 0.1 | same with .0   2 bits each
     3 bit, bf16: the low two bits as the 2-bit format; the high bits 1 word 4 blocks, bit 4 (b % 4) + r + 16 i
     8 bit, bf16: 1 word 2 registers   1.1  0.1  1.0  0.0   then  3.1  2.1  3.0  2.0      8 bits each
-    4 bit, fp8:  1 word 2 registers   1.3 0.3 1.2 0.2 1.1 0.1 1.0 0.0  then 3.3 2.3 ...   4 bits each
+    4 bit, fp8 and int8: 1 word 2 registers   1.3 0.3 1.2 0.2 1.1 0.1 1.0 0.0  then 3.3 2.3 ...   4 bits each
 
-so that a mask and one shift give a register's elements in place. 8-bit codes are stored as two's
-complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below, and the sign bits of a word
-four places further left, in a circle: so a sign is in its operand's sign bit, for odd registers after the word is
-turned right by four. e4m3 bit patterns 0..8 are linear, so ``magnitude bits + 0x81 * sign`` is the operand, times
-2**-9.
+so that a mask and one shift give a register's elements in place. 8-bit codes, and 4-bit ones for int8, are stored as
+two's complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below. 4-bit codes for fp8 and int8
+have the sign bits of a word four places further left, in a circle: so a sign is in its operand's sign bit, for odd
+registers after the word is turned right by four. e4m3 bit patterns 0..8 are linear, so ``magnitude bits + 0x81 * sign``
+is the fp8 operand, times 2**-9; the int8 operand repeats the sign above the three low bits.
 """
 
 from dataclasses import dataclass
@@ -171,6 +171,8 @@ def _stored_codes(codes: torch.Tensor, format_: Format, scheme: Scheme, inverse:
         return torch.where((codes >= 8) != inverse, codes ^ 8, codes ^ 15)
     if format_.bits == 8:
         return codes ^ 0x80
+    if format_.operand == "int8":
+        return codes ^ 8
     if scheme.symmetric and scheme.weight_bits == 1:  # zero point 1 of 1 bit, 2 of 2 bits
         return codes - 1 if inverse else codes + 1
     return codes
@@ -178,7 +180,7 @@ def _stored_codes(codes: torch.Tensor, format_: Format, scheme: Scheme, inverse:
 
 def _fragment_shape(format_: Format) -> tuple[int, int, int]:
     """Blocks, registers and elements of a register that hold a thread's 64 codes."""
-    return (4, 4, 4) if format_.operand == "fp8" else (8, 4, 2)
+    return (8, 4, 2) if format_.operand == "bf16" else (4, 4, 4)
 
 
 def _to_fragments(codes: torch.Tensor, format_: Format) -> torch.Tensor:
@@ -205,7 +207,7 @@ def _planes(format_: Format) -> list[_Plane]:
     b, r, i = (
         axis.flatten() for axis in torch.meshgrid(*map(torch.arange, (blocks, registers, elements)), indexing="ij")
     )
-    if format_.operand == "fp8":
+    if format_.operand != "bf16":
         return [_Plane(0, 4, 2 * b + r // 2, 8 * i + 4 * (r % 2))]
     if format_.bits == 8:
         return [_Plane(0, 8, 2 * b + r // 2, 16 * i + 8 * (r % 2))]
@@ -224,7 +226,7 @@ def _split_words(codes: torch.Tensor, format_: Format) -> torch.Tensor:
         bits = (codes.long() >> plane.low) & (2**plane.width - 1)
         words = bits.new_zeros(*codes.shape[:-1], plane.words)
         words.index_add_(-1, plane.word.to(codes.device), bits << plane.shift.to(codes.device))
-        if format_.operand == "fp8":
+        if format_.operand != "bf16":
             words = _turn_signs(words, 4)
         pieces = words.view(torch.uint8).view(*words.shape, 8)[..., :4].flatten(-2)  # little-endian low halves
         width = min(16, 4 * plane.words)
@@ -250,7 +252,7 @@ def _join_words(data: torch.Tensor, format_: Format) -> torch.Tensor:
         pieces = data[..., start : start + size].unflatten(-1, (-1, THREADS // 2, width)).transpose(-2, -3)
         pieces = pieces.flatten(-2).flatten(-3, -2)
         words = pieces.unflatten(-1, (-1, 4)).contiguous().view(torch.int32).flatten(-2).long()
-        if format_.operand == "fp8":
+        if format_.operand != "bf16":
             words = _turn_signs(words, 28)
         bits = (words[..., plane.word.to(data.device)] >> plane.shift.to(data.device)) & (2**plane.width - 1)
         codes |= bits << plane.low

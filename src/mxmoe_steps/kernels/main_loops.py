@@ -1,17 +1,21 @@
 """The main loops of the consumer warpgroups, one per way that weights reach the tensor cores (CuTe DSL)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Boolean, Float8E4M3FN, Float32, Int32, const_expr, cute
+from cutlass import BFloat16, Boolean, Float32, Int32, const_expr, cute
 from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cutlass_dsl import T
 
 from mxmoe_steps.kernels import decode
-from mxmoe_steps.kernels.formats import GROUP
+from mxmoe_steps.kernels.formats import GROUP, Format
 from mxmoe_steps.kernels.ring import CODE_WORDS, Chunks, Ring
 from mxmoe_steps.kernels.schedule import Schedule
+
+MAGIC = 1.5 * 2**23  # float32 from here to 2**22 away are integers with consecutive bit patterns
+RUN = 2**22 // (8 * 128 * GROUP)  # groups whose sum is no larger: 4-bit codes times int8
 
 
 def pin(accumulators: cute.Tensor) -> None:
@@ -108,7 +112,7 @@ class MainLoops(Schedule):
         fragments = [cute.make_rmem_tensor(mma.partition_shape_A((self.rows, 64)), BFloat16) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
         scratch = Scratch.make()
-        self.clear(*fragments, scratch.words, scratch.third, scratch.affine)
+        self.clear(*registers, scratch.words, scratch.third, scratch.affine)
         steps = 2 * tile.slot_features // GROUP
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
@@ -183,7 +187,7 @@ class MainLoops(Schedule):
         return cute.make_tensor(cute.recast_ptr(fragment.iterator, dtype=Int32), cute.make_layout((4, blocks)))
 
     @cute.jit
-    def multiply_fp8(
+    def multiply_8bit(
         self,
         tile: cutlass.Constexpr,
         mma: cute.TiledMma,
@@ -192,66 +196,124 @@ class MainLoops(Schedule):
         tokens: cute.Tensor,
         thread: Int32,
         row: Int32,
+        features: Int32,
         slots: Int32,
         stage: Int32,
         phase: Int32,
     ) -> None:
-        """Main loop of 4-bit codes decoded to e4m3: each group of 128 features is summed on its own, then added
-        to the total in float32 with its scale.
+        """Main loop of 4-bit codes decoded to 8-bit operands: sums of groups of 128 features are added to the total in
+        float32 with the groups' scales.
 
         A group's ``wgmma`` follow one another at once; its sums are added and the next group is decoded while the
-        other warpgroup's run. Codes of the next group's first half are fetched before the wait, those of the second
-        when the sums' registers are free.
+        other warpgroup's run. Codes are fetched when there are registers for them. fp8: those of the next group's
+        first half before the wait, those of the second when the sums' registers are free. int8: all after the wait,
+        when the fragments' are.
+
+        fp8: each group is summed on its own, s_0 a_0 + s_1 a_1 + ... with scales s and sums a. int8: the sums run on,
+        A_g = a_0 + ... + a_g, and are added by parts, as
+
+            (s_0 - s_1) A_0 + (s_1 - s_2) A_1 + ...    (after the last group s = 0)
+
+        They start at the bits of the float32 MAGIC: the same bits are MAGIC + A_g as float32, so nothing is converted,
+        nor set back but every RUN groups. The total starts at -MAGIC s_0, which the MAGIC in the terms makes up for at
+        the end. On the way it is about -MAGIC s_g+1, so each addition is rounded to one or two s_g+1: as if one of the
+        128 activations of a group were rounded once more.
         """
+        format_ = tile.format
+        by_parts = format_.operand == "int8"
         chunks = self.chunk_parts(ring, tile)
-        fragments = [cute.make_rmem_tensor(mma.partition_shape_A((self.rows, 64)), Float8E4M3FN) for _ in range(2)]
+        fragments = [mma.make_fragment_A(mma.partition_shape_A((self.rows, 64))) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
         words = cute.make_rmem_tensor((CODE_WORDS, 2), Int32)
-        self.clear(*fragments, words)
-        partial = cute.make_rmem_tensor(acc.layout, Float32)
-        partial.fill(0.0)
+        self.clear(*registers, words)
+        partial = cute.make_rmem_tensor(acc.layout, Int32 if by_parts else Float32)
+        sums = cute.make_tensor(cute.recast_ptr(partial.iterator, dtype=Float32), acc.layout)
+        scales, following = (cute.make_rmem_tensor((2,), Float32) for _ in range(2))
+        early, late = ((), (0, 1)) if by_parts else ((0,), (1,))  # halves of a chunk
         groups = tile.slot_features // GROUP
+        following.fill(0.0)
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             for half in cutlass.range_constexpr(2):
-                cute.autovec_copy(chunks.codes[None, thread, half, 0, stage], words[None, half])
-                self.decode_fp8(words, half, registers[half])
+                self.fetch_codes(chunks, thread, (half,), 0, stage, words)
+                self.decode_8bit(format_, words, half, registers[half])
+            if const_expr(by_parts):
+                self.fetch_scales(format_, chunks, row, 0, stage, following)
+        if const_expr(by_parts):
+            self.start_sums(acc, sums, following)
+        else:
+            sums.fill(0.0)
         for slot in cutlass.range(slots, unroll=1):
             after, after_phase = self.advance(stage, phase, self.split)
             for c in cutlass.range_constexpr(groups):
                 warpgroup.fence()
                 for half in cutlass.range_constexpr(2):
                     for b in cutlass.range_constexpr(2):
-                        mma.set(warpgroup.Field.ACCUMULATE, half + b > 0)
+                        mma.set(warpgroup.Field.ACCUMULATE, by_parts or half + b > 0)
                         at = (None, None, 2 * half + b, (c, stage))
                         cute.gemm(mma, partial, fragments[half][None, None, b], tokens[at], partial)
                 warpgroup.commit_group()
-                scale0 = decode.bf16_value(chunks.scales[row, 0, c, stage]) * 512.0  # codes are times 2**-9
-                scale1 = decode.bf16_value(chunks.scales[row + 8, 0, c, stage]) * 512.0
+                if const_expr(not by_parts):
+                    self.fetch_scales(format_, chunks, row, c, stage, scales)
                 next_chunk, next_stage = (c + 1, stage) if c + 1 < groups else (0, after)
                 if const_expr(c + 1 < groups):
-                    cute.autovec_copy(chunks.codes[None, thread, 0, c + 1, stage], words[None, 0])
+                    self.fetch_codes(chunks, thread, early, c + 1, stage, words)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                    cute.autovec_copy(chunks.codes[None, thread, 0, 0, after], words[None, 0])
+                    self.fetch_codes(chunks, thread, early, 0, after, words)
+                if const_expr(by_parts):
+                    scales.store(following.load())
+                    following.fill(0.0)
+                    if slot + 1 < slots if c + 1 == groups else (slot * groups + c + 1) * GROUP < features:
+                        self.fetch_scales(format_, chunks, row, next_chunk, next_stage, following)
+                    scales.store(scales.load() - following.load())
                 warpgroup.wait_group(0)
                 pin(partial)
-                self.add_scaled(acc, partial, scale0, scale1)
-                cute.autovec_copy(chunks.codes[None, thread, 1, next_chunk, next_stage], words[None, 1])
+                self.add_scaled(acc, sums, scales)
+                self.fetch_codes(chunks, thread, late, next_chunk, next_stage, words)
                 for half in cutlass.range_constexpr(2):
-                    self.decode_fp8(words, half, registers[half])
+                    self.decode_8bit(format_, words, half, registers[half])
             self.release(ring, stage, Boolean(True))
+            if const_expr(by_parts):
+                run_ends = (slot + 1) % (RUN // groups) == 0
+                if run_ends:
+                    self.add_scaled(acc, sums, following)
+                    self.start_sums(acc, sums, following)
             stage, phase = after, after_phase
 
-    @staticmethod
-    def decode_fp8(words: cute.Tensor, half: int, registers: cute.Tensor) -> None:
-        """Half of a chunk, two k32 blocks, to the fragment ``registers``."""
-        for b in range(2):
-            for r in range(4):
-                registers[r, b] = decode.fp8_from_4bit(words[2 * b + r // 2, half], r)
+    @classmethod
+    def start_sums(cls, acc: cute.Tensor, sums: cute.Tensor, scales: cute.Tensor) -> None:
+        """Set the sums to MAGIC and take that, times their scale, from the total."""
+        sums.fill(MAGIC)
+        cls.add_scaled(acc, sums, [-scales[0], -scales[1]])
 
     @staticmethod
-    def add_scaled(acc: cute.Tensor, partial: cute.Tensor, scale0: Float32, scale1: Float32) -> None:
-        """acc += partial * (scale of the thread's first or second row)."""
+    def fetch_codes(
+        chunks: Chunks, thread: Int32, halves: tuple[int, ...], chunk: int, stage: Int32, words: cute.Tensor
+    ) -> None:
+        """The thread's words of ``halves`` of a chunk."""
+        for half in halves:
+            cute.autovec_copy(chunks.codes[None, thread, half, chunk, stage], words[None, half])
+
+    @staticmethod
+    def fetch_scales(
+        format_: Format, chunks: Chunks, row: Int32, chunk: int, stage: Int32, scales: cute.Tensor
+    ) -> None:
+        """Scales of a chunk for the thread's two rows, in units of the operand."""
+        unit = 512.0 if format_.operand == "fp8" else 1.0  # fp8 operands are codes * 2**-9
+        for r in range(2):
+            scales[r] = decode.bf16_value(chunks.scales[row + 8 * r, 0, chunk, stage]) * unit
+
+    @staticmethod
+    def decode_8bit(format_: Format, words: cute.Tensor, half: int, registers: cute.Tensor) -> None:
+        """Half of a chunk, two k32 blocks, to the fragment ``registers``."""
+        decode_register = decode.fp8_from_4bit if format_.operand == "fp8" else decode.int8_from_4bit
+        for b in range(2):
+            for r in range(4):
+                registers[r, b] = decode_register(words[2 * b + r // 2, half], r)
+
+    @staticmethod
+    def add_scaled(acc: cute.Tensor, sums: cute.Tensor, scales: Any) -> None:
+        """acc += sums * (scale of the thread's first or second row); ``scales``: one for each."""
         for e in range(cute.size(acc)):
-            acc[e] = acc[e] + partial[e] * (scale0 if (e // 2) % 2 == 0 else scale1)
+            acc[e] = acc[e] + sums[e] * scales[e // 2 % 2]

@@ -13,10 +13,10 @@ from functools import cache
 
 import torch
 
-from mxmoe_steps.kernels.formats import PHASES, KernelConfig, phase_for
+from mxmoe_steps.kernels.formats import PHASES, KernelConfig
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, kernel_weights, original_weights
-from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
+from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source, phase_for
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import QuantizedWeight
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASES, TILE_ROWS
+from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
 from mxmoe_steps.schemes import Scheme
 
 HARDWARE = Path(__file__).parents[3] / "resources" / "profiles" / "hardware.json"
@@ -27,10 +27,10 @@ def measured_file(name: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def roofline_kstep_us(scheme: Scheme, tile_tokens: int, hardware: dict[str, Any]) -> float:
+def roofline_kstep_us(scheme: Scheme, tile_rows: int, tile_tokens: int, hardware: dict[str, Any]) -> float:
     """Time of 128 input features of one tile on one SM: tensor cores or the L2 cache, whichever is slower.
 
-    The tensor cores do 2 x 128 x 128 x tokens operations at 1/SMs of the GPU's peak; the L2 cache delivers
+    The tensor cores do 2 x rows x 128 x tokens operations at 1/SMs of the GPU's peak; the L2 cache delivers
     the stored weights and the activations of the step at 1/SMs of its bandwidth.
     """
     peaks = hardware["peak_tflops"]
@@ -38,9 +38,9 @@ def roofline_kstep_us(scheme: Scheme, tile_tokens: int, hardware: dict[str, Any]
         raise UserError(
             f"scheme {scheme}: {hardware['device']} has no {scheme.compute_type} tensor cores, only {', '.join(peaks)}"
         )
-    operations = 2 * TILE_ROWS * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
+    operations = 2 * tile_rows * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
     compute_us = operations * hardware["sms"] / (peaks[scheme.compute_type] * 1e6)
-    loaded = TILE_ROWS * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
+    loaded = tile_rows * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
     return float(max(compute_us, loaded * hardware["sms"] / (hardware["l2_gbs"] * 1e3)))
 
 
@@ -53,7 +53,7 @@ def estimate_profile(schemes: list[Scheme], hardware: dict[str, Any]) -> tuple[d
         "scheme": [scheme.name for _, scheme, _ in cells],
         "tile_tokens": [tile for _, _, tile in cells],
         "tile_us": [float(hardware["tile_us"]) for _ in cells],
-        "kstep_us": [roofline_kstep_us(scheme, tile, hardware) for _, scheme, tile in cells],
+        "kstep_us": [roofline_kstep_us(scheme, PHASE_ROWS[phase], tile, hardware) for phase, scheme, tile in cells],
         "spread": [0.0 for _ in cells],
     }
     facts = {key: hardware[key] for key in ("device", "arch", "sms", "bandwidth_gbs", "launch_us", "source")}

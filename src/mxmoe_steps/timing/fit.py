@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.time_model import CONSTANTS, KSTEP, block_work, bytes_moved
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import TILE_ROWS, phase_for
+from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
+from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.schemes import parse_scheme
 
 Rows = list[dict[str, Any]]  # of a MEASUREMENTS table
@@ -51,7 +52,8 @@ def fit_tiles(rows: Iterable[dict[str, Any]], sms: int) -> Tiles:
     cells = []
     for (phase, scheme, tokens), mine in sorted(groups.items()):
         us = np.array([median_us(row) for row in mine])
-        waves = np.array([len(row["rows"]) * -(-row["out_features"] // TILE_ROWS) / sms for row in mine])
+        height = PHASE_ROWS[phase]
+        waves = np.array([len(row["rows"]) * -(-row["out_features"] // height) / sms for row in mine])
         ksteps = np.array([row["in_features"] / KSTEP for row in mine])
         matrix = np.stack([waves, waves * ksteps], 1) / us[:, None]
         cells.append(((phase, scheme, tokens), us, matrix, float(np.median([spread(row) for row in mine]))))
@@ -101,10 +103,9 @@ def features(rows: Rows, tiles: Tiles, sms: int) -> Features:
         for name in sorted(set(row["schemes"])):
             mine = counts[names == name][None]
             cells, scheme = tiles[phase, name][:, :3], parse_scheme(name)
-            busy, long = block_work(mine, n, k, cells, 0.0)
-            tile_count = block_work(mine, n, k, np.stack([cells[:, 0], 0 * cells[:, 0] + 1, 0 * cells[:, 0]], 1), 0.0)[
-                0
-            ]
+            busy, long = block_work(mine, n, k, cells, 0.0, PHASE_ROWS[phase])
+            ones = np.stack([cells[:, 0], 0 * cells[:, 0] + 1, 0 * cells[:, 0]], 1)
+            tile_count, _ = block_work(mine, n, k, ones, 0.0, PHASE_ROWS[phase])
             weight_bytes, row_bytes = bytes_moved(mine, n, k, scheme)
             work += float(busy.sum())
             foreign += float(tile_count.sum()) * (loops - len(cells))
@@ -229,7 +230,7 @@ def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     measured = {(_problem(row), row["phase"], row["apart"]): median_us(row) for row in rows if row["kind"] == "problem"}
     apart = [(row["tokens"], median_us(row) / measured[_problem(row), row["phase"], True]) for row in chosen
              if (_problem(row), row["phase"], True) in measured]  # fmt: skip
-    lost = [median_us(row) / min(measured[_problem(row), phase, False] for phase in ("decode", "prefill")) - 1
+    lost = [median_us(row) / min(measured[_problem(row), phase, False] for phase in PHASES) - 1
             for row in chosen]  # fmt: skip
     cells = [(phase, scheme, *cell) for (phase, scheme), mine in sorted(tiles.items()) for cell in mine.tolist()]
     columns = dict(
