@@ -24,14 +24,14 @@ def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method
     """Rows of `tables.LOSSES` (tuples in column order) and packed tensors of one layer."""
     from mxmoe_steps.calibration.losses import layer_losses
     from mxmoe_steps.calibration.weights import quantize_layer
-    from mxmoe_steps.models.weights import activation_function, read_block
+    from mxmoe_steps.models.weights import read_block, read_gating
 
-    activation = activation_function(folder)
     rows, packed = [], {}
     for experts in [list(range(folder.experts))] + ([[SHARED]] if inputs.shared is not None else []):
         weights = [read_block(folder, layer, experts, block, inputs.device) for block in BLOCKS]
-        stacks = quantize_layer(inputs, experts, weights, activation, scheme, method)
-        losses = layer_losses(inputs, experts, weights, stacks, activation, scheme, method)
+        gating = read_gating(folder, layer, experts, inputs.device)
+        stacks = quantize_layer(inputs, experts, weights, gating, scheme, method)
+        losses = layer_losses(inputs, experts, weights, stacks, gating, scheme, method)
         for index, expert in enumerate(experts):
             if not losses[index].isfinite().all():
                 raise UserError(f"layer {layer}, expert {expert}: the loss under {scheme} is not finite")
