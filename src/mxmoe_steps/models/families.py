@@ -38,6 +38,8 @@ class Family:
 
 Part = Literal["weight", "bias"]
 
+_DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # method -> its transformers configuration
+
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
 _W123 = ("w1", "w3", "w2")
 FAMILIES: Mapping[str, Family] = {
@@ -205,10 +207,16 @@ def open_model(path: str | Path) -> ModelFolder:
         )
     method = (config.get("quantization_config") or {}).get("quant_method", "mxmoe")
     if method != "mxmoe":
+        fix = "take a release that has them"
+        if method in _DEQUANTIZING:
+            fix += (
+                f", or dequantize it with transformers: from_pretrained({str(folder)!r},"
+                f" quantization_config={_DEQUANTIZING[method]}(dequantize=True)), then"
+                " save_pretrained(FOLDER, save_original_format=False), and give that folder"
+            )
         raise UserError(
             f"{config_file}: the weights are quantized already ({method}); this tool starts from 16- or 32-bit weights:"
-            " take the unquantized release, or load it in transformers with dequantize=True, save_pretrained, and give"
-            " that folder"
+            f" {fix}"
         )
     return ModelFolder(folder, family, config)
 
@@ -231,6 +239,7 @@ def resolve_model(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
+        open_model(snapshot_download(path, allow_patterns=["config.json"]))  # what is refused is not downloaded
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(
