@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from checkpoints import capture_tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mxmoe_steps import calibrate, capture
@@ -31,6 +31,10 @@ def captured(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     text = {"sources": sources, "text": "words", "sequences": 8, "length": 64}
     capture.capture(argparse.Namespace(**model, **text, **RUNTIME, no_gradient=False, **PARTS, out=str(out)))
     return out
+
+
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:03d}.safetensors"
 
 
 def run(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str) -> pd.DataFrame:
@@ -77,7 +81,7 @@ def test_losses_equal_whole_layer_differences(
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).requires_grad_(False)
     assert len(losses) == 2 * 5 * 3
     for layer in range(2):
-        tensors = load_file(captured / f"layer-{layer:03d}.safetensors")
+        tensors = load_file(layer_file(captured, layer))
         moe = model.model.layers[layer].mlp
         original = layer_output(moe, tensors, None)
         with torch.no_grad():  # the model's own layer says the same, in its float32
@@ -115,6 +119,30 @@ def test_experts_without_tokens_are_quantized_and_reported(tiny_moe: Path, captu
     packed = load_file(tmp_path / "w4a16_g32_asym.safetensors")
     codes = packed[f"1.{int(counts.argmin())}.down.qweight"]
     assert codes.unique().numel() > 16  # real codes, not zeros
+
+
+def test_the_log_names_experts_with_too_few_tokens(
+    tiny_moe: Path, captured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Routed experts need 96 tokens, the shared one 160; layer 1 gets 150 and never chooses expert 0."""
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    counts = []
+    for layer, tokens in enumerate((512, 150)):
+        tensors = {name: whole[:tokens].clone() for name, whole in load_file(layer_file(captured, layer)).items()}
+        save_file(tensors, layer_file(fewer, layer))
+        counts.append(np.bincount(tensors["ids"].flatten(), minlength=4))
+    assert counts[0].min() >= 96
+    assert counts[1][0] == 0
+    named = [f"{expert} ({count} of 96)" for expert, count in enumerate(counts[1]) if count < 96]
+    run(tiny_moe, fewer, tmp_path / "gptq", "gptq", "w4a16_g32")
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrate gptq w4a16_g32_asym: layer 0",
+        "calibrate gptq w4a16_g32_asym: layer 1; fewer tokens than input features: experts shared (150 of 160),"
+        f" {', '.join(named)}: their Hessians are mostly the layer's",
+    ]
+    run(tiny_moe, fewer, tmp_path / "rtn", "rtn", "w4a16_g32")  # has no Hessians
+    assert capsys.readouterr().err.splitlines() == [f"calibrate rtn w4a16_g32_asym: layer {n}" for n in range(2)]
 
 
 def test_gptq_loses_less_than_rounding(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
@@ -158,8 +186,6 @@ def test_missing_capture_is_one_clear_error(tiny_moe: Path, tmp_path: Path) -> N
 
 def test_nan_weights_name_layer_expert_and_block(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
     import shutil
-
-    from safetensors.torch import save_file
 
     broken = tmp_path / "broken"
     shutil.copytree(tiny_moe, broken)

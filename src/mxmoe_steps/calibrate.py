@@ -46,6 +46,22 @@ def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method
     return rows, packed
 
 
+def few_tokens(rows: list[Any]) -> str:
+    """What the log says of a layer's experts with too few tokens for Hessians of their own; empty if there are none.
+
+    ``rows`` are those of `calibrate_layer`.
+    """
+    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, *_, few in rows if few)
+    if not found:
+        return ""
+    counts = {  # of an expert's blocks, the one with most input features stays
+        expert: f"{'shared' if expert == SHARED else expert} ({tokens} of {in_features})"
+        for expert, in_features, tokens in found
+    }
+    named = ", ".join(counts.values())
+    return f"; fewer tokens than input features: experts {named}: their Hessians are mostly the layer's"
+
+
 def calibrate(args: argparse.Namespace) -> None:
     """Calibrate every MoE layer under one scheme."""
     import torch
@@ -79,8 +95,7 @@ def calibrate(args: argparse.Namespace) -> None:
             partial.mkdir(parents=True, exist_ok=True)
             parts.append(partial / file.name)
             save_file(packed, parts[-1])
-            few = sum(row[-1] for row in layer_rows)
-            note = f", {few} blocks with fewer tokens than input features" if few else ""
+            note = few_tokens(layer_rows)
             print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
         write_tensors(out / f"{scheme}.safetensors", [item for part in parts for item in tensors_of(part).items()])
     except torch.OutOfMemoryError as error:
