@@ -19,7 +19,7 @@ from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
-RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
+RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4, "layers": None}
 PARTS = {"borders": None, "until": None, "down_to": None}
 
 
@@ -37,9 +37,13 @@ def layer_file(folder: Path, layer: int) -> Path:
     return folder / f"layer-{layer:03d}.safetensors"
 
 
+def calibrated(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str, **extra: object) -> None:
+    options = {"quantizer": quantizer, "scheme": scheme, "damping": 0.01, "out": str(out), **RUNTIME, **extra}
+    calibrate.calibrate(argparse.Namespace(model=str(tiny_moe), capture=str(captured), **options))
+
+
 def run(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str) -> pd.DataFrame:
-    options = {"quantizer": quantizer, "scheme": scheme, "damping": 0.01, "out": str(out)}
-    calibrate.calibrate(argparse.Namespace(model=str(tiny_moe), capture=str(captured), **options, **RUNTIME))
+    calibrated(tiny_moe, captured, out, quantizer, scheme)
     return read_table(LOSSES, out / f"{parse_scheme(scheme)}.parquet")[0].to_pandas()
 
 
@@ -176,6 +180,54 @@ def test_fisher_estimates_kl(tiny_moe: Path, captured: Path, tmp_path: Path, tex
     kl = (before.exp() * (before - after)).sum(-1).mean()
     assert losses.loc[(0, SHARED, "down"), "fisher"] > 0
     assert float(estimate) == pytest.approx(float(kl), rel=0.35)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def layers_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by every layer that is calibrated; a layer in the negative stops the run instead, once."""
+    original, done = calibrate.calibrate_layer, []
+
+    def count(folder: object, layer: int, *args: object) -> object:
+        if -1 - layer in done:
+            done.remove(-1 - layer)
+            raise KeyboardInterrupt
+        done.append(layer)
+        return original(folder, layer, *args)
+
+    monkeypatch.setattr(calibrate, "calibrate_layer", count)
+    return done
+
+
+@pytest.mark.parametrize("ranges", [[[1, 2], [0, 1]], [[1, 9]], [[0, 2]], [[5, 9]]])
+def test_layers_in_jobs_of_their_own_write_the_bytes_of_one_job(
+    tiny_moe: Path, captured: Path, tmp_path: Path, layers_done: list[int], ranges: list[list[int]]
+) -> None:
+    calibrated(tiny_moe, captured, tmp_path / "whole", "gptq", "w3a16_g32")
+    assert layers_done == [0, 1]
+    for layers in ranges:
+        calibrated(tiny_moe, captured, tmp_path / "parts", "gptq", "w3a16_g32", layers=layers)
+        assert not (tmp_path / "parts" / "w3a16_g32_asym.parquet").exists()
+    calibrated(tiny_moe, captured, tmp_path / "parts", "gptq", "w3a16_g32")
+    assert sorted(layers_done) == [0, 0, 1, 1], "no layer is done twice"
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_stopped_run_goes_on_where_it_was_unless_something_changed(
+    tiny_moe: Path, captured: Path, tmp_path: Path, layers_done: list[int]
+) -> None:
+    for scheme, damping, expected in (("w3a16_g32", 0.01, [0, 1]), ("w2a16_g32", 0.02, [0, 0, 1])):
+        layers_done[:] = [-2]  # stop at layer 1
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(tiny_moe, captured, tmp_path / "stopped", "gptq", scheme)
+        assert not (tmp_path / "stopped" / f"{parse_scheme(scheme)}.parquet").exists()
+        calibrated(tiny_moe, captured, tmp_path / "stopped", "gptq", scheme, damping=damping)
+        assert layers_done == expected
+        calibrated(tiny_moe, captured, tmp_path / "whole", "gptq", scheme, damping=damping)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
 
 
 def test_missing_capture_is_one_clear_error(tiny_moe: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mxmoe_steps.quantizers.method import QUANTIZERS
 from mxmoe_steps.schemes import BLOCKS, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
-RUNTIME = {"device": "cpu", "threads": 1, "seed": 0}
+RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "layers": None}
 SIZES = {"hidden_size": 96, "intermediate_size": 160}  # 1.5 and 2.5 groups of 64, as 2880 is 22.5 groups of 128
 SCHEMES = ["w3a16_g64", "w4a8_g64", "w8a8_fp8"]
 ALPHA, LIMIT = 1.702, 0.7
