@@ -30,6 +30,7 @@ from mxmoe_steps.calibration.inputs import Batch, LayerInputs
 from mxmoe_steps.calibration.losses import expert_losses, layer_losses
 from mxmoe_steps.calibration.weights import quantize_layer
 from mxmoe_steps.models.families import ModelFolder, open_model
+from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
@@ -144,9 +145,9 @@ def run_layer(folder: ModelFolder, inputs: LayerInputs, clock: Clock, method: Me
         with clock.step("read"):
             weights = [read_block(folder, 0, experts, block, clock.device) for block in BLOCKS]
         with clock.step("quantize"):
-            stacks = quantize_layer(inputs, experts, weights, silu, scheme, method)
+            stacks = quantize_layer(inputs, experts, weights, Gating(silu), scheme, method)
         with clock.step("losses"):
-            layer_losses(inputs, experts, weights, stacks, silu, scheme, method)
+            layer_losses(inputs, experts, weights, stacks, Gating(silu), scheme, method)
         with clock.step("pack"):
             for index, expert in enumerate(experts):
                 for block, stack in zip(BLOCKS, stacks, strict=True):
@@ -168,10 +169,10 @@ def worst_error(shape: Shape, device: torch.device, scheme: Scheme) -> float:
         return quantize_activations(entering.float(), scheme).to(entering.dtype)
 
     view = None if scheme.act_bits == 16 else seen
-    found = expert_losses([Batch(x.float(), scale, gradient)], weights, changes, silu, view)
+    found = expert_losses([Batch(x.float(), scale, gradient)], weights, changes, Gating(silu), view)
     exact = [Batch(x.double(), scale.double(), gradient.double())]
     doubled = [[value.double() for value in values] for values in (weights, changes)]
-    reference = expert_losses(exact, doubled[0], doubled[1], silu, view)
+    reference = expert_losses(exact, doubled[0], doubled[1], Gating(silu), view)
     return float(((found - reference) / reference).abs().max())
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from mxmoe_steps.calibration.inputs import LayerInputs
 from mxmoe_steps.calibration.weights import add_moments
 from mxmoe_steps.models.families import ModelFolder, open_model
-from mxmoe_steps.models.weights import activation_function, read_block
+from mxmoe_steps.models.weights import read_block, read_gating
 from mxmoe_steps.quantizers.gptq import Hessians, gptq
 from mxmoe_steps.quantizers.grid import round_to_nearest
 from mxmoe_steps.schemes import BLOCKS, Scheme, parse_scheme
@@ -89,12 +89,13 @@ def moments(folder: ModelFolder, layer: int, captured: dict[str, torch.Tensor], 
     """Hessians of gate, up and down of the routed experts from some of the captured tokens."""
     inputs = LayerInputs({name: tensor[rows].contiguous() for name, tensor in captured.items()}, folder.experts)
     gate, up = (read_block(folder, layer, range(folder.experts), block).float() for block in BLOCKS[:2])
+    gating = read_gating(folder, layer, range(folder.experts))
     width, hidden = gate.shape[1:]
     entering = torch.zeros(folder.experts, hidden, hidden, dtype=torch.float64)
     inner = torch.zeros(folder.experts, width, width, dtype=torch.float64)
     for expert in range(folder.experts):
         blocks = gate[expert], up[expert]
-        add_moments(entering[expert], inner[expert], inputs.batches(expert), *blocks, activation_function(folder))
+        add_moments(entering[expert], inner[expert], inputs.batches(expert), *blocks, gating[expert])
     tokens = torch.tensor([inputs.tokens(expert) for expert in range(folder.experts)])
     first = Hessians(entering, tokens, entering.sum(0) / tokens.sum())
     return [first, first, Hessians(inner, tokens, inner.sum(0) / tokens.sum())]

@@ -39,6 +39,7 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"n_routed_experts": 4, "n_shared_experts": 2, **_GROUPS, **_LATENT},
     "deepseek_v3": {"n_routed_experts": 4, "n_shared_experts": 1, **_GROUPS, **_LATENT},
     "glm4_moe": {"n_routed_experts": 4, "n_shared_experts": 1, **_GROUPS},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 32, "swiglu_limit": 0.7},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **_GROUPS},
 }
 

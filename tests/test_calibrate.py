@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from checkpoints import capture_tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mxmoe_steps import calibrate, capture
@@ -19,7 +19,7 @@ from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
-RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
+RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4, "layers": None}
 PARTS = {"borders": None, "until": None, "down_to": None}
 
 
@@ -33,9 +33,17 @@ def captured(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     return out
 
 
+def layer_file(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:03d}.safetensors"
+
+
+def calibrated(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str, **extra: object) -> None:
+    options = {"quantizer": quantizer, "scheme": scheme, "damping": 0.01, "out": str(out), **RUNTIME, **extra}
+    calibrate.calibrate(argparse.Namespace(model=str(tiny_moe), capture=str(captured), **options))
+
+
 def run(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str) -> pd.DataFrame:
-    options = {"quantizer": quantizer, "scheme": scheme, "damping": 0.01, "out": str(out)}
-    calibrate.calibrate(argparse.Namespace(model=str(tiny_moe), capture=str(captured), **options, **RUNTIME))
+    calibrated(tiny_moe, captured, out, quantizer, scheme)
     return read_table(LOSSES, out / f"{parse_scheme(scheme)}.parquet")[0].to_pandas()
 
 
@@ -77,7 +85,7 @@ def test_losses_equal_whole_layer_differences(
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32).requires_grad_(False)
     assert len(losses) == 2 * 5 * 3
     for layer in range(2):
-        tensors = load_file(captured / f"layer-{layer:03d}.safetensors")
+        tensors = load_file(layer_file(captured, layer))
         moe = model.model.layers[layer].mlp
         original = layer_output(moe, tensors, None)
         with torch.no_grad():  # the model's own layer says the same, in its float32
@@ -117,6 +125,30 @@ def test_experts_without_tokens_are_quantized_and_reported(tiny_moe: Path, captu
     assert codes.unique().numel() > 16  # real codes, not zeros
 
 
+def test_the_log_names_experts_with_too_few_tokens(
+    tiny_moe: Path, captured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Routed experts need 96 tokens, the shared one 160; layer 1 gets 150 and never chooses expert 0."""
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    counts = []
+    for layer, tokens in enumerate((512, 150)):
+        tensors = {name: whole[:tokens].clone() for name, whole in load_file(layer_file(captured, layer)).items()}
+        save_file(tensors, layer_file(fewer, layer))
+        counts.append(np.bincount(tensors["ids"].flatten(), minlength=4))
+    assert counts[0].min() >= 96
+    assert counts[1][0] == 0
+    named = [f"{expert} ({count} of 96)" for expert, count in enumerate(counts[1]) if count < 96]
+    run(tiny_moe, fewer, tmp_path / "gptq", "gptq", "w4a16_g32")
+    assert capsys.readouterr().err.splitlines() == [
+        "calibrate gptq w4a16_g32_asym: layer 0",
+        "calibrate gptq w4a16_g32_asym: layer 1; fewer tokens than input features: experts shared (150 of 160),"
+        f" {', '.join(named)}: their Hessians are mostly the layer's",
+    ]
+    run(tiny_moe, fewer, tmp_path / "rtn", "rtn", "w4a16_g32")  # has no Hessians
+    assert capsys.readouterr().err.splitlines() == [f"calibrate rtn w4a16_g32_asym: layer {n}" for n in range(2)]
+
+
 def test_gptq_loses_less_than_rounding(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
     rounded = run(tiny_moe, captured, tmp_path / "rtn", "rtn", "w2a16_g32")
     trained = run(tiny_moe, captured, tmp_path / "gptq", "gptq", "w2a16_g32")
@@ -150,6 +182,54 @@ def test_fisher_estimates_kl(tiny_moe: Path, captured: Path, tmp_path: Path, tex
     assert float(estimate) == pytest.approx(float(kl), rel=0.35)
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.fixture
+def layers_done(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by every layer that is calibrated; a layer in the negative stops the run instead, once."""
+    original, done = calibrate.calibrate_layer, []
+
+    def count(folder: object, layer: int, *args: object) -> object:
+        if -1 - layer in done:
+            done.remove(-1 - layer)
+            raise KeyboardInterrupt
+        done.append(layer)
+        return original(folder, layer, *args)
+
+    monkeypatch.setattr(calibrate, "calibrate_layer", count)
+    return done
+
+
+@pytest.mark.parametrize("ranges", [[[1, 2], [0, 1]], [[1, 9]], [[0, 2]], [[5, 9]]])
+def test_layers_in_jobs_of_their_own_write_the_bytes_of_one_job(
+    tiny_moe: Path, captured: Path, tmp_path: Path, layers_done: list[int], ranges: list[list[int]]
+) -> None:
+    calibrated(tiny_moe, captured, tmp_path / "whole", "gptq", "w3a16_g32")
+    assert layers_done == [0, 1]
+    for layers in ranges:
+        calibrated(tiny_moe, captured, tmp_path / "parts", "gptq", "w3a16_g32", layers=layers)
+        assert not (tmp_path / "parts" / "w3a16_g32_asym.parquet").exists()
+    calibrated(tiny_moe, captured, tmp_path / "parts", "gptq", "w3a16_g32")
+    assert sorted(layers_done) == [0, 0, 1, 1], "no layer is done twice"
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_a_stopped_run_goes_on_where_it_was_unless_something_changed(
+    tiny_moe: Path, captured: Path, tmp_path: Path, layers_done: list[int]
+) -> None:
+    for scheme, damping, expected in (("w3a16_g32", 0.01, [0, 1]), ("w2a16_g32", 0.02, [0, 0, 1])):
+        layers_done[:] = [-2]  # stop at layer 1
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(tiny_moe, captured, tmp_path / "stopped", "gptq", scheme)
+        assert not (tmp_path / "stopped" / f"{parse_scheme(scheme)}.parquet").exists()
+        calibrated(tiny_moe, captured, tmp_path / "stopped", "gptq", scheme, damping=damping)
+        assert layers_done == expected
+        calibrated(tiny_moe, captured, tmp_path / "whole", "gptq", scheme, damping=damping)
+    assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
 def test_missing_capture_is_one_clear_error(tiny_moe: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"layer-000.safetensors: no such captured layer"):
         run(tiny_moe, tmp_path, tmp_path / "out", "rtn", "w4a16")
@@ -158,8 +238,6 @@ def test_missing_capture_is_one_clear_error(tiny_moe: Path, tmp_path: Path) -> N
 
 def test_nan_weights_name_layer_expert_and_block(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
     import shutil
-
-    from safetensors.torch import save_file
 
     broken = tmp_path / "broken"
     shutil.copytree(tiny_moe, broken)

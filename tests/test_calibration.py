@@ -9,9 +9,11 @@ from mxmoe_steps.calibration import weights as weights_module
 from mxmoe_steps.calibration.inputs import LayerInputs
 from mxmoe_steps.calibration.losses import layer_losses
 from mxmoe_steps.calibration.weights import add_moments, quantize_layer
+from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.schemes import SHARED, parse_scheme
 
+GATING = Gating(silu)
 EXPERTS, TOKENS, TOP_K, HIDDEN, WIDTH = 5, 300, 2, 64, 96
 
 
@@ -58,12 +60,12 @@ def test_down_losses_equal_the_closed_form(captured: dict[str, torch.Tensor], we
     """Weight-only: sum ||w dW h||^2 = tr(dW G dW^T) with G the second moment of what enters down."""
     inputs, scheme, method = LayerInputs(captured, EXPERTS), parse_scheme("w2a16_g32"), Method("gptq")
     experts = list(range(EXPERTS))
-    stacks = quantize_layer(inputs, experts, weights, silu, scheme, method)
-    losses = layer_losses(inputs, experts, weights, stacks, silu, scheme, method)
+    stacks = quantize_layer(inputs, experts, weights, GATING, scheme, method)
+    losses = layer_losses(inputs, experts, weights, stacks, GATING, scheme, method)
     for expert in experts:
         entering = torch.zeros(HIDDEN, HIDDEN, dtype=torch.float64)
         inner = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
-        add_moments(entering, inner, inputs.batches(expert), *(w[expert].float() for w in weights[:2]), silu)
+        add_moments(entering, inner, inputs.batches(expert), *(w[expert].float() for w in weights[:2]), GATING)
         change = (stacks[2][expert].dequantize() - weights[2][expert].float()).double()
         assert float(losses[expert, 2, 0]) == pytest.approx(float(((change @ inner) * change).sum()), rel=1e-5)
 
@@ -73,9 +75,9 @@ def test_stacks_of_any_size_give_the_same_weights(
     captured: dict[str, torch.Tensor], weights: list[torch.Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inputs, experts, scheme = LayerInputs(captured, EXPERTS), list(range(EXPERTS)), parse_scheme("w3a16_g32")
-    whole = quantize_layer(inputs, experts, weights, silu, scheme, Method(name))
+    whole = quantize_layer(inputs, experts, weights, GATING, scheme, Method(name))
     monkeypatch.setattr(weights_module, "_WORKSPACE_BYTES", 1)  # one expert at a time
-    parts = quantize_layer(inputs, experts, weights, silu, scheme, Method(name))
+    parts = quantize_layer(inputs, experts, weights, GATING, scheme, Method(name))
     for one, other, block in zip(whole, parts, weights, strict=True):
         assert one.codes.shape == block.shape
         assert (one.codes != other.codes).float().mean() < 0.01  # a tie may fall the other way

@@ -42,7 +42,7 @@ def test_a_packed_checkpoint_loads_and_computes_the_same(family: str, tmp_path: 
 
     for scheme in ("w8a16_g-1_sym", "w8a8_g-1_sym"):
         options = {"quantizer": "gptq", "scheme": scheme, "damping": 0.01, "out": str(tmp_path / "packed")}
-        runtime = {"device": "cpu", "threads": 1, "seed": 0}
+        runtime = {"device": "cpu", "threads": 1, "seed": 0, "layers": None}
         calibrate.calibrate(
             argparse.Namespace(model=str(tmp_path / "model"), capture=str(tmp_path / "capture"), **options, **runtime)
         )

@@ -58,8 +58,10 @@ def move(model: Any) -> None:
     gpu.use_kernels(model, family, map(int, model.config.quantization_config.blocks))
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family_gives_the_logits_of_the_reference(family: str, tmp_path: Path, kernels: None) -> None:
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt_oss"}))
+def test_every_family_with_kernels_gives_the_logits_of_the_reference(
+    family: str, tmp_path: Path, kernels: None
+) -> None:
     path = make_packed(tmp_path, family, SCHEMES)
     model = mxmoe_steps.load_quantized(str(path), dtype="bfloat16")
     tokens = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -97,6 +99,7 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
         ("qwen3_moe", "w4a16", {"moe_intermediate_size": 192}, "input features in multiples of 128"),
         ("qwen2_moe", "w8a16", {"moe_intermediate_size": 192}, "shared expert of width 256: no multiple"),
         ("qwen3_moe", "w4a16", {"hidden_act": "gelu"}, "no activation gelu"),
+        ("gpt_oss", "w4a16", {}, "the kernels do not clamp gate and up"),
     ],
 )
 def test_layers_without_a_kernel_stay_and_say_why(

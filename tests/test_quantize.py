@@ -21,7 +21,7 @@ from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
-RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4}
+RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4, "layers": None}
 PARTS = {"borders": None, "until": None, "down_to": None}
 SCHEMES = ["w2a16_g128_asym", "w3a16_g128_asym", "w8a8_g-1_sym_fp8", "w4a8_g128_sym", "w16a16"]
 

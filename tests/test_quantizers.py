@@ -49,6 +49,22 @@ def test_stored_tensors_round_trip_and_count_their_bits(name: str, in_features: 
         assert stored_bits == pytest.approx(scheme.bits(in_features) * weight.numel())
 
 
+@pytest.mark.parametrize("name", ["w4a16", "w3a16", "w2a16", "w1a16", "w4a8"])
+def test_a_ragged_last_group_is_a_group_of_its_own_size(name: str) -> None:
+    scheme = parse_scheme(name)
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(64, 2 * 128 + 40, generator=generator)
+    importance = torch.rand(weight.shape[1], generator=generator)
+    whole = round_to_nearest(weight, scheme, importance).dequantize()
+    for columns in (slice(0, 256), slice(256, 296)):
+        alone = round_to_nearest(weight[:, columns], scheme, importance[columns]).dequantize()
+        errors = [
+            ((restored - weight[:, columns]).square() * importance[columns]).sum()
+            for restored in (whole[:, columns], alone)
+        ]
+        assert errors[0] == pytest.approx(float(errors[1]), rel=1e-3)
+
+
 @pytest.mark.parametrize("name", SCHEMES)
 def test_rounding_picks_the_nearest_grid_point(name: str) -> None:
     scheme = parse_scheme(name)

@@ -194,13 +194,18 @@ def test_layers_in_jobs_of_their_own_write_the_same_bytes(done: Path, tmp_path: 
     folder = tmp_path / "parts"
     shutil.copytree(done, folder, ignore=shutil.ignore_patterns(".snakemake", "results"))
     write_settings(folder, SETTINGS | {"runtime": {"device": "cpu", "layers_per_job": 1}})
-    log = snakemake(folder, "results/tiny/trace/traffic.parquet", "results/tiny/capture")
+    losses, packed = (f"calibrate/gptq/w2a16_g32_asym.{kind}" for kind in ("parquet", "safetensors"))
+    log = snakemake(folder, "results/tiny/trace/traffic.parquet", f"results/tiny/{losses}")
     assert log.count("rule trace_part:") == 1
     assert log.count("rule capture_part:") == 2
+    assert log.count("rule calibrate_part:") == 2
     results, parts = done / "results" / "tiny", folder / "results" / "tiny"
-    assert {path.name for path in parts.iterdir()} <= {"benchmarks", "capture", "logs", "parts", "trace"}
+    assert {path.name for path in parts.iterdir()} <= {"benchmarks", "calibrate", "capture", "logs", "parts", "trace"}
     assert not list(parts.glob("parts/*"))
-    for name in ("trace/traffic.parquet", "trace/routing.safetensors", "capture/layer-000.safetensors"):
+    assert not list(parts.glob("calibrate/*/.*"))
+    for name in (
+        "trace/traffic.parquet", "trace/routing.safetensors", "capture/layer-000.safetensors", losses, packed
+    ):  # fmt: skip
         assert (parts / name).read_bytes() == (results / name).read_bytes()
 
 

@@ -6,15 +6,20 @@ For one quantizer and one scheme, writes
 
 One layer at a time, on a GPU where ``--device`` says so: memory holds that layer's weights, its captured inputs and a
 bounded workspace. Losses are float32 with float64 sums, Hessians float64, before the residual addition.
+
+A run that was stopped goes on at the first layer that is missing. --layers does some of the layers: several such jobs,
+at once or one after the other, and then one without it, which does the rest, write the bytes of one job.
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import add_runtime, parser_for, start_torch
+from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
@@ -24,14 +29,14 @@ def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method
     """Rows of `tables.LOSSES` (tuples in column order) and packed tensors of one layer."""
     from mxmoe_steps.calibration.losses import layer_losses
     from mxmoe_steps.calibration.weights import quantize_layer
-    from mxmoe_steps.models.weights import activation_function, read_block
+    from mxmoe_steps.models.weights import read_block, read_gating
 
-    activation = activation_function(folder)
     rows, packed = [], {}
     for experts in [list(range(folder.experts))] + ([[SHARED]] if inputs.shared is not None else []):
         weights = [read_block(folder, layer, experts, block, inputs.device) for block in BLOCKS]
-        stacks = quantize_layer(inputs, experts, weights, activation, scheme, method)
-        losses = layer_losses(inputs, experts, weights, stacks, activation, scheme, method)
+        gating = read_gating(folder, layer, experts, inputs.device)
+        stacks = quantize_layer(inputs, experts, weights, gating, scheme, method)
+        losses = layer_losses(inputs, experts, weights, stacks, gating, scheme, method)
         for index, expert in enumerate(experts):
             if not losses[index].isfinite().all():
                 raise UserError(f"layer {layer}, expert {expert}: the loss under {scheme} is not finite")
@@ -46,16 +51,53 @@ def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method
     return rows, packed
 
 
+def few_tokens(rows: list[Any]) -> str:
+    """What the log says of a layer's experts with too few tokens for Hessians of their own; empty if there are none.
+
+    ``rows`` are those of `calibrate_layer`.
+    """
+    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, *_, few in rows if few)
+    if not found:
+        return ""
+    counts = {  # of an expert's blocks, the one with most input features stays
+        expert: f"{'shared' if expert == SHARED else expert} ({tokens} of {in_features})"
+        for expert, in_features, tokens in found
+    }
+    named = ", ".join(counts.values())
+    return f"; fewer tokens than input features: experts {named}: their Hessians are mostly the layer's"
+
+
+def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path]) -> dict[int, Any]:
+    """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same."""
+    from mxmoe_steps.provenance import file_marks, stamps
+
+    common = {
+        "options": {name: value for name, value in vars(args).items() if name not in ("out", "layers")},
+        "code": stamps("mxmoe_steps.calibrate", "torch"),
+        "checkpoint": file_marks(sorted({*folder.files.values(), folder.path / "config.json"})),
+    }
+    return {layer: common | {"captured": file_marks([file])} for layer, file in captured.items()}
+
+
+def finished(path: Path, key: Any) -> Any:
+    """``rows`` and ``fisher`` of a layer that an earlier run left in ``path`` under the same key, or None."""
+    from safetensors import safe_open
+
+    if not path.is_file():
+        return None
+    with safe_open(path, "pt") as file:
+        facts = json.loads(file.metadata()["mxmoe"])
+    return facts if facts.pop("key") == key else None
+
+
 def calibrate(args: argparse.Namespace) -> None:
-    """Calibrate every MoE layer under one scheme."""
+    """Calibrate the MoE layers among ``args.layers``, or all that are missing, and write the result."""
     import torch
     from safetensors.torch import save_file
 
     from mxmoe_steps.calibration.inputs import LayerInputs
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.loading import resolve_device
-    from mxmoe_steps.models.raw import tensors_of, write_tensors
-    from mxmoe_steps.tables import LOSSES, write_table
 
     scheme = parse_scheme(args.scheme)
     if scheme.is_original:
@@ -64,33 +106,44 @@ def calibrate(args: argparse.Namespace) -> None:
     folder = open_model(resolve_model(args.model))
     device = resolve_device(args.device)
     method = Method(args.quantizer, args.damping)
-    out = Path(args.out)
-    partial = out / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
-    shutil.rmtree(partial, ignore_errors=True)
-    files = [Path(args.capture) / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers]
-    rows: list[Any] = []
-    parts: list[Path] = []
+    partial = Path(args.out) / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
+    captured = {layer: Path(args.capture) / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
+    for file in captured.values():
+        if not file.is_file():
+            raise UserError(f"{file}: no such captured layer; run the capture step for this model")
+    keys = layer_keys(args, folder, captured)
+    parts = {layer: partial / file.name for layer, file in captured.items()}
+    wanted = folder.moe_layers if args.layers is None else range(*args.layers)
+    todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
     try:
-        for layer, file, inputs in zip(
-            folder.moe_layers, files, LayerInputs.read(files, folder.experts, device), strict=True
-        ):
-            layer_rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
-            rows += layer_rows
-            partial.mkdir(parents=True, exist_ok=True)
-            parts.append(partial / file.name)
-            save_file(packed, parts[-1])
-            few = sum(row[-1] for row in layer_rows)
-            note = f", {few} blocks with fewer tokens than input features" if few else ""
+        reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
+        for layer, inputs in zip(todo, reading, strict=True):
+            rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
+            facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
+            with atomic_path(parts[layer]) as temporary:
+                save_file(packed, temporary, metadata={"mxmoe": canonical_json(facts)})
+            note = few_tokens(rows)
             print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
-        write_tensors(out / f"{scheme}.safetensors", [item for part in parts for item in tensors_of(part).items()])
     except torch.OutOfMemoryError as error:
+        missing = next(layer for layer in todo if finished(parts[layer], keys[layer]) is None)
         raise UserError(
-            f"layer {folder.moe_layers[len(parts)]} does not fit in the GPU's memory: lower calibrate.sequences, run"
-            " fewer jobs on the GPU at a time, or set runtime.device: cpu"
+            f"layer {missing} does not fit in the GPU's memory: lower calibrate.sequences, run fewer jobs on the GPU at"
+            " a time, or set runtime.device: cpu"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    facts = {"quantizer": method.name, "scheme": scheme.name, "fisher": inputs.gradient is not None}
+    if args.layers is None:
+        write_result(Path(args.out), scheme, method, [(parts[layer], keys[layer]) for layer in folder.moe_layers])
+        shutil.rmtree(partial)
+
+
+def write_result(out: Path, scheme: Scheme, method: Method, parts: list[tuple[Path, Any]]) -> None:
+    """Both files of the step from those of the layers, each with its key."""
+    from mxmoe_steps.models.raw import tensors_of, write_tensors
+    from mxmoe_steps.tables import LOSSES, write_table
+
+    found = [finished(part, key) for part, key in parts]
+    write_tensors(out / f"{scheme}.safetensors", [item for part, _ in parts for item in tensors_of(part).items()])
+    facts = {"quantizer": method.name, "scheme": scheme.name, "fisher": found[-1]["fisher"]}
+    rows = [row for layer in found for row in layer["rows"]]
     columns = dict(zip(LOSSES.schema.names, map(list, zip(*rows, strict=True)), strict=True))
     write_table(LOSSES, out / f"{scheme}.parquet", columns, facts)
 
@@ -104,6 +157,9 @@ def main() -> None:
     parser.add_argument("--scheme", required=True, help="for example w4a16 or w8a8_fp8")
     parser.add_argument("--damping", type=float, default=0.01, help="GPTQ: fraction of the mean Hessian diagonal")
     add_runtime(parser)
+    parser.add_argument(
+        "--layers", type=int, nargs=2, metavar=("K", "L"), help="only do layers K ... L-1, for a later run without it"
+    )
     parser.add_argument("--out", required=True, help="folder to write")
     calibrate(parser.parse_args())
 

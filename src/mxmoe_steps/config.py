@@ -183,7 +183,8 @@ class Runtime(Section):
     layers_per_job: int | None = Field(
         None,
         gt=0,
-        description="decoder layers per job of trace and capture, null for one job each; results do not depend on it",
+        description="decoder layers per job of trace, capture and calibrate, null for one job each; results do not"
+        " depend on it",
     )
 
 

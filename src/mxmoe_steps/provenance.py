@@ -7,9 +7,11 @@ hash of the module's syntax tree without docstrings, so comments and layout re-r
 
 import ast
 import hashlib
+from collections.abc import Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "mxmoe_steps"
 _ROOT = Path(__file__).parent
@@ -46,6 +48,11 @@ def imported(module: str) -> frozenset[str]:
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return frozenset(name for name in names if module_file(name) is not None)
+
+
+def file_marks(files: Iterable[Path]) -> list[list[Any]]:
+    """What tells that files were replaced: name, size and time of each."""
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 def closure(module: str) -> list[str]:

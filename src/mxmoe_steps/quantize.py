@@ -51,6 +51,10 @@ def checkpoint_tensors(folder: Any, assignment: Assignment, packed: Path) -> lis
     for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
             original.pop(folder.place(layer, expert, block).tensor, None)  # one of all experts goes with the first
+            if folder.family.biased:
+                original.pop(folder.place(layer, expert, block, "bias").tensor, None)
+                bias = folder.raw_block(layer, expert, block, "bias")
+                replaced.append((packed_name(folder, layer, expert, block, "bias"), bias))
             if scheme == "w16a16":
                 weight = folder.raw_block(layer, expert, block)
                 replaced.append((packed_name(folder, layer, expert, block, "weight"), weight))

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import SHARED
 
 _BATCH = 1 << 15  # tokens at a time: bounds what intermediate activations take
@@ -46,7 +45,9 @@ class LayerInputs:
 
     @classmethod
     def read(cls, paths: Sequence[Path], experts: int, device: torch.device) -> "Iterator[LayerInputs]":
-        """From files of `capture`, the next one read while one is in use; `UserError` when one is missing."""
+        """From files of `capture`, the next one read while one is in use."""
+        if not paths:
+            return
         with ThreadPoolExecutor(max_workers=1) as pool:
             following = pool.submit(_read, paths[0], device)
             for path in [*paths[1:], None]:
@@ -86,6 +87,4 @@ class LayerInputs:
 
 def _read(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
     """A file's tensors in memory, in pages that a GPU copies from directly."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such captured layer; run the capture step for this model")
     return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in load_file(path).items()}

@@ -6,19 +6,18 @@ products with the change of the weights, never as the difference of two outputs:
 tensor cores' TF32 products with float32 sums are accurate enough.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 
 from mxmoe_steps.calibration.inputs import Batch, LayerInputs
+from mxmoe_steps.models.gating import Function, Gating
 from mxmoe_steps.quantizers.grid import QuantizedWeight, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import Scheme
-
-Function = Callable[[torch.Tensor], torch.Tensor]
 
 
 def layer_losses(
@@ -26,13 +25,14 @@ def layer_losses(
     experts: list[int],
     weights: Sequence[torch.Tensor],
     quantized: Sequence[QuantizedWeight],
-    activation: Function,
+    gating: Gating,
     scheme: Scheme,
     method: Method,
 ) -> torch.Tensor:
     """float64 [E, 3, 2] on the CPU: per expert and block (gate, up, down) out_sq and fisher of `tables.LOSSES`.
 
-    ``weights``: the originals, three [E, N, K] in any precision; ``quantized``: what `quantize_layer` made of them.
+    ``weights``: the originals, three [E, N, K] in any precision; ``quantized``: what `quantize_layer` made of them;
+    ``gating``: that of the same experts.
     """
     seen = None if scheme.act_bits == 16 else partial(_seen, scheme=scheme, rotated=method.rotated)
     losses = []
@@ -42,7 +42,7 @@ def layer_losses(
         changes = [
             (rotate(new) if method.rotated else new) - original for new, original in zip(restored, own, strict=True)
         ]
-        losses.append(expert_losses(inputs.batches(expert), own, changes, activation, seen))
+        losses.append(expert_losses(inputs.batches(expert), own, changes, gating[index], seen))
     return torch.stack(losses).cpu() / torch.tensor([1.0, len(inputs)])
 
 
@@ -55,7 +55,7 @@ def expert_losses(
     batches: Iterable[Batch],
     weights: Sequence[torch.Tensor],
     changes: Sequence[torch.Tensor],
-    activation: Function,
+    gating: Gating,
     seen: Function | None,
 ) -> torch.Tensor:
     """Losses of one expert, float64 [3, 2]: per block the summed squared change and the summed Fisher estimate.
@@ -70,8 +70,9 @@ def expert_losses(
         for batch in batches:
             gated, raised = batch.x @ gate.T, batch.x @ up.T
             moved_gate, moved_up = _product_changes(batch.x, (gate, up), changes[:2], seen)
-            moved_gate = activation(moved_gate.add_(gated))
-            gated = activation(gated)
+            moved_gate = gating.of_gate(moved_gate.add_(gated))
+            moved_up = gating.change_of_up(raised, moved_up)
+            gated, raised = gating.of_gate(gated), gating.of_up(raised)
             sums[0] += _output_losses((moved_gate.sub_(gated).mul_(raised)) @ down.T, batch)
             sums[1] += _output_losses(moved_up.mul_(gated) @ down.T, batch)
             (moved,) = _product_changes(gated.mul_(raised), (down,), changes[2:], seen)

@@ -5,11 +5,12 @@ Hessian weighs every token by its squared router weight, because that is how the
 output. gate and up have the same input and therefore one Hessian: they are quantized as the rows of one matrix.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from mxmoe_steps.calibration.inputs import Batch, LayerInputs
+from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.quantizers.gptq import Hessians, gptq
 from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate, round_to_nearest
 from mxmoe_steps.quantizers.hadamard import rotate
@@ -25,13 +26,13 @@ def quantize_layer(
     inputs: LayerInputs,
     experts: list[int],
     weights: list[torch.Tensor],
-    activation: Callable[[torch.Tensor], torch.Tensor],
+    gating: Gating,
     scheme: Scheme,
     method: Method,
 ) -> list[QuantizedWeight]:
     """Stacks of gate, up and down; ``weights``: the originals, three [E, N, K] in any precision.
 
-    The stacks of a rotating method multiply rotated inputs.
+    ``gating`` is that of the same experts. The stacks of a rotating method multiply rotated inputs.
     """
     gate, up, down = weights
     if not method.gptq:
@@ -47,7 +48,8 @@ def quantize_layer(
         entering = torch.zeros(len(experts[stack]), hidden, hidden, dtype=torch.float64, device=gate.device)
         for index, expert in enumerate(experts[stack]):
             blocks = gate[stack][index].float(), up[stack][index].float()
-            add_moments(entering[index], inner[stack][index], inputs.batches(expert), *blocks, activation)
+            own = gating[stack.start + index]
+            add_moments(entering[index], inner[stack][index], inputs.batches(expert), *blocks, own)
         hessians = Hessians(entering, tokens[stack], every)
         gate_up.append(_gptq(torch.cat((gate[stack], up[stack]), dim=1), hessians, scheme, method))
     pooled = inner.sum(0) / tokens.sum().clamp_min(1)
@@ -84,12 +86,12 @@ def add_moments(
     batches: Iterable[Batch],
     gate: torch.Tensor,
     up: torch.Tensor,
-    activation: Callable[[torch.Tensor], torch.Tensor],
+    gating: Gating,
 ) -> None:
     """Add one expert's second moments of what enters gate and up, and of what enters down."""
     for batch in batches:
         scale = batch.scale.unsqueeze(-1)
-        _add_second_moment(inner, activation(batch.x @ gate.T).mul_(batch.x @ up.T).mul_(scale))
+        _add_second_moment(inner, gating.of_gate(batch.x @ gate.T).mul_(gating.of_up(batch.x @ up.T)).mul_(scale))
         _add_second_moment(entering, batch.x * scale)
 
 

@@ -68,6 +68,8 @@ def plan_of(moe: nn.Module, family: Family, activation: str) -> LayerPlan:
     """The launches of a MoE module with packed experts; `UserError` says why there are no kernels for it."""
     if activation not in ("silu", "swish"):
         raise UserError(f"the kernels have no activation {activation}")
+    if family.clamped:
+        raise UserError("the kernels do not clamp gate and up")
     experts = _experts(moe, family)
     schemes = {}
     for number, expert in experts.items():
@@ -79,12 +81,12 @@ def plan_of(moe: nn.Module, family: Family, activation: str) -> LayerPlan:
 
 
 def _scheme(linear: Any) -> Scheme:
+    if linear.bias is not None:
+        raise UserError("the kernels add no biases")
     if isinstance(linear, PackedLinear):
         if linear.rotated:
             raise UserError("the kernels do not rotate inputs")
         return linear.scheme
-    if linear.bias is not None:
-        raise UserError("the kernels add no biases")
     return ORIGINAL
 
 

@@ -4,11 +4,12 @@ The reference arithmetic: activations are quantized per token as the scheme says
 dequantized exactly, the product is taken in the activations' precision.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.packing import packed_width
 from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
@@ -16,12 +17,14 @@ from mxmoe_steps.schemes import Scheme
 
 
 class PackedLinear(nn.Module):
-    """A bias-free linear block [N, K] under one scheme, stored as the checkpoint stores it.
+    """A linear block [N, K] under one scheme, stored as the checkpoint stores it; a ``bias`` [N] is not quantized.
 
     ``rotated``: its weights multiply inputs that `rotate` has rotated.
     """
 
-    def __init__(self, scheme: Scheme, out_features: int, in_features: int, rotated: bool = False) -> None:
+    def __init__(
+        self, scheme: Scheme, out_features: int, in_features: int, rotated: bool = False, biased: bool = False
+    ) -> None:
         super().__init__()
         self.scheme, self.out_features, self.in_features, self.rotated = scheme, out_features, in_features, rotated
         groups = -(-in_features // scheme.group_size(in_features))
@@ -30,6 +33,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("scales", torch.empty(out_features, groups, dtype=torch.bfloat16))
         if not scheme.symmetric:
             self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.bfloat16))
+        self.bias = nn.Parameter(torch.empty(out_features)) if biased else None
 
     def quantized(self) -> QuantizedWeight:
         """Codes, scales and zero points."""
@@ -42,7 +46,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] to [..., N] in the precision of ``x``."""
         seen = quantize_activations(rotate(x.float()) if self.rotated else x, self.scheme).to(x.dtype)
-        return nn.functional.linear(seen, self.dequantize().to(x.dtype))
+        return nn.functional.linear(seen, self.dequantize().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -50,34 +54,38 @@ class PackedLinear(nn.Module):
         return f"{self.scheme}, in_features={self.in_features}, out_features={self.out_features}{rotated}"
 
 
-def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bool) -> nn.Module:
+def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bool, biased: bool) -> nn.Module:
     """A packed block, or a plain linear where the scheme keeps 16-bit weights."""
     if scheme.is_original:
-        return nn.Linear(in_features, out_features, bias=False)
-    return PackedLinear(scheme, out_features, in_features, rotated)
+        return nn.Linear(in_features, out_features, bias=biased)
+    return PackedLinear(scheme, out_features, in_features, rotated, biased)
 
 
 class MixedExpert(nn.Module):
-    """One expert: three blocks, each under its own scheme, those that are packed with or without rotation."""
+    """One expert: three blocks, each under its own scheme, those that are packed with or without rotation.
+
+    ``gating`` has no biases: the blocks add theirs, where they are ``biased``.
+    """
 
     def __init__(
         self,
         schemes: Sequence[Scheme],
         hidden: int,
         inner: int,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        gating: Gating,
         rotated: bool = False,
+        biased: bool = False,
     ) -> None:
         super().__init__()
         gate, up, down = schemes
-        self.gate_proj = make_linear(gate, inner, hidden, rotated)
-        self.up_proj = make_linear(up, inner, hidden, rotated)
-        self.down_proj = make_linear(down, hidden, inner, rotated)
-        self.act_fn = activation
+        self.gate_proj = make_linear(gate, inner, hidden, rotated, biased)
+        self.up_proj = make_linear(up, inner, hidden, rotated, biased)
+        self.down_proj = make_linear(down, hidden, inner, rotated, biased)
+        self.gating = gating
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., H]."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.gating(self.gate_proj(x), self.up_proj(x)))
 
 
 class MixedExperts(nn.ModuleList):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM
-from transformers.activations import ACT2FN
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import disable_progress_bar
@@ -25,6 +24,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.inference.modules import MixedExpert, MixedExperts
 from mxmoe_steps.models.families import FAMILIES, moe_path
+from mxmoe_steps.models.gating import gating_of
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 
 METHOD = "mxmoe"
@@ -66,21 +66,23 @@ class MixedPrecisionQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         config = model.config
         family = FAMILIES[config.model_type]
-        activation = ACT2FN[config.hidden_act]
+        gating = gating_of(family, config.to_dict())
         quantization = self.quantization_config
         rotated = quantization.rotation is not None
         with torch.device("meta"):
             for layer, experts in quantization.blocks.items():
                 moe = model.get_submodule(moe_path(int(layer)))
-                inner = moe.experts.down_proj.shape[-1]
+                inner = moe.experts.down_proj.shape[1 if family.interleaved else 2]
                 moe.experts = MixedExperts(
-                    MixedExpert(quantization.of(int(layer), expert), config.hidden_size, inner, activation, rotated)
+                    MixedExpert(
+                        quantization.of(int(layer), expert), config.hidden_size, inner, gating, rotated, family.biased
+                    )
                     for expert in range(len(experts) - (str(SHARED) in experts))
                 )
                 if family.shared is not None and str(SHARED) in experts:
                     old = getattr(moe, family.shared)
                     schemes = quantization.of(int(layer), SHARED)
-                    new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, activation, rotated)
+                    new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, gating, rotated)
                     setattr(moe, family.shared, new)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:

@@ -20,7 +20,7 @@ from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.rows import read_rows, write_rows
 from mxmoe_steps.models.streaming import StreamedModel, layer_path
-from mxmoe_steps.provenance import stamps
+from mxmoe_steps.provenance import file_marks, stamps
 
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], expert ids [T, k], router weights [T, k]
 Seen = Callable[[Routing], None]
@@ -42,7 +42,7 @@ class Borders:
             "options": {name: value for name, value in vars(args).items() if name not in _PLACES},
             "code": stamps(step, "torch", "transformers"),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "checkpoint": [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files],
+            "checkpoint": file_marks(files),
         }
         marker = self.folder / "key.json"
         if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != key:

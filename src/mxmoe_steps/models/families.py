@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.raw import RawTensor, tensors_of
+from mxmoe_steps.models.raw import RawColumns, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -22,14 +22,23 @@ class Family:
     """Tensor names of one ``model_type``.
 
     ``moe`` is the MoE module of a layer inside the checkpoint; ``blocks`` the names of gate, up and
-    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate.
+    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate. ``interleaved``: the
+    checkpoint stacks experts, transposed, with a column of up after each of gate (see `Place`); ``biased``: their
+    blocks have biases; ``clamped``: their gate and up are clamped (see `mxmoe_steps.models.gating.Gating`).
     """
 
     moe: str = "mlp"
     blocks: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared: str | None = None
     shared_gate: str | None = None
+    interleaved: bool = False
+    biased: bool = False
+    clamped: bool = False
 
+
+Part = Literal["weight", "bias"]
+
+_DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # method -> its transformers configuration
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
 _W123 = ("w1", "w3", "w2")
@@ -44,25 +53,60 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": Family(shared="shared_experts"),
     "glm4_moe": Family(shared="shared_experts"),
     "dots1": Family(shared="shared_experts"),
+    "gpt_oss": Family(interleaved=True, biased=True, clamped=True),
 }
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint keeps the weight of one linear block: in a tensor of its own, or in one of all experts.
+    """Where a checkpoint keeps a part of one linear block: in a tensor of its own, or in one of all experts.
 
-    The latter are ``gate_up_proj`` [E, 2I, H], gate's rows before up's, and ``down_proj`` [E, H, I].
+    The latter are ``gate_up_proj`` [E, 2I, H], gate's rows before up's, and ``down_proj`` [E, H, I]. Where they are
+    ``interleaved`` they are ``gate_up_proj`` [E, H, 2I], whose even columns are gate's and odd ones up's, and
+    ``down_proj`` [E, I, H], with biases [E, 2I] and [E, H].
     """
 
     tensor: str
     expert: int | None = None
     block: str = ""
+    interleaved: bool = False
 
-    def rows(self, total: int) -> slice:
+    def read(self, stored: Any) -> Any:
+        """The block's weight [N, K] or bias [N] from safetensors' unread slice of its tensor."""
+        if self.expert is None:
+            return stored[...]
+        if not self.interleaved:
+            return stored[self.expert, self._rows(stored.get_shape()[1])]
+        first, step = self._columns()
+        return stored[self.expert][..., first::step].movedim(-1, 0)
+
+    def raw(self, source: RawTensor) -> RawTensor:
+        """The same as bytes of its tensor's file."""
+        if self.expert is None:
+            return source
+        experts, *shape = source.shape
+        size = source.nbytes // experts
+        start = source.start + self.expert * size
+        if self.interleaved:
+            first, step = self._columns()
+            *inputs, columns = shape
+            outputs = columns // step
+            return RawColumns(source.file, source.dtype, (outputs, *inputs), start, start + size, first, step)
+        total, in_features = shape
+        rows = self._rows(total)
+        row_bytes = size // total
+        start, stop = start + rows.start * row_bytes, start + rows.stop * row_bytes
+        return RawTensor(source.file, source.dtype, (rows.stop - rows.start, in_features), start, stop)
+
+    def _rows(self, total: int) -> slice:
         """The block's rows among those of its expert."""
         if self.block == "down":
             return slice(0, total)
         return slice(0, total // 2) if self.block == "gate" else slice(total // 2, total)
+
+    def _columns(self) -> tuple[int, int]:
+        """First and step of the block's columns among those of its expert."""
+        return (0, 1) if self.block == "down" else (BLOCKS.index(self.block), 2)
 
 
 @dataclass(frozen=True)
@@ -117,7 +161,7 @@ class ModelFolder:
             if self.place(layer, 0, "gate").tensor in self.files
         ]
         if not found:
-            raise UserError(f"{self.path}: no tensor named like {self.block_name(0, 0, 'gate')}; is it an MoE model?")
+            raise UserError(f"{self.path}: no tensor named like {self.place(0, 0, 'gate').tensor}; is it an MoE model?")
         return found
 
     def block_name(self, layer: int, expert: int, block: str) -> str:
@@ -125,26 +169,20 @@ class ModelFolder:
         inner = self.family.shared if expert == SHARED else f"experts.{expert}"
         return f"model.layers.{layer}.{self.family.moe}.{inner}.{self.family.blocks[BLOCKS.index(block)]}.weight"
 
-    def place(self, layer: int, expert: int, block: str) -> Place:
-        """Where the block's weight is."""
+    def place(self, layer: int, expert: int, block: str, part: Part = "weight") -> Place:
+        """Where the block's weight, or its bias in a family that has them, is."""
         name = self.block_name(layer, expert, block)
         stacked = f"{moe_path(layer)}.experts.{'down_proj' if block == 'down' else 'gate_up_proj'}"
+        if self.family.interleaved:
+            return Place(stacked if part == "weight" else f"{stacked}_bias", expert, block, interleaved=True)
         if name in self.files or stacked not in self.files or expert == SHARED:
             return Place(name)
         return Place(stacked, expert, block)
 
-    def raw_block(self, layer: int, expert: int, block: str) -> RawTensor:
-        """The block's weight as bytes of its file."""
-        place = self.place(layer, expert, block)
-        source = tensors_of(self.files[place.tensor])[place.tensor]
-        if place.expert is None:
-            return source
-        experts, total, in_features = source.shape
-        rows = place.rows(total)
-        row_bytes = source.nbytes // (experts * total)
-        start = source.start + (place.expert * total + rows.start) * row_bytes
-        stop = start + (rows.stop - rows.start) * row_bytes
-        return RawTensor(source.file, source.dtype, (rows.stop - rows.start, in_features), start, stop)
+    def raw_block(self, layer: int, expert: int, block: str, part: Part = "weight") -> RawTensor:
+        """The block's weight or bias as bytes of its file."""
+        place = self.place(layer, expert, block, part)
+        return place.raw(tensors_of(self.files[place.tensor])[place.tensor])
 
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""
@@ -169,10 +207,16 @@ def open_model(path: str | Path) -> ModelFolder:
         )
     method = (config.get("quantization_config") or {}).get("quant_method", "mxmoe")
     if method != "mxmoe":
+        fix = "take a release that has them"
+        if method in _DEQUANTIZING:
+            fix += (
+                f", or dequantize it with transformers: from_pretrained({str(folder)!r},"
+                f" quantization_config={_DEQUANTIZING[method]}(dequantize=True)), then"
+                " save_pretrained(FOLDER, save_original_format=False), and give that folder"
+            )
         raise UserError(
             f"{config_file}: the weights are quantized already ({method}); this tool starts from 16- or 32-bit weights:"
-            " take the unquantized release, or load it in transformers with dequantize=True, save_pretrained, and give"
-            " that folder"
+            f" {fix}"
         )
     return ModelFolder(folder, family, config)
 
@@ -195,6 +239,7 @@ def resolve_model(path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
+        open_model(snapshot_download(path, allow_patterns=["config.json"]))  # what is refused is not downloaded
         return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
         raise UserError(

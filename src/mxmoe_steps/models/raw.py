@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError
 
@@ -38,7 +40,30 @@ class RawTensor:
         """The data."""
         with self.file.open("rb") as file:
             file.seek(self.start)
-            return file.read(self.nbytes)
+            return file.read(self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class RawColumns(RawTensor):
+    """Columns of a matrix inside a file, every ``step``-th from the ``first``, as the rows of a tensor.
+
+    ``start`` and ``stop`` are those of the matrix, [K, N step] for a tensor of ``shape`` [N, K], or, for one of shape
+    [N], of a vector [N step].
+    """
+
+    first: int
+    step: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the columns."""
+        return (self.stop - self.start) // self.step
+
+    def read(self) -> bytes:
+        """The columns' data, one after the other."""
+        element = self.nbytes // math.prod(self.shape)
+        matrix = np.frombuffer(super().read(), f"u{element}").reshape(-1, self.shape[0] * self.step)
+        return matrix[:, self.first :: self.step].T.tobytes()
 
 
 @cache

@@ -1,7 +1,8 @@
 """Reading expert weights from a checkpoint, one layer at a time."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.models.families import ModelFolder, Part
+from mxmoe_steps.models.gating import Gating, gating_of
+from mxmoe_steps.schemes import BLOCKS
 
 
 @contextlib.contextmanager
@@ -42,24 +45,25 @@ def open_tensors(files: dict[str, Path], names: Sequence[str]) -> Iterator[dict[
 
 
 def read_block(
-    model: ModelFolder, layer: int, experts: Sequence[int], block: str, device: torch.device | str = "cpu"
+    model: ModelFolder,
+    layer: int,
+    experts: Sequence[int],
+    block: str,
+    device: torch.device | str = "cpu",
+    part: Part = "weight",
 ) -> torch.Tensor:
-    """[E, N, K] on ``device``: the same block of several experts, stacked, in the checkpoint's precision.
+    """Weights [E, N, K], or biases [E, N], on ``device``: the same block of several experts, stacked.
 
-    Raises `UserError` naming layer, expert and block where a weight is NaN or infinite.
+    In the checkpoint's precision. Raises `UserError` naming layer, expert and block where one is NaN or infinite.
     """
-    places = [model.place(layer, expert, block) for expert in experts]
+    places = [model.place(layer, expert, block, part) for expert in experts]
     with open_tensors(model.files, sorted({place.tensor for place in places})) as slices:
-        parts = [
-            part[...] if place.expert is None else part[place.expert, place.rows(part.get_shape()[1])]
-            for place in places
-            for part in [slices[place.tensor]]
-        ]
+        parts = [place.read(slices[place.tensor]) for place in places]
     stacked = torch.stack(parts).to(device)
     for expert, place, finite in zip(experts, places, stacked.isfinite().flatten(1).all(1).tolist(), strict=True):
         if not finite:
             where = f"{model.files[place.tensor]}: layer {layer}, expert {expert}, {block}"
-            raise UserError(f"{where}: the weights hold NaN or infinity")
+            raise UserError(f"{where}: the {'weights' if part == 'weight' else 'biases'} hold NaN or infinity")
     return stacked
 
 
@@ -69,19 +73,10 @@ def check_block_weights(model: ModelFolder, layer: int, block: str) -> None:
         read_block(model, layer, [expert], block)
 
 
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "swish": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-}
-
-
-def activation_function(model: ModelFolder) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What stands between gate and down; spelled out here because importing transformers takes seconds."""
-    function = _ACTIVATIONS.get(model.activation)
-    if function is None:
-        known = ", ".join(_ACTIVATIONS)
-        raise UserError(f"{model.path}/config.json: hidden_act {model.activation!r} is not supported; known: {known}")
-    return function
+def read_gating(model: ModelFolder, layer: int, experts: Sequence[int], device: torch.device | str = "cpu") -> Gating:
+    """Gating of a stack of experts, with their biases in float32 where the family has them."""
+    gating = gating_of(model.family, model.config)
+    if not model.family.biased:
+        return gating
+    gate, up = (read_block(model, layer, experts, block, device, "bias").float() for block in BLOCKS[:2])
+    return replace(gating, biases=(gate, up))

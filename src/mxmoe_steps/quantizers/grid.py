@@ -111,7 +111,8 @@ def find_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | N
     """
     values = _grouped(weight, scheme)
     weights = torch.ones_like(weight[..., :1, :]) if importance is None else importance.unsqueeze(-2)
-    mass = _grouped(weights, scheme)
+    filling = -weight.shape[-1] % scheme.group_size(weight.shape[-1])
+    mass = _grouped(torch.nn.functional.pad(weights, (0, filling)), scheme)  # what fills a ragged group has no weight
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(1e-30) + 1e-6  # no feature is worthless
     if _is_float(scheme):
         scales = values.abs().amax(-1) / E4M3_MAX

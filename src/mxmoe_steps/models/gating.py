@@ -1,0 +1,79 @@
+"""What an expert makes of the products of its gate and up blocks before its down block."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import Family
+
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+_ACTIVATIONS: dict[str, Function] = {
+    "silu": torch.nn.functional.silu,
+    "swish": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+}
+
+
+@dataclass(frozen=True)
+class Gating:
+    """``activation(gate) * up``, of the products gate and up, each [..., I].
+
+    With a ``limit`` it is gpt_oss's ``activation(min(gate, limit)) * (clamp(up, -limit, limit) + 1)``. ``biases`` of
+    gate and up, [I], or [E, I] for a stack of experts, are added to the products first; None where there are none, or
+    where whoever multiplies adds them.
+    """
+
+    activation: Function
+    limit: float | None = None
+    biases: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __getitem__(self, index: int) -> "Gating":
+        """That of one expert of a stack."""
+        if self.biases is None:
+            return self
+        gate, up = self.biases
+        return replace(self, biases=(gate[index], up[index]))
+
+    def __call__(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """What enters down."""
+        return self.of_gate(gate) * self.of_up(up)
+
+    def of_gate(self, product: torch.Tensor) -> torch.Tensor:
+        """Gate's factor."""
+        biased = product if self.biases is None else product + self.biases[0]
+        return self.activation(biased if self.limit is None else biased.clamp(max=self.limit))
+
+    def of_up(self, product: torch.Tensor) -> torch.Tensor:
+        """Up's factor."""
+        biased = product if self.biases is None else product + self.biases[1]
+        return biased if self.limit is None else biased.clamp(-self.limit, self.limit) + 1
+
+    def change_of_up(self, product: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """``of_up(product + change) - of_up(product)``, of which nothing cancels."""
+        if self.limit is None:
+            return change
+        biased = product if self.biases is None else product + self.biases[1]
+        clamped = biased.clamp(-self.limit, self.limit)
+        return (change + (biased - clamped)).clamp(-self.limit - clamped, self.limit - clamped)
+
+
+def gating_of(family: Family, config: Mapping[str, Any]) -> Gating:
+    """Gating of a model's experts, without biases, from its ``config.json``; `UserError` for an unknown activation.
+
+    Activations are spelled out here because importing those of transformers takes seconds.
+    """
+    if family.clamped:
+        alpha = float(config.get("swiglu_alpha", 1.702))  # published configurations leave it out
+        return Gating(lambda x: x * torch.sigmoid(alpha * x), float(config.get("swiglu_limit", 7.0)))
+    name = config.get("hidden_act", "silu")
+    function = _ACTIVATIONS.get(name)
+    if function is None:
+        known = ", ".join(_ACTIVATIONS)
+        raise UserError(f"config.json: hidden_act {name!r} is not supported; known: {known}")
+    return Gating(function)
