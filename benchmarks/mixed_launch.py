@@ -41,7 +41,6 @@ from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.formats import PHASES, Format, default_config, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import KernelWeights
-from mxmoe_steps.kernels.plan import LaunchPlan
 from mxmoe_steps.schemes import Scheme
 from mxmoe_steps.timing.timer import Timer
 
@@ -148,19 +147,19 @@ class Step:
 
 
 def variants(
-    step: Step, launch: LaunchPlan, tiles: dict[str, np.ndarray], phase: str, streams: Sequence[torch.cuda.Stream]
+    step: Step, problems: Sequence[Problem], tiles: dict[str, np.ndarray], phase: str, streams: list[torch.cuda.Stream]
 ) -> dict[str, Callable[[], object]]:
-    """The ways to run a launch; with one scheme there is only one."""
-    problems = [(expert, launch.formats[number], column) for expert, number, _, column in launch.problems]
-    if len(launch.formats) == 1:
+    """The ways to run ``problems``, given in the plan's order; with one scheme there is only one."""
+    formats = sorted({format_ for _, format_, _ in problems})
+    if len(formats) == 1:
         return {"fused": step.call(problems, phase)}
-    parts = [[p for p in problems if p[1] == format_] for format_ in launch.formats]
+    parts = [[p for p in problems if p[1] == format_] for format_ in formats]
     calls = [step.call(part, phase) for part in parts]
     n, k = np.array([step.gemm.n]), np.array([step.gemm.k])
     predicted = {p: block_work(np.array([[step.rows[p[0]]]]), n, k, tiles[p[1].name], 0.0) for p in problems}
     work = np.array([sum(predicted[p][0].item() for p in part) for part in parts])
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    split = [
+    split = [  # as if an SM took two blocks of one kernel first; where it spreads them, others wait
         max(1, round(float(sms * share))) * call.kernel.config.blocks_per_sm
         for share, call in zip(work / work.sum(), calls, strict=True)
     ]
@@ -216,7 +215,7 @@ def rounds(timer: Timer, graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph]) ->
 
 
 def measure(
-    timer: Timer, gemms: dict[str, Gemm], allocations: Sequence[Allocation], streams: Sequence[torch.cuda.Stream]
+    timer: Timer, gemms: dict[str, Gemm], allocations: Sequence[Allocation], streams: list[torch.cuda.Stream]
 ) -> list[dict[str, Any]]:
     """All variants of the allocations of one case and number of tokens."""
     case, tokens = allocations[0].case, allocations[0].tokens
@@ -227,9 +226,10 @@ def measure(
         step = Step(gemm, case.rows(tokens))
         for allocation in allocations:
             launch = getattr(allocation.plan, gemm_name)
-            samples = step.samples([(expert, launch.formats[i], column) for expert, i, _, column in launch.problems])
+            problems = [(expert, launch.formats[number], column) for expert, number, _, column in launch.problems]
+            samples = step.samples(problems)
             for phase in PHASES:
-                for variant, run in variants(step, launch, allocation.tiles, phase, streams).items():
+                for variant, run in variants(step, problems, allocation.tiles, phase, streams).items():
                     key = (allocation.name, variant, phase, gemm_name)
                     graphs[key] = timer.capture(run)
                     step.out.fill_(math.nan)
@@ -243,7 +243,7 @@ def measure(
             except RuntimeError as error:
                 print(f"{name} T={tokens}: {str(error).splitlines()[0]}", flush=True)
     for key, error in errors.items():
-        if not error < MOST_ERROR:
+        if not error < MOST_ERROR:  # NaN too
             print(f"WRONG RESULT: {case.name} T={tokens} {key}: error {error:.1e}", flush=True)
     times = rounds(timer, graphs)
     cells = []
@@ -302,9 +302,8 @@ def print_tables(case: Case, allocations: Sequence[Allocation], cells: Sequence[
         line("made-up loss, that uniform's", losses)
         if (case.name, name) == REFERENCE[:2]:
             known = [REFERENCE[2].get(count) for count in tokens]
-            line(
-                "paper's kernels", [f"{us}/{us / one:.2f}" if us else "-" for us, one in zip(known, fused, strict=True)]
-            )
+            texts = [f"{us}/{us / one:.2f}" if us else "-" for us, one in zip(known, fused, strict=True)]
+            line("paper's kernels", texts)
         line("spread of fused", [f"{best[name, 'fused', count]['spread']:.1%}" for count in tokens])
         for a in mine:
             print(f"  {a.tokens} tokens, {a.bits:.3f} bits: {a.shares}")
