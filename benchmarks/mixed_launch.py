@@ -1,0 +1,356 @@
+"""Allocations as the solver makes them: one fused launch beside one launch per scheme and beside uniform precisions.
+
+    python benchmarks/mixed_launch.py --solve           # write mixed_allocations.json; minutes, needs no GPU
+    python benchmarks/mixed_launch.py --build           # compile what the measurement loads; needs no GPU
+    python benchmarks/mixed_launch.py --out times.json  # measure; needs an H100
+
+One cell is the two grouped GEMMs of a layer, times added; activation quantization, permutation and SwiGLU are not in
+it. Workloads and routing as in group_gemm.py; "+shared" has the model's shared expert in the same launches. Allocations
+as in mixed_allocations.py: their losses are made up. Every allocation runs
+
+    fused               one launch in the plan's order of problems: shared expert first, schemes interleaved
+    heaviest first      the same, problems sorted by their longest tile's predicted time
+    apart               one launch per scheme, back to back
+    streams             one launch per scheme, each with a full grid, on parallel streams
+    streams, SMs split  the same, grids in proportion to predicted work
+
+All variants of a (workload, tokens) are captured in CUDA graphs and then visited in rounds in random order, L2 flushed
+before every replay. A time is the median over rounds of gate_up + down, with the faster of the kernels that serve
+different numbers of tokens. What the graphs write is checked against float64.
+"""
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from group_gemm import kernel_of, offsets_of, random_weights
+from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation, Case, read_allocations, solve
+
+from mxmoe_steps.allocation.time_model import block_work
+from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.build import build
+from mxmoe_steps.kernels.formats import PHASES, Format, default_config, kernel_format
+from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
+from mxmoe_steps.kernels.layouts import KernelWeights
+from mxmoe_steps.schemes import Scheme
+from mxmoe_steps.timing.timer import Timer
+
+VARIANTS = ("fused", "heaviest first", "apart", "streams", "streams, SMs split")
+ROUNDS, REPEATS = 7, 3
+CHECKED_ROWS = 300  # of a problem
+MOST_ERROR = 5e-3  # docs/kernels.md: fp8 sums over K = 14336 are off by 3.6e-3
+REFERENCE = ("qwen1.5-moe+shared", "hot", {512: 379, 1024: 453, 8192: 2677})  # us; MxMoE's kernels, rebuilt for H100
+
+Problem = tuple[int, Format, int]  # expert, format, output column
+
+
+def build_all(allocations: Sequence[Allocation]) -> None:
+    """Compile every mixture and each of its formats alone, for every phase."""
+    launches = [launch for a in allocations for launch in (a.plan.gate_up, a.plan.down)]
+    groups = {launch.formats: None for launch in launches}
+    groups |= {(format_,): None for group in groups for format_ in group}
+    sizes = []
+    for config in (default_config(group, phase) for group in groups for phase in PHASES):
+        library = build(config)
+        sizes.append(library.stat().st_size)
+        print(f"{library} {sizes[-1] / 2**20:.2f} MiB {config.name}", flush=True)
+    print(f"{len(sizes)} kernels, {sum(sizes) / 2**20:.1f} MiB")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch."""
+
+    kernel: GroupGemmKernel
+    given: dict[str, Activations]
+    weights: list[KernelWeights]
+    table: torch.Tensor
+    offsets: torch.Tensor
+    out: torch.Tensor
+
+    def __call__(self, blocks: int | None = None) -> None:
+        self.kernel(self.given, self.weights, self.table, self.offsets, self.out, blocks)
+
+
+class Gemm:
+    """One of a case's two grouped GEMMs: random weights of every block under every scheme."""
+
+    def __init__(self, case: Case, name: str, schemes: Sequence[Scheme]) -> None:
+        self.blocks = 2 if name == "gate_up" else 1  # of an expert; entry ``expert * blocks + block`` of every stack
+        columns, self.k = case.workload.gemms[name]
+        self.n = columns // self.blocks
+        made = {
+            kernel_format(s): random_weights(s, case.experts * self.blocks, self.n, self.k) for s in sorted(schemes)
+        }
+        self.stored = {format_: stored for format_, (stored, _) in made.items()}
+        self.packed = {format_: packed for format_, (_, packed) in made.items()}
+
+
+class Step:
+    """What one forward step gives to a `Gemm`, and where it writes."""
+
+    def __init__(self, gemm: Gemm, rows: list[int]) -> None:
+        self.gemm, self.rows = gemm, rows
+        self.x = torch.randn(sum(rows), gemm.k, dtype=torch.bfloat16, device="cuda") * 0.5
+        self.given = {"bf16": Activations(self.x)}
+        for operand in {format_.operand for format_ in gemm.packed if format_.token_scaled}:
+            self.given[operand] = Activations(*reference.quantize_tokens(self.x, operand))
+        self.offsets = offsets_of(rows)
+        self.out = torch.empty(sum(rows), gemm.n * gemm.blocks, dtype=torch.bfloat16, device="cuda")
+
+    def entry(self, problem: Problem) -> int:
+        """Place in a stack."""
+        expert, _, column = problem
+        return expert * self.gemm.blocks + column // self.gemm.n
+
+    def call(self, problems: Sequence[Problem], phase: str) -> Call:
+        """The launch of ``problems``, in this order, by the kernel of their formats."""
+        formats = tuple(sorted({format_ for _, format_, _ in problems}))
+        kernel = kernel_of(formats, phase)
+        weights = [self.gemm.packed[format_] for format_ in formats]
+        placed = [(p[0], formats.index(p[1]), self.entry(p), p[2]) for p in problems]
+        table = problem_table(placed, weights, len(self.rows), self.out.shape[1], "cuda")
+        given = {operand: self.given[operand] for operand in kernel.config.operands}
+        return Call(kernel, given, weights, table, self.offsets, self.out)
+
+    def samples(self, problems: Sequence[Problem]) -> list[tuple[slice, slice, torch.Tensor]]:
+        """Rows, columns and float64 products of each format's busiest and least busy problem."""
+        starts, found = np.cumsum([0, *self.rows]).tolist(), []
+        for format_ in sorted({format_ for _, format_, _ in problems}):
+            active = sorted((p for p in problems if p[1] == format_ and self.rows[p[0]]), key=lambda p: self.rows[p[0]])
+            for problem in {active[0], active[-1]} if active else ():
+                expert, _, column = problem
+                count = min(self.rows[expert], CHECKED_ROWS)
+                rows = slice(starts[expert + 1] - count, starts[expert + 1])
+                weight = self.gemm.stored[format_][self.entry(problem)][None]
+                exact = reference.group_gemm(
+                    self.x[rows], [0, count], [(0, 0, 0, 0)], [weight], self.gemm.n, torch.float64
+                )
+                found.append((rows, slice(column, column + self.gemm.n), exact))
+        return found
+
+    def error(self, samples: Sequence[tuple[slice, slice, torch.Tensor]]) -> float:
+        """Worst relative error of the samples in ``out``; infinite if something was not written."""
+        if self.out.isnan().any():
+            return math.inf
+        errors = [(self.out[rows, columns].double() - exact).norm() / exact.norm() for rows, columns, exact in samples]
+        return torch.stack(errors).max().item()
+
+
+def variants(
+    step: Step, problems: Sequence[Problem], tiles: dict[str, np.ndarray], phase: str, streams: list[torch.cuda.Stream]
+) -> dict[str, Callable[[], object]]:
+    """The ways to run ``problems``, given in the plan's order; with one scheme there is only one."""
+    formats = sorted({format_ for _, format_, _ in problems})
+    if len(formats) == 1:
+        return {"fused": step.call(problems, phase)}
+    parts = [[p for p in problems if p[1] == format_] for format_ in formats]
+    calls = [step.call(part, phase) for part in parts]
+    n, k = np.array([step.gemm.n]), np.array([step.gemm.k])
+    predicted = {p: block_work(np.array([[step.rows[p[0]]]]), n, k, tiles[p[1].name], 0.0) for p in problems}
+    work = np.array([sum(predicted[p][0].item() for p in part) for part in parts])
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    split = [  # as if an SM took two blocks of one kernel first; where it spreads them, others wait
+        max(1, round(float(sms * share))) * call.kernel.config.blocks_per_sm
+        for share, call in zip(work / work.sum(), calls, strict=True)
+    ]
+    heaviest = sorted(problems, key=lambda p: (-predicted[p][1].item(), p[0], p[2]))
+
+    def apart() -> None:
+        for call in calls:
+            call()
+
+    def side_by_side(blocks: Sequence[int | None]) -> None:
+        current, mine = torch.cuda.current_stream(), streams[: len(calls)]
+        for call, stream, count in zip(calls, mine, blocks, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                call(count)
+        for stream in mine:
+            current.wait_stream(stream)
+
+    return {
+        "fused": step.call(problems, phase),
+        "heaviest first": step.call(heaviest, phase),
+        "apart": apart,
+        "streams": lambda: side_by_side([None] * len(calls)),
+        "streams, SMs split": lambda: side_by_side(split),
+    }
+
+
+def torch_calls(step: Step) -> dict[str, Callable[[], object]]:
+    """torch's grouped GEMMs, gate and up as one matrix."""
+    gemm, ends, experts = step.gemm, step.offsets[1:], len(step.rows)
+    dense, fp8 = gemm.stored[Format("bf16", 16)], gemm.stored[Format("fp8", 8)]
+    weight, weight8 = (each.view(experts, -1, gemm.k).transpose(1, 2) for each in (dense, fp8.codes))
+    scales, given = fp8.scales.float().view(experts, -1), step.given["fp8"]
+    x8 = given.values.view(weight8.dtype)
+    return {
+        "torch grouped_mm": lambda: torch._grouped_mm(step.x, weight, offs=ends),
+        "torch scaled_grouped_mm": lambda: torch._scaled_grouped_mm(
+            x8, weight8, given.scales, scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
+        ),
+    }
+
+
+def rounds(timer: Timer, graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph]) -> dict[tuple[str, ...], list[float]]:
+    """Microseconds of every graph in every round, visited in random order so that drift meets all alike."""
+    shuffle = random.Random(0)
+    times: dict[tuple[str, ...], list[float]] = {key: [] for key in graphs}
+    for number in range(-1, ROUNDS):  # the first round warms up
+        for key in shuffle.sample(list(graphs), len(graphs)):
+            us = statistics.median(timer.replays(graphs[key], REPEATS))
+            if number >= 0:
+                times[key].append(us)
+    return times
+
+
+def measure(
+    timer: Timer, gemms: dict[str, Gemm], allocations: Sequence[Allocation], streams: list[torch.cuda.Stream]
+) -> list[dict[str, Any]]:
+    """All variants of the allocations of one case and number of tokens."""
+    case, tokens = allocations[0].case, allocations[0].tokens
+    graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph] = {}
+    errors: dict[tuple[str, ...], float] = {}
+    kept: list[Callable[[], object]] = []  # graphs do not keep alive what they read
+    for gemm_name, gemm in gemms.items():
+        step = Step(gemm, case.rows(tokens))
+        for allocation in allocations:
+            launch = getattr(allocation.plan, gemm_name)
+            problems = [(expert, launch.formats[number], column) for expert, number, _, column in launch.problems]
+            samples = step.samples(problems)
+            for phase in PHASES:
+                for variant, run in variants(step, problems, allocation.tiles, phase, streams).items():
+                    key = (allocation.name, variant, phase, gemm_name)
+                    graphs[key] = timer.capture(run)
+                    step.out.fill_(math.nan)
+                    graphs[key].replay()
+                    errors[key] = step.error(samples)
+                    kept.append(run)
+        for name, run in torch_calls(step).items():
+            try:
+                graphs[name, "fused", "", gemm_name] = timer.capture(run)
+                kept.append(run)
+            except RuntimeError as error:
+                print(f"{name} T={tokens}: {str(error).splitlines()[0]}", flush=True)
+    for key, error in errors.items():
+        if not error < MOST_ERROR:  # NaN too
+            print(f"WRONG RESULT: {case.name} T={tokens} {key}: error {error:.1e}", flush=True)
+    times = rounds(timer, graphs)
+    cells = []
+    for name, variant, phase in dict.fromkeys(key[:3] for key in times):
+        both = [  # a launch of one scheme has no variants
+            key if key in times else (name, "fused", phase, key[3])
+            for key in ((name, variant, phase, gemm) for gemm in gemms)
+        ]
+        if not all(key in times for key in both):
+            continue
+        us = [sum(pair) for pair in zip(*(times[key] for key in both), strict=True)]
+        cells.append({
+            "case": case.name, "T": tokens, "allocation": name, "variant": variant, "phase": phase,
+            "us": statistics.median(us), "spread": (max(us) - min(us)) / statistics.median(us),
+            "gemms_us": [statistics.median(times[key]) for key in both],
+            "error": max(errors.get(key, 0.0) for key in both),
+        })  # fmt: skip
+    return cells
+
+
+def print_tables(case: Case, allocations: Sequence[Allocation], cells: Sequence[dict[str, Any]]) -> None:
+    """Uniform precisions and torch, then every mixed allocation beside them."""
+    tokens = sorted({cell["T"] for cell in cells})
+    best: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for cell in sorted(cells, key=lambda cell: -cell["us"]):
+        best[cell["allocation"], cell["variant"], cell["T"]] = cell  # the fastest kernel comes last
+    by_name = {(a.name, a.tokens): a for a in allocations}
+
+    def line(label: str, texts: Sequence[str]) -> None:
+        print(f"{label:<32}" + "".join(f"{text:>20}" for text in texts), flush=True)
+
+    line(f"\n{case.name}: us (predicted)", [str(count) for count in tokens])
+    for name in dict.fromkeys(a.name for a in allocations):
+        mine = [by_name[name, count] for count in tokens]
+        us = [best[name, "fused", count]["us"] for count in tokens]
+        label = f"{name}, {mine[0].bits:.3f} bits" if name in UNIFORM else f"{name} fused"
+        line(label, [f"{value:.1f} ({a.predicted_us:.1f})" for value, a in zip(us, mine, strict=True)])
+    for name in dict.fromkeys(cell["allocation"] for cell in cells if cell["allocation"].startswith("torch")):
+        found = [best.get((name, "fused", count)) for count in tokens]
+        line(name, [f"{cell['us']:.1f}" if cell else "-" for cell in found])
+    for name in dict.fromkeys(a.name for a in allocations if a.name not in UNIFORM):
+        mine = [by_name[name, count] for count in tokens]
+        fused = [best[name, "fused", count]["us"] for count in tokens]
+        line(f"\n{case.name}, {name}: us / fused", [str(count) for count in tokens])
+        for variant in VARIANTS:
+            us = [best[name, variant, count]["us"] for count in tokens]
+            line(variant, [f"{value:.1f}/{value / one:.2f}" for value, one in zip(us, fused, strict=True)])
+        texts, losses = [], []
+        for a, one in zip(mine, fused, strict=True):
+            peers = [by_name[uniform, a.tokens] for uniform in UNIFORM if by_name[uniform, a.tokens].bits >= a.bits]
+            peer = min(peers, key=lambda peer: best[peer.name, "fused", a.tokens]["us"])
+            us = best[peer.name, "fused", a.tokens]["us"]
+            texts.append(f"{peer.name} {us:.1f}/{us / one:.2f}")
+            losses.append(f"{a.loss:.3f}, {peer.loss:.3f}")
+        line("best uniform of as many bits", texts)
+        line("made-up loss, that uniform's", losses)
+        if (case.name, name) == REFERENCE[:2]:
+            known = [REFERENCE[2].get(count) for count in tokens]
+            texts = [f"{us}/{us / one:.2f}" if us else "-" for us, one in zip(known, fused, strict=True)]
+            line("paper's kernels", texts)
+        line("spread of fused", [f"{best[name, 'fused', count]['spread']:.1%}" for count in tokens])
+        for a in mine:
+            print(f"  {a.tokens} tokens, {a.bits:.3f} bits: {a.shares}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--solve", action="store_true", help="write --allocations and stop")
+    parser.add_argument("--build", action="store_true", help="compile the kernels and stop")
+    parser.add_argument("--allocations", type=Path, default=FILE, metavar="JSON")
+    parser.add_argument("--workloads", nargs="*", default=[case.name for case in CASES])
+    parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
+    parser.add_argument("--budgets", nargs="*", default=[*BUDGETS, "hot"], help="of mixed allocations; or hot")
+    parser.add_argument("--out", type=Path, help="write every cell as JSON")
+    arguments = parser.parse_args()
+    if arguments.solve:
+        solve(arguments.allocations)
+        return
+    allocations = [
+        a
+        for a in read_allocations(arguments.allocations, arguments.budgets)
+        if a.case.name in arguments.workloads and a.tokens in arguments.tokens
+    ]
+    if arguments.build:
+        build_all(allocations)
+        return
+    torch.manual_seed(0)
+    timer, streams = Timer(), [torch.cuda.Stream() for _ in range(len({s for a in allocations for s in a.schemes}))]
+    print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
+    everything: list[dict[str, Any]] = []
+    for case in dict.fromkeys(a.case for a in allocations):
+        mine = [a for a in allocations if a.case == case]
+        schemes = {scheme for a in mine for scheme in a.schemes}
+        gemms = {name: Gemm(case, name, schemes) for name in case.workload.gemms}
+        cells = []
+        for tokens in dict.fromkeys(a.tokens for a in mine):
+            started = time.perf_counter()
+            cells += measure(timer, gemms, [a for a in mine if a.tokens == tokens], streams)
+            torch.cuda.empty_cache()
+            print(f"{case.name} {tokens} tokens: {time.perf_counter() - started:.1f} s", flush=True)
+        print_tables(case, mine, cells)
+        everything += cells
+        if arguments.out:
+            arguments.out.write_text(json.dumps(everything, indent=1))
+        del gemms
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
