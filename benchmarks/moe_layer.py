@@ -26,7 +26,7 @@ from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
 from mxmoe_steps.kernels.formats import PHASES
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
-from mxmoe_steps.kernels.plan import LayerPlan, Schemes, phase_for, plan_layer
+from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
 from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert, swiglu
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.timer import Timer
@@ -108,19 +108,18 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
             return torch.nn.functional.linear(x, gate_weight).squeeze(-1) if gated else None  # noqa: B023
 
         up, down, plan = layer.gate_up, layer.down, layer.plan
-        phase = phase_for(chosen.numel(), plan.experts)
         routed = sort_by_expert(chosen, plan.experts, plan.slices)
         given = dispatch(x, routed, up.needs, up.plan.operands)
-        products = up(given, routed, phase)
+        products = up(given, routed)
         acted = swiglu(products, routed, down.needs, down.plan.operands)
-        rows = down(acted, routed, phase)
+        rows = down(acted, routed)
         logits = gate()
         stages: dict[str, Callable[[], object]] = {
             "sort": lambda: sort_by_expert(chosen, plan.experts, plan.slices),  # noqa: B023
             "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands),  # noqa: B023
-            "gate_up": lambda: up(given, routed, phase),  # noqa: B023
+            "gate_up": lambda: up(given, routed),  # noqa: B023
             "swiglu": lambda: swiglu(products, routed, down.needs, down.plan.operands),  # noqa: B023
-            "down": lambda: down(acted, routed, phase),  # noqa: B023
+            "down": lambda: down(acted, routed),  # noqa: B023
             "combine": lambda: combine(rows, routed, mixing, logits),  # noqa: B023
         }
         cell = {"run": run, "T": count, "floor_us": floor_of(layer, workload, count)}

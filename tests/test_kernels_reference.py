@@ -114,9 +114,12 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 
 
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
-    assert phase_for(16, 60) == "latency"
-    assert phase_for(1024, 60) == "decode"
-    assert phase_for(4096, 60) == "prefill"
+    assert [phase_for(rows, 60, True) for rows in (1, 30, 31, 48 * 60, 48 * 60 + 1)] == [
+        "latency", "latency", "decode", "decode", "prefill",
+    ]  # fmt: skip
+    assert [phase_for(rows, 60, False) for rows in (120, 121, 64 * 60, 64 * 60 + 1)] == [
+        "latency", "decode", "decode", "prefill",
+    ]  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -51,10 +51,10 @@ def frontier(args: argparse.Namespace) -> None:
     traffic = sample_traffic(args.trace, args.traffic_text, args.tokens, args.phase, args.steps, args.seed)
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
     used = [kernel for kernel, scheme in zip(kernels, losses.schemes, strict=True) if scheme in {*candidates, *fixed}]
-    alone = args.granularity in ("layer", "uniform") and not fixed
+    alone = args.granularity in ("layer", "uniform") and not fixed and not args.shared_tile
     tiles: list[int | None] = [None]
     if args.shared_tile:
-        tiles = [*profile.shared_tiles(step_phase(traffic), used)]
+        tiles = [*profile.shared_tiles(step_phase(traffic, used), used)]
     times = {
         tile: block_times(
             losses.blocks, kernels, traffic, profile.only_tile(tile) if tile else profile, None if alone else used

@@ -153,6 +153,23 @@ def test_a_captured_call_follows_its_inputs() -> None:
         assert torch.equal(out, layer(x, chosen, mixing))
 
 
+def test_launches_that_overlap_give_what_launches_apart_give() -> None:
+    layers = [make_layer(MIXTURES[0], 16, QWEN, 5)[0], make_layer(["w4a16"], 16, QWEN, 6)[0]]
+    calls = []
+    for number in range(24):  # latency, decode and prefill kernels in turn
+        tokens = (1, 3, 40, 700)[number % 4]
+        calls.append(
+            (layers[number % 3 % 2], torch.randn(tokens, 2048, device="cuda").bfloat16(), *route(tokens, 16, 4))
+        )
+    apart = []
+    for layer, *given in calls:
+        apart.append(layer(*given))
+        torch.cuda.synchronize()
+    for _ in range(5):
+        together = [layer(*given) for layer, *given in calls]
+        assert all(torch.equal(one, two) for one, two in zip(apart, together, strict=True))
+
+
 def test_long_inputs_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = make_layer(["w16a16"], 8, QWEN, 7)
     x = torch.randn(1000, 2048, device="cuda").bfloat16()

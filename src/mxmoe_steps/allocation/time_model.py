@@ -12,7 +12,7 @@ functions. `profile` fits the constants (docs/profile.md). Costs are expectation
 """
 
 import contextlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -162,9 +162,14 @@ def bytes_moved(
     return weights, in_features * scheme.act_bits / 8 + out_features * OUTPUT_BYTES
 
 
-def step_phase(traffic: Traffic) -> str:
-    """Which kernel runs steps of this size."""
-    return phase_for(int(np.median(traffic.rows.sum(2))), traffic.rows.shape[2])
+def decodes_to_bf16(schemes: Iterable[Scheme]) -> bool:
+    """Whether a kernel that carries ``schemes`` decodes all its weights to bfloat16."""
+    return all(scheme.act_bits == 16 and not scheme.is_original for scheme in schemes)
+
+
+def step_phase(traffic: Traffic, carried: Collection[Scheme]) -> str:
+    """The phase of the kernel that runs steps of this size and carries ``carried``."""
+    return phase_for(int(np.median(traffic.rows.sum(2))), traffic.rows.shape[2], decodes_to_bf16(carried))
 
 
 def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -200,12 +205,12 @@ def block_times(
     ``carried``: schemes of the kernel that runs the launches; by default each scheme is timed alone in its own.
     """
     rows, weight = _rows_and_weights(blocks, traffic)
-    phase = step_phase(traffic)
     used = weight * (rows > 0)
     pieces, out, inner = cut_shared(blocks)
     shape = (len(blocks), len(kernels))
     times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(len(kernels)))
     for column, scheme in enumerate(kernels):
+        phase = step_phase(traffic, [scheme] if carried is None else carried)
         own = profile.loops(phase, [scheme])
         loops = own if carried is None else profile.loops(phase, carried)
         extra_us = profile.loop_tile_us * (loops - own)

@@ -250,7 +250,7 @@ class KernelConfig:
     @property
     def stages(self) -> int:
         """Ring slots that fit beside the staging tile, the sums of parts, the problem table and the token scales."""
-        table = 4 * (6 * self.max_problems + 1)
+        table = 4 * (7 * self.max_problems + 1)
         fixed = self.staging_bytes + self.partial_bytes + table + 2 * 4 * self.max_tokens + 4096  # barriers, alignment
         fit = min(MAX_STAGES * self.split, (SHARED_BYTES[self.blocks_per_sm] - fixed) // self.slot_bytes)
         return fit - fit % self.split  # a slot always belongs to the same part
@@ -285,19 +285,24 @@ WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block o
 PHASE_ROWS = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
 PHASES = tuple(PHASE_ROWS)
 LATENCY_SPLIT = 4
+LATENCY_TOKENS = 16  # of its only tile: a ring of larger slots would have fewer weights on their way
+LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
-_LARGEST_LATENCY = 32  # tokens of the latency kernel's largest tile
-_LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
 _LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group
+
+
+def decode_blocks(decoding: bool) -> int:
+    """Blocks that an SM runs of a decode kernel; ``decoding``: whether it decodes all its weights to bfloat16."""
+    return 2 if decoding else 1
 
 
 def default_tiles(format_: Format, phase: str, blocks_per_sm: int) -> tuple[Tile, ...]:
     """The tiles of ``format_`` in the kernel of ``phase``."""
     if phase == "latency":
         blocks = GROUP // format_.block_features if format_.decoded else 1
-        return tuple(Tile(format_, n, blocks, PHASE_ROWS[phase]) for n in _TOKENS if n <= _LARGEST_LATENCY)
+        return (Tile(format_, LATENCY_TOKENS, blocks, PHASE_ROWS[phase]),)
     largest = min(
-        _LARGEST_DECODE[blocks_per_sm] if phase == "decode" else 256, _LARGEST_DECODED if format_.decoded else 256
+        LARGEST_DECODE[blocks_per_sm] if phase == "decode" else 256, _LARGEST_DECODED if format_.decoded else 256
     )
     return tuple(Tile(format_, n, _depth(format_, n, blocks_per_sm)) for n in _TOKENS if n <= largest)
 
@@ -310,7 +315,7 @@ def default_config(formats: tuple[Format, ...], phase: str, max_problems: int = 
     64 rows, each by four warpgroups, are more and shorter.
     """
     decoding = all(format_.decoded and format_.operand == "bf16" for format_ in formats)
-    blocks = 2 if phase == "decode" and decoding else 1
+    blocks = decode_blocks(decoding) if phase == "decode" else 1
     cluster = 2 if phase == "prefill" and formats == (Format("bf16", 16),) else 1
     tiles = tuple(tile for format_ in formats for tile in default_tiles(format_, phase, blocks))
     return KernelConfig(tiles, max_problems, cluster, blocks, LATENCY_SPLIT if phase == "latency" else 1)

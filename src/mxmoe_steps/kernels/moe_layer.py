@@ -16,7 +16,7 @@ import torch
 from mxmoe_steps.kernels.formats import PHASES, KernelConfig
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, kernel_weights, original_weights
-from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source, phase_for
+from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import QuantizedWeight
 
@@ -38,8 +38,9 @@ class LayerGemm:
     needs: torch.Tensor
     kernels: dict[str, GroupGemmKernel]
 
-    def __call__(self, given: dict[str, Activations], routed: Routed, phase: str) -> torch.Tensor:
+    def __call__(self, given: dict[str, Activations], routed: Routed) -> torch.Tensor:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
+        phase = self.plan.phase(routed.chosen.numel(), routed.offsets.shape[0] - 1 - routed.shared)
         out = torch.empty(routed.rows, self.columns, dtype=torch.bfloat16, device=routed.offsets.device)
         return self.kernels[phase](given, self.weights, self.problems, routed.offsets, out)
 
@@ -76,11 +77,10 @@ class MoeLayer:
         if not x.shape[0]:
             return torch.empty_like(x)
         up, down = self.gate_up, self.down
-        phase = phase_for(chosen.numel(), self.plan.experts)
         routed = sort_by_expert(chosen, self.plan.experts, self.plan.slices)
         given = dispatch(x, routed, up.needs, up.plan.operands)
-        products = swiglu(up(given, routed, phase), routed, down.needs, down.plan.operands)
-        return combine(down(products, routed, phase), routed, weights, gate)
+        products = swiglu(up(given, routed), routed, down.needs, down.plan.operands)
+        return combine(down(products, routed), routed, weights, gate)
 
 
 @cache

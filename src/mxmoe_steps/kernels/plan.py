@@ -12,9 +12,11 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import (
     EDGE,
     GROUP,
+    LARGEST_DECODE,
     OPERAND_MASKS,
     Format,
     KernelConfig,
+    decode_blocks,
     default_config,
     kernel_format,
 )
@@ -50,8 +52,12 @@ class LaunchPlan:
         """Activation types the launch reads."""
         return tuple(sorted({format_.operand for format_ in self.formats}))
 
+    def phase(self, rows: int, experts: int) -> str:
+        """The phase of the kernel for ``rows`` tokens routed over ``experts`` experts."""
+        return phase_for(rows, experts, all(format_.decoded and format_.operand == "bf16" for format_ in self.formats))
+
     def config(self, phase: str) -> KernelConfig:
-        """The kernel that runs it."""
+        """The kernel of ``phase`` that runs it."""
         return default_config(self.formats, phase, max(128, -(-len(self.problems) // 32) * 32))
 
 
@@ -67,14 +73,17 @@ class LayerPlan:
     down: LaunchPlan
 
 
-def phase_for(rows: int, experts: int) -> str:
+def phase_for(rows: int, experts: int, decoding: bool) -> str:
     """The kernel, ``latency``, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
 
-    Measured on an H100 with skewed traffic: decode is ahead at 17 rows an expert, prefill at 68.
+    ``decoding``: whether the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/profile.md): decode
+    kernels are ahead while the mean expert fits into their largest tile; latency kernels up to half a token an expert,
+    or two where the decode kernel has an SM's registers for one block.
     """
-    if rows <= experts // 2:
+    blocks = decode_blocks(decoding)
+    if rows <= (experts // 2 if blocks == 2 else 2 * experts):
         return "latency"
-    return "decode" if rows <= 32 * experts else "prefill"
+    return "decode" if rows <= LARGEST_DECODE[blocks] * experts else "prefill"
 
 
 def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0) -> LayerPlan:

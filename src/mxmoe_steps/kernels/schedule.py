@@ -8,7 +8,7 @@ from cutlass import Boolean, Int32, cute
 from mxmoe_steps.kernels.formats import MAX_EXPERTS
 from mxmoe_steps.kernels.ring import RingUser
 
-TABLE_FIELDS = 5  # first row, rows, format, entry, output column
+TABLE_FIELDS = 6  # first row, rows, format, entry, output column, token tiles
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Schedule(RingUser):
                     table[p, 3] = given[2, i]
                     table[p, 4] = given[3, i]
                     largest = self.largest_tokens(number)
-                    tiles = (rows + largest - 1) // largest * row_steps
+                    token_tiles = (rows + largest - 1) // largest
+                    table[p, 5] = token_tiles
+                    tiles = token_tiles * row_steps
                 ends[p + 1] = tiles
         cute.arch.sync_threads()
         if thread < 32:
@@ -111,10 +113,13 @@ class Schedule(RingUser):
             p += cute.arch.popc(cute.arch.vote_ballot_sync(ends[32 * i + lane + 1] <= tile))
         first, rows, number, entry, column = table[p, 0], table[p, 1], table[p, 2], table[p, 3], table[p, 4]
         tokens = self.largest_tokens(number)
-        token_tiles = (rows + tokens - 1) // tokens
-        local = tile - ends[p]
-        row_step = local // token_tiles
-        done = (local - row_step * token_tiles) * tokens
+        token_tiles = table[p, 5]
+        row_step = tile - ends[p]
+        done = Int32(0)
+        if token_tiles > 1:
+            local = row_step
+            row_step = local // token_tiles
+            done = (local - row_step * token_tiles) * tokens
         return number, Place(row_step * self.cluster, first + done, cutlass.min(rows - done, tokens), entry, column)
 
     def before(self, i: int, number: Int32, rows: Int32) -> Boolean:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mxmoe_steps.allocation.time_model import CONSTANTS, KSTEP, block_work, bytes_moved
+from mxmoe_steps.allocation.time_model import CONSTANTS, KSTEP, block_work, bytes_moved, decodes_to_bf16
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
 from mxmoe_steps.kernels.plan import phase_for
@@ -217,7 +217,7 @@ def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     chosen = []
     for row in fused:
         routed = sum(row["rows"]) // (2 if row["block"] == "gate_up" else 1)
-        if row["phase"] == phase_for(routed, row["experts"]):
+        if row["phase"] == phase_for(routed, row["experts"], decodes_to_bf16(map(parse_scheme, row["carried"]))):
             chosen.append(row)
     missing = sorted({name for row in fused for name in row["carried"]} - {scheme for _, scheme in tiles})
     if missing or len(chosen) < LEAST_PROBLEMS:
