@@ -38,7 +38,7 @@ from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation,
 from mxmoe_steps.allocation.time_model import block_work
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import build
-from mxmoe_steps.kernels.formats import PHASES, Format, default_config, kernel_format
+from mxmoe_steps.kernels.formats import PHASES, TILE_ROWS, Format, default_config, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import KernelWeights
 from mxmoe_steps.schemes import Scheme
@@ -156,7 +156,7 @@ def variants(
     parts = [[p for p in problems if p[1] == format_] for format_ in formats]
     calls = [step.call(part, phase) for part in parts]
     n, k = np.array([step.gemm.n]), np.array([step.gemm.k])
-    predicted = {p: block_work(np.array([[step.rows[p[0]]]]), n, k, tiles[p[1].name], 0.0) for p in problems}
+    predicted = {p: block_work(np.array([[step.rows[p[0]]]]), n, k, tiles[p[1].name], 0.0, TILE_ROWS) for p in problems}
     work = np.array([sum(predicted[p][0].item() for p in part) for part in parts])
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     split = [  # as if an SM took two blocks of one kernel first; where it spreads them, others wait

@@ -48,6 +48,17 @@ def test_a_mixture_has_every_matrix_instruction_it_needs(last: Format, cache: Pa
 
 
 @needs_compiler
+def test_a_split_mixture_keeps_its_registers(cache: Path) -> None:
+    """Fragments that a warpgroup without slots leaves alone must not be kept for every configuration."""
+    formats = (Format("bf16", 2, True, True), Format("bf16", 4, True, True), Format("fp8", 8))
+    config = default_config(formats, "latency")
+    code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
+    assert sum(code.matrix.values()) == code.groups * 4, "serialized"
+    assert (code.spills, code.early_reads) == (0, [])
+    assert code.registers <= config.registers[1]
+
+
+@needs_compiler
 def test_a_table_of_512_problems_fits(cache: Path) -> None:
     config = default_config((Format("bf16", 4, True, True),), "prefill", max_problems=512)
     assert config.stages >= 3

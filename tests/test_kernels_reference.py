@@ -140,6 +140,12 @@ def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
         (lambda: KernelConfig(()), "at least one tile"),
         (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 100), "multiple of 32"),
         (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 128, 3), "cluster is 3"),
+        (
+            lambda: KernelConfig((Tile(Format("bf16", 16), 16), Tile(Format("bf16", 16), 32, 1, 64))),
+            "64 in all of them",
+        ),
+        (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 128, 1, 2, 2), "4 warpgroups"),
+        (lambda: KernelConfig((Tile(Format("bf16", 4, True), 16, 4, 64),), 128, 1, 1, 4), "slots of one group"),
         (lambda: KernelConfig((Tile(Format("bf16", 16), 256, 4),)), "leave room for"),
     ],
 )
