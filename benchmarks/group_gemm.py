@@ -117,16 +117,12 @@ def error_of(
     x: torch.Tensor,
     weight: QuantizedWeight | torch.Tensor,
     rows: list[int],
-    all_rows: list[int] | None = None,
 ) -> float:
-    """Relative error of the busiest, the median and the least busy active expert of ``rows``.
-
-    ``all_rows``: rows of every expert in ``out``, if other schemes share it.
-    """
+    """Relative error of the busiest, the median and the least busy active expert of ``rows``."""
     active = sorted((count, expert) for expert, count in enumerate(rows) if count)
     if not active:
         return 0.0
-    starts = [0, *torch.tensor(all_rows or rows).cumsum(0).tolist()]
+    starts = [0, *torch.tensor(rows).cumsum(0).tolist()]
     worst = 0.0
     for _, expert in {active[0], active[len(active) // 2], active[-1]}:
         part = slice(starts[expert], starts[expert] + min(rows[expert], 300))
@@ -164,48 +160,6 @@ def measure_gemm(
             error = error_of(out, x, weight, rows)
             floor = floor_us([format_], [rows], n, k)
             cells.append({"run": f"{scheme.name} {phase}", "T": count, "us": us, "floor_us": floor, "error": error})
-    return cells
-
-
-def measure_mixture(
-    timer: Timer, schemes: tuple[Scheme, ...], workload: Workload, n: int, k: int, tokens: tuple[int, ...]
-) -> list[dict]:
-    """Schemes dealt round the experts: one fused launch, and one launch per scheme back to back."""
-    schemes = tuple(sorted(schemes, key=kernel_format))
-    formats = [kernel_format(scheme) for scheme in schemes]
-    stacks, packed = zip(*(random_weights(scheme, workload.experts, n, k) for scheme in schemes), strict=True)
-    dealt = [(expert, expert % len(schemes), expert, 0) for expert in range(workload.experts)]
-    fused_table = problem_table(dealt, packed, workload.experts, n, "cuda")
-    single_tables = [
-        problem_table([(e, 0, e, 0) for e, i, _, _ in dealt if i == number], [weights], workload.experts, n, "cuda")
-        for number, weights in enumerate(packed)
-    ]
-    name = "+".join(scheme.name for scheme in schemes)
-    cells = []
-    for count in tokens:
-        rows = workload.routing(count)
-        shares = [[r if e % len(schemes) == i else 0 for e, r in enumerate(rows)] for i in range(len(schemes))]
-        x = torch.randn(sum(rows), k, device="cuda", dtype=torch.bfloat16) * 0.5
-        quantized = {f.operand: reference.quantize_tokens(x, f.operand) for f in formats if f.token_scaled}
-        given = {f.operand: Activations(*quantized.get(f.operand, (x, None))) for f in formats}
-        offsets = offsets_of(rows)
-        out = torch.empty(sum(rows), n, dtype=torch.bfloat16, device="cuda")
-        floor = floor_us(formats, shares, n, k)
-        for phase in PHASES:
-            fused = kernel_of(tuple(formats), phase)
-            singles = [kernel_of((format_,), phase) for format_ in formats]
-
-            def one_by_one() -> None:
-                for i, kernel in enumerate(singles):  # noqa: B023
-                    operand = formats[i].operand
-                    kernel({operand: given[operand]}, [packed[i]], single_tables[i], offsets, out)  # noqa: B023
-
-            out.fill_(math.nan)
-            us = timer(lambda: fused(given, packed, fused_table, offsets, out))  # noqa: B023
-            error = max(error_of(out, x, stacks[i], shares[i], rows) for i in range(len(schemes)))
-            cell = {"T": count, "floor_us": floor, "error": error}
-            cells.append(cell | {"run": f"{name} fused {phase}", "us": us})
-            cells.append(cell | {"run": f"{name} launches {phase}", "us": timer(one_by_one)})
     return cells
 
 
@@ -273,17 +227,14 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
     parser.add_argument("--workloads", nargs="*", default=[workload.name for workload in WORKLOADS])
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
-    parser.add_argument("--mixtures", nargs="*", default=[], metavar="SCHEME+SCHEME", help="schemes in one launch")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="write every cell as JSON")
     arguments = parser.parse_args()
     schemes = [parse_scheme(name) for name in arguments.schemes]
-    mixtures = [tuple(parse_scheme(name) for name in text.split("+")) for text in arguments.mixtures]
     if arguments.build:
-        alone = {*schemes, *(scheme for mixture in mixtures for scheme in mixture)}
-        for group in [*((scheme,) for scheme in alone), *mixtures]:
+        for scheme in schemes:
             for phase in PHASES:
-                print(build(default_config(tuple(kernel_format(scheme) for scheme in group), phase)), *group, phase)
+                print(build(default_config((kernel_format(scheme),), phase)), scheme, phase)
         return
     torch.manual_seed(0)
     timer, tokens = Timer(), tuple(arguments.tokens)
@@ -294,9 +245,6 @@ def main() -> None:
         for gemm, (n, k) in workload.gemms.items():
             for scheme in schemes:
                 cells += [cell | {"gemm": gemm} for cell in measure_gemm(timer, scheme, workload, n, k, tokens)]
-                torch.cuda.empty_cache()
-            for mixture in mixtures:
-                cells += [cell | {"gemm": gemm} for cell in measure_mixture(timer, mixture, workload, n, k, tokens)]
                 torch.cuda.empty_cache()
             if not arguments.no_peers:
                 cells += [cell | {"gemm": gemm} for cell in measure_peers(timer, workload, n, k, tokens)]

@@ -1,10 +1,9 @@
 """Layers with mixed allocations, for mixed_launch.py: made by the solver, kept in mixed_allocations.json.
 
 Allocations minimise L^r T^(1-r) for one layer, r = 0.75, under a budget of bits, every block on its own, with three
-candidate schemes. Shapes,
-routing and the time model (the measured H100 profile) are real; the *losses are made up* (instances.py): an
-allocation says what mixtures look like, not what a model loses. ``hot``: the shared expert and the busiest quarter of
-the others at w8a8_fp8, the rest at w4a16. Uniform precisions are allocations too.
+candidate schemes. Shapes, routing and the time model (the measured H100 profile) are real; the *losses are made up*
+(instances.py): an allocation says what mixtures look like, not what a model loses. ``hot``: the shared expert and the
+busiest quarter of the others at w8a8_fp8, the rest at w4a16. Uniform precisions are allocations too.
 """
 
 import json

@@ -61,7 +61,9 @@ def summary(facts: dict[str, Any]) -> str:
         )
     repeat, loss = facts["repeat_spread"], facts["phase_loss"]
     lines.append(f"repeat-to-repeat spread: median {repeat['median']:.1%}, 95th percentile {repeat['p95']:.1%}")
-    lines.append(f"time lost by the rule that picks the kernel of a phase: median {loss['median']:.1%}, 95 % {loss['p95']:.1%}")
+    lines.append(
+        f"time lost by the rule that picks the kernel of a phase: median {loss['median']:.1%}, 95 % {loss['p95']:.1%}"
+    )
     for one in facts["fused_over_apart"]:
         lines.append(
             f"fused / one launch per scheme, from {one['tokens_from']} tokens: median {one['median']:.2f}"

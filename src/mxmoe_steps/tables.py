@@ -82,7 +82,7 @@ MEASUREMENTS = TableKind(  # written by measure: one row per timed launch
             ("tokens", pa.int32()),  # routed tokens; rows of a tile
             ("out_features", pa.int32()),
             ("in_features", pa.int32()),
-            ("phase", pa.string()),  # which kernel: decode or prefill
+            ("phase", pa.string()),  # which kernel: latency, decode or prefill
             ("apart", pa.bool_()),  # one launch per scheme, back to back
             ("carried", pa.list_(pa.string())),  # schemes that the kernel was compiled for
             ("experts", pa.int32()),
@@ -99,7 +99,7 @@ PROFILE = TableKind(  # written by profile, one table per GPU
     2,
     pa.schema(
         [
-            ("phase", pa.string()),  # which kernel: decode or prefill
+            ("phase", pa.string()),  # which kernel: latency, decode or prefill
             ("scheme", pa.string()),
             ("tile_tokens", pa.int32()),  # tokens per output tile; 128 weight rows per tile
             ("tile_us", pa.float64()),  # fixed time of one tile on one SM, microseconds

@@ -3,8 +3,8 @@
 The result is a shared library that tvm_ffi loads, with the machine code beside it for `lint`. It is cached
 under the hash of the configuration and of everything that shapes the code, so a rebuild is a file lookup.
 
-As a command it compiles what a layer with the given schemes needs: the decode and the prefill kernel of their
-mixture, and the token kernels.
+As a command it compiles what a layer with the given schemes needs: the kernels of their mixture,
+and the token kernels.
 """
 
 import argparse

@@ -182,6 +182,6 @@ def problem_launches(formats: tuple[Format, ...], count: int, seed: int = 0) -> 
 
 
 def kernel_configs(formats: tuple[Format, ...], seed: int = 0) -> list[KernelConfig]:
-    """Every kernel that the launches need: each format's own and the mixtures', both phases."""
+    """Every kernel that the launches need: each format's own and the mixtures', of every phase."""
     groups = [*((format_,) for format_ in formats), *mixtures(formats, seed)]
     return [default_config(group, phase, MAX_PROBLEMS) for group in groups for phase in PHASES]
