@@ -91,7 +91,7 @@ def solve(path: Path) -> None:
     """Write the allocations, and uniform ones, of every case and number of tokens."""
     from dataclasses import replace
 
-    from instances import layer_blocks, make_losses
+    from instances import SCHEMES, layer_blocks, make_losses
 
     from mxmoe_steps.allocation.constraints import Constraints
     from mxmoe_steps.allocation.parts import part_frontier
@@ -103,21 +103,22 @@ def solve(path: Path) -> None:
     from mxmoe_steps.timing.estimate import measured_file
 
     lines: list[str] = []
+    schemes = (*sorted(map(parse_scheme, SCHEMES)), ORIGINAL)
+    names = [scheme.name for scheme in schemes]
+    carried = sorted(map(parse_scheme, CANDIDATES))
+    columns, facts = fit_profile(measured_file("h100"), list(schemes))
+    profile = profile_of({name: np.array(values) for name, values in columns.items()}, facts)
+    kernels = timing_schemes(schemes, profile, {})
     for case in CASES:
         inner = case.workload.intermediate
         blocks = layer_blocks(1, case.workload.experts, case.workload.hidden, inner, inner * case.slices)
         made = make_losses(blocks)
         losses = replace(
             made,
-            schemes=(*made.schemes, ORIGINAL),
+            schemes=schemes,
             loss=np.c_[made.loss, np.zeros(len(blocks))],
             bits=np.c_[made.bits, ORIGINAL.weight_bits * blocks.params],
         )
-        columns, facts = fit_profile(measured_file("h100"), list(losses.schemes))
-        profile = profile_of({name: np.array(values) for name, values in columns.items()}, facts)
-        kernels = timing_schemes(losses.schemes, profile, {})
-        names = [scheme.name for scheme in losses.schemes]
-        carried = sorted(map(parse_scheme, CANDIDATES))
         for tokens in TOKENS:
             rows = np.array(case.workload.routing(tokens))[None, None]
             traffic = Traffic((0,), tokens, rows, np.ones(rows.shape))

@@ -14,6 +14,7 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None or disassembler() is None,
     reason="nvidia-cutlass-dsl or nvidia-cuda-nvdisasm is not installed",
 )
+REGISTERS = {(1, 2): 232, (2, 2): 104, (1, 4): 112}  # a consumer thread may use, by blocks per SM and warpgroups
 OPCODE = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}
 
 
@@ -34,7 +35,7 @@ def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
     assert sum(code.matrix.values()) == code.groups * 4, "serialized"
     assert code.spills == 0
     assert code.early_reads == []
-    assert code.registers <= config.registers[1]
+    assert code.registers <= REGISTERS[config.blocks_per_sm, config.warpgroups]
 
 
 @needs_compiler
@@ -55,7 +56,7 @@ def test_a_split_mixture_keeps_its_registers(cache: Path) -> None:
     code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
     assert sum(code.matrix.values()) == code.groups * 4, "serialized"
     assert (code.spills, code.early_reads) == (0, [])
-    assert code.registers <= config.registers[1]
+    assert code.registers <= REGISTERS[1, 4]
 
 
 @needs_compiler

@@ -118,6 +118,12 @@ def test_held_out_problems_do_not_reach_their_own_fit():
     assert kept == pytest.approx(predict(data, honest)[::5])
 
 
+def test_measurements_without_a_phase_are_refused():
+    rows = [row for row in synthetic_machine(0.0) if row["phase"] != "latency"]
+    with pytest.raises(UserError, match=r"no latency tiles of .*run measure again"):
+        fit(rows, SMS)
+
+
 def test_too_few_measurements_are_refused(tmp_path):
     rows = [row for row in synthetic_machine(0.0) if row["kind"] == "tile"]
     with pytest.raises(UserError, match="0 problems, fewer than"):

@@ -74,7 +74,7 @@ def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path])
     common = {
         "options": {name: value for name, value in vars(args).items() if name not in ("out", "layers")},
         "code": stamps("mxmoe_steps.calibrate", "torch"),
-        "checkpoint": file_marks(sorted({*folder.files.values(), folder.path / "config.json"})),
+        "checkpoint": file_marks(folder.sources),
     }
     return {layer: common | {"captured": file_marks([file])} for layer, file in captured.items()}
 

@@ -206,11 +206,12 @@ def block_times(
     """
     rows, weight = _rows_and_weights(blocks, traffic)
     used = weight * (rows > 0)
+    together = None if carried is None else step_phase(traffic, carried)
     pieces, out, inner = cut_shared(blocks)
     shape = (len(blocks), len(kernels))
     times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(len(kernels)))
     for column, scheme in enumerate(kernels):
-        phase = step_phase(traffic, [scheme] if carried is None else carried)
+        phase = together or step_phase(traffic, [scheme])
         own = profile.loops(phase, [scheme])
         loops = own if carried is None else profile.loops(phase, carried)
         extra_us = profile.loop_tile_us * (loops - own)

@@ -37,12 +37,11 @@ class Borders:
 
     def __init__(self, model: StreamedModel, tokens: torch.Tensor, step: str, args: argparse.Namespace) -> None:
         self.folder, self.tokens = Path(args.borders or f"{args.out}.borders"), tokens
-        files = sorted({*model.folder.files.values(), model.folder.path / "config.json"})
         key = {
             "options": {name: value for name, value in vars(args).items() if name not in _PLACES},
             "code": stamps(step, "torch", "transformers"),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "checkpoint": file_marks(files),
+            "checkpoint": file_marks(model.folder.sources),
         }
         marker = self.folder / "key.json"
         if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != key:

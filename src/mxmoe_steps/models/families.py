@@ -184,6 +184,11 @@ class ModelFolder:
         place = self.place(layer, expert, block, part)
         return place.raw(tensors_of(self.files[place.tensor])[place.tensor])
 
+    @property
+    def sources(self) -> list[Path]:
+        """The files that decide what the model computes."""
+        return sorted({*self.files.values(), self.path / "config.json"})
+
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""
         shared = [SHARED] if self.family.shared is not None else []

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mxmoe_steps.allocation.time_model import CONSTANTS, KSTEP, block_work, bytes_moved, decodes_to_bf16
+from mxmoe_steps.allocation.time_model import (
+    CONSTANTS,
+    KSTEP,
+    block_work,
+    bytes_moved,
+    decodes_to_bf16,
+    tile_counts,
+)
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
 from mxmoe_steps.kernels.plan import phase_for
@@ -104,11 +111,10 @@ def features(rows: Rows, tiles: Tiles, sms: int) -> Features:
             mine = counts[names == name][None]
             cells, scheme = tiles[phase, name][:, :3], parse_scheme(name)
             busy, long = block_work(mine, n, k, cells, 0.0, PHASE_ROWS[phase])
-            ones = np.stack([cells[:, 0], 0 * cells[:, 0] + 1, 0 * cells[:, 0]], 1)
-            tile_count, _ = block_work(mine, n, k, ones, 0.0, PHASE_ROWS[phase])
+            tile_count = tile_counts(mine, cells[:, 0]).sum() * -(-row["out_features"] // PHASE_ROWS[phase])
             weight_bytes, row_bytes = bytes_moved(mine, n, k, scheme)
             work += float(busy.sum())
-            foreign += float(tile_count.sum()) * (loops - len(cells))
+            foreign += float(tile_count) * (loops - len(cells))
             longest = max(longest, float(long.max()))
             moved += float((mine > 0).sum() * weight_bytes[0] + mine.sum() * row_bytes[0])
         found.append((work / sms, foreign / sms, longest, moved / 1e6, loops, median_us(row)))
@@ -219,9 +225,12 @@ def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
         routed = sum(row["rows"]) // (2 if row["block"] == "gate_up" else 1)
         if row["phase"] == phase_for(routed, row["experts"], decodes_to_bf16(map(parse_scheme, row["carried"]))):
             chosen.append(row)
-    missing = sorted({name for row in fused for name in row["carried"]} - {scheme for _, scheme in tiles})
+    missing = sorted({(phase, name) for row in fused for name in row["carried"] for phase in PHASES} - set(tiles))
     if missing or len(chosen) < LEAST_PROBLEMS:
-        what = f"no tiles of {missing[0]}" if missing else f"{len(chosen)} problems, fewer than {LEAST_PROBLEMS}"
+        what = f"{len(chosen)} problems, fewer than {LEAST_PROBLEMS}"
+        if missing:
+            phase, scheme = missing[0]
+            what = f"no {phase} tiles of {scheme}"
         raise UserError(f"the measurements hold {what}: run measure again")
     data = features(chosen, tiles, sms)
     mixed = np.array([len(set(row["schemes"])) > 1 for row in chosen])
