@@ -62,6 +62,66 @@ def test_four_bit_word_matches_its_diagram() -> None:
             assert (word >> (4 * register + 16 * element)) & 15 == int(code)
 
 
+LOWEST_BIT = {4: (0, 4, 0, 4), 3: (0, 2, 4, 4), 2: (0, 2, 4, 6)}  # of a masked code, by register
+THIRD_SHIFT = ((0, 0, 0, 2), (1, 1, 1, 3), (8, 8, 8, -6), (9, 9, 9, -5))  # right, by k16 block of four and register
+
+
+def bf16_numbers(pattern: int) -> torch.Tensor:
+    """Two bfloat16 bit patterns as float64."""
+    halves = torch.tensor([pattern & 0xFFFF, pattern >> 16], dtype=torch.int32)
+    return halves.short().view(torch.bfloat16).double()
+
+
+def masked(bits: int, words: list[int], block: int, register: int) -> int:
+    """What `decode` leaves of a thread's words for a register: two bfloat16 bit patterns."""
+    lowest = LOWEST_BIT[bits][register]
+    if bits == 4:
+        return words[block] >> 8 * (register // 2) & (15 << lowest) * 0x10001
+    shift = 8 * (block % 2) + (2 if bits == 3 and register == 3 else 0)
+    number = words[block // 2] >> shift & (3 << lowest) * 0x10001
+    if bits == 3:
+        places = THIRD_SHIFT[block % 4][register]
+        third = words[4 + block // 4]
+        number |= (third >> places if places >= 0 else third << -places) & (4 << lowest) * 0x10001
+    return number
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w4a16_g128_sym", "w3a16", "w2a16", "w1a16"])
+def test_masked_codes_are_numbers_that_one_multiply_add_turns_into_weights(name: str) -> None:
+    """In bfloat16, a code in bits 0-7 is code * 2**(lowest bit - 133): subnormal or in the first normal binade."""
+    weight = random_weight(name, 1, 128, 128)
+    bits = max(2, weight.scheme.weight_bits)
+    packed = kernel_weights(weight)
+    rows_64 = packed.data[: packed.format.chunk_bytes].view(2, -1)[1]
+    loads = [rows_64[: 128 * 16 * max(1, bits // 2)].view(torch.int32).view(-1, 128, 4)]
+    if bits == 3:
+        loads.append(rows_64[128 * 16 : 128 * 24].view(torch.int32).view(1, 128, 2))
+    for thread in (0, 32 * 2 + 13, 127):
+        words = [int(word) & 0xFFFFFFFF for load in loads for part in load for word in part[thread]]
+        warp, lane = divmod(thread, 32)
+        for block in range(8):
+            for register in range(4):
+                row = 64 + 16 * warp + 8 * (register % 2) + lane // 4
+                column = 16 * block + 8 * (register // 2) + 2 * (lane % 4)
+                pattern = masked(bits, words, block, register)
+                numbers = bf16_numbers(pattern) * 2.0 ** (133 - LOWEST_BIT[bits][register])
+                stored = weight.codes[0, row, column : column + 2].double() + (name == "w1a16_g128_sym")  # zero point 2
+                assert torch.equal(numbers, stored), (thread, block, register)
+
+
+def test_bytes_are_numbers_around_128() -> None:
+    weight = random_weight("w8a16", 1, 128, 128)
+    words = kernel_weights(weight).data[: 64 * 128].view(torch.int32).view(4, 128, 4)
+    thread, block = 32 * 2 + 13, 5
+    for register in range(4):
+        place = 2 * block + register // 2
+        word = int(words[place // 4, thread, place % 4]) & 0xFFFFFFFF
+        pattern = word >> 8 * (register % 2) & 0xFF00FF
+        row, column = 16 * 2 + 8 * (register % 2) + 13 // 4, 16 * block + 8 * (register // 2) + 2 * (13 % 4)
+        codes = weight.codes[0, row, column : column + 2].double()
+        assert torch.equal(bf16_numbers(pattern) * 2.0**127 - 2, (codes - 128) / 64)
+
+
 def fp8_operand(word: int) -> torch.Tensor:
     """`decode.fp8_from_4bit` of an even register's word, its four elements, times 2**9."""
     bits = ((word & 0x87878787) + ((word & 0x80808080) >> 7)).to_bytes(4, "little")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mxmoe_steps.kernels.build import TOKEN_KERNELS, build, default_cache, library_path
-from mxmoe_steps.kernels.formats import FORMATS, PHASES, SHARED_BYTES, Format, KernelConfig, Tile, default_config
+from mxmoe_steps.kernels.formats import FORMATS, PHASES, SHARED_BYTES, UNIT, Format, KernelConfig, Tile, default_config
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect
 
 needs_compiler = pytest.mark.skipif(
@@ -93,7 +93,7 @@ def test_every_default_kernel_fits_in_shared_memory() -> None:
         for format_ in FORMATS:
             config = default_config((format_,), phase)
             assert config.stages >= 3
-            assert config.stages * config.slot_bytes < SHARED_BYTES[config.blocks_per_sm]
+            assert config.ring_units * UNIT < SHARED_BYTES[config.blocks_per_sm]
         assert default_config(FORMATS, phase).stages >= 2
 
 

@@ -69,12 +69,15 @@ def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
         assert launch.needs == tuple(needs)
 
 
-def test_the_shared_expert_comes_first_and_formats_alternate() -> None:
+def test_the_shared_expert_and_the_formats_are_spread_over_the_launch() -> None:
     w4, fp8 = parse_scheme("w4a16"), parse_scheme("w8a8_fp8")
     schemes = {expert: (w4,) * 3 if expert < 2 else (fp8,) * 3 for expert in range(4)}
     plan = plan_layer(schemes | {SHARED: (fp8, fp8, w4)}, HIDDEN, INNER, 2 * INNER)
-    assert [problem[0] for problem in plan.gate_up.problems[:4]] == [4, 5, 4, 5]
-    assert [problem[1] for problem in plan.down.problems] == [0, 0, 1, 0, 1, 0]
+    experts = [problem[0] for problem in plan.gate_up.problems]
+    assert [(place, expert) for place, expert in enumerate(experts) if expert >= 4] == [(0, 4), (3, 5), (6, 4), (9, 5)]
+    formats = [problem[1] for problem in plan.gate_up.problems if problem[0] < 4]
+    assert formats == [0, 1] * 4
+    assert [problem[1] for problem in plan.down.problems] == [0, 0, 1, 0, 0, 1]
 
 
 def test_more_problems_take_a_larger_table() -> None:

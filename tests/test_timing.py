@@ -1,6 +1,5 @@
 """What `measure` launches, with the reference in place of the kernels; on a GPU, that it measures."""
 
-import itertools
 import math
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.formats import KernelConfig, kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, quantized_weight
-from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.kernels.plan import plan_layer
+from mxmoe_steps.schemes import ORIGINAL, SHARED, parse_scheme
 from mxmoe_steps.timing import gpu
 from mxmoe_steps.timing.launches import Launch, kernel_hashes
 
@@ -64,10 +64,11 @@ def test_fused_and_apart_multiply_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_problems_run_in_the_order_of_a_layer() -> None:
-    order = small_launch().order
-    assert set(order[:2]) == {8, 9}  # the slice first
-    names = [NAMES[p % 3] for p in order[2:]]
-    assert all(one != two for one, two in itertools.pairwise(names))
+    launch = small_launch()
+    gate_up = [parse_scheme(name) for name in launch.schemes]
+    schemes = {e if e < 4 else SHARED: (gate_up[2 * e], gate_up[2 * e + 1], ORIGINAL) for e in range(5)}
+    problems = plan_layer(schemes, launch.k, launch.n, launch.n).gate_up.problems
+    assert launch.order == tuple(2 * expert + column // launch.n for expert, _, _, column in problems)
 
 
 def test_kernel_hashes_cover_what_the_generator_imports() -> None:

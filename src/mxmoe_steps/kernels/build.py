@@ -22,6 +22,7 @@ from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, kernel_format
+from mxmoe_steps.provenance import module_hash
 from mxmoe_steps.schemes import parse_scheme
 
 ARCHITECTURE = "sm_90a"
@@ -30,11 +31,8 @@ ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
 TOKEN_KERNELS = ("sort_1", "sort_8", "dispatch", "swiglu", "combine_bf16", "combine_float32")  # `tokens`, `activations`
 
-_GEMM_SOURCES = (
-    *("formats.py", "decode.py", "ring.py", "schedule.py", "producer.py", "main_loops.py", "consumer.py"),
-    *("group_gemm.py", "build.py"),
-)
-_TOKEN_SOURCES = ("formats.py", "rounding.py", "tokens.py", "activations.py", "build.py")
+_GEMM_SOURCES = ("formats", "decode", "ring", "schedule", "producer", "main_loops", "consumer", "group_gemm", "build")
+_TOKEN_SOURCES = ("formats", "rounding", "tokens", "activations", "build")
 
 
 def default_cache() -> Path:
@@ -46,11 +44,11 @@ def default_cache() -> Path:
 def library_path(kernel: KernelConfig | str, cache: Path | None = None) -> Path:
     """Where a compiled grouped GEMM, or the token kernel of that name, is or would be.
 
-    The name is a hash of the configuration, the generator's source and the compiler; the same on every machine.
+    The name is a hash of the configuration, the generator's code and the compiler; the same on every machine.
     """
     sources = _TOKEN_SOURCES if isinstance(kernel, str) else _GEMM_SOURCES
     parts = [kernel if isinstance(kernel, str) else canonical_json(kernel.spec()), ARCHITECTURE, COMPILER]
-    parts += [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in sources]
+    parts += [module_hash(f"{__package__}.{name}") for name in sources]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return (cache or default_cache()) / f"{key}.so"
 

@@ -9,6 +9,7 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.cutlass_dsl import T
 
+from mxmoe_steps.kernels import decode
 from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, Format
 from mxmoe_steps.kernels.main_loops import MainLoops
 from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Ring
@@ -54,28 +55,29 @@ class Consumer(MainLoops):
         out: cute.Tensor,
         stage: Int32,
         phase: Int32,
-    ) -> tuple[Int32, Int32]:
+        end: Int32,
+    ) -> tuple[Int32, Int32, Int32]:
         """`consume` with the one of the configurations ``first .. last - 1`` that the tile takes."""
         if const_expr(last - first == 1):
             format_ = self.tiles[first].format
-            stage, phase = self.consume(
+            stage, phase, end = self.consume(
                 first, mmas[first], ring, partials, staging, shared_scales,
                 token_scales[self.operands.index(format_.operand)], channel_scales[self.formats.index(format_)],
-                thread, group, place, stored, features, out, stage, phase,
+                thread, group, place, stored, features, out, stage, phase, end,
             )  # fmt: skip
         else:
             middle = (first + last) // 2
             if self.before(middle, number, place.rows):
-                stage, phase = self.consume_one_of(
+                stage, phase, end = self.consume_one_of(
                     first, middle, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, number,
-                    thread, group, place, stored, features, out, stage, phase,
+                    thread, group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
             else:
-                stage, phase = self.consume_one_of(
+                stage, phase, end = self.consume_one_of(
                     middle, last, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, number,
-                    thread, group, place, stored, features, out, stage, phase,
+                    thread, group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
-        return stage, phase
+        return stage, phase, end
 
     @cute.jit
     def consume(
@@ -96,7 +98,8 @@ class Consumer(MainLoops):
         out: cute.Tensor,
         stage: Int32,
         phase: Int32,
-    ) -> tuple[Int32, Int32]:
+        end: Int32,
+    ) -> tuple[Int32, Int32, Int32]:
         """Multiply one tile with configuration ``i`` and, if ``stored``, store this warpgroup's 64 rows."""
         tile = self.tiles[i]
         format_ = tile.format
@@ -104,9 +107,11 @@ class Consumer(MainLoops):
         lane, in_group = thread % 32, thread % 128
         row = (thread // 32) * 16 + lane // 4  # of the thread's two rows, row and row + 8, in the tile
         scale_row = place.row_tile * self.rows + row
-        channel0, channel1 = Float32(1.0), Float32(1.0)
+        grow = decode.GROW[format_.bits] if format_.grown else 1.0
+        channel0, channel1 = Float32(grow), Float32(grow)
         if const_expr(format_.channel_scaled):
-            channel0, channel1 = channel_scales[place.entry, scale_row], channel_scales[place.entry, scale_row + 8]
+            channel0 *= channel_scales[place.entry, scale_row]
+            channel1 *= channel_scales[place.entry, scale_row + 8]
         fetched = cute.make_rmem_tensor(((tile.tokens + 127) // 128,), Float32)
         if const_expr(format_.token_scaled):
             for j in cutlass.range_constexpr(cute.size(fetched)):
@@ -123,15 +128,15 @@ class Consumer(MainLoops):
         acc.fill(0)
         total = self.slots(tile, features)
         slots, most = self.dealt(total, partials.part), self.dealt(total)
-        begin, parity = (stage, phase) if self.split == 1 else self.advance(stage, phase, partials.part)
+        first, parity = (stage, phase) if self.split == 1 else self.advance(stage, phase, partials.part)
         if const_expr(not format_.decoded):
             weight_blocks = self.blocks(ring, format_.operand, self.rows, 0, tile.depth)
             weights = mma.make_fragment_A(mine.partition_A(weight_blocks))
-            self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, begin, parity)
+            end = self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, first, parity, end)
         elif const_expr(format_.operand == "bf16"):
-            self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, slots, begin, parity)
+            end = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, slots, first, parity, end)
         else:
-            self.multiply_8bit(tile, mma, acc, ring, tokens, thread, row, features, slots, begin, parity)
+            end = self.multiply_8bit(tile, mma, acc, ring, tokens, thread, row, features, slots, first, parity, end)
 
         store = (
             i, acc, staging, shared_scales, fetched, (channel0, channel1), thread, group, place, stored, out,
@@ -140,15 +145,16 @@ class Consumer(MainLoops):
             self.store(*store)
         else:
             if slots < most:  # an empty slot keeps the parts in step
-                begin, parity = self.skip(begin, parity, slots * self.split)
-                cute.arch.mbarrier_wait(ring.full + begin, parity)
-                self.release(ring, begin, Boolean(True))
+                first, parity = self.skip(first, parity, slots * self.split)
+                cute.arch.mbarrier_wait(ring.full + first, parity)
+                self.release(ring, first, Boolean(True))
             if partials.part == 0:
                 self.add_parts(acc, partials, thread)
                 self.store(*store)
             else:
                 self.send_part(acc, partials, thread)
-        return self.skip(stage, phase, most * self.split)
+        stage, phase = self.skip(stage, phase, most * self.split)
+        return stage, phase, end
 
     @cute.jit
     def store(
@@ -191,7 +197,7 @@ class Consumer(MainLoops):
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
             for e in cutlass.range_constexpr(cute.size(values)):
                 value = Float32(acc[start // 2 + e])
-                if const_expr(format_.channel_scaled):
+                if const_expr(format_.channel_scaled or format_.grown):
                     value = value * (channel0 if (e // 2) % 2 == 0 else channel1)
                 if const_expr(format_.token_scaled):
                     if const_expr(e % 4 == 0):

@@ -1,8 +1,9 @@
 """From packed codes to tensor-core operands in registers, a few instructions a register (CuTe DSL).
 
-Every function takes 32-bit words in the order that `layouts` draws and returns one 32-bit register of a
-``wgmma`` A fragment. bfloat16 127 + 1 = 128.0 is 0x4300, and its last mantissa bit is worth 1: or-ing a
-code of up to 7 bits into it gives 128 + code exactly, so one subtraction recovers the code.
+Functions take 32-bit words in the order that `layouts` draws and return 32-bit registers of a ``wgmma`` A fragment. A
+code in the low eight bits of a bfloat16 whose other bits are zero is a number of code * 2**-133 * 2**(lowest bit):
+subnormal numbers and the first binade of normal ones lie equally far apart. So a mask makes a number of a code, and
+one fused multiply-add a weight of the number, rounded once.
 """
 
 from dataclasses import dataclass
@@ -15,101 +16,93 @@ def _ptx(text: str, *arguments: Int32) -> Int32:
     return cute.arch.inline_ptx("{ " + text + " }", write_only_types=[Int32], read_only_args=list(arguments))
 
 
+SHRINK = 16  # weights of fewer than 8 bits are decoded 2**-16 times as large, so that factors are finite
+GROW = {8: 64.0, 4: 2.0**SHRINK, 3: 2.0**SHRINK, 2: 2.0**SHRINK}  # what sums of decoded bf16 weights lack, by bits
+LOWEST_BIT = {4: (0, 4, 0, 4), 3: (0, 2, 4, 4), 2: (0, 2, 4, 6)}  # of the code of a register 0..3 when it is masked
+
+
 @dataclass(frozen=True)
 class Affine:
-    """Scale and zero point of one row and group, as bfloat16 pairs in registers.
+    """What turns codes of one row and group into weights, as bfloat16 pairs.
 
-    ``magic_zero`` is 128 + zero rounded to bfloat16, which is to an integer, and ``offset`` is (that integer -
-    zero) * scale: taking away the integer is exact, so the rest, and its rounding, are small. A fixed zero in the
-    middle of the codes has neither.
+    ``factors``: scale * 2**(133 - `SHRINK` - lowest bit) for the row's two registers of a block; ``offset``: -zero *
+    scale * 2**-`SHRINK`.
     """
 
-    scale: Int32
-    magic_zero: Int32 | None = None
-    offset: Int32 | None = None
-
-    @property
-    def registers(self) -> list[Int32]:
-        """The arguments of the assembly that `apply` writes."""
-        return [register for register in (self.scale, self.magic_zero, self.offset) if register is not None]
-
-    def apply(self, bits: int, first: int) -> str:
-        """Turns 128 + code in ``t`` into the weight; arguments are numbered from ``first``."""
-        if self.magic_zero is None:
-            minus = 0xC300 | 2 ** (bits - 1)  # -(128 + middle of the codes); the constant needs a register
-            return (
-                f"mov.b32 m, {minus << 16 | minus:#x}; add.rn.bf16x2 t, t, m; mul.rn.bf16x2 {{$w0}}, t, {{$r{first}}};"
-            )
-        return f"sub.rn.bf16x2 t, t, {{$r{first + 1}}}; fma.rn.bf16x2 {{$w0}}, t, {{$r{first}}}, {{$r{first + 2}}};"
+    factors: tuple[Int32, Int32]
+    offset: Int32
 
 
-def affine(scale: Uint16, zero: Uint16 | None) -> Affine:
-    """From the bfloat16 bits of a scale and, for asymmetric formats, of a zero point."""
-    pair = Int32(scale) * 0x10001
+def affine(bits: int, row: int, scale: Uint16, zero: Uint16 | None) -> Affine:
+    """From the bfloat16 bits of a scale and, for asymmetric formats, of a zero point; without, it is the middle code.
+
+    ``row``: 0 or 1, the first or second of the thread's. Powers of two are added to the exponent of the scale; a scale
+    of zero leaves numbers below 2**-120 of codes.
+    """
+    pair = _ptx("prmt.b32 {$w0}, {$r0}, {$r0}, 0x1010;", Int32(scale))
+    first, second = (pair + (133 - SHRINK - LOWEST_BIT[bits][register] << 7) * 0x10001 for register in (row, row + 2))
     if zero is None:
-        return Affine(pair)
-    zeros = Int32(zero) * 0x10001
-    magic = _ptx(".reg .b32 m; mov.b32 m, 0x43004300; add.rn.bf16x2 {$w0}, {$r0}, m;", zeros)
-    offset = _ptx(
-        ".reg .b32 t, m; mov.b32 m, 0x43004300; sub.rn.bf16x2 t, {$r0}, m; sub.rn.bf16x2 t, t, {$r1}; "
-        "mul.rn.bf16x2 {$w0}, t, {$r2};",
-        magic,
-        zeros,
-        pair,
-    )
-    return Affine(pair, magic, offset)
+        shrunk = (0x8000 | 127 + bits - 1 - SHRINK << 7) * 0x10001  # -(2**(bits - 1)) * 2**-SHRINK
+        offset = _ptx(f".reg .b32 m; mov.b32 m, {shrunk:#x}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, m;", pair)
+    else:
+        shrink = (0x8000 | 127 - SHRINK << 7) * 0x10001
+        offset = _ptx(
+            f".reg .b32 z, m; prmt.b32 z, {{$r1}}, {{$r1}}, 0x1010; mov.b32 m, {shrink:#x}; mul.rn.bf16x2 z, z, m; "
+            "mul.rn.bf16x2 {$w0}, {$r0}, z;",
+            pair,
+            Int32(zero),
+        )
+    return Affine((first, second), offset)
 
 
-def bf16_from_4bit(word: Int32, register: int, row: Affine) -> Int32:
-    """Elements of ``register`` (0..3) of the word's block."""
-    return _ptx(
-        f".reg .b32 t, m; shr.u32 t, {{$r0}}, {4 * register}; lop3.b32 t, t, 0x000F000F, 0x43004300, 0xEA; "
-        + row.apply(4, 1),
-        word,
-        *row.registers,
-    )
+def _right(word: Int32, places: int) -> Int32:
+    """``word`` shifted right, or left by negative ``places``."""
+    if places == 0:
+        return word
+    shift = f"shr.u32 {{$w0}}, {{$r0}}, {places};" if places > 0 else f"shl.b32 {{$w0}}, {{$r0}}, {-places};"
+    return _ptx(shift, word)
 
 
-def bf16_from_2bit(word: Int32, block: int, register: int, row: Affine) -> Int32:
-    """Elements of ``register`` of k16 block ``block`` (only its parity counts)."""
-    return _ptx(
-        f".reg .b32 t, m; shr.u32 t, {{$r0}}, {8 * (block % 2) + 2 * register}; "
-        "lop3.b32 t, t, 0x00030003, 0x43004300, 0xEA; " + row.apply(2, 1),
-        word,
-        *row.registers,
-    )
+def _weights(bits: int, register: int, low: Int32, rows: list[Affine], third: Int32 | None = None) -> Int32:
+    """The weights of ``register`` from words that hold its low bits, or all, and its third ones where they belong."""
+    lowest, row = LOWEST_BIT[bits][register], rows[register % 2]
+    mask = (2 ** min(bits, 4 if third is None else 2) - 1 << lowest) * 0x10001
+    text, arguments = f".reg .b32 t; and.b32 t, {{$r2}}, {mask:#x}; ", [row.factors[register // 2], row.offset, low]
+    if third is not None:
+        text += f"lop3.b32 t, {{$r3}}, {(4 << lowest) * 0x10001:#x}, t, 0xEA; "
+        arguments.append(third)
+    return _ptx(text + "fma.rn.bf16x2 {$w0}, t, {$r0}, {$r1};", *arguments)
 
 
-def bf16_from_3bit(low: Int32, high: Int32, block: int, register: int, row: Affine) -> Int32:
-    """As `bf16_from_2bit`, with the third bit from word ``high``."""
-    bit = 4 * (block % 4) + register
-    third = f"shr.u32 h, {{$r1}}, {bit - 2}; " if bit >= 2 else f"shl.b32 h, {{$r1}}, {2 - bit}; "
-    return _ptx(
-        f".reg .b32 t, h, m; shr.u32 t, {{$r0}}, {8 * (block % 2) + 2 * register}; "
-        "lop3.b32 t, t, 0x00030003, 0x43004300, 0xEA; "
-        + third
-        + "lop3.b32 t, h, 0x00040004, t, 0xEA; "
-        + row.apply(3, 2),
-        low,
-        high,
-        *row.registers,
-    )
+def bf16_from_4bit(word: Int32, rows: list[Affine]) -> list[Int32]:
+    """Registers 0..3 of the word's block."""
+    halves = (word, _right(word, 8))
+    return [_weights(4, register, halves[register // 2], rows) for register in range(4)]
 
 
-def bf16_from_8bit(word: Int32, register: int) -> Int32:
-    """Elements of ``register`` (its parity counts) of a word of two's complement bytes; exact, unscaled.
+def bf16_from_2bit(word: Int32, block: int, rows: list[Affine]) -> list[Int32]:
+    """Registers 0..3 of k16 block ``block`` (only its parity counts)."""
+    low = _right(word, 8 * (block % 2))
+    return [_weights(2, register, low, rows) for register in range(4)]
 
-    The low seven bits make 128 + low; the sign bit is the last exponent bit of 128.0, so or-ing it into
-    the subtrahend makes it 256.0.
-    """
-    shift = f"shr.u32 t, {{$r0}}, {8 * (register % 2)}; " if register % 2 else "mov.b32 t, {$r0}; "
-    return _ptx(
-        ".reg .b32 t, m; "
-        + shift
-        + "lop3.b32 m, t, 0x00800080, 0x43004300, 0xEA; lop3.b32 t, t, 0x007F007F, 0x43004300, 0xEA; "
-        + "sub.rn.bf16x2 {$w0}, t, m;",
-        word,
-    )
+
+def bf16_from_3bit(low: Int32, high: Int32, block: int, rows: list[Affine]) -> list[Int32]:
+    """As `bf16_from_2bit`, with the third bits from word ``high``."""
+    low = _right(low, 8 * (block % 2))
+    lows = (low, low, low, _right(low, 2))
+    third = _right(high, (0, 1, 8, 9)[block % 4])
+    thirds = (third, third, third, _right(high, (2, 3, -6, -5)[block % 4]))
+    return [_weights(3, register, lows[register], rows, thirds[register]) for register in range(4)]
+
+
+def bf16_from_8bit(words: tuple[Int32, Int32]) -> list[Int32]:
+    """Registers 0..3 of a block of two words of bytes: exact (byte - 128) / 64."""
+    constants = ".reg .b32 t, f, o; mov.b32 f, 0x7F007F00; mov.b32 o, 0xC000C000; "  # 2**127, -2
+    parity = ("and.b32 t, {$r0}, 0x00FF00FF; ", "prmt.b32 t, {$r0}, 0, 0x4341; ")
+    return [
+        _ptx(constants + parity[register % 2] + "fma.rn.bf16x2 {$w0}, t, f, o;", words[register // 2])
+        for register in range(4)
+    ]
 
 
 def fp8_from_4bit(word: Int32, register: int) -> Int32:

@@ -19,8 +19,9 @@ EDGE = 64  # output and input features must be multiples of this
 
 SHARED_BYTES = {1: 227 * 1024, 2: 113 * 1024}  # shared memory a block may use on sm_90, by blocks per SM
 # Registers of a producer's and of a consumer's thread, by blocks per SM and consumer warpgroups: all there are
-REGISTERS = {(1, 1): (40, 232), (1, 2): (40, 232), (1, 4): (24, 112), (2, 2): (32, 104)}
-MAX_STAGES = 8  # ring slots, for each part of a split
+REGISTERS = {(1, 2): (40, 232), (1, 4): (24, 112), (2, 2): (32, 104)}
+UNIT = 1024  # bytes: slots of the ring start at multiples, as swizzled rows need
+MAX_STAGES = 5  # slots of the ring in use at a time, for each part of a split: more hold work that others could do
 EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
 
 OPERAND_MASKS = {"bf16": 1, "fp8": 2, "int8": 4}  # what an expert reads, one bit per type
@@ -73,6 +74,11 @@ class Format:
     def channel_scaled(self) -> bool:
         """Whether the weights carry one float32 scale per row."""
         return self.bits < 16 and not self.grouped
+
+    @property
+    def grown(self) -> bool:
+        """Whether the decoded weights, and so the sums, lack a constant factor (`decode.GROW`)."""
+        return self.decoded and self.operand == "bf16"
 
     @property
     def chunk_bytes(self) -> int:
@@ -150,7 +156,12 @@ class Tile:
     @property
     def token_offset(self) -> int:
         """Where activations start in a slot: after the weights, at the swizzle's alignment."""
-        return -(-self.weight_bytes // 1024) * 1024
+        return -(-self.weight_bytes // UNIT) * UNIT
+
+    @property
+    def slot_units(self) -> int:
+        """Units of `UNIT` bytes in one ring slot."""
+        return -(-(self.token_offset + self.token_bytes) // UNIT)
 
 
 @dataclass(frozen=True)
@@ -184,8 +195,8 @@ class KernelConfig:
             raise ValueError(f"{self.warpgroups} warpgroups in clusters of {self.cluster}, {self.blocks_per_sm} an SM")
         if self.split > 1 and any(tile.format.decoded and tile.slot_features > GROUP for tile in self.tiles):
             raise ValueError(f"a split deals slots of one group of {GROUP} input features")
-        if self.stages < 2:
-            raise ValueError(f"tiles of {self.slot_bytes} bytes per slot leave room for {self.stages} slots, need 2")
+        if self.ring_units < 2 * self.largest_units:
+            raise ValueError(f"a ring of {self.ring_units} KiB has no room for two slots of {self.largest_units} KiB")
 
     @property
     def formats(self) -> tuple[Format, ...]:
@@ -198,9 +209,9 @@ class KernelConfig:
         return tuple(sorted({tile.format.operand for tile in self.tiles}))
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of one ring slot: enough for every tile, since the producer runs ahead into the next tile."""
-        return max(tile.token_offset + tile.token_bytes for tile in self.tiles)
+    def largest_units(self) -> int:
+        """Units of the largest ring slot."""
+        return max(tile.slot_units for tile in self.tiles)
 
     @property
     def max_tokens(self) -> int:
@@ -248,12 +259,18 @@ class KernelConfig:
         return (self.split - 1) * self.rows * self.max_tokens * 4
 
     @property
-    def stages(self) -> int:
-        """Ring slots that fit beside the staging tile, the sums of parts, the problem table and the token scales."""
+    def ring_units(self) -> int:
+        """Units of the ring: what fits beside the staging tile, the sums of parts, the problem table and scales."""
         table = 4 * (7 * self.max_problems + 1)
         fixed = self.staging_bytes + self.partial_bytes + table + 2 * 4 * self.max_tokens + 4096  # barriers, alignment
-        fit = min(MAX_STAGES * self.split, (SHARED_BYTES[self.blocks_per_sm] - fixed) // self.slot_bytes)
-        return fit - fit % self.split  # a slot always belongs to the same part
+        return (SHARED_BYTES[self.blocks_per_sm] - fixed) // UNIT
+
+    @property
+    def stages(self) -> int:
+        """Slots that may be in use at a time; a split's have one size, so that one always belongs to the same part."""
+        smallest = min(tile.slot_units for tile in self.tiles) if self.split == 1 else self.largest_units
+        fit = min(MAX_STAGES * self.split, self.ring_units // smallest)
+        return fit - fit % self.split
 
     @property
     def name(self) -> str:
@@ -279,7 +296,7 @@ FORMATS = (
     Format("int8", 4, True),
 )
 
-TOKEN_LIMIT = 16 * 1024  # bytes of tokens in the slots of an SM at one time, unless one group has more
+TOKEN_LIMIT = 24 * 1024  # bytes of tokens in the slots of an SM at one time, unless one group has more
 WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block or four 2-bit groups take
 # Kernels, and the weight rows of their tiles. A few tokens: small, split tiles; some: small tiles; many: large tiles
 PHASE_ROWS = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
@@ -289,6 +306,11 @@ LATENCY_TOKENS = 16  # of its only tile: a ring of larger slots would have fewer
 LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
 _LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group
+
+
+def decodes_to_bf16(formats: tuple[Format, ...]) -> bool:
+    """Whether a kernel of ``formats`` decodes all its weights to bfloat16."""
+    return all(format_.grown for format_ in formats)
 
 
 def decode_blocks(decoding: bool) -> int:
@@ -314,8 +336,7 @@ def default_config(formats: tuple[Format, ...], phase: str, max_problems: int = 
     clusters help w16a16 with many tokens, and nothing else. A few tokens leave SMs without tiles, or with one: tiles of
     64 rows, each by four warpgroups, are more and shorter.
     """
-    decoding = all(format_.decoded and format_.operand == "bf16" for format_ in formats)
-    blocks = decode_blocks(decoding) if phase == "decode" else 1
+    blocks = decode_blocks(decodes_to_bf16(formats)) if phase == "decode" else 1
     cluster = 2 if phase == "prefill" and formats == (Format("bf16", 16),) else 1
     tiles = tuple(tile for format_ in formats for tile in default_tiles(format_, phase, blocks))
     return KernelConfig(tiles, max_problems, cluster, blocks, LATENCY_SPLIT if phase == "latency" else 1)

@@ -52,7 +52,7 @@ from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels.consumer import Consumer
-from mxmoe_steps.kernels.formats import HALF_ROWS, MAX_EXPERTS, ROW_BYTES, TILE_ROWS, Format, KernelConfig
+from mxmoe_steps.kernels.formats import HALF_ROWS, MAX_EXPERTS, ROW_BYTES, TILE_ROWS, UNIT, Format, KernelConfig
 from mxmoe_steps.kernels.producer import Producer
 from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Queue, Ring
 from mxmoe_steps.kernels.schedule import TABLE_FIELDS
@@ -113,7 +113,8 @@ class GroupGemm(Producer, Consumer):
             token_scales: cute.struct.Align[cute.struct.MemRange[Float32, 2 * config.max_tokens], 16]
             partials: cute.struct.Align[cute.struct.MemRange[Float32, config.partial_bytes // 4], 16]
             staging: cute.struct.Align[cute.struct.MemRange[BFloat16, config.staging_bytes // 2], 128]
-            ring: cute.struct.Align[cute.struct.MemRange[Uint8, stages * self.slot_bytes], 1024]
+            sizes: cute.struct.MemRange[Int32, stages]
+            ring: cute.struct.Align[cute.struct.MemRange[Uint8, config.ring_units * UNIT], UNIT]
 
         self.Shared = Shared
         self.kernel(
@@ -182,7 +183,8 @@ class GroupGemm(Producer, Consumer):
         lane = cute.arch.lane_idx()
         shared = SmemAllocator().allocate(self.Shared)
         full = shared.barriers.data_ptr()
-        ring = Ring(shared.ring.data_ptr(), full, full + self.stages)
+        sizes = shared.sizes.get_tensor(cute.make_layout(self.stages))
+        ring = Ring(shared.ring.data_ptr(), full, full + self.stages, sizes)
         queue_full = full + 2 * self.stages
         queue = Queue(shared.queue.get_tensor(cute.make_layout(2)), queue_full, queue_full + 2)
         partials_full, part_warps = queue_full + 4, 4 * self.groups
@@ -221,22 +223,19 @@ class GroupGemm(Producer, Consumer):
         rank = block % self.cluster
         tile = block // self.cluster
         clusters = blocks // self.cluster
-        stage, phase = Int32(0), Int32(0)
         turn = Int32(0)  # tiles taken from the queue
         if warp_number < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_number == 0:
+                used = (Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(self.units))
                 while tile < total:
-                    drawn = Int32(0)
-                    if (rank == 0) & (lane == 0):
-                        drawn = cute.arch.atomic_add(counters.iterator, Int32(1)) + clusters
                     number, at = self.locate(tile, lane, ends, table)
                     place = self.readable(at, rank, row_tiles)
-                    stage, phase = self.load_one_of(
+                    used, drawn = self.load_one_of(
                         0, len(self.tiles), weight_maps, token_maps, ring, number, place, rank, row_tiles, features,
-                        stage, phase,
+                        counters, used,
                     )  # fmt: skip
-                    self.announce(queue, turn, drawn, rank)
+                    self.announce(queue, turn, drawn + clusters, rank)
                     tile = self.take(queue, turn, rank != 0)
                     turn += 1
                 if (rank == 0) & (lane == 0):  # every cluster draws until its number is past the end
@@ -253,14 +252,15 @@ class GroupGemm(Producer, Consumer):
             staging = shared.staging.data_ptr()
             sums = shared.partials.data_ptr()
             scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))
+            stage, phase, end = Int32(0), Int32(0), Int32(0)
             while tile < total:
                 number, at = self.locate(tile, lane, ends, table)
                 stored = (at.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
                 place = self.readable(at, rank, row_tiles)
                 partials = Partials(sums, partials_full, partials_full + 1, part, turn)
-                stage, phase = self.consume_one_of(
+                stage, phase, end = self.consume_one_of(
                     0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales, number,
-                    consumer, group, place, stored, features, out, stage, phase,
+                    consumer, group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
                 tile = self.take(queue, turn, Boolean(True))
                 turn += 1

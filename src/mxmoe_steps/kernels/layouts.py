@@ -17,12 +17,12 @@ Bits of one 32-bit word (msb left; ``r.i`` is element i of register r, primes ma
 
     4 bit, bf16: 1 word a block     3.1  2.1  1.1  0.1  3.0  2.0  1.0  0.0            4 bits each
     2 bit, bf16: 1 word 2 blocks    3'.1 2'.1 1'.1 0'.1 3.1 2.1 1.1 0.1 | same with .0   2 bits each
-    3 bit, bf16: the low two bits as the 2-bit format; the high bits 1 word 4 blocks, bit 4 (b % 4) + r + 16 i
+    3 bit, bf16: the low two bits as the 2-bit format; the high bits 1 word 4 blocks, bit `_THIRD_BITS` + 16 i
     8 bit, bf16: 1 word 2 registers   1.1  0.1  1.0  0.0   then  3.1  2.1  3.0  2.0      8 bits each
     4 bit, fp8 and int8: 1 word 2 registers   1.3 0.3 1.2 0.2 1.1 0.1 1.0 0.0  then 3.3 2.3 ...   4 bits each
 
-so that a mask and one shift give a register's elements in place. 8-bit codes, and 4-bit ones for int8, are stored as
-two's complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below. 4-bit codes for fp8 and int8
+so that a mask, and for some registers a shift, gives its elements in place. 4-bit codes for int8 are stored as two's
+complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below. 4-bit codes for fp8 and int8
 have the sign bits of a word four places further left, in a circle: so a sign is in its operand's sign bit, for odd
 registers after the word is turned right by four. e4m3 bit patterns 0..8 are linear, so ``magnitude bits + 0x81 * sign``
 is the fp8 operand, times 2**-9; the int8 operand repeats the sign above the three low bits.
@@ -39,6 +39,7 @@ from mxmoe_steps.schemes import Scheme
 
 THREADS = 256
 CODES = TILE_ROWS * GROUP // THREADS  # codes of one thread in a chunk
+_THIRD_BITS = ((2, 4, 6, 8), (3, 5, 7, 9), (10, 12, 14, 0), (11, 13, 15, 1))  # by k-block and register
 PAD_CHUNKS = 3  # a slot holds at most 4 chunks
 
 
@@ -169,8 +170,6 @@ def _stored_codes(codes: torch.Tensor, format_: Format, scheme: Scheme, inverse:
     """Unsigned codes of the scheme to the codes the kernel decodes, or back; see the module's docstring."""
     if format_.operand == "fp8":
         return torch.where((codes >= 8) != inverse, codes ^ 8, codes ^ 15)
-    if format_.bits == 8:
-        return codes ^ 0x80
     if format_.operand == "int8":
         return codes ^ 8
     if scheme.symmetric and scheme.weight_bits == 1:  # zero point 1 of 1 bit, 2 of 2 bits
@@ -216,7 +215,8 @@ def _planes(format_: Format) -> list[_Plane]:
     low = _Plane(0, 2, b // 2, 16 * i + 8 * (b % 2) + 2 * r)
     if format_.bits == 2:
         return [low]
-    return [low, _Plane(2, 1, b // 4, 16 * i + 4 * (b % 4) + r)]
+    third = torch.tensor(_THIRD_BITS)[b % 4, r]
+    return [low, _Plane(2, 1, b // 4, 16 * i + third)]
 
 
 def _split_words(codes: torch.Tensor, format_: Format) -> torch.Tensor:

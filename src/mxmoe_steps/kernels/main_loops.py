@@ -44,7 +44,9 @@ class Scratch:
 
 
 class MainLoops(Schedule):
-    """Each multiplies a warpgroup's ``slots`` of a tile into ``acc``: ring slot ``stage`` and every ``split``-th on."""
+    """Each multiplies a warpgroup's ``slots`` of a tile into ``acc``: ring slot ``stage`` and every ``split``-th on.
+
+    ``end``: unit of the ring where the slot before ends; returned for the last one."""
 
     def some(self, slots: Int32) -> Boolean:
         """Whether there is a slot for this warpgroup: not always, where they are dealt to several."""
@@ -69,24 +71,27 @@ class MainLoops(Schedule):
         slots: Int32,
         stage: Int32,
         phase: Int32,
-    ) -> None:
+        end: Int32,
+    ) -> Int32:
         """Main loop of formats that ``wgmma`` reads from shared memory."""
         previous = stage
         for slot in cutlass.range(slots, unroll=1):
+            begin = self.begin(tile, stage, end)
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             warpgroup.fence()
             for d in cutlass.range_constexpr(tile.depth):
                 for k in cutlass.range_constexpr(4):
-                    at = (None, None, k, (d, stage))
+                    at = (None, None, k, (d, begin))
                     cute.gemm(mma, acc, weights[at], tokens[at], acc)
             warpgroup.commit_group()
             warpgroup.wait_group(1)
             self.release(ring, previous, slot > 0)
-            previous = stage
+            previous, end = stage, begin + self.slot_units(tile)
             stage, phase = self.advance(stage, phase, self.split)
         warpgroup.wait_group(0)
         pin(acc)
         self.release(ring, previous, self.some(slots))
+        return end
 
     @cute.jit
     def multiply_bf16(
@@ -101,7 +106,8 @@ class MainLoops(Schedule):
         slots: Int32,
         stage: Int32,
         phase: Int32,
-    ) -> None:
+        end: Int32,
+    ) -> Int32:
         """Main loop of formats decoded to bfloat16: half a chunk (64 features) is decoded while ``wgmma`` runs
         on the half before.
 
@@ -114,27 +120,31 @@ class MainLoops(Schedule):
         scratch = Scratch.make()
         self.clear(*registers, scratch.words, scratch.third, scratch.affine)
         steps = 2 * tile.slot_features // GROUP
+        begin = self.begin(tile, stage, end)
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
-            self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, stage)
+            self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, begin)
         for slot in cutlass.range(slots, unroll=1):
             after, after_phase = self.advance(stage, phase, self.split)
+            end = begin + self.slot_units(tile)
+            following = self.begin(tile, after, end)
             for step in cutlass.range_constexpr(steps):
                 warpgroup.fence()
                 for b in cutlass.range_constexpr(4):
-                    at = (None, None, b, (step, stage))
+                    at = (None, None, b, (step, begin))
                     cute.gemm(mma, acc, fragments[step % 2][None, None, b], tokens[at], acc)
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)  # the fragment of the step before is free
                 if const_expr(step + 1 < steps):
-                    self.decode_bf16(tile, chunks, scratch, registers[(step + 1) % 2], thread, row, step + 1, stage)
+                    self.decode_bf16(tile, chunks, scratch, registers[(step + 1) % 2], thread, row, step + 1, begin)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                    self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, after)
+                    self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, following)
             warpgroup.wait_group(0)
             self.release(ring, stage, Boolean(True))
-            stage, phase = after, after_phase
+            stage, phase, begin = after, after_phase, following
         pin(acc)
+        return end
 
     @cute.jit
     def decode_bf16(
@@ -146,39 +156,39 @@ class MainLoops(Schedule):
         thread: Int32,
         row: Int32,
         step: cutlass.Constexpr,
-        stage: Int32,
+        begin: Int32,
     ) -> None:
-        """Half-chunk ``step`` of a slot to the fragment ``registers``."""
+        """Half-chunk ``step`` of the slot at unit ``begin`` to the fragment ``registers``."""
         format_ = tile.format
         c, half = step // 2, step % 2
         words, third, affine = scratch.words, scratch.third, scratch.affine
         if const_expr(format_.bits == 8):
-            cute.autovec_copy(chunks.codes[None, thread, 2 * half, c, stage], words[None, 0])
-            cute.autovec_copy(chunks.codes[None, thread, 2 * half + 1, c, stage], words[None, 1])
+            cute.autovec_copy(chunks.codes[None, thread, 2 * half, c, begin], words[None, 0])
+            cute.autovec_copy(chunks.codes[None, thread, 2 * half + 1, c, begin], words[None, 1])
         elif const_expr(format_.bits == 4):
-            cute.autovec_copy(chunks.codes[None, thread, half, c, stage], words[None, 0])
+            cute.autovec_copy(chunks.codes[None, thread, half, c, begin], words[None, 0])
         elif const_expr(half == 0):
-            cute.autovec_copy(chunks.codes[None, thread, 0, c, stage], words[None, 0])
+            cute.autovec_copy(chunks.codes[None, thread, 0, c, begin], words[None, 0])
             if const_expr(format_.bits == 3):
-                cute.autovec_copy(chunks.third_bits[None, thread, c, stage], third)
+                cute.autovec_copy(chunks.third_bits[None, thread, c, begin], third)
         if const_expr(format_.grouped and half == 0):
             for r in cutlass.range_constexpr(2):
-                zero = chunks.scales[row + 8 * r, 1, c, stage] if const_expr(format_.zeros) else None
-                for j, value in enumerate(decode.affine(chunks.scales[row + 8 * r, 0, c, stage], zero).registers):
-                    affine[j, r] = value
-        rows = [decode.Affine(*(affine[j, r] for j in range(3 if format_.zeros else 1))) for r in range(2)]
+                zero = chunks.scales[row + 8 * r, 1, c, begin] if const_expr(format_.zeros) else None
+                one = decode.affine(format_.bits, r, chunks.scales[row + 8 * r, 0, c, begin], zero)
+                affine[0, r], affine[1, r], affine[2, r] = *one.factors, one.offset
+        rows = [decode.Affine((affine[0, r], affine[1, r]), affine[2, r]) for r in range(2)]
         for b in cutlass.range_constexpr(4):
+            block = 4 * half + b
+            if const_expr(format_.bits == 8):
+                made = decode.bf16_from_8bit((words[2 * (b % 2), b // 2], words[2 * (b % 2) + 1, b // 2]))
+            elif const_expr(format_.bits == 4):
+                made = decode.bf16_from_4bit(words[b, 0], rows)
+            elif const_expr(format_.bits == 3):
+                made = decode.bf16_from_3bit(words[block // 2, 0], third[half], block, rows)
+            else:
+                made = decode.bf16_from_2bit(words[block // 2, 0], block, rows)
             for r in cutlass.range_constexpr(4):
-                block = 4 * half + b
-                if const_expr(format_.bits == 8):
-                    value = decode.bf16_from_8bit(words[2 * (b % 2) + r // 2, b // 2], r)
-                elif const_expr(format_.bits == 4):
-                    value = decode.bf16_from_4bit(words[b, 0], r, rows[r % 2])
-                elif const_expr(format_.bits == 3):
-                    value = decode.bf16_from_3bit(words[block // 2, 0], third[half], block, r, rows[r % 2])
-                else:
-                    value = decode.bf16_from_2bit(words[block // 2, 0], block, r, rows[r % 2])
-                registers[r, b] = value
+                registers[r, b] = made[r]
 
     @staticmethod
     def as_registers(fragment: cute.Tensor) -> cute.Tensor:
@@ -200,7 +210,8 @@ class MainLoops(Schedule):
         slots: Int32,
         stage: Int32,
         phase: Int32,
-    ) -> None:
+        end: Int32,
+    ) -> Int32:
         """Main loop of 4-bit codes decoded to 8-bit operands: sums of groups of 128 features are added to the total in
         float32 with the groups' scales.
 
@@ -232,45 +243,48 @@ class MainLoops(Schedule):
         early, late = ((), (0, 1)) if by_parts else ((0,), (1,))  # halves of a chunk
         groups = tile.slot_features // GROUP
         following.fill(0.0)
+        begin = self.begin(tile, stage, end)
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             for half in cutlass.range_constexpr(2):
-                self.fetch_codes(chunks, thread, (half,), 0, stage, words)
+                self.fetch_codes(chunks, thread, (half,), 0, begin, words)
                 self.decode_8bit(format_, words, half, registers[half])
             if const_expr(by_parts):
-                self.fetch_scales(format_, chunks, row, 0, stage, following)
+                self.fetch_scales(format_, chunks, row, 0, begin, following)
         if const_expr(by_parts):
             self.start_sums(acc, sums, following)
         else:
             sums.fill(0.0)
         for slot in cutlass.range(slots, unroll=1):
             after, after_phase = self.advance(stage, phase, self.split)
+            end = begin + self.slot_units(tile)
+            next_begin = self.begin(tile, after, end)
             for c in cutlass.range_constexpr(groups):
                 warpgroup.fence()
                 for half in cutlass.range_constexpr(2):
                     for b in cutlass.range_constexpr(2):
                         mma.set(warpgroup.Field.ACCUMULATE, by_parts or half + b > 0)
-                        at = (None, None, 2 * half + b, (c, stage))
+                        at = (None, None, 2 * half + b, (c, begin))
                         cute.gemm(mma, partial, fragments[half][None, None, b], tokens[at], partial)
                 warpgroup.commit_group()
                 if const_expr(not by_parts):
-                    self.fetch_scales(format_, chunks, row, c, stage, scales)
-                next_chunk, next_stage = (c + 1, stage) if c + 1 < groups else (0, after)
+                    self.fetch_scales(format_, chunks, row, c, begin, scales)
+                next_chunk, next_slot = (c + 1, begin) if c + 1 < groups else (0, next_begin)
                 if const_expr(c + 1 < groups):
-                    self.fetch_codes(chunks, thread, early, c + 1, stage, words)
+                    self.fetch_codes(chunks, thread, early, c + 1, begin, words)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                    self.fetch_codes(chunks, thread, early, 0, after, words)
+                    self.fetch_codes(chunks, thread, early, 0, next_begin, words)
                 if const_expr(by_parts):
                     scales.store(following.load())
                     following.fill(0.0)
                     if slot + 1 < slots if c + 1 == groups else (slot * groups + c + 1) * GROUP < features:
-                        self.fetch_scales(format_, chunks, row, next_chunk, next_stage, following)
+                        self.fetch_scales(format_, chunks, row, next_chunk, next_slot, following)
                     scales.store(scales.load() - following.load())
                 warpgroup.wait_group(0)
                 pin(partial)
                 self.add_scaled(acc, sums, scales)
-                self.fetch_codes(chunks, thread, late, next_chunk, next_stage, words)
+                self.fetch_codes(chunks, thread, late, next_chunk, next_slot, words)
                 for half in cutlass.range_constexpr(2):
                     self.decode_8bit(format_, words, half, registers[half])
             self.release(ring, stage, Boolean(True))
@@ -279,7 +293,8 @@ class MainLoops(Schedule):
                 if run_ends:
                     self.add_scaled(acc, sums, following)
                     self.start_sums(acc, sums, following)
-            stage, phase = after, after_phase
+            stage, phase, begin = after, after_phase, next_begin
+        return end
 
     @classmethod
     def start_sums(cls, acc: cute.Tensor, sums: cute.Tensor, scales: cute.Tensor) -> None:
@@ -289,20 +304,20 @@ class MainLoops(Schedule):
 
     @staticmethod
     def fetch_codes(
-        chunks: Chunks, thread: Int32, halves: tuple[int, ...], chunk: int, stage: Int32, words: cute.Tensor
+        chunks: Chunks, thread: Int32, halves: tuple[int, ...], chunk: int, begin: Int32, words: cute.Tensor
     ) -> None:
         """The thread's words of ``halves`` of a chunk."""
         for half in halves:
-            cute.autovec_copy(chunks.codes[None, thread, half, chunk, stage], words[None, half])
+            cute.autovec_copy(chunks.codes[None, thread, half, chunk, begin], words[None, half])
 
     @staticmethod
     def fetch_scales(
-        format_: Format, chunks: Chunks, row: Int32, chunk: int, stage: Int32, scales: cute.Tensor
+        format_: Format, chunks: Chunks, row: Int32, chunk: int, begin: Int32, scales: cute.Tensor
     ) -> None:
         """Scales of a chunk for the thread's two rows, in units of the operand."""
         unit = 512.0 if format_.operand == "fp8" else 1.0  # fp8 operands are codes * 2**-9
         for r in range(2):
-            scales[r] = decode.bf16_value(chunks.scales[row + 8 * r, 0, chunk, stage]) * unit
+            scales[r] = decode.bf16_value(chunks.scales[row + 8 * r, 0, chunk, begin]) * unit
 
     @staticmethod
     def decode_8bit(format_: Format, words: cute.Tensor, half: int, registers: cute.Tensor) -> None:

@@ -1,11 +1,12 @@
 """What a layer's two grouped GEMMs are made of: stacks of blocks, problems, kernels. Stdlib only.
 
 A shared expert whose width is s times the routed one runs as s more experts that take every token: rows
-of its gate and up blocks, columns of its down block. Its problems come first, being the largest; the others are
-interleaved by format, so that tiles which wait for memory run beside tiles which compute.
+of its gate and up blocks, columns of its down block. Its problems and those of every format are spread over the launch,
+so that tiles which wait for memory run beside tiles which compute.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mxmoe_steps.errors import UserError
@@ -17,12 +18,15 @@ from mxmoe_steps.kernels.formats import (
     Format,
     KernelConfig,
     decode_blocks,
+    decodes_to_bf16,
     default_config,
     kernel_format,
 )
 from mxmoe_steps.schemes import SHARED, Scheme
 
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
+
+SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class LaunchPlan:
 
     def phase(self, rows: int, experts: int) -> str:
         """The phase of the kernel for ``rows`` tokens routed over ``experts`` experts."""
-        return phase_for(rows, experts, all(format_.decoded and format_.operand == "bf16" for format_ in self.formats))
+        return phase_for(rows, experts, decodes_to_bf16(self.formats))
 
     def config(self, phase: str) -> KernelConfig:
         """The kernel of ``phase`` that runs it."""
@@ -109,6 +113,20 @@ def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, s
     return LayerPlan(experts, slices, hidden, intermediate, gate_up, down)
 
 
+def interleave(kinds: Sequence[tuple[bool, Hashable]]) -> list[int]:
+    """Order of problems, of which ``kinds`` says whether they are slices of a shared expert, and their format.
+
+    Measured (docs/kernels.md): slices have many rows and compute, most others wait for memory.
+    """
+    count, seen = Counter(kinds), Counter[tuple[bool, Hashable]]()
+    keys = []
+    for index, kind in enumerate(kinds):
+        place = (seen[kind] + 0.5) / count[kind]
+        keys.append((place * SHARED_SPREAD, 0, index) if kind[0] else (place, 1, index))
+        seen[kind] += 1
+    return [index for *_, index in sorted(keys)]
+
+
 def _plan_launch(
     schemes: Sequence[tuple[int, Schemes]], columns: Mapping[str, int], experts: int, slices: int, n: int, k: int
 ) -> LaunchPlan:
@@ -128,18 +146,14 @@ def _plan_launch(
     stacks: list[list[Source]] = [[] for _ in formats]
     counts = [0] * len(formats)
     needs = [0] * (experts + slices)
-    problems: list[list[tuple[int, int, int, int]]] = [[] for _ in formats]
+    problems = []
     for expert, block, format_ in blocks:
         number = formats.index(format_)
         numbers = range(experts, experts + slices) if expert == SHARED else [expert]
         stacks[number].append(Source(expert, block, len(numbers)))
         for place in numbers:
-            problems[number].append((place, number, counts[number], columns[block]))
+            problems.append((place, number, counts[number], columns[block]))
             needs[place] |= OPERAND_MASKS[format_.operand]
             counts[number] += 1
-    ordered = sorted(
-        (problem[0] < experts, (index + 0.5) / len(mine), problem)
-        for mine in problems
-        for index, problem in enumerate(mine)
-    )
-    return LaunchPlan(formats, tuple(map(tuple, stacks)), tuple(problem for *_, problem in ordered), tuple(needs))
+    order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), tuple(problems[i] for i in order), tuple(needs))

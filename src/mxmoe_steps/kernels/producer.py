@@ -4,9 +4,15 @@ import cutlass
 from cutlass import Int16, Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
-from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS
+from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS, UNIT
 from mxmoe_steps.kernels.ring import Ring
 from mxmoe_steps.kernels.schedule import Place, Schedule
+
+DRAW_SLOTS = 2  # before its last one: when a tile's producer draws the next number, which takes as long as they do
+
+# The next slot's number, the unit where the slot before it ends, the oldest slot in use and the parity of its barrier,
+# slots in use, free units
+Used = tuple[Int32, Int32, Int32, Int32, Int32, Int32]
 
 
 class Producer(Schedule):
@@ -25,26 +31,29 @@ class Producer(Schedule):
         rank: Int32,
         row_tiles: Int32,
         features: Int32,
-        stage: Int32,
-        phase: Int32,
-    ) -> tuple[Int32, Int32]:
+        counters: cute.Tensor,
+        used: Used,
+    ) -> tuple[Used, Int32]:
         """`load` with the one of the configurations ``first .. last - 1`` that the tile takes."""
+        drawn = Int32(0)
         if const_expr(last - first == 1):
             weight_map = weight_maps[self.formats.index(self.tiles[first].format)]
-            stage, phase = self.load(
-                first, weight_map, token_maps[first], ring, place, rank, row_tiles, features, stage, phase
+            used, drawn = self.load(
+                first, weight_map, token_maps[first], ring, place, rank, row_tiles, features, counters, used
             )
         else:
             middle = (first + last) // 2
             if self.before(middle, number, place.rows):
-                stage, phase = self.load_one_of(
-                    first, middle, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, stage, phase
-                )
+                used, drawn = self.load_one_of(
+                    first, middle, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, counters,
+                    used,
+                )  # fmt: skip
             else:
-                stage, phase = self.load_one_of(
-                    middle, last, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, stage, phase
-                )
-        return stage, phase
+                used, drawn = self.load_one_of(
+                    middle, last, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, counters,
+                    used,
+                )  # fmt: skip
+        return used, drawn
 
     @cute.jit
     def load(
@@ -57,10 +66,10 @@ class Producer(Schedule):
         rank: Int32,
         row_tiles: Int32,
         features: Int32,
-        stage: Int32,
-        phase: Int32,
-    ) -> tuple[Int32, Int32]:
-        """Fill the slots of one tile with configuration ``i``."""
+        counters: cute.Tensor,
+        used: Used,
+    ) -> tuple[Used, Int32]:
+        """Fill the slots of one tile with configuration ``i``, and draw: also the counter's value, in lane 0."""
         tile = self.tiles[i]
         operand, columns = tile.format.operand, tile.format.block_features
         tokens = cute.local_tile(cute.domain_offset((place.first, 0), token_map[1]), (tile.tokens, columns), (0, None))
@@ -93,8 +102,11 @@ class Producer(Schedule):
                 cute.group_modes(rows, 0, 2),
             )
         count = self.slots(tile, features)
+        drawn, draw_at = Int32(0), cutlass.max(count - DRAW_SLOTS, 0)
         for slot in cutlass.range(count, unroll=1):
-            cute.arch.mbarrier_wait(ring.empty + stage, phase ^ 1)
+            if (slot == draw_at) & (rank == 0) & (cute.arch.lane_idx() == 0):
+                drawn = cute.arch.atomic_add(counters.iterator, Int32(1))
+            used, stage, begin = self.reserve(tile, ring, used)
             full = ring.full + stage
             with cute.arch.elect_one():
                 cute.arch.mbarrier_arrive_and_expect_tx(full, tile.weight_bytes + tile.token_bytes)
@@ -103,19 +115,34 @@ class Producer(Schedule):
                     for p in cutlass.range_constexpr(pieces):
                         start = row_start + slot * (tile.slot_features // GROUP * chunk) + p * chunk
                         source = cute.recast_ptr(weight_map[0].iterator + cute.assume(start, divby=128), dtype=Int32)
-                        at = cute.assume(stage * self.slot_bytes + p * 4 * words, divby=128)
+                        at = cute.assume(begin * UNIT + p * 4 * words, divby=128)
                         target = cute.recast_ptr(ring.base + at, dtype=Int32)
                         cute.copy(bulk, cute.make_tensor(source, line), cute.make_tensor(target, line), mbar_ptr=full)
             for d in cutlass.range_constexpr(tile.depth):
-                block, at_slot = (None, slot * tile.depth + d), (None, (d, stage))
+                block, at_slot = (None, slot * tile.depth + d), (None, (d, begin))
                 if const_expr(not tile.format.decoded):
                     cute.copy(weight_map[0], weight_blocks[block], weight_slots[at_slot], tma_bar_ptr=full)
                 cute.copy(token_map[0], token_blocks[block], token_slots[at_slot], tma_bar_ptr=full, **multicast)
-            stage, phase = self.advance(stage, phase)
         if const_expr(self.split > 1):  # as many slots for every part, the last ones empty
             for _ in cutlass.range(self.dealt(count) * self.split - count, unroll=1):
-                cute.arch.mbarrier_wait(ring.empty + stage, phase ^ 1)
+                used, stage, begin = self.reserve(tile, ring, used)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive(ring.full + stage)
-                stage, phase = self.advance(stage, phase)
-        return stage, phase
+        return used, drawn
+
+    @cute.jit
+    def reserve(self, tile: cutlass.Constexpr, ring: Ring, used: Used) -> tuple[Used, Int32, Int32]:
+        """Take the next slot, when enough slots before it are free again; also its number and its first unit."""
+        stage, end, oldest, phase, slots, room = used
+        begin = self.begin(tile, stage, end)
+        units = begin + self.slot_units(tile) - end  # with those that are left at the end of the ring
+        if begin < end:
+            units += self.units
+        while (slots == self.stages) | (room < units):
+            cute.arch.mbarrier_wait(ring.empty + oldest, phase)
+            room += ring.sizes[oldest]
+            slots -= 1
+            oldest, phase = self.advance(oldest, phase)
+        ring.sizes[stage] = units
+        following, _ = self.advance(stage, Int32(0))
+        return (following, begin + self.slot_units(tile), oldest, phase, slots + 1, room - units), stage, begin

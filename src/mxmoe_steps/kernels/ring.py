@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+import cutlass
 import cutlass.utils.hopper_helpers as hopper
 from cutlass import BFloat16, Boolean, Float8E4M3FN, Int8, Int32, Uint16, const_expr, cute
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 
-from mxmoe_steps.kernels.formats import GROUP, HALF_ROWS, ROW_BYTES, KernelConfig, Tile
+from mxmoe_steps.kernels.formats import GROUP, HALF_ROWS, ROW_BYTES, UNIT, KernelConfig, Tile
 
 CODE_WORDS = 4  # 32-bit words of a 16-byte load
 
@@ -17,16 +18,19 @@ OPERAND_TYPES = {"bf16": BFloat16, "fp8": Float8E4M3FN, "int8": Int8}
 
 @dataclass(frozen=True)
 class Ring:
-    """The slots in shared memory: first byte, and the barriers of slot 0."""
+    """The slots in shared memory: first byte, the barriers of slot 0, and, for the producer, int32 [slots]: the units
+    that each slot in use takes."""
 
     base: Any
     full: Any
     empty: Any
+    sizes: cute.Tensor
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Views of the weight chunks in the ring, or of their halves, see `layouts`; the last modes are (chunk, stage).
+    """Views of the weight chunks in the ring, or of their halves, see `layouts`; the last modes are (chunk, first unit
+    of the slot).
 
     ``codes``: words (4, thread, load); ``third_bits``: words (2, thread), of 3-bit codes; ``scales``: bfloat16 bits
     (row, 0 scale or 1 zero point).
@@ -76,7 +80,7 @@ class RingUser:
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
         self.tiles, self.formats, self.operands = config.tiles, config.formats, config.operands
-        self.stages, self.slot_bytes, self.max_problems = config.stages, config.slot_bytes, config.max_problems
+        self.stages, self.units, self.max_problems = config.stages, config.ring_units, config.max_problems
         self.cluster, self.split = config.cluster, config.split
         self.rows, self.groups = config.rows, config.rows // HALF_ROWS
         self.threads = config.threads
@@ -96,6 +100,15 @@ class RingUser:
         position = stage + slots
         rounds = position // self.stages
         return position - rounds * self.stages, phase ^ (rounds & 1)
+
+    def slot_units(self, tile: Tile) -> int:
+        """Units of one slot of ``tile``; parts of a split share one size."""
+        return tile.slot_units if self.split == 1 else self.config.largest_units
+
+    def begin(self, tile: Tile, stage: Int32, end: Int32) -> Int32:
+        """First unit of slot ``stage`` if the slot before it ends at ``end``: there, unless the ring ends too early."""
+        units = self.slot_units(tile)
+        return cutlass.select_(end + units > self.units, Int32(0), end) if self.split == 1 else stage * units
 
     @cute.jit
     def release(self, ring: Ring, stage: Int32, wanted: Boolean) -> None:
@@ -151,22 +164,23 @@ class RingUser:
         return cute.tile_to_shape(warpgroup.make_smem_layout_atom(atom, kind), (rows, columns, 1), order=(0, 1, 2))
 
     def blocks(self, ring: Ring, operand: str, rows: int, offset: int, depth: int) -> cute.Tensor:
-        """(rows, columns, (depth, stages)) view of the swizzled 128-byte blocks at ``offset`` of every slot."""
+        """(rows, columns, (depth, units)) view of the swizzled 128-byte blocks at ``offset`` of a slot that starts at
+        any unit of the ring."""
         kind = OPERAND_TYPES[operand]
         layout = self.block_layout(operand, rows)
         size = kind.width // 8
         outer = cute.make_layout(
-            (layout.outer.shape[0], layout.outer.shape[1], (depth, self.stages)),
+            (layout.outer.shape[0], layout.outer.shape[1], (depth, self.units)),
             stride=(
                 layout.outer.stride[0],
                 layout.outer.stride[1],
-                (rows * ROW_BYTES // size, self.slot_bytes // size),
+                (rows * ROW_BYTES // size, UNIT // size),
             ),
         )
         return cute.make_tensor(cute.recast_ptr(ring.base + offset, layout.inner, dtype=kind), outer)
 
     def chunk_parts(self, ring: Ring, tile: Tile) -> Chunks:
-        """Views of what every weight chunk of every slot holds."""
+        """Views of what every weight chunk of a slot holds, by the slot's first unit."""
         format_ = tile.format
         code_bytes = HALF_ROWS * GROUP * format_.bits // 8
         words, halves = format_.half_bytes // 4, self.groups
@@ -181,10 +195,10 @@ class RingUser:
         )
 
     def chunk_view(self, ring: Ring, tile: Tile, offset: int, kind: Any, shape: tuple, stride: tuple) -> cute.Tensor:
-        """View of ``shape`` + (chunks, stages) of the bytes at ``offset`` of every weight chunk of every slot."""
+        """View of ``shape`` + (chunks, units) of the bytes at ``offset`` of every weight chunk of a slot."""
         size = kind.width // 8
         layout = cute.make_layout(
-            (*shape, tile.slot_features // GROUP, self.stages),
-            stride=(*stride, tile.format.half_bytes * self.groups // size, self.slot_bytes // size),
+            (*shape, tile.slot_features // GROUP, self.units),
+            stride=(*stride, tile.format.half_bytes * self.groups // size, UNIT // size),
         )
         return cute.make_tensor(cute.recast_ptr(ring.base + offset, dtype=kind), layout)

@@ -4,7 +4,6 @@ A launch is one grouped GEMM, gate+up or down of a layer. Everything here follow
 `compile` knows the kernels that `measure` will load. No torch.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,8 @@ from functools import cached_property
 import numpy as np
 
 from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, default_tiles, kernel_format
-from mxmoe_steps.provenance import closure, module_file
+from mxmoe_steps.kernels.plan import interleave
+from mxmoe_steps.provenance import closure, module_hash
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
 MAX_PROBLEMS = 256  # of every measured kernel: two blocks of 128 experts
@@ -82,14 +82,9 @@ class Launch:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """The problems as `kernels.plan` orders them: slices first, then formats alternating."""
+        """The problems as `kernels.plan` orders them."""
         routed = len(self.expert_rows) - self.slices
-        places = [
-            (p // self.blocks < routed, (index + 0.5) / self.schemes.count(name), p)
-            for name in sorted(set(self.schemes))
-            for index, p in enumerate(p for p, mine in enumerate(self.schemes) if mine == name)
-        ]
-        return tuple(p for *_, p in sorted(places))
+        return tuple(interleave([(p // self.blocks >= routed, name) for p, name in enumerate(self.schemes)]))
 
     @property
     def mixed(self) -> bool:
@@ -106,10 +101,9 @@ class Launch:
 
 
 def kernel_hashes() -> dict[str, str]:
-    """Hash of every source file that measured times depend on."""
+    """Hash of every module that measured times depend on."""
     modules = [name for name in closure("mxmoe_steps.kernels.group_gemm") if name.startswith("mxmoe_steps.kernels.")]
-    files = [file for file in map(module_file, modules) if file is not None]
-    return {file.stem: hashlib.sha256(file.read_bytes()).hexdigest()[:10] for file in files}
+    return {name.rpartition(".")[2]: module_hash(name) for name in modules}
 
 
 def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
