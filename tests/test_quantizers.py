@@ -84,7 +84,7 @@ def test_rounding_picks_the_nearest_grid_point(name: str) -> None:
                 offset = quantized.zeros[row, group].double()
             if scheme.fp8 and scheme.weight_bits == 8:
                 offset = torch.tensor(0.0, dtype=torch.float64)
-            points = (values - offset) * scale
+            points = values * scale + (-offset * scale).bfloat16().double()  # rounded as in the kernels
             columns = slice(group * size, (group + 1) * size)
             best = (weight[row, columns, None].double() - points).abs().amin(-1)
             got = (weight[row, columns].double() - quantized.dequantize()[row, columns].double()).abs()

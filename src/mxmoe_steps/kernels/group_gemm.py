@@ -46,7 +46,6 @@ features outside a tensor with zeros.
 
 from typing import Any
 
-import cutlass
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
@@ -190,15 +189,15 @@ class GroupGemm(Producer, Consumer):
         partials_full, part_warps = queue_full + 4, 4 * self.groups
         ends = shared.ends.get_tensor(cute.make_layout(self.max_problems + 1))
         table = shared.table.get_tensor(cute.make_layout((self.max_problems, TABLE_FIELDS), stride=(TABLE_FIELDS, 1)))
-        if warp_number == 0:
-            with cute.arch.elect_one():
-                for s in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(ring.full + s, 1)
-                    cute.arch.mbarrier_init(ring.empty + s, part_warps * self.cluster)
-                for s in cutlass.range_constexpr(2):
-                    cute.arch.mbarrier_init(queue.full + s, 1)
-                    readers = part_warps * self.split * self.cluster + self.cluster - 1
-                    cute.arch.mbarrier_init(queue.empty + s, readers)
+        if warp_number == 4:  # the warps before fetch problems
+            if lane < self.stages:
+                cute.arch.mbarrier_init(ring.full + lane, 1)
+                cute.arch.mbarrier_init(ring.empty + lane, part_warps * self.cluster)
+            if lane < 2:
+                cute.arch.mbarrier_init(queue.full + lane, 1)
+                readers = part_warps * self.split * self.cluster + self.cluster - 1
+                cute.arch.mbarrier_init(queue.empty + lane, readers)
+            if lane == 0:
                 cute.arch.mbarrier_init(partials_full, max(1, self.split - 1) * part_warps)
                 cute.arch.mbarrier_init(partials_full + 1, part_warps)
             cute.arch.mbarrier_init_fence()

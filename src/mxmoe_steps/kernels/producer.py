@@ -8,7 +8,7 @@ from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS, UNIT
 from mxmoe_steps.kernels.ring import Ring
 from mxmoe_steps.kernels.schedule import Place, Schedule
 
-DRAW_SLOTS = 2  # before its last one: when a tile's producer draws the next number, which takes as long as they do
+DRAW_SLOTS = 2  # a tile's producer draws the next number before so many last ones, which take longer than the answer
 
 # The next slot's number, the unit where the slot before it ends, the oldest slot in use and the parity of its barrier,
 # slots in use, free units
@@ -102,7 +102,12 @@ class Producer(Schedule):
                 cute.group_modes(rows, 0, 2),
             )
         count = self.slots(tile, features)
-        drawn, draw_at = Int32(0), cutlass.max(count - DRAW_SLOTS, 0)
+        drawn, draw_at = (
+            Int32(0),
+            Int32(0),
+        )  # split tiles are few and fit into the ring: their successors may come early
+        if const_expr(self.split == 1):
+            draw_at = cutlass.max(count - DRAW_SLOTS, 0)
         for slot in cutlass.range(count, unroll=1):
             if (slot == draw_at) & (rank == 0) & (cute.arch.lane_idx() == 0):
                 drawn = cute.arch.atomic_add(counters.iterator, Int32(1))

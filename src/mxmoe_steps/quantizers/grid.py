@@ -1,10 +1,10 @@
 """The quantization grid: per-group scales and zero points, rounding to it, and back.
 
-A weight is ``(code - zero) * scale`` with an unsigned integer code, or ``value * scale`` with an e4m3
-value. Scales and zero points are bfloat16, the 16 bits that the budget counts; codes are chosen
-against the rounded scale, so storing it in 16 bits costs no accuracy. Zero points are real numbers:
-they cost the same 16 bits as integers and fit skewed groups better. Symmetric schemes have the fixed
-zero point 2**(bits-1) and store none.
+A weight is ``code * scale - zero * scale`` with an unsigned integer code, or ``value * scale`` with an e4m3
+value. Scales and zero points are bfloat16, the 16 bits that the budget counts, and so is their product, as
+in the kernels; codes are chosen against the rounded numbers, so 16 bits cost no accuracy. Zero points are
+real numbers: they cost the same 16 bits as integers and fit skewed groups better. Symmetric schemes have
+the fixed zero point 2**(bits-1) and store none.
 """
 
 from dataclasses import dataclass, replace
@@ -29,6 +29,11 @@ class Grid:
     scales: torch.Tensor
     zeros: torch.Tensor
 
+    @property
+    def offsets(self) -> torch.Tensor:
+        """Weights of code 0."""
+        return _to_bf16(-self.zeros * self.scales)
+
     def columns(self, index: torch.Tensor) -> "Grid":
         """The grid of single input features: ``index`` int64 [B, c] of one batch of rows [B, N, K]."""
         group = torch.zeros_like(index) if self.scheme.group == -1 else index // self.scheme.group
@@ -43,11 +48,13 @@ class Grid:
 
     def nearest(self, values: torch.Tensor) -> torch.Tensor:
         """Integer codes of ``values`` as float32."""
-        return (values / self.scales).add_(self.zeros).round_().clamp_(0, 2**self.scheme.weight_bits - 1)
+        return (
+            (values / self.scales).sub_(self.offsets / self.scales).round_().clamp_(0, 2**self.scheme.weight_bits - 1)
+        )
 
     def value(self, codes: torch.Tensor) -> torch.Tensor:
         """float32 weights of ``codes``."""
-        return (codes.float() - self.zeros) * self.scales
+        return codes.float() * self.scales + self.offsets
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ def _make_grid(scheme: Scheme, low: torch.Tensor, high: torch.Tensor, levels: in
 
 def _error(grid: Grid, values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     wide = _expanded(grid)
-    restored = wide.nearest(values).sub_(wide.zeros).mul_(wide.scales)
+    restored = wide.nearest(values).mul_(wide.scales).add_(wide.offsets)
     return restored.sub_(values).square_().mul_(mass).sum(-1)
 
 
