@@ -114,10 +114,8 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 
 
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
-    assert [phase_for(rows, 60, True) for rows in (1, 30, 31, 48 * 60, 48 * 60 + 1)] == [
-        "latency", "latency", "decode", "decode", "prefill",
-    ]  # fmt: skip
-    assert [phase_for(rows, 60, False) for rows in (120, 121, 64 * 60, 64 * 60 + 1)] == [
+    assert [phase_for(rows, 60, True) for rows in (1, 48 * 60, 48 * 60 + 1)] == ["decode", "decode", "prefill"]
+    assert [phase_for(rows, 60, False) for rows in (15, 16, 64 * 60, 64 * 60 + 1)] == [
         "latency", "decode", "decode", "prefill",
     ]  # fmt: skip
 

@@ -81,11 +81,11 @@ def phase_for(rows: int, experts: int, decoding: bool) -> str:
     """The kernel, ``latency``, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
 
     ``decoding``: whether the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/profile.md): decode
-    kernels are ahead while the mean expert fits into their largest tile; latency kernels up to half a token an expert,
-    or two where the decode kernel has an SM's registers for one block.
+    kernels are ahead while the mean expert fits into their largest tile; latency kernels up to a quarter of a token an
+    expert, and only where the decode kernel has an SM's registers for one block.
     """
     blocks = decode_blocks(decoding)
-    if rows <= (experts // 2 if blocks == 2 else 2 * experts):
+    if blocks == 1 and rows <= experts // 4:
         return "latency"
     return "decode" if rows <= LARGEST_DECODE[blocks] * experts else "prefill"
 
