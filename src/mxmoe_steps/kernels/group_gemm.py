@@ -9,9 +9,11 @@ Warps of a block, one or two blocks per SM
     warps 4-    consumer warpgroups, with the rest of the registers: two for weight rows 0-63 and 64-127 of every tile;
                 or four for the parts of a split tile of 64 rows
 
-Ring: `KernelConfig.stages` slots of one size for all formats, ``weights | tokens`` in each. ``full[s]`` counts
-the bytes of slot s; ``empty[s]`` counts its readers. Producer and consumers walk the same list of tiles,
-so the producer is ahead by up to a ring, across tiles and formats.
+Ring: `KernelConfig.ring_units` KiB, in at most `KernelConfig.stages` slots at a time, ``weights | tokens`` in
+each, as large as the tile's format and tokens ask for. A slot begins where the one before it ends, or at 0 where
+the ring ends too early. ``full[s]`` counts the bytes of slot s; ``empty[s]`` counts its readers. Producer and
+consumers walk the same list of tiles, so the producer is ahead by up to a ring, across tiles and formats, and all
+know where each slot begins.
 
     producer    | fill 0 | fill 1 | fill 2 | fill 3 | (tile 2) fill 0 ...
     consumers     wait 0 | decode 0 | wgmma 0, decode 1 | free 0 | wgmma 1, decode 2 | free 1 | ... | epilogue 1
@@ -30,13 +32,14 @@ problem, then a prefix sum. Tile -> problem is a warp vote per 32 problems. Rows
 the format's largest token tile, and the rest takes the smallest tile that holds it; experts without rows
 have no tiles.
 
-Schedule: tiles differ in cost, so clusters draw them, in order, from a counter in global memory. The producer of
-a cluster's first block draws one tile ahead and sends the number to every block of the cluster (``st.async``
-into a queue of two); the last cluster to finish sets the counters back, so a launch leaves them at zero.
+Schedule: tiles differ in cost, so clusters draw them, in order, from a counter in global memory. The producer of a
+cluster's first block draws shortly before it has filled a tile (what it holds, others cannot take) and sends the
+number to every block of the cluster (``st.async`` into a queue of two); the last cluster to finish sets the
+counters back, so a launch leaves them at zero.
 
 Launches overlap: a launch may start when all blocks of the one before have (programmatic dependent launch). It reads
 problems and row offsets at once, and the rest after the wait for that launch. So offsets must not come from a launch
-that lets the next one start early: `tokens.SortByExpert` does not.
+that lets the next one start early (`tokens.SortByExpert` does not), and another launch must lie in between.
 
 Epilogue: accumulators (x token scale x channel scale) -> bf16 -> transposed `stmatrix` to a padded tile of up
 to 64 tokens -> 16-byte row stores, predicated by the expert's rows and by N. Loads never are: a token tile

@@ -8,7 +8,7 @@ from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS, UNIT
 from mxmoe_steps.kernels.ring import Ring
 from mxmoe_steps.kernels.schedule import Place, Schedule
 
-DRAW_SLOTS = 2  # a tile's producer draws the next number before so many last ones, which take longer than the answer
+DRAW_SLOTS = 2  # the next tile is drawn before a tile's last so many: they take longer to fill than the answer to come
 
 # The next slot's number, the unit where the slot before it ends, the oldest slot in use and the parity of its barrier,
 # slots in use, free units
@@ -102,10 +102,8 @@ class Producer(Schedule):
                 cute.group_modes(rows, 0, 2),
             )
         count = self.slots(tile, features)
-        drawn, draw_at = (
-            Int32(0),
-            Int32(0),
-        )  # split tiles are few and fit into the ring: their successors may come early
+        # Split tiles are few and fit into the ring: what comes after them may be drawn early
+        drawn, draw_at = Int32(0), Int32(0)
         if const_expr(self.split == 1):
             draw_at = cutlass.max(count - DRAW_SLOTS, 0)
         for slot in cutlass.range(count, unroll=1):
