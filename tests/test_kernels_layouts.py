@@ -109,6 +109,33 @@ def test_masked_codes_are_numbers_that_one_multiply_add_turns_into_weights(name:
                 assert torch.equal(numbers, stored), (thread, block, register)
 
 
+@pytest.mark.parametrize("name", ["w4a16", "w4a16_g128_sym", "w3a16", "w2a16"])
+def test_numbers_become_weights_whatever_the_scale(name: str) -> None:
+    """The arithmetic of `decode`: factor and offset are bfloat16, the power of two is added to the scale's exponent."""
+    weight = random_weight(name, 1, 64, 128)
+    bits = weight.scheme.weight_bits
+    scales = (2.0 ** torch.linspace(-60, 10.99, 64)).bfloat16()
+    scales[0] = 0.0
+    weight = QuantizedWeight(weight.scheme, weight.codes, scales.view(1, 64, 1), weight.zeros)
+    kernel_weights(weight)  # takes them
+    zeros = torch.tensor(2.0 ** (bits - 1)) if weight.zeros is None else weight.zeros[0, :, 0].float()
+    offsets = (scales.float() * (zeros * -(2.0**-16))).bfloat16()
+    for lowest in set(LOWEST_BIT[bits]):
+        factors = (scales.view(torch.int16) + (133 - 16 - lowest << 7)).view(torch.bfloat16)
+        assert factors.isfinite().all()
+        numbers = (weight.codes[0].short() << lowest).view(torch.bfloat16)
+        made = (numbers.double() * factors.double()[:, None] + offsets.double()[:, None]).bfloat16()
+        assert torch.equal(made[1:].double() * 2.0**16, weight.dequantize()[0, 1:].bfloat16().double())
+        assert made[0].abs().max() < 2.0**-120
+
+
+def test_scales_that_are_too_large_to_decode_with_are_refused() -> None:
+    weight = random_weight("w4a16", 1, 64, 128)
+    weight.scales[0, 3, 0] = 2048.0
+    with pytest.raises(UserError, match="2048 or more"):
+        kernel_weights(weight)
+
+
 def test_bytes_are_numbers_around_128() -> None:
     weight = random_weight("w8a16", 1, 128, 128)
     words = kernel_weights(weight).data[: 64 * 128].view(torch.int32).view(4, 128, 4)

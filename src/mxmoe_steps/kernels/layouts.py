@@ -40,6 +40,7 @@ from mxmoe_steps.schemes import Scheme
 THREADS = 256
 CODES = TILE_ROWS * GROUP // THREADS  # codes of one thread in a chunk
 _THIRD_BITS = ((2, 4, 6, 8), (3, 5, 7, 9), (10, 12, 14, 0), (11, 13, 15, 1))  # by k-block and register
+LARGEST_SCALE = 2.0**11  # and not that itself: `decode` adds 117 to the exponent of a scale
 PAD_CHUNKS = 3  # a slot holds at most 4 chunks
 
 
@@ -92,8 +93,8 @@ def original_weights(weight: torch.Tensor) -> KernelWeights:
 def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
     """Kernel order of quantized ``weight``, codes [entries, N, K]; inverse: `quantized_weight`.
 
-    `UserError` for schemes without a kernel, sizes that are no multiple of 64 (K: of 128 with groups) and
-    scales or zero points that are not finite.
+    `UserError` for schemes without a kernel, sizes that are no multiple of 64 (K: of 128 with groups), scales or
+    zero points that are not finite, and scales that are too large to decode with.
     """
     format_ = kernel_format(weight.scheme)
     if weight.codes.ndim != 3:
@@ -103,6 +104,8 @@ def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
     for name, values in (("scales", weight.scales), ("zero points", weight.zeros)):
         if values is not None and not bool(values.isfinite().all()):
             raise UserError(f"{weight.scheme.name}: some {name} are not finite")
+    if format_.grown and format_.grouped and float(weight.scales.abs().max()) >= LARGEST_SCALE:
+        raise UserError(f"{weight.scheme.name}: some scales are {LARGEST_SCALE:.0f} or more, too large for the kernels")
     channel_scales = None
     if format_.channel_scaled:
         channel_scales = torch.nn.functional.pad(weight.scales[..., 0].float(), (0, -rows % TILE_ROWS)).contiguous()
