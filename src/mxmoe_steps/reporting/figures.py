@@ -142,6 +142,7 @@ def traffic(table: pd.DataFrame) -> str:
         axis.set_yticks(range(len(share)), share.index)
     axes[0].set_ylabel("layer")
     bar = figure.colorbar(image, ax=axes, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8], format="%g", shrink=0.9)
+    bar.minorticks_off()  # their labels would lie over the others
     bar.set_label("tokens / even share")
     return to_svg(figure)
 
