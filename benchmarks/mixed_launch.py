@@ -8,7 +8,7 @@ One cell is the two grouped GEMMs of a layer, times added; activation quantizati
 it. Workloads and routing as in group_gemm.py; "+shared" has the model's shared expert in the same launches. Allocations
 as in mixed_allocations.py: their losses are made up. Every allocation runs
 
-    fused               one launch in the plan's order of problems: shared expert first, schemes interleaved
+    fused               one launch in the plan's order of problems: the shared expert and every scheme spread out
     heaviest first      the same, problems sorted by their longest tile's predicted time
     apart               one launch per scheme, back to back
     streams             one launch per scheme, each with a full grid, on parallel streams
