@@ -25,7 +25,7 @@ BORROWERS = (
 ROWS = [5, 0, 130, 64, 17, 1, 257, 33, 0, 48, 200, 16, 32, 300, 100, 3]  # ragged; every tile and its edges
 # Rounding the output to bf16 is 1.66e-3, rounding decoded weights to bf16 another 1.2e-3, or 1.8e-3 where a row has
 # only eight of them, equal ones rounded alike; given rounded weights, what is left is the rounding of the output.
-BOUND, DECODED_BOUND = 2.6e-3, 1.9e-3
+SYMMETRIC_BOUND, ASYMMETRIC_BOUND, DECODED_BOUND = 2.4e-3, 2.6e-3, 1.9e-3
 LONG_FP8_BOUND = 4e-3  # K = 14336: fp8 tensor cores keep about 14 bits of a running sum
 
 
@@ -66,7 +66,7 @@ def activations_of(x: torch.Tensor, operands: tuple[str, ...]) -> dict[str, Acti
 def assert_right(errors: dict[str, float]) -> None:
     print(errors)
     for name, error in errors.items():
-        assert error < BOUND, (name, error)
+        assert error < (ASYMMETRIC_BOUND if name.endswith("_asym") else SYMMETRIC_BOUND), (name, error)
 
 
 def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
@@ -178,7 +178,7 @@ def test_int8_sums_at_their_limit(code: int, features: int) -> None:
     config = default_config((packed[0].format,), "prefill")
     GroupGemmKernel(config)(activations_of(x, config.operands), packed, table, offsets, out)
     exact = reference.group_gemm(x, [0, rows], problems, [weight], 128, torch.float64)
-    assert relative_error(out, exact) < BOUND
+    assert relative_error(out, exact) < SYMMETRIC_BOUND
 
 
 def test_more_than_64_experts() -> None:
