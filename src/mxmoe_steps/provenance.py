@@ -71,22 +71,19 @@ def closure(module: str) -> list[str]:
 def module_hash(module: str) -> str:
     """Hash of the module's code, the same under every version of Python: comments, docstrings and layout do not
     count."""
-    file = module_file(module)
-    assert file is not None
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            match node.body:
-                case [ast.Expr(ast.Constant(str())), *rest]:
-                    node.body = rest or [ast.Pass()]
-    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:10]
+    return hashlib.sha256(repr(_plain(_parse(module))).encode()).hexdigest()[:10]
 
 
 def _plain(node: object) -> object:
-    """A syntax tree as nested lists, without empty fields: versions of Python differ in those."""
+    """A syntax tree as nested lists, without docstrings, and without empty fields: versions of Python differ in
+    those."""
     if isinstance(node, ast.AST):
-        fields = [(name, value) for name, value in ast.iter_fields(node) if value is not None and value != []]
-        return [type(node).__name__, *([name, _plain(value)] for name, value in fields)]
+        fields = {name: value for name, value in ast.iter_fields(node) if value is not None and value != []}
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            match node.body:
+                case [ast.Expr(ast.Constant(str())), *rest]:
+                    fields["body"] = rest or [ast.Pass()]
+        return [type(node).__name__, *([name, _plain(value)] for name, value in fields.items())]
     return [_plain(one) for one in node] if isinstance(node, list) else repr(node)
 
 

@@ -101,7 +101,10 @@ PROFILE = TableKind(  # written by profile, one table per GPU
         [
             ("phase", pa.string()),  # which kernel: latency, decode or prefill
             ("scheme", pa.string()),
-            ("tile_tokens", pa.int32()),  # tokens per output tile; 128 weight rows per tile
+            (
+                "tile_tokens",
+                pa.int32(),
+            ),  # tokens per output tile; weight rows follow from the phase (formats.PHASE_ROWS)
             ("tile_us", pa.float64()),  # fixed time of one tile on one SM, microseconds
             ("kstep_us", pa.float64()),  # time per 128 input features of one tile on one SM
             ("spread", pa.float64()),  # (most - least) / median over the rounds of measuring; 0 for an estimate

@@ -75,9 +75,8 @@ def gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, damping: floa
         errors = torch.zeros_like(block)
         for column in range(stop - start):
             at = start + column
-            cell = type(grid)(scheme, by_column.scales[:, :, at], by_column.zeros[:, :, at])
-            code = cell.round(block[:, :, column])
-            error = (block[:, :, column] - cell.value(code)) / factor[:, at, at, None]
+            code = by_column.round(block[:, :, column], (..., at))
+            error = (block[:, :, column] - by_column.value(code, (..., at))) / factor[:, at, at, None]
             block[:, :, column:].addcmul_(error.unsqueeze(-1), factor[:, at, at:stop].unsqueeze(1), value=-1)
             errors[:, :, column] = error
             codes.append(code)

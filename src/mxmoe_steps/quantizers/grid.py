@@ -8,6 +8,8 @@ the fixed zero point 2**(bits-1) and store none.
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -29,10 +31,15 @@ class Grid:
     scales: torch.Tensor
     zeros: torch.Tensor
 
-    @property
+    @cached_property
     def offsets(self) -> torch.Tensor:
         """Weights of code 0."""
         return _to_bf16(-self.zeros * self.scales)
+
+    @cached_property
+    def origins(self) -> torch.Tensor:
+        """Codes of weight 0, real numbers: the zero points, but for the rounding of `offsets`."""
+        return -(self.offsets / self.scales)
 
     def columns(self, index: torch.Tensor) -> "Grid":
         """The grid of single input features: ``index`` int64 [B, c] of one batch of rows [B, N, K]."""
@@ -40,21 +47,19 @@ class Grid:
         picked = group.unsqueeze(-2).expand(*self.scales.shape[:-1], -1)
         return replace(self, scales=self.scales.gather(-1, picked), zeros=self.zeros.gather(-1, picked))
 
-    def round(self, values: torch.Tensor) -> torch.Tensor:
-        """Codes of ``values`` (same trailing layout as the scales): uint8, or e4m3 for fp8 weights."""
+    def round(self, values: torch.Tensor, at: Any = ...) -> torch.Tensor:
+        """Codes of ``values``, laid out as the scales or as ``scales[at]``: uint8, or e4m3 for fp8 weights."""
         if _is_float(self.scheme):
-            return (values / self.scales).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
-        return self.nearest(values).to(torch.uint8)
+            return (values / self.scales[at]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        return self.nearest(values, at).to(torch.uint8)
 
-    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+    def nearest(self, values: torch.Tensor, at: Any = ...) -> torch.Tensor:
         """Integer codes of ``values`` as float32."""
-        return (
-            (values / self.scales).sub_(self.offsets / self.scales).round_().clamp_(0, 2**self.scheme.weight_bits - 1)
-        )
+        return (values / self.scales[at]).add_(self.origins[at]).round_().clamp_(0, 2**self.scheme.weight_bits - 1)
 
-    def value(self, codes: torch.Tensor) -> torch.Tensor:
+    def value(self, codes: torch.Tensor, at: Any = ...) -> torch.Tensor:
         """float32 weights of ``codes``."""
-        return codes.float() * self.scales + self.offsets
+        return codes.float() * self.scales[at] + self.offsets[at]
 
 
 @dataclass(frozen=True)
