@@ -104,8 +104,8 @@ class Consumer(MainLoops):
         tile = self.tiles[i]
         format_ = tile.format
         thread = opaque(thread)
-        lane, in_group = thread % 32, thread % 128
-        row = (thread // 32) * 16 + lane // 4  # of the thread's two rows, row and row + 8, in the tile
+        lane, in_group = thread & 31, thread & 127
+        row = (thread >> 5) * 16 + (lane >> 2)  # of the thread's two rows, row and row + 8, in the tile
         scale_row = place.row_tile * self.rows + row
         grow = decode.GROW[format_.bits] if format_.grown else 1.0
         channel0, channel1 = Float32(grow), Float32(grow)
@@ -126,34 +126,28 @@ class Consumer(MainLoops):
         kind = Int32 if format_.operand == "int8" and not format_.decoded else Float32
         acc = cute.make_rmem_tensor(mma.partition_shape_C((self.rows, tile.tokens)), kind)
         acc.fill(0)
-        total = self.slots(tile, features)
-        slots, most = self.dealt(total, partials.part), self.dealt(total)
-        first, parity = (stage, phase) if self.split == 1 else self.advance(stage, phase, partials.part)
+        slots = self.dealt(tile, features, partials.part)
         if const_expr(not format_.decoded):
             weight_blocks = self.blocks(ring, format_.operand, self.rows, 0, tile.depth)
             weights = mma.make_fragment_A(mine.partition_A(weight_blocks))
-            end = self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, first, parity, end)
+            stage, phase, end = self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, stage, phase, end)
         elif const_expr(format_.operand == "bf16"):
-            end = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, slots, first, parity, end)
+            stage, phase, end = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, slots, stage, phase, end)
         else:
-            end = self.multiply_8bit(tile, mma, acc, ring, tokens, thread, row, features, slots, first, parity, end)
+            stage, phase, end = self.multiply_8bit(
+                tile, mma, acc, ring, tokens, thread, row, features, slots, stage, phase, end
+            )
 
         store = (
             i, acc, staging, shared_scales, fetched, (channel0, channel1), thread, group, place, stored, out,
         )  # fmt: skip
         if const_expr(self.split == 1):
             self.store(*store)
+        elif partials.part == 0:
+            self.add_parts(acc, partials, thread)
+            self.store(*store)
         else:
-            if slots < most:  # an empty slot keeps the parts in step
-                first, parity = self.skip(first, parity, slots * self.split)
-                cute.arch.mbarrier_wait(ring.full + first, parity)
-                self.release(ring, first, Boolean(True))
-            if partials.part == 0:
-                self.add_parts(acc, partials, thread)
-                self.store(*store)
-            else:
-                self.send_part(acc, partials, thread)
-        stage, phase = self.skip(stage, phase, most * self.split)
+            self.send_part(acc, partials, thread)
         return stage, phase, end
 
     @cute.jit
@@ -177,20 +171,20 @@ class Consumer(MainLoops):
         """
         tile, pitch = self.tiles[i], self.config.staging_pitch
         format_ = tile.format
-        lane, in_group = thread % 32, thread % 128
+        lane, in_group = thread & 31, thread & 127
         channel0, channel1 = channels
         if const_expr(format_.token_scaled):
             for j in cutlass.range_constexpr(cute.size(fetched)):
                 if in_group + 128 * j < tile.tokens:
                     shared_scales[in_group + 128 * j, group] = fetched[j]
-        row8 = cute.assume(group * 64 + (in_group % 8) * 8, divby=8)  # of the 8 rows this thread stores
+        row8 = cute.assume(group * 64 + (in_group & 7) * 8, divby=8)  # of the 8 rows this thread stores
         pair = cute.make_rmem_tensor((2,), Float32)
         eight = cute.make_rmem_tensor((8,), BFloat16)
         for start in cutlass.range_constexpr(0, tile.tokens, EPILOGUE_TOKENS):
             staged = min(tile.tokens - start, EPILOGUE_TOKENS)
             staging_tile = cute.make_tensor(staging, cute.make_layout((self.rows, staged), stride=(1, pitch)))
             staging_mma = self.mma_of(Format("bf16", 16), staged)
-            store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, 4), BFloat16)
+            store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, min(4, staged // 4)), BFloat16)
             to_staging = cute.make_tiled_copy_C(store, staging_mma)
             values = cute.make_rmem_tensor(staging_mma.partition_shape_C((self.rows, staged)), Float32)
             rounded = cute.make_fragment_like(values, BFloat16)
@@ -201,7 +195,7 @@ class Consumer(MainLoops):
                     value = value * (channel0 if (e // 2) % 2 == 0 else channel1)
                 if const_expr(format_.token_scaled):
                     if const_expr(e % 4 == 0):
-                        at = cute.assume(start + 2 * e + 2 * (lane % 4), divby=2)
+                        at = cute.assume(start + 2 * e + 2 * (lane & 3), divby=2)
                         scale_pair = cute.make_tensor(shared_scales[None, group].iterator + at, cute.make_layout(2))
                         cute.autovec_copy(scale_pair, pair)
                     value = value * pair[e % 2]
@@ -210,8 +204,8 @@ class Consumer(MainLoops):
             cute.copy(to_staging, to_staging.retile(rounded), to_staging.get_slice(thread).partition_D(staging_tile))
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
             if stored:
-                for j in cutlass.range_constexpr(staged // 16):
-                    token = in_group // 8 + 16 * j
+                for j in cutlass.range_constexpr((staged + 15) // 16):
+                    token = (in_group >> 3) + 16 * j
                     if start + token < place.rows:
                         source = cute.assume(token * pitch + row8, divby=8)
                         target = Int64(place.first + start + token) * out.shape[1] + place.column
@@ -228,20 +222,20 @@ class Consumer(MainLoops):
     @cute.jit
     def send_part(self, acc: cute.Tensor, partials: Partials, thread: Int32) -> None:
         """Hand this part's sums to the first one."""
-        cute.arch.mbarrier_wait(partials.free, partials.turn % 2 ^ 1)
+        cute.arch.mbarrier_wait(partials.free, partials.turn & 1 ^ 1)
         four = cute.make_rmem_tensor((4,), acc.element_type)
         for j in cutlass.range_constexpr(cute.size(acc) // 4):
             for e in cutlass.range_constexpr(4):
                 four[e] = acc[4 * j + e]
             cute.autovec_copy(four, self.part_vector(acc, partials.part, j, thread, partials.sums))
         cute.arch.sync_warp()
-        if thread % 32 == 0:
+        if thread & 31 == 0:
             cute.arch.mbarrier_arrive(partials.full)
 
     @cute.jit
     def add_parts(self, acc: cute.Tensor, partials: Partials, thread: Int32) -> None:
         """Add the other parts' sums, in order, to those of the first one."""
-        cute.arch.mbarrier_wait(partials.full, partials.turn % 2)
+        cute.arch.mbarrier_wait(partials.full, partials.turn & 1)
         four = cute.make_rmem_tensor((4,), acc.element_type)
         for part in cutlass.range_constexpr(1, self.split):
             for j in cutlass.range_constexpr(cute.size(acc) // 4):
@@ -249,5 +243,5 @@ class Consumer(MainLoops):
                 for e in cutlass.range_constexpr(4):
                     acc[4 * j + e] = acc[4 * j + e] + four[e]
         cute.arch.sync_warp()
-        if thread % 32 == 0:
+        if thread & 31 == 0:
             cute.arch.mbarrier_arrive(partials.free)

@@ -17,7 +17,7 @@ def _ptx(text: str, *arguments: Int32) -> Int32:
 
 
 SHRINK = 16  # weights of fewer than 8 bits are decoded 2**-16 times as large, so that factors are finite
-GROW = {8: 64.0, 4: 2.0**SHRINK, 3: 2.0**SHRINK, 2: 2.0**SHRINK}  # what sums of decoded bf16 weights lack, by bits
+GROW = {8: 64.0} | dict.fromkeys((4, 3, 2), 2.0**SHRINK)  # what sums of decoded bf16 weights lack, by bits
 LOWEST_BIT = {4: (0, 4, 0, 4), 3: (0, 2, 4, 4), 2: (0, 2, 4, 6)}  # of the code of a register 0..3 when it is masked
 
 
@@ -64,9 +64,10 @@ def _right(word: Int32, places: int) -> Int32:
 
 
 def _weights(bits: int, register: int, low: Int32, rows: list[Affine], third: Int32 | None = None) -> Int32:
-    """The weights of ``register`` from words that hold its low bits, or all, and its third ones where they belong."""
+    """The weights of ``register`` from a word with its bits where they belong, or one with the low two and one with the
+    third bits."""
     lowest, row = LOWEST_BIT[bits][register], rows[register % 2]
-    mask = (2 ** min(bits, 4 if third is None else 2) - 1 << lowest) * 0x10001
+    mask = ((3 if bits == 3 else 2**bits - 1) << lowest) * 0x10001
     text, arguments = f".reg .b32 t; and.b32 t, {{$r2}}, {mask:#x}; ", [row.factors[register // 2], row.offset, low]
     if third is not None:
         text += f"lop3.b32 t, {{$r3}}, {(4 << lowest) * 0x10001:#x}, t, 0xEA; "

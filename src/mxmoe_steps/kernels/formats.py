@@ -2,7 +2,7 @@
 
 A `Format` is the weight format of one scheme; a `Tile` is one of its main loops; a `KernelConfig` is a
 list of tiles that share one persistent kernel. The kernel computes the transpose, ``Y^T = W X^T``:
-weights are the 128-row side of a tile, tokens the 16- to 256-row side.
+weights are the 128-row side of a tile, tokens the 8- to 256-row side.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ SHARED_BYTES = {1: 227 * 1024, 2: 113 * 1024}  # shared memory a block may use o
 # Registers of a producer's and of a consumer's thread, by blocks per SM and consumer warpgroups: all there are
 REGISTERS = {(1, 2): (40, 232), (1, 4): (24, 112), (2, 2): (32, 104)}
 UNIT = 1024  # bytes: slots of the ring start at multiples, as swizzled rows need
-MAX_STAGES = 5  # slots of the ring in use at a time, for each part of a split: more hold work that others could do
+MAX_STAGES = 5  # slots of a ring in use at a time: more hold work that others could do
 EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
 
 OPERAND_MASKS = {"bf16": 1, "fp8": 2, "int8": 4}  # what an expert reads, one bit per type
@@ -129,8 +129,8 @@ class Tile:
     rows: int = TILE_ROWS
 
     def __post_init__(self) -> None:
-        if self.tokens % 16 or not 16 <= self.tokens <= 256:
-            raise ValueError(f"tile of {self.tokens} tokens: need a multiple of 16 up to 256")
+        if not (self.tokens == 8 or (self.tokens % 16 == 0 and 16 <= self.tokens <= 256)):
+            raise ValueError(f"tile of {self.tokens} tokens: need 8 or a multiple of 16 up to 256")
         if self.format.decoded and self.slot_features not in (GROUP, 2 * GROUP, 4 * GROUP):
             raise ValueError(
                 f"tile of {self.format.name}: a slot must hold 1, 2 or 4 groups of {GROUP}, depth {self.depth}"
@@ -170,8 +170,8 @@ class KernelConfig:
 
     ``max_problems`` bounds the problem table (a multiple of 32); ``cluster`` blocks, 1 or 2, share token tiles;
     an SM runs ``blocks_per_sm`` blocks, 1 or 2: two hide each other's latencies, and have half the registers.
-    The slots of a tile are dealt to ``split`` times as many warpgroups, 1, 2 or 4, which add up at the end: a few
-    small tiles then keep a whole SM busy.
+    The slots of a tile are dealt to ``split`` times as many warpgroups, each with a producer and a ring of its own,
+    which add up at the end: a few small tiles then keep a whole SM busy.
     """
 
     tiles: tuple[Tile, ...]
@@ -260,17 +260,16 @@ class KernelConfig:
 
     @property
     def ring_units(self) -> int:
-        """Units of the ring: what fits beside the staging tile, the sums of parts, the problem table and scales."""
+        """Units of a ring, one for each part of a split: what fits beside the staging tile, the sums of parts, the
+        problem table and scales."""
         table = 4 * (7 * self.max_problems + 1)
         fixed = self.staging_bytes + self.partial_bytes + table + 2 * 4 * self.max_tokens + 4096  # barriers, alignment
-        return (SHARED_BYTES[self.blocks_per_sm] - fixed) // UNIT
+        return (SHARED_BYTES[self.blocks_per_sm] - fixed) // UNIT // self.split
 
     @property
     def stages(self) -> int:
-        """Slots that may be in use at a time; a split's have one size, so that one always belongs to the same part."""
-        smallest = min(tile.slot_units for tile in self.tiles) if self.split == 1 else self.largest_units
-        fit = min(MAX_STAGES * self.split, self.ring_units // smallest)
-        return fit - fit % self.split
+        """Slots of a ring that may be in use at a time."""
+        return min(MAX_STAGES, self.ring_units // min(tile.slot_units for tile in self.tiles))
 
     @property
     def name(self) -> str:
@@ -302,7 +301,7 @@ WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block o
 PHASE_ROWS = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
 PHASES = tuple(PHASE_ROWS)
 LATENCY_SPLIT = 4
-LATENCY_TOKENS = 16  # of its only tile: a ring of larger slots would have fewer weights on their way
+LATENCY_TOKENS = 8  # of its only tile: with more, tokens would take as long to fetch as 4-bit weights
 LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
 _LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group

@@ -1,11 +1,11 @@
 """The grouped GEMM: one persistent sm_90a kernel whose main loop is picked per tile (CuTe DSL).
 
 ``Y_e = X_e W_e^T`` for every expert e, computed as ``Y_e^T [N, tokens] = W_e [N, K] . X_e^T``: weights on the
-64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 16..256-wide side.
+64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 8..256-wide side.
 
 Warps of a block, one or two blocks per SM
-    warp 0      producer: fills the ring with TMA (rows) and bulk copies (chunks); few registers
-    warps 1-3   nothing
+    warps 0-3   producers, as many as a tile has parts: each fills a ring with TMA (rows) and bulk copies (chunks); few
+                registers. The others do nothing
     warps 4-    consumer warpgroups, with the rest of the registers: two for weight rows 0-63 and 64-127 of every tile;
                 or four for the parts of a split tile of 64 rows
 
@@ -19,9 +19,9 @@ know where each slot begins.
     consumers     wait 0 | decode 0 | wgmma 0, decode 1 | free 0 | wgmma 1, decode 2 | free 1 | ... | epilogue 1
                                                                                the producer goes on here ^
 
-Splits: a tile's slots are dealt to the parts in turn, the last ones empty so that every part gets as many: a slot of
-the ring then belongs to the same part for good, which keeps the parity of its barriers unambiguous. Parts leave their
-sums in shared memory, and the first one adds them in order, so a launch gives the same bits every time.
+Splits: every part is a producer and a warpgroup with a ring of their own, and takes every ``split``-th slot of a tile.
+Parts leave their sums in shared memory, and the first one adds them in order, so a launch gives the same bits every
+time.
 
 Clusters: with ``config.cluster == 2``, two blocks take neighbouring row tiles of one token tile. Each fetches
 half of the tokens and multicasts it to both, which halves what the tokens cost in L2 traffic; a slot is
@@ -49,6 +49,7 @@ features outside a tensor with zeros.
 
 from typing import Any
 
+import cutlass
 from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
@@ -56,7 +57,7 @@ from cutlass.memory import SmemAllocator
 from mxmoe_steps.kernels.consumer import Consumer
 from mxmoe_steps.kernels.formats import HALF_ROWS, MAX_EXPERTS, ROW_BYTES, TILE_ROWS, UNIT, Format, KernelConfig
 from mxmoe_steps.kernels.producer import Producer
-from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Queue, Ring
+from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Queue, ceil_div
 from mxmoe_steps.kernels.schedule import TABLE_FIELDS
 
 
@@ -104,19 +105,18 @@ class GroupGemm(Producer, Consumer):
         ]
         mmas = [self.mma_of(tile.format, tile.tokens) for tile in self.tiles]
 
-        stages, max_problems, config = self.stages, self.max_problems, self.config
+        stages, split, max_problems, config = self.stages, self.split, self.max_problems, self.config
 
         @cute.struct
         class Shared:
-            barriers: cute.struct.MemRange[Int64, 2 * stages + 6]
+            barriers: cute.struct.MemRange[Int64, 2 * stages * split + 6]
             queue: cute.struct.MemRange[Int32, 2]
             ends: cute.struct.MemRange[Int32, max_problems + 1]
             table: cute.struct.MemRange[Int32, max_problems * TABLE_FIELDS]
             token_scales: cute.struct.Align[cute.struct.MemRange[Float32, 2 * config.max_tokens], 16]
             partials: cute.struct.Align[cute.struct.MemRange[Float32, config.partial_bytes // 4], 16]
             staging: cute.struct.Align[cute.struct.MemRange[BFloat16, config.staging_bytes // 2], 128]
-            sizes: cute.struct.MemRange[Int32, stages]
-            ring: cute.struct.Align[cute.struct.MemRange[Uint8, config.ring_units * UNIT], UNIT]
+            ring: cute.struct.Align[cute.struct.MemRange[Uint8, config.ring_units * split * UNIT], UNIT]
 
         self.Shared = Shared
         self.kernel(
@@ -163,6 +163,25 @@ class GroupGemm(Producer, Consumer):
         copy = cpasync.CopyBulkTensorTileG2SOp() if multicast == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
         return cpasync.make_tiled_tma_atom(copy, tensor, layout, box, num_multicast=multicast)
 
+    @cute.jit
+    def make_barriers(self, barriers: Any, warp_number: Int32) -> None:
+        """Initialize the barriers of the rings, of the queue and of parts' sums, each by a warp: lanes of one warp that
+        initialize theirs take turns."""
+        slots, warps = self.stages * self.split, 4 * self.groups
+        readers = (warps + 1) * self.split * self.cluster - 1  # all warps that take tile numbers but who sends them
+        counts = [1] * slots + [warps * self.cluster] * slots + [1, 1, readers, readers]
+        counts += [max(1, self.split - 1) * warps, warps]
+        changes = [i for i in range(1, len(counts)) if counts[i] != counts[i - 1]]
+        for i in cutlass.range_constexpr(0, len(counts), self.threads // 32):
+            barrier = warp_number + i
+            count = Int32(counts[0])
+            for change in cutlass.range_constexpr(len(changes)):
+                count = cutlass.select_(barrier >= changes[change], Int32(counts[changes[change]]), count)
+            if barrier < len(counts):
+                with cute.arch.elect_one():
+                    cute.arch.mbarrier_init(barriers + barrier, count)
+        cute.arch.mbarrier_init_fence()
+
     @cute.kernel
     def kernel(
         self,
@@ -184,26 +203,14 @@ class GroupGemm(Producer, Consumer):
         warp_number = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         lane = cute.arch.lane_idx()
         shared = SmemAllocator().allocate(self.Shared)
-        full = shared.barriers.data_ptr()
-        sizes = shared.sizes.get_tensor(cute.make_layout(self.stages))
-        ring = Ring(shared.ring.data_ptr(), full, full + self.stages, sizes)
-        queue_full = full + 2 * self.stages
+        barriers = shared.barriers.data_ptr()
+        queue_full = barriers + 2 * self.stages * self.split
         queue = Queue(shared.queue.get_tensor(cute.make_layout(2)), queue_full, queue_full + 2)
-        partials_full, part_warps = queue_full + 4, 4 * self.groups
+        partials_full = queue_full + 4
         ends = shared.ends.get_tensor(cute.make_layout(self.max_problems + 1))
         table = shared.table.get_tensor(cute.make_layout((self.max_problems, TABLE_FIELDS), stride=(TABLE_FIELDS, 1)))
-        if warp_number == 4:  # the warps before fetch problems
-            if lane < self.stages:
-                cute.arch.mbarrier_init(ring.full + lane, 1)
-                cute.arch.mbarrier_init(ring.empty + lane, part_warps * self.cluster)
-            if lane < 2:
-                cute.arch.mbarrier_init(queue.full + lane, 1)
-                readers = part_warps * self.split * self.cluster + self.cluster - 1
-                cute.arch.mbarrier_init(queue.empty + lane, readers)
-            if lane == 0:
-                cute.arch.mbarrier_init(partials_full, max(1, self.split - 1) * part_warps)
-                cute.arch.mbarrier_init(partials_full + 1, part_warps)
-            cute.arch.mbarrier_init_fence()
+        given, edges = self.fetch_problems(problems, offsets, thread)
+        self.make_barriers(barriers, warp_number)
         if warp_number == 1:  # descriptors on their way while the table is made
             for maps in (weight_maps, token_maps):
                 for tensor_map in maps:
@@ -214,33 +221,36 @@ class GroupGemm(Producer, Consumer):
         starts = cute.make_tensor(
             cute.recast_ptr(shared.staging.data_ptr(), dtype=Int32), cute.make_layout(MAX_EXPERTS + 1)
         )
-        self.fill_table(problems, offsets, out_features, thread, starts, ends, table)
+        self.fill_table(given, edges, problems.shape[0], out_features, thread, starts, ends, table)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         if const_expr(self.cluster > 1):
             cute.arch.cluster_wait()  # both blocks' barriers exist
 
         total = ends[self.max_problems]
-        row_tiles = (out_features + (TILE_ROWS - 1)) // TILE_ROWS
-        rank = block % self.cluster
-        tile = block // self.cluster
-        clusters = blocks // self.cluster
+        row_tiles = ceil_div(out_features, TILE_ROWS)
+        rank = block & (self.cluster - 1)
+        tile = block >> (self.cluster - 1)
+        clusters = blocks >> (self.cluster - 1)
         turn = Int32(0)  # tiles taken from the queue
         if warp_number < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
-            if warp_number == 0:
-                used = (Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(self.units))
+            if warp_number < self.split:
+                part = warp_number if const_expr(self.split > 1) else Int32(0)
+                ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
+                used = (Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(self.units), Int64(0))
                 while tile < total:
                     number, at = self.locate(tile, lane, ends, table)
                     place = self.readable(at, rank, row_tiles)
                     used, drawn = self.load_one_of(
-                        0, len(self.tiles), weight_maps, token_maps, ring, number, place, rank, row_tiles, features,
-                        counters, used,
+                        0, len(self.tiles), weight_maps, token_maps, ring, number, place, rank, part, row_tiles,
+                        features, counters, used,
                     )  # fmt: skip
-                    self.announce(queue, turn, drawn + clusters, rank)
-                    tile = self.take(queue, turn, rank != 0)
+                    if part == 0:
+                        self.announce(queue, turn, drawn + clusters, rank)
+                    tile = self.take(queue, turn, (rank != 0) | (part != 0))
                     turn += 1
-                if (rank == 0) & (lane == 0):  # every cluster draws until its number is past the end
+                if (rank == 0) & (part == 0) & (lane == 0):  # every cluster draws until its number is past the end
                     finished = cute.arch.atomic_add(counters.iterator + 1, Int32(1)) + 1
                     if finished == clusters:
                         counters[0] = Int32(0)
@@ -248,9 +258,11 @@ class GroupGemm(Producer, Consumer):
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
             consumer = thread - 128
-            warpgroup = cute.arch.make_warp_uniform(consumer // 128)
-            group, part = warpgroup % self.groups, warpgroup // self.groups
-            consumer = group * 128 + consumer % 128  # in its part
+            warpgroup = cute.arch.make_warp_uniform(consumer >> 7)
+            group = warpgroup & (self.groups - 1)
+            part = warpgroup >> (self.groups - 1) if const_expr(self.split > 1) else Int32(0)
+            ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
+            consumer = group * 128 + (consumer & 127)  # in its part
             staging = shared.staging.data_ptr()
             sums = shared.partials.data_ptr()
             scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))

@@ -44,9 +44,10 @@ class Scratch:
 
 
 class MainLoops(Schedule):
-    """Each multiplies a warpgroup's ``slots`` of a tile into ``acc``: ring slot ``stage`` and every ``split``-th on.
+    """Each multiplies a warpgroup's ``slots`` of a tile, from ring slot ``stage`` on, into ``acc``.
 
-    ``end``: unit of the ring where the slot before ends; returned for the last one."""
+    ``end``: unit of the ring where the slot before ends. Both, and the parity ``phase``, are returned for what follows.
+    """
 
     def some(self, slots: Int32) -> Boolean:
         """Whether there is a slot for this warpgroup: not always, where they are dealt to several."""
@@ -72,11 +73,11 @@ class MainLoops(Schedule):
         stage: Int32,
         phase: Int32,
         end: Int32,
-    ) -> Int32:
+    ) -> tuple[Int32, Int32, Int32]:
         """Main loop of formats that ``wgmma`` reads from shared memory."""
         previous = stage
         for slot in cutlass.range(slots, unroll=1):
-            begin = self.begin(tile, stage, end)
+            begin = self.begin(tile, end)
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             warpgroup.fence()
             for d in cutlass.range_constexpr(tile.depth):
@@ -86,12 +87,12 @@ class MainLoops(Schedule):
             warpgroup.commit_group()
             warpgroup.wait_group(1)
             self.release(ring, previous, slot > 0)
-            previous, end = stage, begin + self.slot_units(tile)
-            stage, phase = self.advance(stage, phase, self.split)
+            previous, end = stage, begin + tile.slot_units
+            stage, phase = self.advance(stage, phase)
         warpgroup.wait_group(0)
         pin(acc)
         self.release(ring, previous, self.some(slots))
-        return end
+        return stage, phase, end
 
     @cute.jit
     def multiply_bf16(
@@ -107,7 +108,7 @@ class MainLoops(Schedule):
         stage: Int32,
         phase: Int32,
         end: Int32,
-    ) -> Int32:
+    ) -> tuple[Int32, Int32, Int32]:
         """Main loop of formats decoded to bfloat16: half a chunk (64 features) is decoded while ``wgmma`` runs
         on the half before.
 
@@ -120,14 +121,14 @@ class MainLoops(Schedule):
         scratch = Scratch.make()
         self.clear(*registers, scratch.words, scratch.third, scratch.affine)
         steps = 2 * tile.slot_features // GROUP
-        begin = self.begin(tile, stage, end)
+        begin = self.begin(tile, end)
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, begin)
         for slot in cutlass.range(slots, unroll=1):
-            after, after_phase = self.advance(stage, phase, self.split)
-            end = begin + self.slot_units(tile)
-            following = self.begin(tile, after, end)
+            after, after_phase = self.advance(stage, phase)
+            end = begin + tile.slot_units
+            following = self.begin(tile, end)
             for step in cutlass.range_constexpr(steps):
                 warpgroup.fence()
                 for b in cutlass.range_constexpr(4):
@@ -144,7 +145,7 @@ class MainLoops(Schedule):
             self.release(ring, stage, Boolean(True))
             stage, phase, begin = after, after_phase, following
         pin(acc)
-        return end
+        return stage, phase, end
 
     @cute.jit
     def decode_bf16(
@@ -211,7 +212,7 @@ class MainLoops(Schedule):
         stage: Int32,
         phase: Int32,
         end: Int32,
-    ) -> Int32:
+    ) -> tuple[Int32, Int32, Int32]:
         """Main loop of 4-bit codes decoded to 8-bit operands: sums of groups of 128 features are added to the total in
         float32 with the groups' scales.
 
@@ -243,7 +244,7 @@ class MainLoops(Schedule):
         early, late = ((), (0, 1)) if by_parts else ((0,), (1,))  # halves of a chunk
         groups = tile.slot_features // GROUP
         following.fill(0.0)
-        begin = self.begin(tile, stage, end)
+        begin = self.begin(tile, end)
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             for half in cutlass.range_constexpr(2):
@@ -256,9 +257,9 @@ class MainLoops(Schedule):
         else:
             sums.fill(0.0)
         for slot in cutlass.range(slots, unroll=1):
-            after, after_phase = self.advance(stage, phase, self.split)
-            end = begin + self.slot_units(tile)
-            next_begin = self.begin(tile, after, end)
+            after, after_phase = self.advance(stage, phase)
+            end = begin + tile.slot_units
+            next_begin = self.begin(tile, end)
             for c in cutlass.range_constexpr(groups):
                 warpgroup.fence()
                 for half in cutlass.range_constexpr(2):
@@ -294,7 +295,7 @@ class MainLoops(Schedule):
                     self.add_scaled(acc, sums, following)
                     self.start_sums(acc, sums, following)
             stage, phase, begin = after, after_phase, next_begin
-        return end
+        return stage, phase, end
 
     @classmethod
     def start_sums(cls, acc: cute.Tensor, sums: cute.Tensor, scales: cute.Tensor) -> None:

@@ -1,18 +1,28 @@
-"""The producer warp: fills the ring, tile after tile (CuTe DSL)."""
+"""The producer warps: each fills a ring, tile after tile (CuTe DSL)."""
 
 import cutlass
 from cutlass import Int16, Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
 from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS, UNIT
-from mxmoe_steps.kernels.ring import Ring
+from mxmoe_steps.kernels.ring import Ring, ceil_div
 from mxmoe_steps.kernels.schedule import Place, Schedule
 
 DRAW_SLOTS = 2  # the next tile is drawn before a tile's last so many: they take longer to fill than the answer to come
 
 # The next slot's number, the unit where the slot before it ends, the oldest slot in use and the parity of its barrier,
-# slots in use, free units
-Used = tuple[Int32, Int32, Int32, Int32, Int32, Int32]
+# slots in use, free units, and the units that each slot in use takes: a byte each, the oldest slot's lowest
+Used = tuple[Int32, Int32, Int32, Int32, Int32, Int32, Int64]
+
+
+def draw(counters: cute.Tensor) -> Int32:
+    """Take a number from the counter. Of an addition the assembler makes one for all lanes, and waits for its answer at
+    once; an increment with an upper limit it leaves alone."""
+    return cute.arch.inline_ptx(
+        "atom.relaxed.gpu.global.inc.u32 {$w0}, [{$r0}], 0x7FFFFFFF;",
+        write_only_types=[Int32],
+        read_only_args=[counters.iterator.toint()],
+    )
 
 
 class Producer(Schedule):
@@ -29,6 +39,7 @@ class Producer(Schedule):
         number: Int32,
         place: Place,
         rank: Int32,
+        part: Int32,
         row_tiles: Int32,
         features: Int32,
         counters: cute.Tensor,
@@ -39,19 +50,19 @@ class Producer(Schedule):
         if const_expr(last - first == 1):
             weight_map = weight_maps[self.formats.index(self.tiles[first].format)]
             used, drawn = self.load(
-                first, weight_map, token_maps[first], ring, place, rank, row_tiles, features, counters, used
+                first, weight_map, token_maps[first], ring, place, rank, part, row_tiles, features, counters, used
             )
         else:
             middle = (first + last) // 2
             if self.before(middle, number, place.rows):
                 used, drawn = self.load_one_of(
-                    first, middle, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, counters,
-                    used,
+                    first, middle, weight_maps, token_maps, ring, number, place, rank, part, row_tiles, features,
+                    counters, used,
                 )  # fmt: skip
             else:
                 used, drawn = self.load_one_of(
-                    middle, last, weight_maps, token_maps, ring, number, place, rank, row_tiles, features, counters,
-                    used,
+                    middle, last, weight_maps, token_maps, ring, number, place, rank, part, row_tiles, features,
+                    counters, used,
                 )  # fmt: skip
         return used, drawn
 
@@ -64,12 +75,14 @@ class Producer(Schedule):
         ring: Ring,
         place: Place,
         rank: Int32,
+        part: Int32,
         row_tiles: Int32,
         features: Int32,
         counters: cute.Tensor,
         used: Used,
     ) -> tuple[Used, Int32]:
-        """Fill the slots of one tile with configuration ``i``, and draw: also the counter's value, in lane 0."""
+        """Fill ``part``'s slots of one tile with configuration ``i``; the first part of a cluster's first block also
+        draws: the counter's value, in lane 0."""
         tile = self.tiles[i]
         operand, columns = tile.format.operand, tile.format.block_features
         tokens = cute.local_tile(cute.domain_offset((place.first, 0), token_map[1]), (tile.tokens, columns), (0, None))
@@ -84,10 +97,10 @@ class Producer(Schedule):
         multicast = {} if self.cluster == 1 else {"mcast_mask": Int16(2**self.cluster - 1)}
         if const_expr(tile.format.decoded):
             chunk = tile.format.chunk_bytes
-            halves = TILE_ROWS // self.rows  # that a chunk is fetched in
-            row_bytes = (features + (GROUP - 1)) // GROUP * chunk
-            row_start = Int64(place.entry * row_tiles + place.row_tile // halves) * row_bytes
-            row_start += place.row_tile % halves * (chunk // halves)
+            halves = TILE_ROWS // self.rows  # 1 or 2, that a chunk is fetched in
+            row_bytes = ceil_div(features, GROUP) * chunk
+            row_start = Int64(place.entry * row_tiles + (place.row_tile >> (halves - 1))) * row_bytes
+            row_start += (place.row_tile & (halves - 1)) * (chunk // halves)
             pieces = 1 if halves == 1 else tile.slot_features // GROUP
             words = tile.weight_bytes // pieces // 4
             bulk = cute.make_copy_atom(cpasync.CopyBulkG2SOp(), Int32)
@@ -101,14 +114,13 @@ class Producer(Schedule):
                 cute.group_modes(weight_ring, 0, 2),
                 cute.group_modes(rows, 0, 2),
             )
-        count = self.slots(tile, features)
-        # Split tiles are few and fit into the ring: what comes after them may be drawn early
-        drawn, draw_at = Int32(0), Int32(0)
-        if const_expr(self.split == 1):
-            draw_at = cutlass.max(count - DRAW_SLOTS, 0)
-        for slot in cutlass.range(count, unroll=1):
-            if (slot == draw_at) & (rank == 0) & (cute.arch.lane_idx() == 0):
-                drawn = cute.arch.atomic_add(counters.iterator, Int32(1))
+        count = self.dealt(tile, features, part)
+        draw_at = cutlass.max(count - DRAW_SLOTS, 0)
+        drawn = Int32(0)
+        for turn in cutlass.range(count, unroll=1):
+            if (turn == draw_at) & (rank == 0) & (part == 0) & (cute.arch.lane_idx() == 0):
+                drawn = draw(counters)
+            slot = turn * self.split + part
             used, stage, begin = self.reserve(tile, ring, used)
             full = ring.full + stage
             with cute.arch.elect_one():
@@ -126,26 +138,22 @@ class Producer(Schedule):
                 if const_expr(not tile.format.decoded):
                     cute.copy(weight_map[0], weight_blocks[block], weight_slots[at_slot], tma_bar_ptr=full)
                 cute.copy(token_map[0], token_blocks[block], token_slots[at_slot], tma_bar_ptr=full, **multicast)
-        if const_expr(self.split > 1):  # as many slots for every part, the last ones empty
-            for _ in cutlass.range(self.dealt(count) * self.split - count, unroll=1):
-                used, stage, begin = self.reserve(tile, ring, used)
-                with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive(ring.full + stage)
         return used, drawn
 
     @cute.jit
     def reserve(self, tile: cutlass.Constexpr, ring: Ring, used: Used) -> tuple[Used, Int32, Int32]:
         """Take the next slot, when enough slots before it are free again; also its number and its first unit."""
-        stage, end, oldest, phase, slots, room = used
-        begin = self.begin(tile, stage, end)
-        units = begin + self.slot_units(tile) - end  # with those that are left at the end of the ring
+        stage, end, oldest, phase, slots, room, sizes = used
+        begin = self.begin(tile, end)
+        units = begin + tile.slot_units - end  # with those that are left at the end of the ring
         if begin < end:
             units += self.units
         while (slots == self.stages) | (room < units):
             cute.arch.mbarrier_wait(ring.empty + oldest, phase)
-            room += ring.sizes[oldest]
+            room += Int32(sizes) & 0xFF
+            sizes >>= 8
             slots -= 1
             oldest, phase = self.advance(oldest, phase)
-        ring.sizes[stage] = units
+        sizes |= Int64(units) << Int64(8 * slots)
         following, _ = self.advance(stage, Int32(0))
-        return (following, begin + self.slot_units(tile), oldest, phase, slots + 1, room - units), stage, begin
+        return (following, begin + tile.slot_units, oldest, phase, slots + 1, room - units, sizes), stage, begin

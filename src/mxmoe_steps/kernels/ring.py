@@ -18,13 +18,11 @@ OPERAND_TYPES = {"bf16": BFloat16, "fp8": Float8E4M3FN, "int8": Int8}
 
 @dataclass(frozen=True)
 class Ring:
-    """The slots in shared memory: first byte, the barriers of slot 0, and, for the producer, int32 [slots]: the units
-    that each slot in use takes."""
+    """The slots that one producer fills: first byte in shared memory, and the barriers of slot 0."""
 
     base: Any
     full: Any
     empty: Any
-    sizes: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,12 @@ def send(value: Int32, target: Any, barrier: Any, rank: Int32) -> None:
     )
 
 
+def ceil_div(value: Int32, divisor: int) -> Int32:
+    """``value``, not negative, by a power of two, rounded up: `//` also takes negative numbers, in a dozen instructions
+    that follow one another."""
+    return (value + (divisor - 1)) >> (divisor.bit_length() - 1)
+
+
 class RingUser:
     """What producer and consumers share: the configuration, and their steps through ring and queue."""
 
@@ -86,29 +90,24 @@ class RingUser:
         self.threads = config.threads
 
     @cute.jit
-    def advance(self, stage: Int32, phase: Int32, slots: Any = 1) -> tuple[Int32, Int32]:
-        """The ring slot that is ``slots`` further, at most one round, and the parity of its barriers."""
-        stage += slots
-        if stage >= self.stages:
-            stage -= self.stages
+    def advance(self, stage: Int32, phase: Int32) -> tuple[Int32, Int32]:
+        """The next slot of the ring, and the parity of its barriers."""
+        stage += 1
+        if stage == self.stages:
+            stage = Int32(0)
             phase ^= 1
         return stage, phase
 
-    @cute.jit
-    def skip(self, stage: Int32, phase: Int32, slots: Int32) -> tuple[Int32, Int32]:
-        """`advance` by any number of slots."""
-        position = stage + slots
-        rounds = position // self.stages
-        return position - rounds * self.stages, phase ^ (rounds & 1)
+    def ring_of(self, part: Any, base: Any, barriers: Any) -> Ring:
+        """The ring of one part of a split, from the first byte of all of them and the first of their barriers."""
+        start = cute.assume(part * (self.units * UNIT), divby=UNIT)
+        full = barriers + part * self.stages
+        return Ring(base + start, full, full + self.split * self.stages)
 
-    def slot_units(self, tile: Tile) -> int:
-        """Units of one slot of ``tile``; parts of a split share one size."""
-        return tile.slot_units if self.split == 1 else self.config.largest_units
-
-    def begin(self, tile: Tile, stage: Int32, end: Int32) -> Int32:
-        """First unit of slot ``stage`` if the slot before it ends at ``end``: there, unless the ring ends too early."""
-        units = self.slot_units(tile)
-        return cutlass.select_(end + units > self.units, Int32(0), end) if self.split == 1 else stage * units
+    def begin(self, tile: Tile, end: Int32) -> Int32:
+        """First unit of a slot of ``tile`` if the slot before it ends at ``end``: there, unless the ring ends too
+        early."""
+        return cutlass.select_(end + tile.slot_units > self.units, Int32(0), end)
 
     @cute.jit
     def release(self, ring: Ring, stage: Int32, wanted: Boolean) -> None:
@@ -123,12 +122,12 @@ class RingUser:
     @cute.jit
     def announce(self, queue: Queue, turn: Int32, drawn: Int32, rank: Int32) -> None:
         """Producers: expect a tile number; the first block's sends lane 0's ``drawn`` to every block."""
-        slot = turn % 2
+        slot = turn & 1
         lane = cute.arch.lane_idx()
         if lane == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(queue.full + slot, 4)
         if rank == 0:
-            cute.arch.mbarrier_wait(queue.empty + slot, turn // 2 % 2 ^ 1)
+            cute.arch.mbarrier_wait(queue.empty + slot, turn >> 1 & 1 ^ 1)
             number = cute.arch.shuffle_sync(drawn, 0)
             if lane < self.cluster:
                 send(number, queue.tiles.iterator + slot, queue.full + slot, lane)
@@ -136,8 +135,8 @@ class RingUser:
     @cute.jit
     def take(self, queue: Queue, turn: Int32, acknowledged: Boolean) -> Int32:
         """The next tile number; ``acknowledged`` by all but the producer that sends it."""
-        slot = turn % 2
-        cute.arch.mbarrier_wait(queue.full + slot, turn // 2 % 2)
+        slot = turn & 1
+        cute.arch.mbarrier_wait(queue.full + slot, turn >> 1 & 1)
         tile = queue.tiles[slot]
         cute.arch.sync_warp()
         if (cute.arch.lane_idx() == 0) & acknowledged:
@@ -149,11 +148,12 @@ class RingUser:
 
     def slots(self, tile: Tile, features: Int32) -> Int32:
         """Ring slots of one tile."""
-        return (features + (tile.slot_features - 1)) // tile.slot_features
+        return ceil_div(features, tile.slot_features)
 
-    def dealt(self, slots: Int32, part: Any = 0) -> Int32:
-        """Slots of one tile that go to ``part``: it takes slot ``part`` and every ``split``-th one after it."""
-        return slots if self.split == 1 else (slots - part + (self.split - 1)) // self.split
+    def dealt(self, tile: Tile, features: Int32, part: Int32) -> Int32:
+        """Ring slots of one tile that go to ``part`` of a split: slot ``part`` and every ``split``-th one after it."""
+        slots = self.slots(tile, features)
+        return slots if self.split == 1 else ceil_div(slots - part, self.split)
 
     @staticmethod
     def block_layout(operand: str, rows: int) -> cute.ComposedLayout:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Boolean, Int32, cute
+from cutlass import Boolean, Int32, Uint32, cute
 
 from mxmoe_steps.kernels.formats import MAX_EXPERTS
-from mxmoe_steps.kernels.ring import RingUser
+from mxmoe_steps.kernels.ring import RingUser, ceil_div
 
 TABLE_FIELDS = 6  # first row, rows, format, entry, output column, token tiles
 
@@ -27,14 +27,34 @@ class Schedule(RingUser):
 
     def row_steps(self, out_features: Int32) -> Int32:
         """Row tiles, or pairs of them in a cluster."""
-        rows = self.rows * self.cluster
-        return (out_features + (rows - 1)) // rows
+        return ceil_div(out_features, self.rows * self.cluster)
+
+    @cute.jit
+    def fetch_problems(
+        self, problems: cute.Tensor, offsets: cute.Tensor, thread: Int32
+    ) -> tuple[cute.Tensor, cute.Tensor]:
+        """What `fill_table` needs, a part for each thread of the block, on its way to registers: problems (field, turn)
+        and row offsets (turn). All at once, since what a launch waits for at its start is the latency of memory."""
+        given = cute.make_rmem_tensor((4, (self.max_problems + self.threads - 1) // self.threads), Int32)
+        edges = cute.make_rmem_tensor(((MAX_EXPERTS + self.threads) // self.threads,), Int32)
+        given.fill(0)
+        edges.fill(0)
+        for i in cutlass.range_constexpr(cute.size(given, mode=[1])):
+            if thread + i * self.threads < problems.shape[0]:
+                at = cute.assume((thread + i * self.threads) * 4, divby=4)
+                row = cute.make_tensor(problems.iterator + at, cute.make_layout(4))
+                cute.autovec_copy(row, given[None, i])
+        for i in cutlass.range_constexpr(cute.size(edges)):
+            if thread + i * self.threads < offsets.shape[0]:
+                edges[i] = offsets[thread + i * self.threads]
+        return given, edges
 
     @cute.jit
     def fill_table(
         self,
-        problems: cute.Tensor,
-        offsets: cute.Tensor,
+        given: cute.Tensor,
+        edges: cute.Tensor,
+        problem_count: Int32,
         out_features: Int32,
         thread: Int32,
         starts: cute.Tensor,
@@ -43,27 +63,18 @@ class Schedule(RingUser):
     ) -> None:
         """Write each problem's row of the table and the running sum of tiles; the whole block takes part.
 
-        ``starts``: shared memory for `MAX_EXPERTS` + 1 offsets: they are fetched beside the problems, not after them,
-        since what a launch waits for at its start is the latency of memory.
+        ``given``, ``edges``: from `fetch_problems`. ``starts``: shared memory for `MAX_EXPERTS` + 1 offsets.
         """
         row_steps = self.row_steps(out_features)
-        each = (self.max_problems + self.threads - 1) // self.threads
-        given = cute.make_rmem_tensor((4, each), Int32)
-        given.fill(0)
-        for i in cutlass.range_constexpr(each):
-            if thread + i * self.threads < problems.shape[0]:
-                at = cute.assume((thread + i * self.threads) * 4, divby=4)
-                row = cute.make_tensor(problems.iterator + at, cute.make_layout(4))
-                cute.autovec_copy(row, given[None, i])
-        for i in cutlass.range_constexpr((MAX_EXPERTS + self.threads) // self.threads):
-            if thread + i * self.threads < offsets.shape[0]:
-                starts[thread + i * self.threads] = offsets[thread + i * self.threads]
+        for i in cutlass.range_constexpr(cute.size(edges)):
+            if thread + i * self.threads < MAX_EXPERTS + 1:
+                starts[thread + i * self.threads] = edges[i]
         cute.arch.sync_threads()
-        for i in cutlass.range_constexpr(each):
+        for i in cutlass.range_constexpr(cute.size(given, mode=[1])):
             p = thread + i * self.threads
             if p < self.max_problems:
                 tiles = Int32(0)
-                if p < problems.shape[0]:
+                if p < problem_count:
                     expert, number = given[0, i], given[1, i]
                     first = starts[expert]
                     rows = starts[expert + 1] - first
@@ -73,7 +84,7 @@ class Schedule(RingUser):
                     table[p, 3] = given[2, i]
                     table[p, 4] = given[3, i]
                     largest = self.largest_tokens(number)
-                    token_tiles = (rows + largest - 1) // largest
+                    token_tiles = Int32(Uint32(rows + largest - 1) // Uint32(largest))
                     table[p, 5] = token_tiles
                     tiles = token_tiles * row_steps
                 ends[p + 1] = tiles
@@ -114,11 +125,10 @@ class Schedule(RingUser):
         first, rows, number, entry, column = table[p, 0], table[p, 1], table[p, 2], table[p, 3], table[p, 4]
         tokens = self.largest_tokens(number)
         token_tiles = table[p, 5]
-        row_step = tile - ends[p]
-        done = Int32(0)
+        local = tile - ends[p]
+        row_step, done = local, Int32(0)
         if token_tiles > 1:
-            local = row_step
-            row_step = local // token_tiles
+            row_step = Int32(Uint32(local) // Uint32(token_tiles))
             done = (local - row_step * token_tiles) * tokens
         return number, Place(row_step * self.cluster, first + done, cutlass.min(rows - done, tokens), entry, column)
 
