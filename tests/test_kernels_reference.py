@@ -114,10 +114,9 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 
 
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
-    assert [phase_for(rows, 60, True) for rows in (1, 48 * 60, 48 * 60 + 1)] == ["decode", "decode", "prefill"]
-    assert [phase_for(rows, 60, False) for rows in (15, 16, 64 * 60, 64 * 60 + 1)] == [
-        "latency", "decode", "decode", "prefill",
-    ]  # fmt: skip
+    for decoding, limits in ((True, (15, 48 * 60)), (False, (4 * 60, 64 * 60))):
+        few, some = ([phase_for(limit + more, 60, decoding) for more in (0, 1)] for limit in limits)
+        assert (few, some) == (["latency", "decode"], ["decode", "prefill"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -26,6 +26,7 @@ from mxmoe_steps.schemes import SHARED, Scheme
 
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
+LARGEST_LATENCY = {1: 4, 2: 0.25}  # tokens of an expert, on average, by blocks per SM of the decode kernel
 SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
 
 
@@ -81,11 +82,11 @@ def phase_for(rows: int, experts: int, decoding: bool) -> str:
     """The kernel, ``latency``, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
 
     ``decoding``: whether the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/profile.md): decode
-    kernels are ahead while the mean expert fits into their largest tile; latency kernels up to a quarter of a token an
-    expert, and only where the decode kernel has an SM's registers for one block.
+    kernels are ahead while the mean expert fits into their largest tile, latency kernels up to a quarter of a token an
+    expert, or up to four where the decode kernel runs one block an SM.
     """
     blocks = decode_blocks(decoding)
-    if blocks == 1 and rows <= experts // 4:
+    if rows <= LARGEST_LATENCY[blocks] * experts:
         return "latency"
     return "decode" if rows <= LARGEST_DECODE[blocks] * experts else "prefill"
 
