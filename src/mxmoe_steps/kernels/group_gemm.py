@@ -276,6 +276,8 @@ class GroupGemm(Producer, Consumer):
                     0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales, number,
                     consumer, group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
+                # All lanes agree, but the compiler loses sight of it where configurations join
+                stage, phase, end = (cute.arch.make_warp_uniform(value) for value in (stage, phase, end))
                 tile = self.take(queue, turn, Boolean(True))
                 turn += 1
         if const_expr(self.cluster > 1):  # neither leaves while the other may still write to it
