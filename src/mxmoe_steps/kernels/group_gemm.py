@@ -266,20 +266,20 @@ class GroupGemm(Producer, Consumer):
             staging = shared.staging.data_ptr()
             sums = shared.partials.data_ptr()
             scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))
-            stage, phase, end = Int32(0), Int32(0), Int32(0)
+            position = Int32(0)
             while tile < total:
                 number, at = self.locate(tile, lane, ends, table)
                 stored = (at.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
                 place = self.readable(at, rank, row_tiles)
+                stage, phase, turn, end = position & 15, position >> 4 & 1, position >> 5 & 3, position >> 8
                 partials = Partials(sums, partials_full, partials_full + 1, part, turn)
                 stage, phase, end = self.consume_one_of(
                     0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales, number,
                     consumer, group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
-                # All lanes agree, but the compiler loses sight of it where configurations join
-                stage, phase, end = (cute.arch.make_warp_uniform(value) for value in (stage, phase, end))
                 tile = self.take(queue, turn, Boolean(True))
-                turn += 1
+                # One register, and all lanes agree: the compiler loses sight of that where configurations join
+                position = cute.arch.make_warp_uniform(stage | phase << 4 | (turn + 1 & 3) << 5 | end << 8)
         if const_expr(self.cluster > 1):  # neither leaves while the other may still write to it
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
