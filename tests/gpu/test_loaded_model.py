@@ -71,18 +71,14 @@ def test_greedy_text_is_that_of_the_reference_up_to_ties(checkpoint: str, tokens
     prompt = tokens[:2, :16]
     text = model.generate(prompt.cuda(), max_new_tokens=40, do_sample=False, eos_token_id=None).cpu()
     assert text.shape == (2, 56)
+    reference = mxmoe_steps.load_quantized(checkpoint, dtype="float32")
     with torch.no_grad():
-        logits, rounded = (
-            mxmoe_steps.load_quantized(checkpoint, dtype=dtype)(text).logits[:, 15:-1].float()
-            for dtype in ("float32", "bfloat16")
-        )
-    # Logits that are off by e put a token that is up to 2 e behind first; bfloat16 on the CPU says what e is where
-    error = (rounded - logits).abs().amax(-1)
+        logits = reference(text).logits[:, 15:-1]
     chosen = logits.gather(-1, text[:, 16:, None])[..., 0]
     behind = logits.amax(-1) - chosen  # 0 where the reference chooses the same token
-    print("same tokens:", (behind == 0).float().mean().item(), "behind / error:", (behind / error).max().item())
+    print("same tokens:", (behind == 0).float().mean().item(), "furthest behind:", behind.max().item())
     assert (behind == 0).float().mean() > 0.8
-    assert (behind < 1.5 * 2 * error).all()
+    assert behind.max() < 0.1 * logits.std()
 
 
 def main() -> None:

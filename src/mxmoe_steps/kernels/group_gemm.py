@@ -232,12 +232,12 @@ class GroupGemm(Producer, Consumer):
         rank = block & (self.cluster - 1)
         tile = block >> (self.cluster - 1)
         clusters = blocks >> (self.cluster - 1)
-        turn = Int32(0)  # tiles taken from the queue
         if warp_number < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
             if warp_number < self.split:
                 part = warp_number if const_expr(self.split > 1) else Int32(0)
                 ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
+                turn = Int32(0)  # tiles taken from the queue
                 used = (Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(self.units), Int64(0))
                 while tile < total:
                     number, at = self.locate(tile, lane, ends, table)
@@ -266,7 +266,7 @@ class GroupGemm(Producer, Consumer):
             staging = shared.staging.data_ptr()
             sums = shared.partials.data_ptr()
             scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))
-            position = Int32(0)
+            position = Int32(0)  # ring slot, its parity, tiles taken from the queue (modulo 4), end of the slot before
             while tile < total:
                 number, at = self.locate(tile, lane, ends, table)
                 stored = (at.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
@@ -278,7 +278,7 @@ class GroupGemm(Producer, Consumer):
                     consumer, group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
                 tile = self.take(queue, turn, Boolean(True))
-                # One register, and all lanes agree: the compiler loses sight of that where configurations join
+                # In one register, and all lanes agree: the compiler loses sight of that where configurations join
                 position = cute.arch.make_warp_uniform(stage | phase << 4 | (turn + 1 & 3) << 5 | end << 8)
         if const_expr(self.cluster > 1):  # neither leaves while the other may still write to it
             cute.arch.cluster_arrive()

@@ -146,14 +146,9 @@ class RingUser:
                 cute.arch.mbarrier_arrive(queue.empty + slot, peer_cta_rank_in_cluster=0)
         return tile
 
-    def slots(self, tile: Tile, features: Int32) -> Int32:
-        """Ring slots of one tile."""
-        return ceil_div(features, tile.slot_features)
-
     def dealt(self, tile: Tile, features: Int32, part: Int32) -> Int32:
         """Ring slots of one tile that go to ``part`` of a split: slot ``part`` and every ``split``-th one after it."""
-        slots = self.slots(tile, features)
-        return slots if self.split == 1 else ceil_div(slots - part, self.split)
+        return ceil_div(ceil_div(features, tile.slot_features) - part, self.split)
 
     @staticmethod
     def block_layout(operand: str, rows: int) -> cute.ComposedLayout:
