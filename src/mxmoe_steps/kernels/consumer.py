@@ -46,7 +46,6 @@ class Consumer(MainLoops):
         shared_scales: cute.Tensor,
         token_scales: tuple,
         channel_scales: tuple,
-        number: Int32,
         thread: Int32,
         group: Int32,
         place: Place,
@@ -67,15 +66,15 @@ class Consumer(MainLoops):
             )  # fmt: skip
         else:
             middle = (first + last) // 2
-            if self.before(middle, number, place.rows):
+            if self.before(middle, place):
                 stage, phase, end = self.consume_one_of(
-                    first, middle, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, number,
-                    thread, group, place, stored, features, out, stage, phase, end,
+                    first, middle, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, thread,
+                    group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
             else:
                 stage, phase, end = self.consume_one_of(
-                    middle, last, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, number,
-                    thread, group, place, stored, features, out, stage, phase, end,
+                    middle, last, mmas, ring, partials, staging, shared_scales, token_scales, channel_scales, thread,
+                    group, place, stored, features, out, stage, phase, end,
                 )  # fmt: skip
         return stage, phase, end
 

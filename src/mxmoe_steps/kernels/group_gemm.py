@@ -33,8 +33,8 @@ the format's largest token tile, and the rest takes the smallest tile that holds
 have no tiles.
 
 Schedule: tiles differ in cost, so clusters draw them, in order, from a counter in global memory. The producer of a
-cluster's first block draws shortly before it has filled a tile (what it holds, others cannot take) and sends the
-number to every block of the cluster (``st.async`` into a queue of two); the last cluster to finish sets the
+cluster's first block draws shortly before it has filled a tile (what it holds, others cannot take), finds out where the
+next tile lies, and hands that on to all warps of the cluster, in a queue of two; the last cluster to finish sets the
 counters back, so a launch leaves them at zero.
 
 Launches overlap: a launch may start when all blocks of the one before have (programmatic dependent launch). It reads
@@ -57,8 +57,8 @@ from cutlass.memory import SmemAllocator
 from mxmoe_steps.kernels.consumer import Consumer
 from mxmoe_steps.kernels.formats import HALF_ROWS, MAX_EXPERTS, ROW_BYTES, TILE_ROWS, UNIT, Format, KernelConfig
 from mxmoe_steps.kernels.producer import Producer
-from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Queue, ceil_div
-from mxmoe_steps.kernels.schedule import TABLE_FIELDS
+from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, ceil_div
+from mxmoe_steps.kernels.schedule import PLACE_WORDS, TABLE_FIELDS, Queue
 
 
 class GroupGemm(Producer, Consumer):
@@ -110,7 +110,7 @@ class GroupGemm(Producer, Consumer):
         @cute.struct
         class Shared:
             barriers: cute.struct.MemRange[Int64, 2 * stages * split + 6]
-            queue: cute.struct.MemRange[Int32, 2]
+            queue: cute.struct.Align[cute.struct.MemRange[Int32, 2 * PLACE_WORDS], 16]
             ends: cute.struct.MemRange[Int32, max_problems + 1]
             table: cute.struct.MemRange[Int32, max_problems * TABLE_FIELDS]
             token_scales: cute.struct.Align[cute.struct.MemRange[Float32, 2 * config.max_tokens], 16]
@@ -205,7 +205,7 @@ class GroupGemm(Producer, Consumer):
         shared = SmemAllocator().allocate(self.Shared)
         barriers = shared.barriers.data_ptr()
         queue_full = barriers + 2 * self.stages * self.split
-        queue = Queue(shared.queue.get_tensor(cute.make_layout(2)), queue_full, queue_full + 2)
+        queue = Queue(shared.queue.get_tensor(cute.make_layout((PLACE_WORDS, 2))), queue_full, queue_full + 2)
         partials_full = queue_full + 4
         ends = shared.ends.get_tensor(cute.make_layout(self.max_problems + 1))
         table = shared.table.get_tensor(cute.make_layout((self.max_problems, TABLE_FIELDS), stride=(TABLE_FIELDS, 1)))
@@ -227,10 +227,9 @@ class GroupGemm(Producer, Consumer):
         if const_expr(self.cluster > 1):
             cute.arch.cluster_wait()  # both blocks' barriers exist
 
-        total = ends[self.max_problems]
         row_tiles = ceil_div(out_features, TILE_ROWS)
         rank = block & (self.cluster - 1)
-        tile = block >> (self.cluster - 1)
+        place = self.locate(block >> (self.cluster - 1), lane, ends, table)
         clusters = blocks >> (self.cluster - 1)
         if warp_number < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
@@ -239,16 +238,15 @@ class GroupGemm(Producer, Consumer):
                 ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
                 turn = Int32(0)  # tiles taken from the queue
                 used = (Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(self.units), Int64(0))
-                while tile < total:
-                    number, at = self.locate(tile, lane, ends, table)
-                    place = self.readable(at, rank, row_tiles)
+                while place.number >= 0:
+                    mine = self.readable(place, rank, row_tiles)
                     used, drawn = self.load_one_of(
-                        0, len(self.tiles), weight_maps, token_maps, ring, number, place, rank, part, row_tiles,
-                        features, counters, used,
+                        0, len(self.tiles), weight_maps, token_maps, ring, mine, rank, part, row_tiles, features,
+                        counters, used,
                     )  # fmt: skip
                     if part == 0:
-                        self.announce(queue, turn, drawn + clusters, rank)
-                    tile = self.take(queue, turn, (rank != 0) | (part != 0))
+                        self.announce(queue, turn, drawn + clusters, rank, ends, table)
+                    place = self.take(queue, turn, (rank != 0) | (part != 0))
                     turn += 1
                 if (rank == 0) & (part == 0) & (lane == 0):  # every cluster draws until its number is past the end
                     finished = cute.arch.atomic_add(counters.iterator + 1, Int32(1)) + 1
@@ -267,17 +265,16 @@ class GroupGemm(Producer, Consumer):
             sums = shared.partials.data_ptr()
             scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))
             position = Int32(0)  # ring slot, its parity, tiles taken from the queue (modulo 4), end of the slot before
-            while tile < total:
-                number, at = self.locate(tile, lane, ends, table)
-                stored = (at.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
-                place = self.readable(at, rank, row_tiles)
+            while place.number >= 0:
+                stored = (place.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
+                mine = self.readable(place, rank, row_tiles)
                 stage, phase, turn, end = position & 15, position >> 4 & 1, position >> 5 & 3, position >> 8
                 partials = Partials(sums, partials_full, partials_full + 1, part, turn)
                 stage, phase, end = self.consume_one_of(
-                    0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales, number,
-                    consumer, group, place, stored, features, out, stage, phase, end,
+                    0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales,
+                    consumer, group, mine, stored, features, out, stage, phase, end,
                 )  # fmt: skip
-                tile = self.take(queue, turn, Boolean(True))
+                place = self.take(queue, turn, Boolean(True))
                 # In one register, and all lanes agree: the compiler loses sight of that where configurations join
                 position = cute.arch.make_warp_uniform(stage | phase << 4 | (turn + 1 & 3) << 5 | end << 8)
         if const_expr(self.cluster > 1):  # neither leaves while the other may still write to it

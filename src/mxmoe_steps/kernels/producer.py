@@ -36,7 +36,6 @@ class Producer(Schedule):
         weight_maps: tuple,
         token_maps: tuple,
         ring: Ring,
-        number: Int32,
         place: Place,
         rank: Int32,
         part: Int32,
@@ -54,14 +53,14 @@ class Producer(Schedule):
             )
         else:
             middle = (first + last) // 2
-            if self.before(middle, number, place.rows):
+            if self.before(middle, place):
                 used, drawn = self.load_one_of(
-                    first, middle, weight_maps, token_maps, ring, number, place, rank, part, row_tiles, features,
+                    first, middle, weight_maps, token_maps, ring, place, rank, part, row_tiles, features,
                     counters, used,
                 )  # fmt: skip
             else:
                 used, drawn = self.load_one_of(
-                    middle, last, weight_maps, token_maps, ring, number, place, rank, part, row_tiles, features,
+                    middle, last, weight_maps, token_maps, ring, place, rank, part, row_tiles, features,
                     counters, used,
                 )  # fmt: skip
         return used, drawn

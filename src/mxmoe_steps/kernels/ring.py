@@ -1,4 +1,4 @@
-"""The ring of slots in shared memory, its barriers and views, and the queue of tile numbers (CuTe DSL)."""
+"""The ring of slots in shared memory, its barriers and views (CuTe DSL)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -40,15 +40,6 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Queue:
-    """Tile numbers on their way from the cluster's first producer: two slots, and their barriers."""
-
-    tiles: cute.Tensor
-    full: Any
-    empty: Any
-
-
-@dataclass(frozen=True)
 class Partials:
     """Sums of the parts of a split on their way to the first one, in shared memory.
 
@@ -63,15 +54,6 @@ class Partials:
     turn: Int32
 
 
-def send(value: Int32, target: Any, barrier: Any, rank: Int32) -> None:
-    """Write ``value`` to ``target``, and 4 bytes to ``barrier``, in shared memory of block ``rank`` of the cluster."""
-    cute.arch.inline_ptx(
-        "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [a], {$r3}, [b]; }",
-        read_only_args=[target.toint(), barrier.toint(), rank, value],
-    )
-
-
 def ceil_div(value: Int32, divisor: int) -> Int32:
     """``value``, not negative, by a power of two, rounded up: `//` also takes negative numbers, in a dozen instructions
     that follow one another."""
@@ -79,7 +61,7 @@ def ceil_div(value: Int32, divisor: int) -> Int32:
 
 
 class RingUser:
-    """What producer and consumers share: the configuration, and their steps through ring and queue."""
+    """What producer and consumers share: the configuration, and their steps through the ring."""
 
     def __init__(self, config: KernelConfig) -> None:
         self.config = config
@@ -118,33 +100,6 @@ class RingUser:
                 cute.arch.mbarrier_arrive(ring.empty + stage)
         elif (lane < self.cluster) & wanted:
             cute.arch.mbarrier_arrive(ring.empty + stage, peer_cta_rank_in_cluster=lane)
-
-    @cute.jit
-    def announce(self, queue: Queue, turn: Int32, drawn: Int32, rank: Int32) -> None:
-        """Producers: expect a tile number; the first block's sends lane 0's ``drawn`` to every block."""
-        slot = turn & 1
-        lane = cute.arch.lane_idx()
-        if lane == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(queue.full + slot, 4)
-        if rank == 0:
-            cute.arch.mbarrier_wait(queue.empty + slot, turn >> 1 & 1 ^ 1)
-            number = cute.arch.shuffle_sync(drawn, 0)
-            if lane < self.cluster:
-                send(number, queue.tiles.iterator + slot, queue.full + slot, lane)
-
-    @cute.jit
-    def take(self, queue: Queue, turn: Int32, acknowledged: Boolean) -> Int32:
-        """The next tile number; ``acknowledged`` by all but the producer that sends it."""
-        slot = turn & 1
-        cute.arch.mbarrier_wait(queue.full + slot, turn >> 1 & 1)
-        tile = queue.tiles[slot]
-        cute.arch.sync_warp()
-        if (cute.arch.lane_idx() == 0) & acknowledged:
-            if const_expr(self.cluster == 1):
-                cute.arch.mbarrier_arrive(queue.empty + slot)
-            else:
-                cute.arch.mbarrier_arrive(queue.empty + slot, peer_cta_rank_in_cluster=0)
-        return tile
 
     def dealt(self, tile: Tile, features: Int32, part: Int32) -> Int32:
         """Ring slots of one tile that go to ``part`` of a split: slot ``part`` and every ``split``-th one after it."""

@@ -1,25 +1,47 @@
-"""From the experts' row offsets to tiles: the tile table, and where a tile lies (CuTe DSL)."""
+"""From the experts' row offsets to tiles: the tile table, where a tile lies, and who gets it (CuTe DSL)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import cutlass
-from cutlass import Boolean, Int32, Uint32, cute
+from cutlass import Boolean, Int32, Uint32, const_expr, cute
 
 from mxmoe_steps.kernels.formats import MAX_EXPERTS
 from mxmoe_steps.kernels.ring import RingUser, ceil_div
 
 TABLE_FIELDS = 6  # first row, rows, format, entry, output column, token tiles
+PLACE_WORDS = 8  # of a `Place` in the queue: two loads of 16 bytes
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tile lies: row tile of the weights, first token row, tokens, entry in the stack, output column."""
+    """Of a tile: format number, negative past the last tile; row tile of the weights, first token row, tokens, entry in
+    the stack, output column."""
 
+    number: Int32
     row_tile: Int32
     first: Int32
     rows: Int32
     entry: Int32
     column: Int32
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Tiles on their way from the cluster's first producer: two slots of a `Place`, and their barriers."""
+
+    places: cute.Tensor  # (word, slot)
+    full: Any
+    empty: Any
+
+
+def send(words: tuple[Int32, Int32, Int32, Int32], target: Any, barrier: Any, rank: Int32) -> None:
+    """Write ``words`` to ``target``, and 16 bytes to ``barrier``, in shared memory of block ``rank`` of the cluster."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [a], {{$r3}, {$r4}, {$r5}, {$r6}}, [b]; }",
+        read_only_args=[target.toint(), barrier.toint(), rank, *words],
+    )
 
 
 class Schedule(RingUser):
@@ -117,11 +139,12 @@ class Schedule(RingUser):
         return tokens
 
     @cute.jit
-    def locate(self, tile: Int32, lane: Int32, ends: cute.Tensor, table: cute.Tensor) -> tuple[Int32, Place]:
-        """Tile number to (format number, place); the row tile is that of the cluster's first block."""
+    def locate(self, tile: Int32, lane: Int32, ends: cute.Tensor, table: cute.Tensor) -> Place:
+        """Tile number to place; the row tile is that of the cluster's first block."""
         p = Int32(0)
         for i in cutlass.range_constexpr(self.max_problems // 32):
             p += cute.arch.popc(cute.arch.vote_ballot_sync(ends[32 * i + lane + 1] <= tile))
+        p = cutlass.min(p, self.max_problems - 1)  # past the last tile
         first, rows, number, entry, column = table[p, 0], table[p, 1], table[p, 2], table[p, 3], table[p, 4]
         tokens = self.largest_tokens(number)
         token_tiles = table[p, 5]
@@ -130,18 +153,61 @@ class Schedule(RingUser):
         if token_tiles > 1:
             row_step = Int32(Uint32(local) // Uint32(token_tiles))
             done = (local - row_step * token_tiles) * tokens
-        return number, Place(row_step * self.cluster, first + done, cutlass.min(rows - done, tokens), entry, column)
+        number = cutlass.select_(tile < ends[self.max_problems], number, Int32(-1))
+        return Place(number, row_step * self.cluster, first + done, cutlass.min(rows - done, tokens), entry, column)
 
-    def before(self, i: int, number: Int32, rows: Int32) -> Boolean:
-        """Whether a tile of ``rows`` tokens of format ``number`` runs with a configuration before ``i``."""
+    @cute.jit
+    def announce(
+        self, queue: Queue, turn: Int32, drawn: Int32, rank: Int32, ends: cute.Tensor, table: cute.Tensor
+    ) -> None:
+        """Producers of first parts: hand the next tile on. The first block's does so for every block of the cluster;
+        ``drawn``, in its lane 0, is the tile's number."""
+        slot = turn & 1
+        lane = cute.arch.lane_idx()
+        if (self.cluster > 1) & (lane == 0):
+            cute.arch.mbarrier_arrive_and_expect_tx(queue.full + slot, 4 * PLACE_WORDS)
+        if rank == 0:
+            place = self.locate(cute.arch.shuffle_sync(drawn, 0), lane, ends, table)
+            cute.arch.mbarrier_wait(queue.empty + slot, turn >> 1 & 1 ^ 1)
+            words = (place.number, place.row_tile, place.first, place.rows, place.entry, place.column, 0, 0)
+            words = tuple(map(Int32, words))
+            if const_expr(self.cluster == 1):
+                if lane == 0:
+                    values = cute.make_rmem_tensor((PLACE_WORDS,), Int32)
+                    for i in cutlass.range_constexpr(PLACE_WORDS):
+                        values[i] = words[i]
+                    cute.autovec_copy(values, queue.places[None, slot])
+                    cute.arch.mbarrier_arrive(queue.full + slot)
+            elif lane < 2 * self.cluster:
+                half = lane & 1
+                four = tuple(cutlass.select_(half == 0, words[i], words[i + 4]) for i in range(4))
+                send(four, queue.places[None, slot].iterator + 4 * half, queue.full + slot, lane >> 1)
+
+    @cute.jit
+    def take(self, queue: Queue, turn: Int32, acknowledged: Boolean) -> Place:
+        """The next tile; ``acknowledged`` by all but the producer that hands it on."""
+        slot = turn & 1
+        cute.arch.mbarrier_wait(queue.full + slot, turn >> 1 & 1)
+        words = cute.make_rmem_tensor((PLACE_WORDS,), Int32)
+        cute.autovec_copy(queue.places[None, slot], words)
+        cute.arch.sync_warp()
+        if (cute.arch.lane_idx() == 0) & acknowledged:
+            if const_expr(self.cluster == 1):
+                cute.arch.mbarrier_arrive(queue.empty + slot)
+            else:
+                cute.arch.mbarrier_arrive(queue.empty + slot, peer_cta_rank_in_cluster=0)
+        return Place(words[0], words[1], words[2], words[3], words[4], words[5])
+
+    def before(self, i: int, place: Place) -> Boolean:
+        """Whether the tile at ``place`` runs with a configuration before ``i``."""
         tile = self.tiles[i]
         of = self.formats.index(tile.format)
-        earlier = number < of
+        earlier = place.number < of
         if self.tiles[i - 1].format == tile.format:
-            earlier = earlier | ((number == of) & (rows <= self.tiles[i - 1].tokens))
+            earlier = earlier | ((place.number == of) & (place.rows <= self.tiles[i - 1].tokens))
         return earlier
 
     def readable(self, at: Place, rank: Int32, row_tiles: Int32) -> Place:
         """The place of this block of a cluster; past the last row tile it reads the last one, and stores nothing."""
         row_tile = at.row_tile if self.cluster == 1 else cutlass.min(at.row_tile + rank, row_tiles - 1)
-        return Place(row_tile, at.first, at.rows, at.entry, at.column)
+        return Place(at.number, row_tile, at.first, at.rows, at.entry, at.column)
