@@ -97,7 +97,7 @@ def solve(path: Path) -> None:
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import pick_by_r
     from mxmoe_steps.allocation.predict import mean_layer_us
-    from mxmoe_steps.allocation.time_model import block_times, profile_of, step_phase, timing_schemes
+    from mxmoe_steps.allocation.time_model import block_times, profile_of, step_phases, timing_schemes
     from mxmoe_steps.allocation.traffic import Traffic
     from mxmoe_steps.profile import fit_profile
     from mxmoe_steps.timing.estimate import measured_file
@@ -144,7 +144,7 @@ def solve(path: Path) -> None:
                     "case": case.name, "tokens": tokens, "name": name, "schemes": digits,
                     "bits": round(int(losses.bits[index, chosen].sum()) / int(blocks.params.sum()), 5),
                     "loss": round(float(losses.loss[index, chosen].sum()) ** 0.5, 5),
-                    "predicted_us": round(us, 2), "phase": step_phase(traffic, carried),
+                    "predicted_us": round(us, 2), "phase": step_phases(blocks, traffic, carried, profile.sms)[0],
                 }  # fmt: skip
                 lines.append(json.dumps(entry))
             print(case.name, tokens, flush=True)

@@ -1,12 +1,21 @@
 """Sampled traffic and the time of layers, against arithmetic by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic import write_trace
 
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.predict import mean_layer_us
-from mxmoe_steps.allocation.time_model import Profile, block_times, layer_times, tile_counts, timing_schemes
+from mxmoe_steps.allocation.time_model import (
+    Profile,
+    block_times,
+    layer_times,
+    step_phases,
+    tile_counts,
+    timing_schemes,
+)
 from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import PHASES
@@ -54,8 +63,8 @@ def test_times_by_hand():
     # gate and up are two pieces of [128, 256], down two of [256, 128] with two strips of 128 rows each.
     assert times.compute[0, 1] == pytest.approx(3 * 2 * (1 + 0.5 + 2 * 0.05) / 4)
     assert times.compute[2, 1] == pytest.approx(3 * 2 * 2 * (1 + 0.5 + 0.05) / 4)
-    assert times.launch_us.tolist() == [6.5, 6.5]
-    assert block_times(blocks, [W4, W8], traffic, gpu()).launch_us.tolist() == [6.0, 5.5]
+    assert times.launch_us.tolist() == [[6.5, 6.5]] * 2
+    assert block_times(blocks, [W4, W8], traffic, gpu()).launch_us.tolist() == [[6.0, 5.5]] * 2
     choice = np.array([0, 1, 1, 0, 0, 1, 1, 1, 1])
     index = np.arange(9)
     total = 0.0
@@ -64,6 +73,29 @@ def test_times_by_hand():
         compute = times.compute[take].sum() + times.longest[take].max()
         total += 6.5 + max(compute, times.memory[take].sum())
     assert layer_times(blocks, times, choice) == {0: pytest.approx(total)}
+
+
+def test_gate_up_and_down_may_run_kernels_of_different_phases():
+    blocks = layer_of_two_experts()
+    rows = np.array([[[1, 1]]])
+    traffic = Traffic((0,), 1, rows, np.ones(rows.shape))
+    # Experts 0 and 1 and two slices: gate+up are 4 x 4 strips of 64 rows on 11 multiprocessors, down 4 x 4 as well
+    assert step_phases(blocks, traffic, [W8], 11) == ("decode", "decode")
+    assert step_phases(blocks, traffic, [W8], 16) == ("latency", "latency")
+    wide = replace(blocks, out_features=np.where(blocks.kind < 2, blocks.out_features, 512))
+    assert step_phases(wide, traffic, [W8], 16) == ("latency", "latency")  # down: 32 strips are two rounds
+    assert step_phases(wide, traffic, [W8], 22) == ("latency", "decode")
+    one_tile = {
+        (phase, W8): np.array([[8.0, us, 0.0]]) for phase, us in (("latency", 1), ("decode", 3), ("prefill", 9))
+    }
+    profile = replace(gpu(), sms=22, tiles=one_tile)
+    times = block_times(wide, [W8], traffic, profile)
+    assert times.compute[3:6, 0].tolist() == [pytest.approx(each) for each in (2 / 22, 2 / 22, 4 * 3 / 22)]
+    assert profile.shared_tiles(("latency", "decode"), [W8]) == [8]
+    with pytest.raises(UserError, match="latency and decode kernels of these schemes have no token tile in common"):
+        replace(profile, tiles=one_tile | {("decode", W8): np.array([[16, 1, 1]])}).shared_tiles(
+            ("latency", "decode"), [W8]
+        )
 
 
 @pytest.mark.parametrize("rows", range(0, 700, 7))

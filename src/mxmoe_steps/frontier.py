@@ -25,7 +25,7 @@ def frontier(args: argparse.Namespace) -> None:
     from mxmoe_steps.allocation.files import write_frontier
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import Part
-    from mxmoe_steps.allocation.time_model import block_times, read_profile, step_phase, timing_schemes
+    from mxmoe_steps.allocation.time_model import block_times, read_profile, step_phases, timing_schemes
     from mxmoe_steps.allocation.traffic import sample_traffic
     from mxmoe_steps.schemes import ORIGINAL, parse_scheme
 
@@ -54,7 +54,7 @@ def frontier(args: argparse.Namespace) -> None:
     alone = args.granularity in ("layer", "uniform") and not fixed and not args.shared_tile
     tiles: list[int | None] = [None]
     if args.shared_tile:
-        tiles = [*profile.shared_tiles(step_phase(traffic, used), used)]
+        tiles = [*profile.shared_tiles(step_phases(losses.blocks, traffic, used, profile.sms), used)]
     times = {
         tile: block_times(
             losses.blocks, kernels, traffic, profile.only_tile(tile) if tile else profile, None if alone else used

@@ -151,14 +151,14 @@ def build_problem(
         for layer, launch in product(layers, range(LAUNCHES)):
             of = (blocks.layer == layer) & (blocks.launch == launch)
             time = np.maximum(compute[of].sum(0) + longest[of].max(0), memory[of].sum(0))
-            sides[0][*place[of][0], :, 0] += time + times.launch_us[scheme[of]].max(0)
+            sides[0][*place[of][0], :, 0] += time + times.launch_us[launch, scheme[of]].max(0)
         constant_us = 0.0
     else:
         cells = (unit[:, None], group[:, None], np.arange(len(candidates)), slot[:, None])
         np.add.at(sides[0], cells, compute)
         np.maximum.at(sides[1], cells, longest)
         np.add.at(sides[2], cells, memory)
-        constant_us = float(times.launch_us[scheme].max()) * LAUNCHES * len(layers)
+        constant_us = float(times.launch_us[:, scheme].max((1, 2)).sum()) * len(layers)
     params = int(blocks.params.sum())
     problem = Problem(
         loss=total_loss,

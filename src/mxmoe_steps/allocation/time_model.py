@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASE_ROWS, kernel_format
+from mxmoe_steps.kernels.formats import HALF_ROWS, PHASE_ROWS, kernel_format
 from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 from mxmoe_steps.tables import PROFILE, read_table
@@ -60,9 +60,16 @@ class Profile:
         """Main loops of the kernel that carries ``schemes``."""
         return sum(len(self.tiles[phase, scheme]) for scheme in set(schemes))
 
-    def shared_tiles(self, phase: str, schemes: Collection[Scheme]) -> list[int]:
-        """Token tiles that every one of ``schemes`` has."""
-        return sorted(set.intersection(*({int(t) for t in self.tiles[phase, s][:, 0]} for s in schemes)))
+    def shared_tiles(self, phases: Collection[str], schemes: Collection[Scheme]) -> list[int]:
+        """Token tiles that every one of ``schemes`` has in kernels of all ``phases``; `UserError` if there is none."""
+        cells = (self.tiles[phase, scheme] for phase in phases for scheme in schemes)
+        shared = set.intersection(*({int(tokens) for tokens in mine[:, 0]} for mine in cells))
+        if not shared:
+            raise UserError(
+                f"--shared-tile: {' and '.join(phases)} kernels of these schemes have no token tile in common at this"
+                " number of tokens: leave it out, or choose another number"
+            )
+        return sorted(shared)
 
     def only_tile(self, tile_tokens: int) -> "Profile":
         """The same GPU with one token tile for every scheme (the paper: one tile per kernel)."""
@@ -115,7 +122,7 @@ class Times:
     """Expected times of B blocks under S schemes, microseconds, float64 [B, S].
 
     ``compute``: the block's part of W; ``longest``: tail x its longest tile; ``memory``: bytes / bandwidth + exposed
-    x its part of W. ``launch_us`` [S]: constant time of a launch whose blocks take this scheme.
+    x its part of W. ``launch_us`` [2, S]: constant time of a gate+up and a down launch whose blocks take this scheme.
     """
 
     compute: NDArray[np.float64]
@@ -167,11 +174,6 @@ def decodes_to_bf16(schemes: Iterable[Scheme]) -> bool:
     return all(scheme.act_bits == 16 and not scheme.is_original for scheme in schemes)
 
 
-def step_phase(traffic: Traffic, carried: Collection[Scheme]) -> str:
-    """The phase of the kernel that runs steps of this size and carries ``carried``."""
-    return phase_for(int(np.median(traffic.rows.sum(2))), traffic.rows.shape[2], decodes_to_bf16(carried))
-
-
 def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Pieces that every block runs as, and output and input features of a piece, int64 [B].
 
@@ -193,6 +195,23 @@ def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], ND
     return pieces, out, inner
 
 
+def step_phases(blocks: Blocks, traffic: Traffic, carried: Collection[Scheme], sms: int) -> tuple[str, ...]:
+    """Phases of the kernels that run the gate+up and the down launches of steps of this size and carry ``carried``.
+
+    Shapes are the first layer's.
+    """
+    rows, experts = int(np.median(traffic.rows.sum(2))), traffic.rows.shape[2]
+    pieces, out, _ = cut_shared(blocks)
+    first = blocks.layer == blocks.layer[0]
+    slices = int(pieces[first & (blocks.expert == SHARED)].max(initial=0))
+    phases = []
+    for launch in range(LAUNCHES):
+        here = first & (blocks.launch == launch) & (blocks.expert == blocks.expert[first].max())
+        strips = int((-(-out[here] // HALF_ROWS)).sum())
+        phases.append(phase_for(rows, experts, slices, strips, sms, decodes_to_bf16(carried)))
+    return tuple(phases)
+
+
 def block_times(
     blocks: Blocks,
     kernels: list[Scheme],
@@ -206,19 +225,19 @@ def block_times(
     """
     rows, weight = _rows_and_weights(blocks, traffic)
     used = weight * (rows > 0)
-    together = None if carried is None else step_phase(traffic, carried)
     pieces, out, inner = cut_shared(blocks)
     shape = (len(blocks), len(kernels))
-    times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(len(kernels)))
+    times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros((LAUNCHES, len(kernels))))
     for column, scheme in enumerate(kernels):
-        phase = together or step_phase(traffic, [scheme])
-        own = profile.loops(phase, [scheme])
-        loops = own if carried is None else profile.loops(phase, carried)
-        extra_us = profile.loop_tile_us * (loops - own)
-        work, longest = block_work(rows, out, inner, profile.tiles[phase, scheme], extra_us, PHASE_ROWS[phase])
-        times.launch_us[column] = profile.launch_us + profile.loop_launch_us * loops
-        times.compute[:, column] = pieces * (weight * work).sum(1) / profile.sms
-        times.longest[:, column] = profile.tail * longest.max(1)
+        for launch, phase in enumerate(step_phases(blocks, traffic, carried or [scheme], profile.sms)):
+            of = blocks.launch == launch
+            own, loops = (profile.loops(phase, schemes) for schemes in ([scheme], carried or [scheme]))
+            extra_us = profile.loop_tile_us * (loops - own)
+            cells = profile.tiles[phase, scheme]
+            work, longest = block_work(rows[of], out[of], inner[of], cells, extra_us, PHASE_ROWS[phase])
+            times.launch_us[launch, column] = profile.launch_us + profile.loop_launch_us * loops
+            times.compute[of, column] = pieces[of] * (weight[of] * work).sum(1) / profile.sms
+            times.longest[of, column] = profile.tail * longest.max(1)
         weight_bytes, row_bytes = bytes_moved(rows, out, inner, scheme)
         moved = pieces * (used.sum(1) * weight_bytes + (weight * rows).sum(1) * row_bytes)
         times.memory[:, column] = moved / (profile.bandwidth_gbs * 1e3) + profile.exposed * times.compute[:, column]
@@ -258,6 +277,6 @@ def layer_times(blocks: Blocks, times: Times, choice: NDArray[np.int64]) -> dict
         result[layer] = 0.0
         for launch in range(LAUNCHES):
             of = (blocks.layer == layer) & (blocks.launch == launch)
-            result[layer] += times.launch_us[choice[of]].max()
+            result[layer] += times.launch_us[launch, choice[of]].max()
             result[layer] += max(compute[of].sum() + longest[of].max(), memory[of].sum())
     return result

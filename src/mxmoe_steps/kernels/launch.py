@@ -93,7 +93,7 @@ class GroupGemmKernel:
         for weight in weights:
             tensors += [weight.data, one_by_one if weight.channel_scales is None else weight.channel_scales]
         if out.shape[0] and problems.shape[0]:
-            grid = blocks or _processors(out.device) * self.config.blocks_per_sm
+            grid = blocks or processors(out.device) * self.config.blocks_per_sm
             grid -= grid % self.config.cluster
             self._function(tuple(tensors), problems, offsets, out, counters, weights[0].out_features, grid)
         return out
@@ -197,7 +197,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 
 from mxmoe_steps.kernels.formats import PHASES, KernelConfig
-from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
+from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, kernel_weights, original_weights
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, sort_by_expert, swiglu
@@ -40,8 +40,10 @@ class LayerGemm:
 
     def __call__(self, given: dict[str, Activations], routed: Routed) -> torch.Tensor:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
-        phase = self.plan.phase(routed.chosen.numel(), routed.offsets.shape[0] - 1 - routed.shared)
-        out = torch.empty(routed.rows, self.columns, dtype=torch.bfloat16, device=routed.offsets.device)
+        device = routed.offsets.device
+        experts = routed.offsets.shape[0] - 1 - routed.shared
+        phase = self.plan.phase(routed.chosen.numel(), experts, routed.shared, processors(device))
+        out = torch.empty(routed.rows, self.columns, dtype=torch.bfloat16, device=device)
         return self.kernels[phase](given, self.weights, self.problems, routed.offsets, out)
 
 

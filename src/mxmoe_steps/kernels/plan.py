@@ -13,6 +13,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import (
     EDGE,
     GROUP,
+    HALF_ROWS,
     LARGEST_DECODE,
     OPERAND_MASKS,
     Format,
@@ -27,6 +28,7 @@ from mxmoe_steps.schemes import SHARED, Scheme
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
 LARGEST_LATENCY = {1: 4, 2: 0.25}  # tokens of an expert, on average, by blocks per SM of the decode kernel
+LATENCY_GAP = (1, 1.5)  # rounds of the latency kernel's tiles that take longer than one of the decode kernel's
 SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
 
 
@@ -45,21 +47,23 @@ class LaunchPlan:
 
     ``formats``: in the kernel's order; ``stacks[i]``: the blocks of ``formats[i]``, in the order of their entries.
     ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads.
+    ``strips``: of 64 weight rows in an expert.
     """
 
     formats: tuple[Format, ...]
     stacks: tuple[tuple[Source, ...], ...]
     problems: tuple[tuple[int, int, int, int], ...]
     needs: tuple[int, ...]
+    strips: int
 
     @property
     def operands(self) -> tuple[str, ...]:
         """Activation types the launch reads."""
         return tuple(sorted({format_.operand for format_ in self.formats}))
 
-    def phase(self, rows: int, experts: int) -> str:
-        """The phase of the kernel for ``rows`` tokens routed over ``experts`` experts."""
-        return phase_for(rows, experts, decodes_to_bf16(self.formats))
+    def phase(self, rows: int, experts: int, slices: int, sms: int) -> str:
+        """The phase of the kernel, see `phase_for`."""
+        return phase_for(rows, experts, slices, self.strips, sms, decodes_to_bf16(self.formats))
 
     def config(self, phase: str) -> KernelConfig:
         """The kernel of ``phase`` that runs it."""
@@ -78,16 +82,19 @@ class LayerPlan:
     down: LaunchPlan
 
 
-def phase_for(rows: int, experts: int, decoding: bool) -> str:
+def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, decoding: bool) -> str:
     """The kernel, ``latency``, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
 
-    ``decoding``: whether the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/profile.md): decode
-    kernels are ahead while the mean expert fits into their largest tile, latency kernels up to a quarter of a token an
-    expert, or up to four where the decode kernel runs one block an SM.
+    ``slices``: experts more that take every token; ``strips``: of 64 weight rows, in an expert; ``decoding``: whether
+    the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/kernels.md): decode kernels are ahead
+    while the mean expert fits into their largest tile, latency kernels up to a quarter of a token an expert. Where the
+    decode kernel runs one block an SM, latency kernels are ahead up to four tokens, unless their tiles just need a
+    second round: those of the decode kernel are half as many and need one.
     """
     blocks = decode_blocks(decoding)
     if rows <= LARGEST_LATENCY[blocks] * experts:
-        return "latency"
+        rounds = (min(rows, experts) + slices) * strips / sms
+        return "decode" if blocks == 1 and LATENCY_GAP[0] < rounds <= LATENCY_GAP[1] else "latency"
     return "decode" if rows <= LARGEST_DECODE[blocks] * experts else "prefill"
 
 
@@ -157,4 +164,5 @@ def _plan_launch(
             needs[place] |= OPERAND_MASKS[format_.operand]
             counts[number] += 1
     order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
-    return LaunchPlan(formats, tuple(map(tuple, stacks)), tuple(problems[i] for i in order), tuple(needs))
+    strips = len(columns) * (n // HALF_ROWS)
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), tuple(problems[i] for i in order), tuple(needs), strips)

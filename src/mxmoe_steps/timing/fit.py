@@ -23,8 +23,8 @@ from mxmoe_steps.allocation.time_model import (
 )
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
-from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.timing.launches import MODELS
 
 Rows = list[dict[str, Any]]  # of a MEASUREMENTS table
 Tiles = dict[tuple[str, str], NDArray[np.float64]]  # (phase, scheme) -> tile_tokens, tile_us, kstep_us, spread [C, 4]
@@ -216,14 +216,15 @@ def _ratios(pairs: Iterable[tuple[int, float]]) -> list[dict[str, float]]:
 def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Columns and fitted facts of a PROFILE table from the rows of a MEASUREMENTS table.
 
-    Held-out errors are those of the kernel that `phase_for` picks. `UserError` if too little was measured.
+    Held-out errors are those of the kernel that `plan.phase_for` picks. `UserError` if too little was measured.
     """
     tiles = fit_tiles([row for row in rows if row["kind"] == "tile"], sms)
     fused = [row for row in rows if row["kind"] == "problem" and not row["apart"]]
+    shapes = {one.model: one for one in MODELS}
     chosen = []
     for row in fused:
-        routed = sum(row["rows"]) // (2 if row["block"] == "gate_up" else 1)
-        if row["phase"] == phase_for(routed, row["experts"], decodes_to_bf16(map(parse_scheme, row["carried"]))):
+        decoding = decodes_to_bf16(map(parse_scheme, row["carried"]))
+        if row["phase"] == shapes[row["model"]].phase(row["block"], row["tokens"], sms, decoding):
             chosen.append(row)
     missing = sorted({(phase, name) for row in fused for name in row["carried"] for phase in PHASES} - set(tiles))
     if missing or len(chosen) < LEAST_PROBLEMS:

@@ -10,8 +10,16 @@ from functools import cached_property
 
 import numpy as np
 
-from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, default_tiles, kernel_format
-from mxmoe_steps.kernels.plan import interleave
+from mxmoe_steps.kernels.formats import (
+    HALF_ROWS,
+    PHASES,
+    Format,
+    KernelConfig,
+    default_config,
+    default_tiles,
+    kernel_format,
+)
+from mxmoe_steps.kernels.plan import interleave, phase_for
 from mxmoe_steps.provenance import closure, module_hash
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
@@ -38,6 +46,11 @@ class Shapes:
     def size(self, block: str) -> tuple[int, int]:
         """(N, K) of a ``gate_up`` or ``down`` launch; gate and up are problems of their own."""
         return (self.intermediate, self.hidden) if block == "gate_up" else (self.hidden, self.intermediate)
+
+    def phase(self, block: str, tokens: int, sms: int, decoding: bool) -> str:
+        """The phase of the kernel that a layer runs, see `phase_for`."""
+        strips = (2 if block == "gate_up" else 1) * -(-self.size(block)[0] // HALF_ROWS)
+        return phase_for(tokens * self.top_k, self.experts, self.slices, strips, sms, decoding)
 
 
 MODELS = (
