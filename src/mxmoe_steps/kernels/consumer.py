@@ -15,11 +15,23 @@ from mxmoe_steps.kernels.main_loops import MainLoops
 from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Ring
 from mxmoe_steps.kernels.schedule import Place
 
+STORED = 16  # tokens that a warpgroup stores at once: 16 bytes a thread
+
 
 def opaque(value: Int32) -> Int32:
     """The same value, unknown to the compiler: what is derived from it is computed here, not kept in registers
     across tiles for every configuration. Emits no instruction."""
     return Int32(llvm.inline_asm(T.i32(), [value.ir_value()], "", "=r,0", has_side_effects=True))
+
+
+def store_if(wanted: Boolean, words: cute.Tensor, target: Int64) -> None:
+    """Write four words to the global address ``target``, if ``wanted``: behind a branch, every store would wait for its
+    own words."""
+    cute.arch.inline_ptx(
+        "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
+        read_only_args=[target, *(words[i] for i in range(4))],
+        predicate=wanted,
+    )
 
 
 class Consumer(MainLoops):
@@ -177,8 +189,11 @@ class Consumer(MainLoops):
                 if in_group + 128 * j < tile.tokens:
                     shared_scales[in_group + 128 * j, group] = fetched[j]
         row8 = cute.assume(group * 64 + (in_group & 7) * 8, divby=8)  # of the 8 rows this thread stores
+        token = in_group >> 3  # the first one
+        source = cute.assume(token * pitch + row8, divby=8)
+        target = Int64(place.first + token) * out.shape[1] + place.column + place.row_tile * self.rows + row8
+        address = out.iterator.toint() + 2 * target
         pair = cute.make_rmem_tensor((2,), Float32)
-        eight = cute.make_rmem_tensor((8,), BFloat16)
         for start in cutlass.range_constexpr(0, tile.tokens, EPILOGUE_TOKENS):
             staged = min(tile.tokens - start, EPILOGUE_TOKENS)
             staging_tile = cute.make_tensor(staging, cute.make_layout((self.rows, staged), stride=(1, pitch)))
@@ -202,15 +217,13 @@ class Consumer(MainLoops):
             rounded.store(values.load().to(BFloat16))
             cute.copy(to_staging, to_staging.retile(rounded), to_staging.get_slice(thread).partition_D(staging_tile))
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
-            if stored:
-                for j in cutlass.range_constexpr((staged + 15) // 16):
-                    token = (in_group >> 3) + 16 * j
-                    if start + token < place.rows:
-                        source = cute.assume(token * pitch + row8, divby=8)
-                        target = Int64(place.first + start + token) * out.shape[1] + place.column
-                        target = cute.assume(target + place.row_tile * self.rows + row8, divby=8)
-                        cute.autovec_copy(cute.make_tensor(staging + source, cute.make_layout(8)), eight)
-                        cute.autovec_copy(eight, cute.make_tensor(out.iterator + target, cute.make_layout(8)))
+            words = cute.make_rmem_tensor((4, (staged + STORED - 1) // STORED), Int32)
+            for j in cutlass.range_constexpr(cute.size(words, mode=[1])):
+                staged_words = cute.recast_ptr(staging + source + STORED * j * pitch, dtype=Int32)
+                cute.autovec_copy(cute.make_tensor(staged_words, cute.make_layout(4)), words[None, j])
+            for j in cutlass.range_constexpr(cute.size(words, mode=[1])):
+                store_if(stored & (start + token + STORED * j < place.rows), words[None, j], address)
+                address += 2 * STORED * Int64(out.shape[1])
 
     def part_vector(self, acc: cute.Tensor, part: Any, vector: int, thread: Int32, sums: Any) -> cute.Tensor:
         """Where vector ``vector`` of a thread's sums of part ``part`` (from 1) lies, four elements; warps in a row."""
