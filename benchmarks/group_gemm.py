@@ -5,30 +5,37 @@
 
 One cell is the two grouped GEMMs of one MoE layer, gate_up [T*topk, H] x [E, 2I, H]^T and down
 [T*topk, I] x [E, H, I]^T, times added; activation quantization, permutation and SwiGLU are not in it.
-Traffic is skewed (Gumbel top-k over popularity 1/sqrt(rank)). Each time is the median over CUDA-graph
-replays with the L2 cache flushed before each; outputs are checked against float64 on a few experts.
+Traffic is skewed (Gumbel top-k over popularity 1/sqrt(rank)). All runs of a GEMM and number of tokens are captured in
+CUDA graphs and visited in rounds in random order, L2 flushed before every replay; a time is the median over rounds.
+Outputs are checked against float64 on a few experts. A row named after a scheme alone is of the kernels that a layer
+picks.
 The floor is max(operations / tensor rate, bytes / read rate) with the rates this GPU class reaches.
 """
 
 import argparse
 import json
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import build
-from mxmoe_steps.kernels.formats import PHASES, Format, default_config, kernel_format
+from mxmoe_steps.kernels.formats import HALF_ROWS, PHASES, Format, decodes_to_bf16, default_config, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import KernelWeights, kernel_weights, original_weights
+from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.timer import Timer
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)
+ROUNDS, REPEATS = 7, 3
 SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w3a16", "w2a16")
 RATES = {"bf16": 801e12, "fp8": 1542e12, "int8": 1542e12}  # operations a second, measured on one H100
 READ_BYTES = 3.04e12  # a second
@@ -103,11 +110,6 @@ def random_weights(
     return weight, kernel_weights(weight)
 
 
-def activations(rows: int, k: int, operand: str) -> tuple[torch.Tensor, Activations]:
-    x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) * 0.5
-    return x, Activations(x) if operand == "bf16" else Activations(*reference.quantize_tokens(x, operand))
-
-
 def offsets_of(rows: list[int]) -> torch.Tensor:
     return torch.tensor([0, *rows], device="cuda").cumsum(0).int()
 
@@ -140,85 +142,150 @@ def kernel_of(formats: tuple[Format, ...], phase: str) -> GroupGemmKernel:
     return GroupGemmKernel(default_config(formats, phase))
 
 
-def measure_gemm(
-    timer: Timer, scheme: Scheme, workload: Workload, n: int, k: int, tokens: tuple[int, ...]
-) -> list[dict]:
-    """Our kernels on one grouped GEMM over the token counts."""
-    format_ = kernel_format(scheme)
-    weight, packed = random_weights(scheme, workload.experts, n, k)
-    table = problem_table([(e, 0, e, 0) for e in range(workload.experts)], [packed], workload.experts, n, "cuda")
-    cells = []
-    for count in tokens:
-        rows = workload.routing(count)
-        x, given = activations(sum(rows), k, format_.operand)
-        offsets = offsets_of(rows)
+@dataclass(frozen=True)
+class Step:
+    """What one forward step gives to a grouped GEMM, by operand type, and where it writes; all on the GPU."""
+
+    rows: list[int]
+    x: torch.Tensor
+    given: dict[str, Activations]
+    offsets: torch.Tensor
+    out: torch.Tensor
+
+    @classmethod
+    def make(cls, rows: list[int], n: int, k: int, operands: set[str]) -> "Step":
+        x = torch.randn(sum(rows), k, device="cuda", dtype=torch.bfloat16) * 0.5
+        given = {
+            operand: Activations(x) if operand == "bf16" else Activations(*reference.quantize_tokens(x, operand))
+            for operand in operands
+        }
         out = torch.empty(sum(rows), n, dtype=torch.bfloat16, device="cuda")
-        for phase in PHASES:
-            kernel = kernel_of((format_,), phase)
-            out.fill_(math.nan)
-            us = timer(lambda: kernel({format_.operand: given}, [packed], table, offsets, out))  # noqa: B023
-            error = error_of(out, x, weight, rows)
-            floor = floor_us([format_], [rows], n, k)
-            cells.append({"run": f"{scheme.name} {phase}", "T": count, "us": us, "floor_us": floor, "error": error})
-    return cells
+        return cls(rows, x, given, offsets_of(rows), out)
 
 
-def measure_peers(timer: Timer, workload: Workload, n: int, k: int, tokens: tuple[int, ...]) -> list[dict]:
+def our_runs(packed: KernelWeights, step: Step, table: torch.Tensor) -> dict[str, Callable[[], object]]:
+    """Our kernels on one grouped GEMM, by phase."""
+    format_ = packed.format
+    given = {format_.operand: step.given[format_.operand]}
+    kernels = {phase: kernel_of((format_,), phase) for phase in PHASES}
+    return {phase: partial(kernel, given, [packed], table, step.offsets, step.out) for phase, kernel in kernels.items()}
+
+
+def torch_runs(
+    weight: torch.Tensor, weight8: torch.Tensor, weight_scales: torch.Tensor, step: Step
+) -> dict[str, tuple[Format, Callable[[], object]]]:
     """torch's grouped GEMMs (bf16; fp8 with row scales) and a cuBLAS loop over experts."""
-    weight = torch.empty(workload.experts, n, k, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
-    weight8 = weight.to(E4M3)
-    weight_scales = torch.rand(workload.experts, n, device="cuda") * 0.01 + 0.005
+    ends = step.offsets[1:]
+    starts = step.offsets.tolist()
+    x8 = step.given["fp8"].values.view(E4M3)
+    active = [expert for expert, number in enumerate(step.rows) if number]
+
+    def loop() -> None:
+        for expert in active:
+            part = slice(starts[expert], starts[expert + 1])
+            torch.mm(step.x[part], weight[expert].T, out=step.out[part])
+
+    bf16, fp8 = Format("bf16", 16), Format("fp8", 8)
+    return {
+        "torch grouped_mm": (bf16, lambda: torch._grouped_mm(step.x, weight.transpose(1, 2), offs=ends)),
+        "cublas loop": (bf16, loop),
+        "torch scaled_grouped_mm": (
+            fp8,
+            lambda: torch._scaled_grouped_mm(
+                x8, weight8.transpose(1, 2), step.given["fp8"].scales, weight_scales, offs=ends,
+                out_dtype=torch.bfloat16, use_fast_accum=True,
+            ),
+        ),
+    }  # fmt: skip
+
+
+def measure_gemm(
+    timer: Timer, schemes: list[Scheme], workload: Workload, gemm: str, tokens: tuple[int, ...], peers: bool
+) -> list[dict[str, Any]]:
+    """Our kernels and torch's on one grouped GEMM over the token counts; all runs of a count take turns."""
+    n, k = workload.gemms[gemm]
+    made = [random_weights(scheme, workload.experts, n, k) for scheme in schemes]
+    dense = torch.empty(workload.experts, n, k, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+    dense8, dense_scales = dense.to(E4M3), torch.rand(workload.experts, n, device="cuda") * 0.01 + 0.005
+    problems = [(expert, 0, expert, 0) for expert in range(workload.experts)]
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
     cells = []
     for count in tokens:
-        rows = workload.routing(count)
-        ends = offsets_of(rows)[1:]
-        starts = [0, *torch.tensor(rows).cumsum(0).tolist()]
-        x, _ = activations(sum(rows), k, "bf16")
-        bits, x_scales = reference.quantize_tokens(x, "fp8")
-        x8 = bits.view(E4M3)
-        out = torch.empty(sum(rows), n, dtype=torch.bfloat16, device="cuda")
-        active = [expert for expert, number in enumerate(rows) if number]
-
-        def loop() -> None:
-            for expert in active:  # noqa: B023
-                part = slice(starts[expert], starts[expert + 1])  # noqa: B023
-                torch.mm(x[part], weight[expert].T, out=out[part])  # noqa: B023
-
-        runs: dict[str, tuple[str, Callable[[], object]]] = {
-            "torch grouped_mm": ("bf16", lambda: torch._grouped_mm(x, weight.transpose(1, 2), offs=ends)),  # noqa: B023
-            "cublas loop": ("bf16", loop),
-            "torch scaled_grouped_mm": (
-                "fp8",
-                lambda: torch._scaled_grouped_mm(
-                    x8, weight8.transpose(1, 2), x_scales, weight_scales, offs=ends,  # noqa: B023
-                    out_dtype=torch.bfloat16, use_fast_accum=True,
-                ),
-            ),
-        }  # fmt: skip
-        for name, (operand, run) in runs.items():
-            format_ = Format("bf16", 16) if operand == "bf16" else Format("fp8", 8)
-            cell = {"run": name, "T": count, "floor_us": floor_us([format_], [rows], n, k), "error": 0.0}
+        step = Step.make(workload.routing(count), n, k, {"fp8", *(packed.format.operand for _, packed in made)})
+        runs: dict[tuple[str, str], Callable[[], object]] = {}
+        formats, errors, graphs = {}, {}, {}
+        for scheme, (weight, packed) in zip(schemes, made, strict=True):
+            table = problem_table(problems, [packed], workload.experts, n, "cuda")
+            formats[scheme.name] = packed.format
+            for phase, run in our_runs(packed, step, table).items():
+                step.out.fill_(math.nan)
+                graphs[scheme.name, phase] = timer.capture(run)
+                errors[scheme.name, phase] = error_of(step.out, step.x, weight, step.rows)
+                runs[scheme.name, phase] = run
+        for name, (format_, run) in torch_runs(dense, dense8, dense_scales, step).items() if peers else ():
+            formats[name] = format_
             try:
-                cells.append(cell | {"us": timer(run)})
+                graphs[name, ""] = timer.capture(run)
+                runs[name, ""] = run  # graphs do not keep alive what they read
             except RuntimeError as error:
                 print(f"{name} T={count}: {str(error).splitlines()[0]}", flush=True)
+        taken = list(timer.rounds(graphs, ROUNDS, REPEATS))
+        for name, phase in graphs:
+            us = [one[name, phase] for one in taken]
+            rows = sum(step.rows)
+            picked = phase_for(rows, workload.experts, 0, n // HALF_ROWS, sms, decodes_to_bf16((formats[name],)))
+            cells.append({
+                "workload": workload.name, "gemm": gemm, "run": name, "phase": phase, "picked": phase in ("", picked),
+                "T": count, "us": statistics.median(us), "spread": (max(us) - min(us)) / statistics.median(us),
+                "floor_us": floor_us([formats[name]], [step.rows], n, k), "error": errors.get((name, phase), 0.0),
+            })  # fmt: skip
     return cells
 
 
-def print_table(workload: Workload, cells: list[dict], tokens: tuple[int, ...]) -> None:
+def table_of(cells: list[dict[str, Any]]) -> dict[str, dict[int, tuple[float, float, float]]]:
+    """Microseconds, floor and worst error of a layer's two launches, by run and tokens.
+
+    ``NAME PHASE``: both with the kernel of that phase; ``NAME``: each with the kernel that a layer picks.
+    """
+    found: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for cell in (cell for cell in cells if cell["phase"]):
+        found.setdefault(f"{cell['run']} {cell['phase']}", {}).setdefault(cell["T"], []).append(cell)
+    for cell in (cell for cell in cells if cell["picked"]):
+        found.setdefault(cell["run"], {}).setdefault(cell["T"], []).append(cell)
+    return {
+        run: {
+            count: (sum(c["us"] for c in both), sum(c["floor_us"] for c in both), max(c["error"] for c in both))
+            for count, both in mine.items()
+            if len(both) == len({cell["gemm"] for cell in cells})
+        }
+        for run, mine in found.items()
+    }
+
+
+def print_table(name: str, cells: list[dict[str, Any]], tokens: tuple[int, ...]) -> None:
     """One row per run, gate_up + down: microseconds / multiple of the floor, and the worst error."""
-    print(f"{workload.name}: us / x floor" + "".join(f"{count:>14}" for count in tokens) + "   worst error")
+    print(f"{name}: us / x floor" + "".join(f"{count:>14}" for count in tokens) + "   worst error")
+    for run, mine in table_of(cells).items():
+        texts = [
+            f"{us:.1f}/{us / floor:.2f}" if us else "-" for us, floor, _ in (mine.get(T, (0, 1, 0)) for T in tokens)
+        ]
+        worst = max(error for *_, error in mine.values())
+        print(f"{run:<34}" + "".join(f"{text:>14}" for text in texts) + f"   {worst:.1e}", flush=True)
+
+
+def print_means(cells: list[dict[str, Any]], tokens: tuple[int, ...]) -> None:
+    """Geometric means over workloads and ranges of tokens of time / floor, with the kernels that a layer picks."""
+    names = dict.fromkeys(cell["workload"] for cell in cells)
+    tables = [table_of([cell for cell in cells if cell["workload"] == name]) for name in names]
+    ranges = [[T for T in tokens if low <= T <= high] for low, high in ((1, 1), (2, 1023), (1024, 1 << 30))]
+    print("time / floor, geometric means" + "".join(f"{', '.join(map(str, some)) or '-':>20}" for some in ranges))
     for run in dict.fromkeys(cell["run"] for cell in cells):
-        text, worst = "", 0.0
-        for count in tokens:
-            mine = [cell for cell in cells if cell["run"] == run and cell["T"] == count]
-            if len(mine) < len(workload.gemms):
-                text += f"{'-':>14}"
-                continue
-            us, floor = sum(cell["us"] for cell in mine), sum(cell["floor_us"] for cell in mine)
-            worst = max(worst, *(cell["error"] for cell in mine))
-            text += f"{f'{us:.1f}/{us / floor:.2f}':>14}"
-        print(f"{run:<34}{text}   {worst:.1e}", flush=True)
+        texts = []
+        for some in ranges:
+            pairs = [table[run][count] for table in tables for count in some if count in table[run]]
+            mean = f"{statistics.geometric_mean(us / floor for us, floor, _ in pairs):.3f}" if pairs else "-"
+            texts.append(f"{mean:>20}")
+        print(f"{run:<29}" + "".join(texts), flush=True)
 
 
 def main() -> None:
@@ -239,20 +306,17 @@ def main() -> None:
     torch.manual_seed(0)
     timer, tokens = Timer(), tuple(arguments.tokens)
     print(torch.cuda.get_device_name(), "torch", torch.__version__, flush=True)
-    everything = []
+    everything: list[dict[str, Any]] = []
     for workload in (w for w in WORKLOADS if w.name in arguments.workloads):
-        cells: list[dict] = []
-        for gemm, (n, k) in workload.gemms.items():
-            for scheme in schemes:
-                cells += [cell | {"gemm": gemm} for cell in measure_gemm(timer, scheme, workload, n, k, tokens)]
-                torch.cuda.empty_cache()
-            if not arguments.no_peers:
-                cells += [cell | {"gemm": gemm} for cell in measure_peers(timer, workload, n, k, tokens)]
-                torch.cuda.empty_cache()
-        print_table(workload, cells, tokens)
-        everything += [cell | {"workload": workload.name} for cell in cells]
+        cells: list[dict[str, Any]] = []
+        for gemm in workload.gemms:
+            cells += measure_gemm(timer, schemes, workload, gemm, tokens, not arguments.no_peers)
+            torch.cuda.empty_cache()
+        print_table(workload.name, cells, tokens)
+        everything += cells
         if arguments.out:
             arguments.out.write_text(json.dumps(everything, indent=1))
+    print_means(everything, tokens)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ different numbers of tokens. What the graphs write is checked against float64.
 import argparse
 import json
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from group_gemm import kernel_of, offsets_of, random_weights
+from group_gemm import REPEATS, ROUNDS, kernel_of, offsets_of, random_weights
 from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation, Case, read_allocations, solve
 
 from mxmoe_steps.allocation.time_model import block_work
@@ -45,7 +44,6 @@ from mxmoe_steps.schemes import Scheme
 from mxmoe_steps.timing.timer import Timer
 
 VARIANTS = ("fused", "heaviest first", "apart", "streams", "streams, SMs split")
-ROUNDS, REPEATS = 7, 3
 CHECKED_ROWS = 300  # of a problem
 MOST_ERROR = 5e-3  # docs/kernels.md: fp8 sums over K = 14336 are off by 3.6e-3
 REFERENCE = ("qwen1.5-moe+shared", "hot", {512: 379, 1024: 453, 8192: 2677})  # us; MxMoE's kernels, rebuilt for H100
@@ -202,18 +200,6 @@ def torch_calls(step: Step) -> dict[str, Callable[[], object]]:
     }
 
 
-def rounds(timer: Timer, graphs: dict[tuple[str, ...], torch.cuda.CUDAGraph]) -> dict[tuple[str, ...], list[float]]:
-    """Microseconds of every graph in every round, visited in random order so that drift meets all alike."""
-    shuffle = random.Random(0)
-    times: dict[tuple[str, ...], list[float]] = {key: [] for key in graphs}
-    for number in range(-1, ROUNDS):  # the first round warms up
-        for key in shuffle.sample(list(graphs), len(graphs)):
-            us = statistics.median(timer.replays(graphs[key], REPEATS))
-            if number >= 0:
-                times[key].append(us)
-    return times
-
-
 def measure(
     timer: Timer, gemms: dict[str, Gemm], allocations: Sequence[Allocation], streams: list[torch.cuda.Stream]
 ) -> list[dict[str, Any]]:
@@ -245,7 +231,8 @@ def measure(
     for key, error in errors.items():
         if not error < MOST_ERROR:  # NaN too
             print(f"WRONG RESULT: {case.name} T={tokens} {key}: error {error:.1e}", flush=True)
-    times = rounds(timer, graphs)
+    taken = list(timer.rounds(graphs, ROUNDS, REPEATS))
+    times = {key: [one[key] for one in taken] for key in graphs}
     cells = []
     for name, variant, phase in dict.fromkeys(key[:3] for key in times):
         both = [  # a launch of one scheme has no variants

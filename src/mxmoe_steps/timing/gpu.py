@@ -1,7 +1,5 @@
 """Launches on a GPU: random weights and activations, captured in CUDA graphs, timed in rounds."""
 
-import random
-import statistics
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,23 +120,18 @@ class Bench:
     def measure(self, rounds: int, repeats: int, seed: int = 0) -> tuple[list[list[float]], list[list[float]]]:
         """Microseconds of every job in every round, the median of ``repeats``, and the GPU's clocks in each round.
 
-        Rounds visit the jobs in random order, so that whatever drifts meets all alike. Clocks: SM MHz, memory MHz,
-        watts, degrees Celsius, while the GPU is busy; empty without nvidia-smi.
+        Clocks: SM MHz, memory MHz, watts, degrees Celsius, while the GPU is busy; empty without nvidia-smi.
         """
         timer = Timer()
         runs = [self.prepare(job) for job in self.jobs]  # graphs do not keep alive what they read
-        graphs = [timer.capture(run) for run in runs]
-        shuffle = random.Random(seed)
-        times: list[list[float]] = [[] for _ in graphs]
+        taken = timer.rounds({i: timer.capture(run) for i, run in enumerate(runs)}, rounds, repeats, seed)
+        times: list[list[float]] = [[] for _ in runs]
         clocks = []
-        for number in range(-1, rounds):  # the first round warms up
+        for _ in range(rounds):
             asked = _ask_clocks()
-            for index in shuffle.sample(range(len(graphs)), len(graphs)):
-                replays = timer.replays(graphs[index], repeats)
-                if number >= 0:
-                    times[index].append(statistics.median(replays))
-            if number >= 0:
-                clocks.append(_answer(asked))
+            for index, us in next(taken).items():
+                times[index].append(us)
+            clocks.append(_answer(asked))
         return times, clocks
 
 

@@ -1,11 +1,15 @@
 """Times of CUDA graphs between device events, each replay after the L2 cache was flushed."""
 
+import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 
 FLUSH_BYTES = 192 << 20
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Timer:
@@ -35,6 +39,20 @@ class Timer:
             events.append((start, end))
         torch.cuda.synchronize()
         return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+    def rounds(
+        self, graphs: Mapping[Key, torch.cuda.CUDAGraph], count: int, repeats: int, seed: int = 0
+    ) -> Iterator[dict[Key, float]]:
+        """Median microseconds of ``repeats`` replays of every graph, for ``count`` rounds after one that warms up.
+
+        Rounds visit the graphs in random order, so that whatever drifts meets all alike.
+        """
+        shuffle = random.Random(seed)
+        for number in range(-1, count):
+            order = shuffle.sample(list(graphs), len(graphs))
+            times = {key: statistics.median(self.replays(graphs[key], repeats)) for key in order}
+            if number >= 0:
+                yield times
 
     def __call__(self, run: Callable[[], object], warmup: int = 3, repeats: int = 15) -> float:
         """Median time of the kernels of ``run``, microseconds."""
