@@ -27,7 +27,7 @@ from mxmoe_steps.schemes import SHARED, Scheme
 
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
-LARGEST_LATENCY = {1: 4, 2: 0.25}  # tokens of an expert, on average, by blocks per SM of the decode kernel
+LARGEST_LATENCY = {1: 4, 2: 0.5}  # tokens of an expert, on average, by blocks per SM of the decode kernel
 LATENCY_GAP = (1, 1.5)  # rounds of the latency kernel's tiles that take longer than one of the decode kernel's
 SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
 
@@ -87,7 +87,7 @@ def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, decod
 
     ``slices``: experts more that take every token; ``strips``: of 64 weight rows, in an expert; ``decoding``: whether
     the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/kernels.md): decode kernels are ahead
-    while the mean expert fits into their largest tile, latency kernels up to a quarter of a token an expert. Where the
+    while the mean expert fits into their largest tile, latency kernels up to half a token an expert. Where the
     decode kernel runs one block an SM, latency kernels are ahead up to four tokens, unless their tiles just need a
     second round: those of the decode kernel are half as many and need one.
     """
