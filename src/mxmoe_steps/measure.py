@@ -99,7 +99,9 @@ def main() -> None:
     parser.add_argument("--kernels", help="folder that compile wrote (default: the kernel cache)")
     parser.add_argument("--problems", type=int, default=200, help="random problems of one scheme, and as many mixed")
     parser.add_argument("--rounds", type=int, default=5, help="times that every launch is visited (default 5)")
-    parser.add_argument("--repeats", type=int, default=3, help="replays at each visit, their median counts (default 3)")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="replays that count at each visit, by their median (default 3)"
+    )
     parser.add_argument("--out", required=True, help="parquet file to write")
     measure(parser.parse_args())
 
