@@ -114,7 +114,7 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 
 
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
-    for decoding, limits in ((True, (30, 48 * 60)), (False, (4 * 60, 64 * 60))):
+    for decoding, limits in ((True, (30, 32 * 60)), (False, (4 * 60, 32 * 60))):
         few, some = ([phase_for(limit + more, 60, 0, 44, 132, decoding) for more in (0, 1)] for limit in limits)
         assert (few, some) == (["latency", "decode"], ["decode", "prefill"])
 

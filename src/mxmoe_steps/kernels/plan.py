@@ -14,7 +14,6 @@ from mxmoe_steps.kernels.formats import (
     EDGE,
     GROUP,
     HALF_ROWS,
-    LARGEST_DECODE,
     OPERAND_MASKS,
     Format,
     KernelConfig,
@@ -27,7 +26,9 @@ from mxmoe_steps.schemes import SHARED, Scheme
 
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
-LARGEST_LATENCY = {1: 4, 2: 0.5}  # tokens of an expert, on average, by blocks per SM of the decode kernel
+# Tokens of an expert, on average, up to which latency and decode kernels are ahead; by blocks per SM of the latter
+MOST_LATENCY = {1: 4, 2: 0.5}
+MOST_DECODE = 32
 LATENCY_GAP = (1, 1.5)  # rounds of the latency kernel's tiles that take longer than one of the decode kernel's
 SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
 
@@ -87,15 +88,15 @@ def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, decod
 
     ``slices``: experts more that take every token; ``strips``: of 64 weight rows, in an expert; ``decoding``: whether
     the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/kernels.md): decode kernels are ahead
-    while the mean expert fits into their largest tile, latency kernels up to half a token an expert. Where the
-    decode kernel runs one block an SM, latency kernels are ahead up to four tokens, unless their tiles just need a
-    second round: those of the decode kernel are half as many and need one.
+    up to 32 tokens an expert, latency kernels up to half a token. Where the decode kernel runs one block an SM, latency
+    kernels are ahead up to four tokens, unless their tiles just need a second round: those of the decode kernel are
+    half as many and need one.
     """
     blocks = decode_blocks(decoding)
-    if rows <= LARGEST_LATENCY[blocks] * experts:
+    if rows <= MOST_LATENCY[blocks] * experts:
         rounds = (min(rows, experts) + slices) * strips / sms
         return "decode" if blocks == 1 and LATENCY_GAP[0] < rounds <= LATENCY_GAP[1] else "latency"
-    return "decode" if rows <= LARGEST_DECODE[blocks] * experts else "prefill"
+    return "decode" if rows <= MOST_DECODE * experts else "prefill"
 
 
 def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0) -> LayerPlan:

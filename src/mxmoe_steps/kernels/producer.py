@@ -113,7 +113,7 @@ class Producer(Schedule):
                 cute.group_modes(weight_ring, 0, 2),
                 cute.group_modes(rows, 0, 2),
             )
-        count = self.dealt(tile, features, part)
+        count = cute.arch.make_warp_uniform(self.dealt(tile, features, part))  # or every slot works it out again
         draw_at = cutlass.max(count - DRAW_SLOTS, 0)
         drawn = Int32(0)
         for turn in cutlass.range(count, unroll=1):
