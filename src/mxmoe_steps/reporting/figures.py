@@ -195,6 +195,7 @@ def frontiers(fronts: Sequence[Frontier], chosen: Sequence[dict[str, Any]], esti
                     axis.plot(one["time_us"], one["loss"], "o", color=colour, ms=5)
         label = "estimated" if estimate else "predicted"
         axis.set(title=f"{count} tokens in a step", xlabel=f"{label} time of all expert layers, µs")
+        axis.locator_params(axis="x", nbins=6)
         _plain_log(axis)
     axes[0].set_ylabel("predicted loss")
     handles = dict(zip(*reversed(axes[-1].get_legend_handles_labels()), strict=True))
