@@ -27,7 +27,7 @@ import torch
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.formats import HALF_ROWS, PHASES, Format, decodes_to_bf16, default_config, kernel_format
-from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
+from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import KernelWeights, kernel_weights, original_weights
 from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
@@ -142,25 +142,18 @@ def kernel_of(formats: tuple[Format, ...], phase: str) -> GroupGemmKernel:
     return GroupGemmKernel(default_config(formats, phase))
 
 
-@dataclass(frozen=True)
 class Step:
-    """What one forward step gives to a grouped GEMM, by operand type, and where it writes; all on the GPU."""
+    """What one forward step gives to a grouped GEMM, by operand type, and where it writes ``columns`` a row; all on the
+    GPU."""
 
-    rows: list[int]
-    x: torch.Tensor
-    given: dict[str, Activations]
-    offsets: torch.Tensor
-    out: torch.Tensor
-
-    @classmethod
-    def make(cls, rows: list[int], n: int, k: int, operands: set[str]) -> "Step":
-        x = torch.randn(sum(rows), k, device="cuda", dtype=torch.bfloat16) * 0.5
-        given = {
-            operand: Activations(x) if operand == "bf16" else Activations(*reference.quantize_tokens(x, operand))
-            for operand in operands
-        }
-        out = torch.empty(sum(rows), n, dtype=torch.bfloat16, device="cuda")
-        return cls(rows, x, given, offsets_of(rows), out)
+    def __init__(self, rows: list[int], columns: int, k: int, operands: set[str]) -> None:
+        self.rows = rows
+        self.x = torch.randn(sum(rows), k, dtype=torch.bfloat16, device="cuda") * 0.5
+        self.given = {"bf16": Activations(self.x)}
+        for operand in operands - {"bf16"}:
+            self.given[operand] = Activations(*reference.quantize_tokens(self.x, operand))
+        self.offsets = offsets_of(rows)
+        self.out = torch.empty(sum(rows), columns, dtype=torch.bfloat16, device="cuda")
 
 
 def our_runs(packed: KernelWeights, step: Step, table: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -205,13 +198,16 @@ def measure_gemm(
     """Our kernels and torch's on one grouped GEMM over the token counts; all runs of a count take turns."""
     n, k = workload.gemms[gemm]
     made = [random_weights(scheme, workload.experts, n, k) for scheme in schemes]
-    dense = torch.empty(workload.experts, n, k, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
-    dense8, dense_scales = dense.to(E4M3), torch.rand(workload.experts, n, device="cuda") * 0.01 + 0.005
+    operands = {packed.format.operand for _, packed in made}
+    if peers:
+        dense = torch.empty(workload.experts, n, k, dtype=torch.bfloat16, device="cuda").normal_(std=0.02)
+        dense8, dense_scales = dense.to(E4M3), torch.rand(workload.experts, n, device="cuda") * 0.01 + 0.005
+        operands.add("fp8")
     problems = [(expert, 0, expert, 0) for expert in range(workload.experts)]
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    sms = processors(torch.device("cuda"))
     cells = []
     for count in tokens:
-        step = Step.make(workload.routing(count), n, k, {"fp8", *(packed.format.operand for _, packed in made)})
+        step = Step(workload.routing(count), n, k, operands)
         runs: dict[tuple[str, str], Callable[[], object]] = {}
         formats, errors, graphs = {}, {}, {}
         for scheme, (weight, packed) in zip(schemes, made, strict=True):

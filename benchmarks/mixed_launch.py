@@ -31,14 +31,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from group_gemm import REPEATS, ROUNDS, kernel_of, offsets_of, random_weights
+from group_gemm import REPEATS, ROUNDS, Step, kernel_of, random_weights, torch_runs
 from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation, Case, read_allocations, solve
 
 from mxmoe_steps.allocation.time_model import block_work
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.formats import PHASES, TILE_ROWS, Format, default_config, kernel_format
-from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
+from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import KernelWeights
 from mxmoe_steps.schemes import Scheme
 from mxmoe_steps.timing.timer import Timer
@@ -93,17 +93,12 @@ class Gemm:
         self.packed = {format_: packed for format_, (_, packed) in made.items()}
 
 
-class Step:
+class GemmStep(Step):
     """What one forward step gives to a `Gemm`, and where it writes."""
 
     def __init__(self, gemm: Gemm, rows: list[int]) -> None:
-        self.gemm, self.rows = gemm, rows
-        self.x = torch.randn(sum(rows), gemm.k, dtype=torch.bfloat16, device="cuda") * 0.5
-        self.given = {"bf16": Activations(self.x)}
-        for operand in {format_.operand for format_ in gemm.packed if format_.token_scaled}:
-            self.given[operand] = Activations(*reference.quantize_tokens(self.x, operand))
-        self.offsets = offsets_of(rows)
-        self.out = torch.empty(sum(rows), gemm.n * gemm.blocks, dtype=torch.bfloat16, device="cuda")
+        super().__init__(rows, gemm.n * gemm.blocks, gemm.k, {format_.operand for format_ in gemm.packed})
+        self.gemm = gemm
 
     def entry(self, problem: Problem) -> int:
         """Place in a stack."""
@@ -145,7 +140,11 @@ class Step:
 
 
 def variants(
-    step: Step, problems: Sequence[Problem], tiles: dict[str, np.ndarray], phase: str, streams: list[torch.cuda.Stream]
+    step: GemmStep,
+    problems: Sequence[Problem],
+    tiles: dict[str, np.ndarray],
+    phase: str,
+    streams: list[torch.cuda.Stream],
 ) -> dict[str, Callable[[], object]]:
     """The ways to run ``problems``, given in the plan's order; with one scheme there is only one."""
     formats = sorted({format_ for _, format_, _ in problems})
@@ -156,7 +155,7 @@ def variants(
     n, k = np.array([step.gemm.n]), np.array([step.gemm.k])
     predicted = {p: block_work(np.array([[step.rows[p[0]]]]), n, k, tiles[p[1].name], 0.0, TILE_ROWS) for p in problems}
     work = np.array([sum(predicted[p][0].item() for p in part) for part in parts])
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    sms = processors(torch.device("cuda"))
     split = [  # as if an SM took two blocks of one kernel first; where it spreads them, others wait
         max(1, round(float(sms * share))) * call.kernel.config.blocks_per_sm
         for share, call in zip(work / work.sum(), calls, strict=True)
@@ -185,19 +184,13 @@ def variants(
     }
 
 
-def torch_calls(step: Step) -> dict[str, Callable[[], object]]:
+def torch_calls(step: GemmStep) -> dict[str, Callable[[], object]]:
     """torch's grouped GEMMs, gate and up as one matrix."""
-    gemm, ends, experts = step.gemm, step.offsets[1:], len(step.rows)
+    gemm, experts = step.gemm, len(step.rows)
     dense, fp8 = gemm.stored[Format("bf16", 16)], gemm.stored[Format("fp8", 8)]
-    weight, weight8 = (each.view(experts, -1, gemm.k).transpose(1, 2) for each in (dense, fp8.codes))
-    scales, given = fp8.scales.float().view(experts, -1), step.given["fp8"]
-    x8 = given.values.view(weight8.dtype)
-    return {
-        "torch grouped_mm": lambda: torch._grouped_mm(step.x, weight, offs=ends),
-        "torch scaled_grouped_mm": lambda: torch._scaled_grouped_mm(
-            x8, weight8, given.scales, scales, offs=ends, out_dtype=torch.bfloat16, use_fast_accum=True
-        ),
-    }
+    weight, weight8 = (each.view(experts, -1, gemm.k) for each in (dense, fp8.codes))
+    runs = torch_runs(weight, weight8, fp8.scales.float().view(experts, -1), step)
+    return {name: run for name, (_, run) in runs.items() if name.startswith("torch")}
 
 
 def measure(
@@ -209,7 +202,7 @@ def measure(
     errors: dict[tuple[str, ...], float] = {}
     kept: list[Callable[[], object]] = []  # graphs do not keep alive what they read
     for gemm_name, gemm in gemms.items():
-        step = Step(gemm, case.rows(tokens))
+        step = GemmStep(gemm, case.rows(tokens))
         for allocation in allocations:
             launch = getattr(allocation.plan, gemm_name)
             problems = [(expert, launch.formats[number], column) for expert, number, _, column in launch.problems]

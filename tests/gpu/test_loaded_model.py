@@ -51,15 +51,21 @@ def make_checkpoint(folder: Path, name: str) -> str:
 
 
 @pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("demo")
+    return {name: make_checkpoint(folder, name) for name in LAYERS}
+
+
+@pytest.fixture(scope="module")
 def tokens() -> torch.Tensor:
     return torch.randint(1, 4000, (3, 70), generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("how", ["device", "device_map", "to"])
 def test_logits_are_as_near_as_bfloat16_on_the_cpu(
-    tmp_path: Path, tokens: torch.Tensor, how: str, caplog: pytest.LogCaptureFixture
+    checkpoints: dict[str, str], tokens: torch.Tensor, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint = make_checkpoint(tmp_path, "coarse")
+    checkpoint = checkpoints["coarse"]
     with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
         if how == "to":
             model = mxmoe_steps.load_quantized(checkpoint, dtype="bfloat16").to("cuda")
@@ -76,8 +82,8 @@ def test_logits_are_as_near_as_bfloat16_on_the_cpu(
     assert (got - exact).norm() < 1.5 * (rounded - exact).norm()
 
 
-def test_greedy_text_is_that_of_the_reference_up_to_ties(tmp_path: Path, tokens: torch.Tensor) -> None:
-    checkpoint = make_checkpoint(tmp_path, "fine")
+def test_greedy_text_is_that_of_the_reference_up_to_ties(checkpoints: dict[str, str], tokens: torch.Tensor) -> None:
+    checkpoint = checkpoints["fine"]
     model = mxmoe_steps.load_quantized(checkpoint, "cuda", "bfloat16")
     prompt = tokens[:2, :16]
     text = model.generate(prompt.cuda(), max_new_tokens=40, do_sample=False, eos_token_id=None).cpu()
