@@ -27,6 +27,10 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.layer)
 
+    def __getitem__(self, index: NDArray[Any]) -> "Blocks":
+        """Some of the blocks."""
+        return Blocks(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
     @property
     def params(self) -> NDArray[np.int64]:
         """Weights per block."""

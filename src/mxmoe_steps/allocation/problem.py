@@ -112,9 +112,7 @@ def build_problem(
     ``losses``) that each choice gives it.
     """
     index = np.flatnonzero(part)
-    blocks = Blocks(
-        *(getattr(losses.blocks, name)[index] for name in ("layer", "expert", "kind", "out_features", "in_features"))
-    )
+    blocks = losses.blocks[index]
     column = {scheme: number for number, scheme in enumerate(losses.schemes)}
     scheme = np.repeat([[column[candidate] for candidate in candidates]], len(blocks), 0)
     fixed = np.zeros(len(blocks), bool)

@@ -201,13 +201,13 @@ def step_phases(blocks: Blocks, traffic: Traffic, carried: Collection[Scheme], s
     Shapes are the first layer's.
     """
     rows, experts = int(np.median(traffic.rows.sum(2))), traffic.rows.shape[2]
+    blocks = blocks[blocks.layer == blocks.layer[0]]
     pieces, out, _ = cut_shared(blocks)
-    first = blocks.layer == blocks.layer[0]
-    slices = int(pieces[first & (blocks.expert == SHARED)].max(initial=0))
+    slices = int(pieces[blocks.expert == SHARED].max(initial=0))
+    one = blocks.expert == blocks.expert.max()
     phases = []
     for launch in range(LAUNCHES):
-        here = first & (blocks.launch == launch) & (blocks.expert == blocks.expert[first].max())
-        strips = int((-(-out[here] // HALF_ROWS)).sum())
+        strips = int((-(-out[one & (blocks.launch == launch)] // HALF_ROWS)).sum())
         phases.append(phase_for(rows, experts, slices, strips, sms, decodes_to_bf16(carried)))
     return tuple(phases)
 
@@ -229,9 +229,10 @@ def block_times(
     shape = (len(blocks), len(kernels))
     times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros((LAUNCHES, len(kernels))))
     for column, scheme in enumerate(kernels):
-        for launch, phase in enumerate(step_phases(blocks, traffic, carried or [scheme], profile.sms)):
+        within = carried or [scheme]
+        for launch, phase in enumerate(step_phases(blocks, traffic, within, profile.sms)):
             of = blocks.launch == launch
-            own, loops = (profile.loops(phase, schemes) for schemes in ([scheme], carried or [scheme]))
+            own, loops = profile.loops(phase, [scheme]), profile.loops(phase, within)
             extra_us = profile.loop_tile_us * (loops - own)
             cells = profile.tiles[phase, scheme]
             work, longest = block_work(rows[of], out[of], inner[of], cells, extra_us, PHASE_ROWS[phase])
