@@ -145,7 +145,7 @@ def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
     ("make", "said"),
     [
         (lambda: Tile(Format("bf16", 16), 24), "multiple of 16"),
-        (lambda: Tile(Format("bf16", 4, True), 16, 1), "1, 2 or 4 groups"),
+        (lambda: Tile(Format("bf16", 4, True), 16, 1), "1 or 2 groups"),
         (lambda: KernelConfig(()), "at least one tile"),
         (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 100), "multiple of 32"),
         (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 128, 3), "cluster is 3"),
@@ -154,6 +154,8 @@ def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
             "64 in all of them",
         ),
         (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 128, 1, 2, 2), "4 warpgroups"),
+        (lambda: KernelConfig((Tile(Format("bf16", 16), 16, 1, 64),), 128, 1, 1, 4), "takes 8 tokens"),
+        (lambda: KernelConfig((Tile(Format("bf16", 4, True), 8, 4, 64),), 128, 1, 1, 4), "one group"),
         (lambda: KernelConfig((Tile(Format("bf16", 4, True), 16, 4, 64),), 128, 1, 1, 4), "slots of one group"),
         (lambda: KernelConfig((Tile(Format("bf16", 16), 256, 4),)), "has no room for two slots"),
     ],

@@ -75,8 +75,8 @@ class SwiGlu:
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
         written = rounding.Outputs(*outputs)
+        cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
         cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
         tokens, top_k = chosen.shape[0], chosen.shape[1]
         first, mask, slices = Int32(0), Int32(0), Int32(1)
         if entry < top_k:

@@ -1,5 +1,6 @@
 """A consumer warpgroup's tile: its main loop, then scales, rounding and the store (CuTe DSL)."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -10,7 +11,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.cutlass_dsl import T
 
 from mxmoe_steps.kernels import decode
-from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, Format
+from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, HALF_ROWS, LATENCY_TOKENS, Format
 from mxmoe_steps.kernels.main_loops import MainLoops
 from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Ring
 from mxmoe_steps.kernels.schedule import Place
@@ -25,13 +26,24 @@ def opaque(value: Int32) -> Int32:
 
 
 def store_if(wanted: Boolean, words: cute.Tensor, target: Int64) -> None:
-    """Write four words to the global address ``target``, if ``wanted``: behind a branch, every store would wait for its
-    own words."""
+    """Write two or four words to the global address ``target``, if ``wanted``: behind a branch, every store would wait
+    for its own words."""
+    count = cute.size(words)
+    names = ", ".join(f"{{$r{i + 1}}}" for i in range(count))
     cute.arch.inline_ptx(
-        "st.global.v4.b32 [{$r0}], {{$r1}, {$r2}, {$r3}, {$r4}};",
-        read_only_args=[target, *(words[i] for i in range(4))],
+        f"st.global.v{count}.b32 [{{$r0}}], {{{names}}};",
+        read_only_args=[target, *(words[i] for i in range(count))],
         predicate=wanted,
     )
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a thread multiplies the sums by: factors of rows and of tokens, on their way while its tile is multiplied.
+    Nothing is done with them before: it would wait for them."""
+
+    channels: cute.Tensor
+    tokens: cute.Tensor
 
 
 class Consumer(MainLoops):
@@ -115,20 +127,10 @@ class Consumer(MainLoops):
         tile = self.tiles[i]
         format_ = tile.format
         thread = opaque(thread)
-        lane, in_group = thread & 31, thread & 127
-        row = (thread >> 5) * 16 + (lane >> 2)  # of the thread's two rows, row and row + 8, in the tile
-        scale_row = place.row_tile * self.rows + row
-        grow = decode.GROW[format_.bits] if format_.grown else 1.0
-        channel0, channel1 = Float32(grow), Float32(grow)
-        if const_expr(format_.channel_scaled):
-            channel0 *= channel_scales[place.entry, scale_row]
-            channel1 *= channel_scales[place.entry, scale_row + 8]
-        fetched = cute.make_rmem_tensor(((tile.tokens + 127) // 128,), Float32)
-        if const_expr(format_.token_scaled):
-            for j in cutlass.range_constexpr(cute.size(fetched)):
-                fetched[j] = Float32(0.0)
-                if in_group + 128 * j < place.rows:
-                    fetched[j] = token_scales[place.first + in_group + 128 * j]
+        if const_expr(self.split == 1):
+            factors = self.fetch_factors(tile, token_scales, channel_scales, thread, place)
+        else:
+            factors = self.fetch_quad_factors(tile, token_scales, channel_scales, thread, group, place)
 
         mma.set(warpgroup.Field.ACCUMULATE, True)
         mine = mma.get_slice(cute.make_layout(self.groups, stride=128)(group))
@@ -142,24 +144,73 @@ class Consumer(MainLoops):
             weight_blocks = self.blocks(ring, format_.operand, self.rows, 0, tile.depth)
             weights = mma.make_fragment_A(mine.partition_A(weight_blocks))
             stage, phase, end = self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, stage, phase, end)
+        elif const_expr(self.split > 1 and format_.operand != "fp8"):
+            stage, phase, end = self.multiply_few(tile, acc, ring, thread, slots, stage, phase, end)
         elif const_expr(format_.operand == "bf16"):
-            stage, phase, end = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, row, slots, stage, phase, end)
+            stage, phase, end = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, slots, stage, phase, end)
         else:
             stage, phase, end = self.multiply_8bit(
-                tile, mma, acc, ring, tokens, thread, row, features, slots, stage, phase, end
+                tile, mma, acc, ring, tokens, thread, features, slots, stage, phase, end
             )
 
-        store = (
-            i, acc, staging, shared_scales, fetched, (channel0, channel1), thread, group, place, stored, out,
-        )  # fmt: skip
         if const_expr(self.split == 1):
-            self.store(*store)
-        elif partials.part == 0:
-            self.add_parts(acc, partials, thread)
-            self.store(*store)
+            self.store(i, acc, staging, shared_scales, factors, thread, group, place, stored, out)
         else:
-            self.send_part(acc, partials, thread)
+            self.store_sum(i, acc, partials, factors, thread, group, place, stored, out)
         return stage, phase, end
+
+    @cute.jit
+    def fetch_factors(
+        self,
+        tile: cutlass.Constexpr,
+        token_scales: cute.Tensor,
+        channel_scales: cute.Tensor,
+        thread: Int32,
+        place: Place,
+    ) -> Factors:
+        """Of the thread's two rows, and of tokens thread, thread + 128, ..."""
+        format_, in_group = tile.format, thread & 127
+        row = place.row_tile * self.rows + (thread >> 5) * 16 + ((thread & 31) >> 2)
+        channels = cute.make_rmem_tensor((2,), Float32)
+        tokens = cute.make_rmem_tensor(((tile.tokens + 127) // 128,), Float32)
+        for r in cutlass.range_constexpr(2):
+            channels[r] = channel_scales[place.entry, row + 8 * r] if format_.channel_scaled else Float32(1.0)
+        for j in cutlass.range_constexpr(cute.size(tokens)):
+            tokens[j] = self.token_factor(format_, token_scales, in_group + 128 * j, place)
+        return Factors(channels, tokens)
+
+    @cute.jit
+    def fetch_quad_factors(
+        self,
+        tile: cutlass.Constexpr,
+        token_scales: cute.Tensor,
+        channel_scales: cute.Tensor,
+        thread: Int32,
+        group: Int32,
+        place: Place,
+    ) -> Factors:
+        """Of the four rows and the token that `store_sum` stores."""
+        format_ = tile.format
+        channels = cute.make_rmem_tensor((4,), Float32)
+        tokens = cute.make_rmem_tensor((1,), Float32)
+        channels.fill(1.0)
+        if const_expr(format_.channel_scaled):
+            row = place.row_tile * self.rows + group * HALF_ROWS + (thread & 15) * 4
+            at = cute.assume(place.entry * channel_scales.shape[1] + row, divby=4)
+            cute.autovec_copy(cute.make_tensor(channel_scales.iterator + at, cute.make_layout(4)), channels)
+        tokens[0] = self.token_factor(format_, token_scales, (thread & 127) >> 4, place)
+        return Factors(channels, tokens)
+
+    @cute.jit
+    def token_factor(
+        self, format_: cutlass.Constexpr, token_scales: cute.Tensor, token: Int32, place: Place
+    ) -> Float32:
+        """What the sums of a token of the tile are to be multiplied by; 0 past the last."""
+        factor = Float32(0.0)
+        if const_expr(format_.token_scaled):  # noqa: SIM102 (known when the kernel is compiled)
+            if token < place.rows:
+                factor = token_scales[place.first + token]
+        return factor
 
     @cute.jit
     def store(
@@ -168,26 +219,23 @@ class Consumer(MainLoops):
         acc: cute.Tensor,
         staging: Any,
         shared_scales: cute.Tensor,
-        fetched: cute.Tensor,
-        channels: tuple,
+        factors: Factors,
         thread: Int32,
         group: Int32,
         place: Place,
         stored: Boolean,
         out: cute.Tensor,
     ) -> None:
-        """Scale and round the sums of configuration ``i`` and, if ``stored``, store them.
-
-        ``fetched``: scales of the tokens thread, thread + 128, ...; ``channels``: of the thread's two rows.
-        """
+        """Scale and round the sums of configuration ``i`` and, if ``stored``, store them."""
         tile, pitch = self.tiles[i], self.config.staging_pitch
         format_ = tile.format
         lane, in_group = thread & 31, thread & 127
-        channel0, channel1 = channels
+        if const_expr(format_.grown):
+            factors.channels.store(factors.channels.load() * Float32(decode.GROW[format_.bits]))
         if const_expr(format_.token_scaled):
-            for j in cutlass.range_constexpr(cute.size(fetched)):
+            for j in cutlass.range_constexpr(cute.size(factors.tokens)):
                 if in_group + 128 * j < tile.tokens:
-                    shared_scales[in_group + 128 * j, group] = fetched[j]
+                    shared_scales[in_group + 128 * j, group] = factors.tokens[j]
         row8 = cute.assume(group * 64 + (in_group & 7) * 8, divby=8)  # of the 8 rows this thread stores
         token = in_group >> 3  # the first one
         source = cute.assume(token * pitch + row8, divby=8)
@@ -206,7 +254,7 @@ class Consumer(MainLoops):
             for e in cutlass.range_constexpr(cute.size(values)):
                 value = Float32(acc[start // 2 + e])
                 if const_expr(format_.channel_scaled or format_.grown):
-                    value = value * (channel0 if (e // 2) % 2 == 0 else channel1)
+                    value = value * factors.channels[e // 2 % 2]
                 if const_expr(format_.token_scaled):
                     if const_expr(e % 4 == 0):
                         at = cute.assume(start + 2 * e + 2 * (lane & 3), divby=2)
@@ -225,35 +273,56 @@ class Consumer(MainLoops):
                 store_if(stored & (start + token + STORED * j < place.rows), words[None, j], address)
                 address += 2 * STORED * Int64(out.shape[1])
 
-    def part_vector(self, acc: cute.Tensor, part: Any, vector: int, thread: Int32, sums: Any) -> cute.Tensor:
-        """Where vector ``vector`` of a thread's sums of part ``part`` (from 1) lies, four elements; warps in a row."""
-        vectors, threads = cute.size(acc) // 4, 128 * self.groups
-        at = cute.assume((((part - 1) * vectors + vector) * threads + thread) * 4, divby=4)
-        return cute.make_tensor(cute.recast_ptr(sums, dtype=acc.element_type) + at, cute.make_layout(4))
-
     @cute.jit
-    def send_part(self, acc: cute.Tensor, partials: Partials, thread: Int32) -> None:
-        """Hand this part's sums to the first one."""
+    def store_sum(
+        self,
+        i: cutlass.Constexpr,
+        acc: cute.Tensor,
+        partials: Partials,
+        factors: Factors,
+        thread: Int32,
+        group: Int32,
+        place: Place,
+        stored: Boolean,
+        out: cute.Tensor,
+    ) -> None:
+        """Leave a part's sums in shared memory. Parts take turns to add those of all parts, in order, to scale, round
+        and, if ``stored``, store them, while the others go on."""
+        format_, pitch = self.tiles[i].format, self.config.staging_pitch
+        lane, in_group = thread & 31, thread & 127
+        size = LATENCY_TOKENS * pitch  # of a part's sums
+        sums = cute.recast_ptr(partials.sums, dtype=acc.element_type)
+        start = partials.part * size + 2 * (lane & 3) * pitch + (thread >> 5) * 16 + (lane >> 2)
         cute.arch.mbarrier_wait(partials.free, partials.turn & 1 ^ 1)
-        four = cute.make_rmem_tensor((4,), acc.element_type)
-        for j in cutlass.range_constexpr(cute.size(acc) // 4):
-            for e in cutlass.range_constexpr(4):
-                four[e] = acc[4 * j + e]
-            cute.autovec_copy(four, self.part_vector(acc, partials.part, j, thread, partials.sums))
+        for e in cutlass.range_constexpr(4):
+            cute.make_tensor(sums + (start + e % 2 * pitch + e // 2 * 8), cute.make_layout(1)).fill(acc[e])
         cute.arch.sync_warp()
-        if thread & 31 == 0:
+        if lane == 0:
             cute.arch.mbarrier_arrive(partials.full)
-
-    @cute.jit
-    def add_parts(self, acc: cute.Tensor, partials: Partials, thread: Int32) -> None:
-        """Add the other parts' sums, in order, to those of the first one."""
-        cute.arch.mbarrier_wait(partials.full, partials.turn & 1)
-        four = cute.make_rmem_tensor((4,), acc.element_type)
-        for part in cutlass.range_constexpr(1, self.split):
-            for j in cutlass.range_constexpr(cute.size(acc) // 4):
-                cute.autovec_copy(self.part_vector(acc, part, j, thread, partials.sums), four)
-                for e in cutlass.range_constexpr(4):
-                    acc[4 * j + e] = acc[4 * j + e] + four[e]
-        cute.arch.sync_warp()
-        if thread & 31 == 0:
-            cute.arch.mbarrier_arrive(partials.free)
+        if partials.turn & (self.split - 1) == partials.part:
+            row4 = cute.assume(group * HALF_ROWS + (in_group & 15) * 4, divby=4)
+            token = in_group >> 4
+            target = Int64(place.first + token) * out.shape[1] + place.column + place.row_tile * self.rows + row4
+            total, other = (cute.make_rmem_tensor((4,), acc.element_type) for _ in range(2))
+            total.fill(0)
+            if const_expr(format_.grown):
+                factors.channels.store(factors.channels.load() * Float32(decode.GROW[format_.bits]))
+            cute.arch.mbarrier_wait(partials.full, partials.turn & 1)
+            for part in cutlass.range_constexpr(self.split):
+                at = cute.assume(part * size + token * pitch + row4, divby=4)
+                cute.autovec_copy(cute.make_tensor(sums + at, cute.make_layout(4)), other)
+                total.store(total.load() + other.load())
+            cute.arch.sync_warp()
+            if lane == 0:
+                cute.arch.mbarrier_arrive(partials.free)
+            values = cute.make_rmem_tensor((4,), Float32)
+            for e in cutlass.range_constexpr(4):
+                values[e] = Float32(total[e])
+                if const_expr(format_.channel_scaled or format_.grown):
+                    values[e] = values[e] * factors.channels[e]
+                if const_expr(format_.token_scaled):
+                    values[e] = values[e] * factors.tokens[0]
+            rounded = cute.make_rmem_tensor((4,), BFloat16)
+            rounded.store(values.load().to(BFloat16))
+            words = cute.make_tensor(cute.recast_ptr(rounded.iterator, dtype=Int32), cute.make_layout(2))
+            store_if(stored & (token < place.rows), words, out.iterator.toint() + 2 * target)

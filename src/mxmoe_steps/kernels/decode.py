@@ -8,7 +8,9 @@ one fused multiply-add a weight of the number, rounded once.
 
 from dataclasses import dataclass
 
-from cutlass import Float32, Int32, Uint16, cute
+from cutlass import Float32, Int32, cute
+
+from mxmoe_steps.kernels.formats import SHRINK
 
 
 def _ptx(text: str, *arguments: Int32) -> Int32:
@@ -16,7 +18,6 @@ def _ptx(text: str, *arguments: Int32) -> Int32:
     return cute.arch.inline_ptx("{ " + text + " }", write_only_types=[Int32], read_only_args=list(arguments))
 
 
-SHRINK = 16  # weights of fewer than 8 bits are decoded 2**-16 times as large, so that factors are finite
 GROW = {8: 64.0} | dict.fromkeys((4, 3, 2), 2.0**SHRINK)  # what sums of decoded bf16 weights lack, by bits
 LOWEST_BIT = {4: (0, 4, 0, 4), 3: (0, 2, 4, 4), 2: (0, 2, 4, 6)}  # of the code of a register 0..3 when it is masked
 
@@ -33,25 +34,21 @@ class Affine:
     offset: Int32
 
 
-def affine(bits: int, row: int, scale: Uint16, zero: Uint16 | None) -> Affine:
-    """From the bfloat16 bits of a scale and, for asymmetric formats, of a zero point; without, it is the middle code.
+def affine(bits: int, row: int, scales: Int32, zeros: Int32 | None) -> Affine:
+    """From the scales of the thread's two rows and, for asymmetric formats, their zero points times -2**-`SHRINK`, a
+    bfloat16 pair each; without, the zero point is the middle code.
 
-    ``row``: 0 or 1, the first or second of the thread's. Powers of two are added to the exponent of the scale; a scale
-    of zero leaves numbers below 2**-120 of codes.
+    ``row``: 0 or 1, the one to take. Powers of two are added to the exponent of the scale; a scale of zero leaves
+    numbers below 2**-120 of codes.
     """
-    pair = _ptx("prmt.b32 {$w0}, {$r0}, {$r0}, 0x1010;", Int32(scale))
+    both = f"prmt.b32 {{$w0}}, {{$r0}}, {{$r0}}, {(0x1010, 0x3232)[row]:#x};"
+    pair = _ptx(both, scales)
     first, second = (pair + (133 - SHRINK - LOWEST_BIT[bits][register] << 7) * 0x10001 for register in (row, row + 2))
-    if zero is None:
+    if zeros is None:
         shrunk = (0x8000 | 127 + bits - 1 - SHRINK << 7) * 0x10001  # -(2**(bits - 1)) * 2**-SHRINK
         offset = _ptx(f".reg .b32 m; mov.b32 m, {shrunk:#x}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, m;", pair)
     else:
-        shrink = (0x8000 | 127 - SHRINK << 7) * 0x10001
-        offset = _ptx(
-            f".reg .b32 z, m; prmt.b32 z, {{$r1}}, {{$r1}}, 0x1010; mov.b32 m, {shrink:#x}; mul.rn.bf16x2 z, z, m; "
-            "mul.rn.bf16x2 {$w0}, {$r0}, z;",
-            pair,
-            Int32(zero),
-        )
+        offset = _ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", pair, _ptx(both, zeros))
     return Affine((first, second), offset)
 
 
@@ -126,10 +123,9 @@ def int8_from_4bit(word: Int32, register: int) -> Int32:
     )
 
 
-def bf16_value(bits: Uint16) -> Float32:
-    """The float32 of a bfloat16 bit pattern."""
+def bf16_value(pair: Int32, place: int) -> Float32:
+    """The float32 of the low (``place`` 0) or high one of two bfloat16 bit patterns."""
+    high = ("shl.b32 t, {$r0}, 16;", "and.b32 t, {$r0}, 0xFFFF0000;")[place]
     return cute.arch.inline_ptx(
-        "{ .reg .b32 t; shl.b32 t, {$r0}, 16; mov.b32 {$w0}, t; }",
-        write_only_types=[Float32],
-        read_only_args=[Int32(bits)],
+        "{ .reg .b32 t; " + high + " mov.b32 {$w0}, t; }", write_only_types=[Float32], read_only_args=[pair]
     )

@@ -15,6 +15,7 @@ TILE_ROWS = 128  # weight rows of a chunk in kernel order, and of most tiles
 HALF_ROWS = 64  # weight rows of one `wgmma`: a warpgroup's
 ROW_BYTES = 128  # bytes of one row of a token block: the widest shared memory swizzle
 GROUP = 128  # input features that share a scale in every grouped format
+SHRINK = 16  # weights of fewer than 8 bits are decoded to bfloat16 2**-16 times as large, so that factors are finite
 EDGE = 64  # output and input features must be multiples of this
 
 SHARED_BYTES = {1: 227 * 1024, 2: 113 * 1024}  # shared memory a block may use on sm_90, by blocks per SM
@@ -23,6 +24,7 @@ REGISTERS = {(1, 2): (40, 232), (1, 4): (24, 112), (2, 2): (32, 104)}
 UNIT = 1024  # bytes: slots of the ring start at multiples, as swizzled rows need
 MAX_STAGES = 5  # slots of a ring in use at a time: more hold work that others could do
 EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
+LATENCY_TOKENS = 8  # of a split tile: with more, tokens would take as long to fetch as 4-bit weights
 
 OPERAND_MASKS = {"bf16": 1, "fp8": 2, "int8": 4}  # what an expert reads, one bit per type
 MAX_EXPERTS = 1024  # of a layer, slices of the shared expert included
@@ -77,7 +79,7 @@ class Format:
 
     @property
     def grown(self) -> bool:
-        """Whether the decoded weights, and so the sums, lack a constant factor (`decode.GROW`)."""
+        """Whether the bfloat16 weights, and so the sums, lack a constant factor (`decode.GROW`)."""
         return self.decoded and self.operand == "bf16"
 
     @property
@@ -131,9 +133,9 @@ class Tile:
     def __post_init__(self) -> None:
         if not (self.tokens == 8 or (self.tokens % 16 == 0 and 16 <= self.tokens <= 256)):
             raise ValueError(f"tile of {self.tokens} tokens: need 8 or a multiple of 16 up to 256")
-        if self.format.decoded and self.slot_features not in (GROUP, 2 * GROUP, 4 * GROUP):
+        if self.format.decoded and self.slot_features not in (GROUP, 2 * GROUP):
             raise ValueError(
-                f"tile of {self.format.name}: a slot must hold 1, 2 or 4 groups of {GROUP}, depth {self.depth}"
+                f"tile of {self.format.name}: a slot must hold 1 or 2 groups of {GROUP}, depth {self.depth}"
             )
 
     @property
@@ -193,8 +195,10 @@ class KernelConfig:
             raise ValueError(f"tiles of {self.rows} rows; need 64 in all of them or 128")
         if (self.blocks_per_sm, self.warpgroups) not in REGISTERS or (self.cluster > 1 and self.warpgroups != 2):
             raise ValueError(f"{self.warpgroups} warpgroups in clusters of {self.cluster}, {self.blocks_per_sm} an SM")
-        if self.split > 1 and any(tile.format.decoded and tile.slot_features > GROUP for tile in self.tiles):
-            raise ValueError(f"a split deals slots of one group of {GROUP} input features")
+        if self.split > 1 and any(
+            tile.tokens != LATENCY_TOKENS or (tile.format.decoded and tile.slot_features > GROUP) for tile in self.tiles
+        ):
+            raise ValueError(f"a split takes {LATENCY_TOKENS} tokens and deals slots of one group of {GROUP} features")
         if self.ring_units < 2 * self.largest_units:
             raise ValueError(f"a ring of {self.ring_units} KiB has no room for two slots of {self.largest_units} KiB")
 
@@ -235,7 +239,7 @@ class KernelConfig:
 
     @property
     def threads(self) -> int:
-        """Threads of a block: a producer warp, three idle ones, and the warpgroups that multiply."""
+        """Threads of a block: a warpgroup of producers, some of whose warps are idle, and those that multiply."""
         return 128 * (1 + self.warpgroups)
 
     @property
@@ -246,24 +250,21 @@ class KernelConfig:
     @property
     def staging_pitch(self) -> int:
         """Elements of a token in the staging tile: one 16-byte step of padding, against bank conflicts."""
-        return self.rows + 8
+        return self.rows + (8 if self.split == 1 else 4)
 
     @property
     def staging_bytes(self) -> int:
-        """Bytes of the staging tile, which holds the experts' row offsets before the first tile."""
-        return max(self.staged_tokens * self.staging_pitch * 2, 4 * (MAX_EXPERTS + 1))
-
-    @property
-    def partial_bytes(self) -> int:
-        """Bytes of the sums of all parts of a split but the first."""
-        return (self.split - 1) * self.rows * self.max_tokens * 4
+        """Bytes of the staging tile, bfloat16, or of the sums of a split's parts, 32 bits; before the first tile, of
+        the experts' row offsets."""
+        tile = self.staged_tokens * 2 if self.split == 1 else self.split * self.max_tokens * 4
+        return max(tile * self.staging_pitch, 4 * (MAX_EXPERTS + 1))
 
     @property
     def ring_units(self) -> int:
-        """Units of a ring, one for each part of a split: what fits beside the staging tile, the sums of parts, the
-        problem table and scales."""
+        """Units of a ring, one for each part of a split: what fits beside the staging tile, the problem table and
+        scales."""
         table = 4 * (7 * self.max_problems + 1)
-        fixed = self.staging_bytes + self.partial_bytes + table + 2 * 4 * self.max_tokens + 4096  # barriers, alignment
+        fixed = self.staging_bytes + table + 2 * 4 * self.max_tokens + 4096  # barriers, alignment
         return (SHARED_BYTES[self.blocks_per_sm] - fixed) // UNIT // self.split
 
     @property
@@ -296,12 +297,11 @@ FORMATS = (
 )
 
 TOKEN_LIMIT = 24 * 1024  # bytes of tokens in the slots of an SM at one time, unless one group has more
-WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block or four 2-bit groups take
+WEIGHT_LIMIT = 18 * 1024 + 512  # the same of weights: what one bf16 row block or two 4-bit groups take
 # Kernels, and the weight rows of their tiles. A few tokens: small, split tiles; some: small tiles; many: large tiles
 PHASE_ROWS = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
 PHASES = tuple(PHASE_ROWS)
 LATENCY_SPLIT = 4
-LATENCY_TOKENS = 8  # of its only tile: with more, tokens would take as long to fetch as 4-bit weights
 LARGEST_DECODE = {1: 64, 2: 48}  # tokens of the decode kernel's largest tile, by blocks per SM
 _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
 _LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group
@@ -348,7 +348,7 @@ def _depth(format_: Format, tokens: int, blocks_per_sm: int) -> int:
     per_group = GROUP // format_.block_features
     fits = [
         groups * per_group
-        for groups in (1, 2, 4)
+        for groups in (1, 2)  # with four, a mixture's loops take their addresses from few registers (docs/kernels.md)
         if groups * format_.chunk_bytes * blocks_per_sm <= WEIGHT_LIMIT
         and groups * per_group * tokens * ROW_BYTES * blocks_per_sm <= TOKEN_LIMIT
     ]

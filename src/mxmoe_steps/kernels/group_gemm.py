@@ -1,27 +1,28 @@
 """The grouped GEMM: one persistent sm_90a kernel whose main loop is picked per tile (CuTe DSL).
 
 ``Y_e = X_e W_e^T`` for every expert e, computed as ``Y_e^T [N, tokens] = W_e [N, K] . X_e^T``: weights on the
-64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 8..256-wide side.
+64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 8..256-wide side. Split tiles of
+weights decoded to bfloat16 or int8 take ``mma.sync`` instead.
 
 Warps of a block, one or two blocks per SM
-    warps 0-3   producers, as many as a tile has parts: each fills a ring with TMA (rows) and bulk copies (chunks); few
-                registers. The others do nothing
+    warps 0-3   producers, with TMA (rows) and bulk copies (chunks): one fetches weights, another one tokens; or each
+                fetches both for a part of a split tile; few registers. The others do nothing
     warps 4-    consumer warpgroups, with the rest of the registers: two for weight rows 0-63 and 64-127 of every tile;
                 or four for the parts of a split tile of 64 rows
 
 Ring: `KernelConfig.ring_units` KiB, in at most `KernelConfig.stages` slots at a time, ``weights | tokens`` in
 each, as large as the tile's format and tokens ask for. A slot begins where the one before it ends, or at 0 where
-the ring ends too early. ``full[s]`` counts the bytes of slot s; ``empty[s]`` counts its readers. Producer and
-consumers walk the same list of tiles, so the producer is ahead by up to a ring, across tiles and formats, and all
+the ring ends too early. ``full[s]`` counts the bytes of slot s; ``empty[s]`` counts its readers. Producers and
+consumers walk the same list of tiles, so the producers are ahead by up to a ring, across tiles and formats, and all
 know where each slot begins.
 
-    producer    | fill 0 | fill 1 | fill 2 | fill 3 | (tile 2) fill 0 ...
+    producers   | fill 0 | fill 1 | fill 2 | fill 3 | (tile 2) fill 0 ...
     consumers     wait 0 | decode 0 | wgmma 0, decode 1 | free 0 | wgmma 1, decode 2 | free 1 | ... | epilogue 1
-                                                                               the producer goes on here ^
+                                                                               the producers go on here ^
 
 Splits: every part is a producer and a warpgroup with a ring of their own, and takes every ``split``-th slot of a tile.
-Parts leave their sums in shared memory, and the first one adds them in order, so a launch gives the same bits every
-time.
+Parts leave their sums in shared memory. They take turns, a tile each, to add them, in order, so that a launch gives the
+same bits every time, and to store them.
 
 Clusters: with ``config.cluster == 2``, two blocks take neighbouring row tiles of one token tile. Each fetches
 half of the tokens and multicasts it to both, which halves what the tokens cost in L2 traffic; a slot is
@@ -32,19 +33,21 @@ problem, then a prefix sum. Tile -> problem is a warp vote per 32 problems. Rows
 the format's largest token tile, and the rest takes the smallest tile that holds it; experts without rows
 have no tiles.
 
-Schedule: tiles differ in cost, so clusters draw them, in order, from a counter in global memory. The producer of a
-cluster's first block draws shortly before it has filled a tile (what it holds, others cannot take), finds out where the
-next tile lies, and hands that on to all warps of the cluster, in a queue of two; the last cluster to finish sets the
-counters back, so a launch leaves them at zero.
+Schedule: tiles differ in cost, so clusters draw them, in order, from a counter in global memory. The producer of
+tokens of a cluster's first block draws shortly before it has filled a tile (what it holds, others cannot take), finds
+out where the next tile lies, and hands that on to all warps of the cluster, in a queue of two; the last cluster to
+finish sets the counters back, so a launch leaves them at zero.
 
 Launches overlap: a launch may start when all blocks of the one before have (programmatic dependent launch). It reads
-problems and row offsets at once, and the rest after the wait for that launch. So offsets must not come from a launch
-that lets the next one start early (`tokens.SortByExpert` does not), and another launch must lie in between.
+problems, row offsets and weights at once, as far as its ring takes them (or the first slot of each part), and tokens
+after the wait for that launch. So offsets must not come from a launch that lets the next one start early
+(`tokens.SortByExpert` does not), and another launch must lie in between. One warp that fetched a ring of weights and
+then tokens would make the first tokens queue up: a launch on its own would lose what one behind another gains.
 
 Epilogue: accumulators (x token scale x channel scale) -> bf16 -> transposed `stmatrix` to a padded tile of up
-to 64 tokens -> 16-byte row stores, predicated by the expert's rows and by N. Loads never are: a token tile
-that runs past its expert reads the next expert's rows, whose results are not stored, and TMA fills rows and
-features outside a tensor with zeros.
+to 64 tokens -> 16-byte row stores, predicated by the expert's rows and by N; sums of parts: float32 -> 8-byte row
+stores. Loads are not predicated: a token tile that runs past its expert reads the next expert's rows, whose results
+are not stored, and TMA fills rows and features outside a tensor with zeros.
 """
 
 from typing import Any
@@ -56,7 +59,7 @@ from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels.consumer import Consumer
 from mxmoe_steps.kernels.formats import HALF_ROWS, MAX_EXPERTS, ROW_BYTES, TILE_ROWS, UNIT, Format, KernelConfig
-from mxmoe_steps.kernels.producer import Producer
+from mxmoe_steps.kernels.producer import TOKENS, WEIGHTS, Producer
 from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, ceil_div
 from mxmoe_steps.kernels.schedule import PLACE_WORDS, TABLE_FIELDS, Queue
 
@@ -114,7 +117,6 @@ class GroupGemm(Producer, Consumer):
             ends: cute.struct.MemRange[Int32, max_problems + 1]
             table: cute.struct.MemRange[Int32, max_problems * TABLE_FIELDS]
             token_scales: cute.struct.Align[cute.struct.MemRange[Float32, 2 * config.max_tokens], 16]
-            partials: cute.struct.Align[cute.struct.MemRange[Float32, config.partial_bytes // 4], 16]
             staging: cute.struct.Align[cute.struct.MemRange[BFloat16, config.staging_bytes // 2], 128]
             ring: cute.struct.Align[cute.struct.MemRange[Uint8, config.ring_units * split * UNIT], UNIT]
 
@@ -168,9 +170,9 @@ class GroupGemm(Producer, Consumer):
         """Initialize the barriers of the rings, of the queue and of parts' sums, each by a warp: lanes of one warp that
         initialize theirs take turns."""
         slots, warps = self.stages * self.split, 4 * self.groups
-        readers = (warps + 1) * self.split * self.cluster - 1  # all warps that take tile numbers but who sends them
-        counts = [1] * slots + [warps * self.cluster] * slots + [1, 1, readers, readers]
-        counts += [max(1, self.split - 1) * warps, warps]
+        readers = (warps + self.producers) * self.split * self.cluster - 1  # all that take tiles but who sends them
+        counts = [self.producers] * slots + [warps * self.cluster] * slots + [1, 1, readers, readers]
+        counts += [warps * self.split, warps]
         changes = [i for i in range(1, len(counts)) if counts[i] != counts[i - 1]]
         for i in cutlass.range_constexpr(0, len(counts), self.threads // 32):
             barrier = warp_number + i
@@ -222,7 +224,6 @@ class GroupGemm(Producer, Consumer):
             cute.recast_ptr(shared.staging.data_ptr(), dtype=Int32), cute.make_layout(MAX_EXPERTS + 1)
         )
         self.fill_table(given, edges, problems.shape[0], out_features, thread, starts, ends, table)
-        cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         if const_expr(self.cluster > 1):
             cute.arch.cluster_wait()  # both blocks' barriers exist
@@ -231,30 +232,21 @@ class GroupGemm(Producer, Consumer):
         rank = block & (self.cluster - 1)
         place = self.locate(block >> (self.cluster - 1), lane, ends, table)
         clusters = blocks >> (self.cluster - 1)
+        common = weight_maps, token_maps, place, rank, row_tiles, features, counters, queue, clusters, ends, table
         if warp_number < 4:
             cute.arch.setmaxregister_decrease(self.producer_registers)
-            if warp_number < self.split:
+            if warp_number < self.producers * self.split:
                 part = warp_number if const_expr(self.split > 1) else Int32(0)
                 ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
-                turn = Int32(0)  # tiles taken from the queue
-                used = (Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(self.units), Int64(0))
-                while place.number >= 0:
-                    mine = self.readable(place, rank, row_tiles)
-                    used, drawn = self.load_one_of(
-                        0, len(self.tiles), weight_maps, token_maps, ring, mine, rank, part, row_tiles, features,
-                        counters, used,
-                    )  # fmt: skip
-                    if part == 0:
-                        self.announce(queue, turn, drawn + clusters, rank, ends, table)
-                    place = self.take(queue, turn, (rank != 0) | (part != 0))
-                    turn += 1
-                if (rank == 0) & (part == 0) & (lane == 0):  # every cluster draws until its number is past the end
-                    finished = cute.arch.atomic_add(counters.iterator + 1, Int32(1)) + 1
-                    if finished == clusters:
-                        counters[0] = Int32(0)
-                        counters[1] = Int32(0)
+                if const_expr(self.producers == 1):
+                    self.produce((WEIGHTS, TOKENS), *common, part, ring)
+                elif warp_number == 0:
+                    self.produce((WEIGHTS,), *common, part, ring)
+                else:
+                    self.produce((TOKENS,), *common, part, ring)
         else:
             cute.arch.setmaxregister_increase(self.consumer_registers)
+            cute.arch.griddepcontrol_wait()
             consumer = thread - 128
             warpgroup = cute.arch.make_warp_uniform(consumer >> 7)
             group = warpgroup & (self.groups - 1)
@@ -262,14 +254,13 @@ class GroupGemm(Producer, Consumer):
             ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
             consumer = group * 128 + (consumer & 127)  # in its part
             staging = shared.staging.data_ptr()
-            sums = shared.partials.data_ptr()
             scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))
             position = Int32(0)  # ring slot, its parity, tiles taken from the queue (modulo 4), end of the slot before
             while place.number >= 0:
                 stored = (place.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
                 mine = self.readable(place, rank, row_tiles)
                 stage, phase, turn, end = position & 15, position >> 4 & 1, position >> 5 & 3, position >> 8
-                partials = Partials(sums, partials_full, partials_full + 1, part, turn)
+                partials = Partials(staging, partials_full, partials_full + 1, part, turn)
                 stage, phase, end = self.consume_one_of(
                     0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales,
                     consumer, group, mine, stored, features, out, stage, phase, end,

@@ -3,11 +3,12 @@
 Formats that the tensor cores read directly (w16a16, w8a8) stay ``[entries, N, K]`` rows. Decoded formats are
 cut into chunks of 128 rows x 128 input features, ``[entries, ceil(N/128), ceil(K/128)]`` of them, each
 
-    codes, 16 bytes x 128 threads at a time | scales bf16 [64] | zero points bf16 [64]
+    codes, 16 bytes x 128 threads at a time | scales, zero points: bf16 [4 warps, 8, (scale, zero point), 2 rows]
 
-for rows 0-63 and then for rows 64-127, with the last two only where the format has them, and 3 empty chunks at the
-end, because the last slot of a row may read past it. Inside a chunk, thread ``t = 128 g + 32 w + l`` (rows 64 g and on,
-warp w, lane l) owns 64 codes, the A fragments of ``wgmma``. Register ``r`` of k-block ``b`` holds row
+for rows 0-63 and then for rows 64-127, with the last only where the format has them, and an empty chunk at the
+end, because the last slot of a row may read past it. Scales of the two rows of a thread, 8 apart, are neighbours, and
+their zero points, times -2**-16 (see `decode`), follow them. Inside a chunk, thread ``t = 128 g + 32 w + l`` (rows
+64 g and on, warp w, lane l) owns 64 codes, the A fragments of ``wgmma``. Register ``r`` of k-block ``b`` holds row
 ``64 g + 16 w + 8 (r % 2) + l / 4`` and
 
     bf16       k16 blocks b = 0..7, features k = 16 b + 8 (r / 2) + 2 (l % 4) + i,  i = 0, 1
@@ -25,7 +26,8 @@ so that a mask, and for some registers a shift, gives its elements in place. 4-b
 complement. The fp8 format stores value v as v for v >= 0 and as 8 + (|v| - 1) below. 4-bit codes for fp8 and int8
 have the sign bits of a word four places further left, in a circle: so a sign is in its operand's sign bit, for odd
 registers after the word is turned right by four. e4m3 bit patterns 0..8 are linear, so ``magnitude bits + 0x81 * sign``
-is the fp8 operand, times 2**-9; the int8 operand repeats the sign above the three low bits.
+is the fp8 operand, times 2**-9, which the stored scales make up for; the int8 operand repeats the sign above the three
+low bits.
 """
 
 from dataclasses import dataclass
@@ -33,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import EDGE, GROUP, HALF_ROWS, TILE_ROWS, Format, kernel_format
+from mxmoe_steps.kernels.formats import EDGE, GROUP, HALF_ROWS, SHRINK, TILE_ROWS, Format, kernel_format
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
 from mxmoe_steps.schemes import Scheme
 
@@ -41,7 +43,9 @@ THREADS = 256
 CODES = TILE_ROWS * GROUP // THREADS  # codes of one thread in a chunk
 _THIRD_BITS = ((2, 4, 6, 8), (3, 5, 7, 9), (10, 12, 14, 0), (11, 13, 15, 1))  # by k-block and register
 LARGEST_SCALE = 2.0**11  # and not that itself: `decode` adds 117 to the exponent of a scale
-PAD_CHUNKS = 3  # a slot holds at most 4 chunks
+ZERO_UNIT = -(2.0**-SHRINK)  # of stored zero points: a power of two, so none is rounded
+FP8_UNIT = 2.0**9  # the same of stored scales, where operands are codes * 2**-9
+PAD_CHUNKS = 1  # a slot holds at most 2 chunks
 
 
 @dataclass(frozen=True)
@@ -135,13 +139,13 @@ def quantized_weight(weights: KernelWeights, scheme: Scheme) -> QuantizedWeight:
     codes = _from_fragments(_join_words(chunks[..., :code_bytes], format_), format_)
     codes = _stored_codes(codes, format_, scheme, inverse=True)[:, :rows, :features].contiguous()
     if format_.grouped:
-        per_row = chunks[..., code_bytes:].contiguous().view(torch.bfloat16)
-        per_row = per_row.view(weights.entries, row_tiles, groups, 2, -1, HALF_ROWS).permute(4, 0, 1, 3, 5, 2)
-        per_row = per_row.flatten(2, 4)[:, :, :rows]
+        pairs = chunks[..., code_bytes:].contiguous().view(torch.bfloat16)
+        pairs = pairs.view(weights.entries, row_tiles, groups, 2, 4, 8, -1, 2)  # halves, warps, rows of one, value, r%2
+        per_row = pairs.permute(6, 0, 1, 3, 4, 7, 5, 2).flatten(2, 6)[:, :, :rows]
         if scheme.group == -1:
             per_row = per_row[..., :1]
-        scales = per_row[0].contiguous()
-        zeros = per_row[1].contiguous() if format_.zeros else None
+        scales = per_row[0] / FP8_UNIT if format_.operand == "fp8" else per_row[0].contiguous()
+        zeros = per_row[1] / ZERO_UNIT if format_.zeros else None
     assert scales is not None
     return QuantizedWeight(scheme, codes, scales, zeros)
 
@@ -160,12 +164,16 @@ def _entry_chunks(weight: QuantizedWeight, format_: Format) -> torch.Tensor:
     codes = _stored_codes(weight.codes, format_, weight.scheme)
     codes = torch.nn.functional.pad(codes, (0, -features % GROUP, 0, -rows % TILE_ROWS))
     parts = [_split_words(_to_fragments(codes, format_), format_)]
-    groups = codes.shape[1] // GROUP
-    for values in (weight.scales, weight.zeros):
-        if format_.grouped and values is not None:
-            values = torch.nn.functional.pad(values.bfloat16().expand(rows, groups), (0, 0, 0, -rows % TILE_ROWS))
-            by_tile = values.unflatten(0, (-1, TILE_ROWS)).transpose(1, 2).contiguous()
-            parts.append(by_tile.view(torch.uint8).unflatten(-1, (2, -1)))
+    if format_.grouped:
+        groups = codes.shape[1] // GROUP
+        both = [weight.scales * FP8_UNIT if format_.operand == "fp8" else weight.scales]
+        if weight.zeros is not None:
+            both.append(weight.zeros.bfloat16() * ZERO_UNIT)
+        values = torch.stack([each.bfloat16().expand(rows, groups) for each in both], -1)
+        values = torch.nn.functional.pad(values, (0, 0, 0, 0, 0, -rows % TILE_ROWS))
+        split = values.view(-1, 2, 4, 2, 8, groups, len(both))  # tile, half, warp, r%2, row of a warp, group, value
+        pairs = split.permute(0, 5, 1, 2, 4, 6, 3).contiguous()
+        parts.append(pairs.view(torch.uint8).flatten(3))
     return torch.cat(parts, -1).flatten()
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from mxmoe_steps.errors import UserError
 
 _MMA = re.compile(r"\b([HQI]GMMA)\.64x(\d+)x\d+\S*\s+R(\d+),")
+_WARP_MMA = re.compile(r"\b([HI]MMA)\.\d")
 _WAIT_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
+_TO_UNIFORM = re.compile(r"\bR2UR\b")
 _LOCAL = re.compile(r"\b(LDL|STL)\b")
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
 _REGISTER = re.compile(r"\bR(\d+)\b")
@@ -18,17 +20,19 @@ _REGISTER = re.compile(r"\bR(\d+)\b")
 
 @dataclass(frozen=True)
 class MachineCode:
-    """``matrix``: matrix instructions by opcode (HGMMA bf16, QGMMA fp8, IGMMA int8). ``groups``: those that end a
-    commit group; as many as matrix instructions means that the assembler serialized them, for lack of registers
-    mostly. ``spills``: local memory loads and stores. ``registers``: highest register number + 1.
-    ``early_reads``: instructions that touch an accumulator after its ``wgmma`` and before the wait for it.
-    ``code_bytes``: size of the code."""
+    """``matrix``: matrix instructions by opcode (HGMMA bf16, QGMMA fp8, IGMMA int8; HMMA, IMMA of one warp).
+    ``groups``: those that end a commit group; as many as matrix instructions of warpgroups means that the assembler
+    serialized them, for lack of registers mostly. ``spills``: local memory loads and stores. ``registers``: highest
+    register number + 1. ``early_reads``: instructions that touch an accumulator after its ``wgmma`` and before the wait
+    for it. ``to_uniform``: copies to uniform registers; hundreds mean that what all lanes share is kept in registers of
+    each. ``code_bytes``: size of the code."""
 
     matrix: dict[str, int]
     groups: int
     spills: int
     registers: int
     early_reads: list[str]
+    to_uniform: int
     code_bytes: int
 
 
@@ -49,7 +53,7 @@ def disassemble(cubin: Path) -> str:
 def inspect(sass: str) -> MachineCode:
     """Scan SASS top to bottom. Accumulators count as busy from a matrix instruction to the next full wait."""
     matrix: dict[str, int] = {}
-    groups, spills, registers, code_bytes = 0, 0, 0, 0
+    groups, spills, registers, to_uniform, code_bytes = 0, 0, 0, 0, 0
     busy: set[int] = set()
     early: list[str] = []
     for line in sass.splitlines():
@@ -61,7 +65,10 @@ def inspect(sass: str) -> MachineCode:
         used = {int(number) for number in _REGISTER.findall(text)}
         registers = max(registers, *(number + 1 for number in used), 0) if used else registers
         spills += _LOCAL.search(text) is not None
-        multiply = _MMA.search(text)
+        to_uniform += _TO_UNIFORM.search(text) is not None
+        multiply, by_warp = _MMA.search(text), _WARP_MMA.search(text)
+        if by_warp:
+            matrix[by_warp[1]] = matrix.get(by_warp[1], 0) + 1
         if multiply:
             matrix[multiply[1]] = matrix.get(multiply[1], 0) + 1
             groups += "gsb0" in text
@@ -71,4 +78,4 @@ def inspect(sass: str) -> MachineCode:
             busy = set()
         elif used & busy:
             early.append(text)
-    return MachineCode(matrix, groups, spills, registers, early, code_bytes)
+    return MachineCode(matrix, groups, spills, registers, early, to_uniform, code_bytes)

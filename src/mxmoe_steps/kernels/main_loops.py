@@ -10,12 +10,36 @@ from cutlass.cute.nvgpu import warpgroup
 from cutlass.cutlass_dsl import T
 
 from mxmoe_steps.kernels import decode
-from mxmoe_steps.kernels.formats import GROUP, Format
+from mxmoe_steps.kernels.formats import GROUP, ROW_BYTES, UNIT, Format, Tile
 from mxmoe_steps.kernels.ring import CODE_WORDS, Chunks, Ring
 from mxmoe_steps.kernels.schedule import Schedule
 
 MAGIC = 1.5 * 2**23  # float32 from here to 2**22 away are integers with consecutive bit patterns
+MAGIC_BITS = 0x4B400000  # of that number
 RUN = 2**22 // (8 * 128 * GROUP)  # groups whose sum is no larger: 4-bit codes times int8
+
+
+def load_matrices(address: Int32) -> tuple[Int32, Int32, Int32, Int32]:
+    """Four 8 x 8 matrices of 16-bit elements; lanes 8 i to 8 i + 7 have the addresses of the rows of matrix i."""
+    return cute.arch.inline_ptx(
+        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{$w0}, {$w1}, {$w2}, {$w3}}, [{$r0}];",
+        write_only_types=[Int32] * 4,
+        read_only_args=[address],
+    )
+
+
+def multiply_warp(bf16: bool, acc: cute.Tensor, weights: cute.Tensor, low: Int32, high: Int32) -> None:
+    """acc [16 rows, 8 tokens] += weights [16, 16 bfloat16 or 32 int8] . tokens, of which ``low`` and ``high`` are the
+    first and the second half of the features."""
+    kind = "m16n8k16.row.col.f32.bf16.bf16.f32" if bf16 else "m16n8k32.row.col.s32.s8.s8.s32"
+    made = cute.arch.inline_ptx(
+        f"mma.sync.aligned.{kind} {{{{$w0}}, {{$w1}}, {{$w2}}, {{$w3}}}}, {{{{$r0}}, {{$r1}}, {{$r2}}, {{$r3}}}}, "
+        "{{$r4}, {$r5}}, {{$r6}, {$r7}, {$r8}, {$r9}};",
+        write_only_types=[Float32 if bf16 else Int32] * 4,
+        read_only_args=[*(weights[i] for i in range(4)), low, high, *(acc[i] for i in range(4))],
+    )
+    for i in range(4):
+        acc[i] = made[i]
 
 
 def pin(accumulators: cute.Tensor) -> None:
@@ -32,15 +56,18 @@ def pin(accumulators: cute.Tensor) -> None:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Registers a thread decodes from: words of two loads, third bits, and (`decode.Affine` register, row)."""
+    """Registers a thread decodes from: words of two loads, third bits, scales and zero points of its rows, and
+    (`decode.Affine` register, row)."""
 
     words: cute.Tensor
     third: cute.Tensor
+    pairs: cute.Tensor
     affine: cute.Tensor
 
     @staticmethod
-    def make() -> "Scratch":
-        return Scratch(*(cute.make_rmem_tensor(shape, Int32) for shape in ((CODE_WORDS, 2), (2,), (3, 2))))
+    def make(format_: Format) -> "Scratch":
+        shapes = ((CODE_WORDS, 2), (2,), (1 + format_.zeros,), (3, 2))
+        return Scratch(*(cute.make_rmem_tensor(shape, Int32) for shape in shapes))
 
 
 class MainLoops(Schedule):
@@ -103,7 +130,6 @@ class MainLoops(Schedule):
         ring: Ring,
         tokens: cute.Tensor,
         thread: Int32,
-        row: Int32,
         slots: Int32,
         stage: Int32,
         phase: Int32,
@@ -115,16 +141,14 @@ class MainLoops(Schedule):
         Nothing is in flight where the loop turns: the assembler takes the fragment of such a ``wgmma`` from every
         other configuration of the kernel, and serializes all of them when registers run out.
         """
-        chunks = self.chunk_parts(ring, tile)
+        chunks = self.chunk_parts(ring, tile, thread)
         fragments = [cute.make_rmem_tensor(mma.partition_shape_A((self.rows, 64)), BFloat16) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
-        scratch = Scratch.make()
-        self.clear(*registers, scratch.words, scratch.third, scratch.affine)
+        scratch = Scratch.make(tile.format)
         steps = 2 * tile.slot_features // GROUP
         begin = self.begin(tile, end)
-        if self.some(slots):
-            cute.arch.mbarrier_wait(ring.full + stage, phase)
-            self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, begin)
+        cute.arch.mbarrier_wait(ring.full + stage, phase)
+        self.decode_bf16(tile, chunks, scratch, registers[0], 0, begin)
         for slot in cutlass.range(slots, unroll=1):
             after, after_phase = self.advance(stage, phase)
             end = begin + tile.slot_units
@@ -137,10 +161,10 @@ class MainLoops(Schedule):
                 warpgroup.commit_group()
                 warpgroup.wait_group(1)  # the fragment of the step before is free
                 if const_expr(step + 1 < steps):
-                    self.decode_bf16(tile, chunks, scratch, registers[(step + 1) % 2], thread, row, step + 1, begin)
+                    self.decode_bf16(tile, chunks, scratch, registers[(step + 1) % 2], step + 1, begin)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                    self.decode_bf16(tile, chunks, scratch, registers[0], thread, row, 0, following)
+                    self.decode_bf16(tile, chunks, scratch, registers[0], 0, following)
             warpgroup.wait_group(0)
             self.release(ring, stage, Boolean(True))
             stage, phase, begin = after, after_phase, following
@@ -154,8 +178,6 @@ class MainLoops(Schedule):
         chunks: Chunks,
         scratch: Scratch,
         registers: cute.Tensor,
-        thread: Int32,
-        row: Int32,
         step: cutlass.Constexpr,
         begin: Int32,
     ) -> None:
@@ -164,18 +186,19 @@ class MainLoops(Schedule):
         c, half = step // 2, step % 2
         words, third, affine = scratch.words, scratch.third, scratch.affine
         if const_expr(format_.bits == 8):
-            cute.autovec_copy(chunks.codes[None, thread, 2 * half, c, begin], words[None, 0])
-            cute.autovec_copy(chunks.codes[None, thread, 2 * half + 1, c, begin], words[None, 1])
+            cute.autovec_copy(chunks.codes[None, 2 * half, c, begin], words[None, 0])
+            cute.autovec_copy(chunks.codes[None, 2 * half + 1, c, begin], words[None, 1])
         elif const_expr(format_.bits == 4):
-            cute.autovec_copy(chunks.codes[None, thread, half, c, begin], words[None, 0])
+            cute.autovec_copy(chunks.codes[None, half, c, begin], words[None, 0])
         elif const_expr(half == 0):
-            cute.autovec_copy(chunks.codes[None, thread, 0, c, begin], words[None, 0])
+            cute.autovec_copy(chunks.codes[None, 0, c, begin], words[None, 0])
             if const_expr(format_.bits == 3):
-                cute.autovec_copy(chunks.third_bits[None, thread, c, begin], third)
+                cute.autovec_copy(chunks.third_bits[None, c, begin], third)
         if const_expr(format_.grouped and half == 0):
+            cute.autovec_copy(chunks.scales[None, c, begin], scratch.pairs)
             for r in cutlass.range_constexpr(2):
-                zero = chunks.scales[row + 8 * r, 1, c, begin] if const_expr(format_.zeros) else None
-                one = decode.affine(format_.bits, r, chunks.scales[row + 8 * r, 0, c, begin], zero)
+                zeros = scratch.pairs[1] if const_expr(format_.zeros) else None
+                one = decode.affine(format_.bits, r, scratch.pairs[0], zeros)
                 affine[0, r], affine[1, r], affine[2, r] = *one.factors, one.offset
         rows = [decode.Affine((affine[0, r], affine[1, r]), affine[2, r]) for r in range(2)]
         for b in cutlass.range_constexpr(4):
@@ -206,7 +229,6 @@ class MainLoops(Schedule):
         ring: Ring,
         tokens: cute.Tensor,
         thread: Int32,
-        row: Int32,
         features: Int32,
         slots: Int32,
         stage: Int32,
@@ -233,7 +255,7 @@ class MainLoops(Schedule):
         """
         format_ = tile.format
         by_parts = format_.operand == "int8"
-        chunks = self.chunk_parts(ring, tile)
+        chunks = self.chunk_parts(ring, tile, thread)
         fragments = [mma.make_fragment_A(mma.partition_shape_A((self.rows, 64))) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
         words = cute.make_rmem_tensor((CODE_WORDS, 2), Int32)
@@ -248,10 +270,10 @@ class MainLoops(Schedule):
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             for half in cutlass.range_constexpr(2):
-                self.fetch_codes(chunks, thread, (half,), 0, begin, words)
+                self.fetch_codes(chunks, (half,), 0, begin, words)
                 self.decode_8bit(format_, words, half, registers[half])
             if const_expr(by_parts):
-                self.fetch_scales(format_, chunks, row, 0, begin, following)
+                self.fetch_scales(chunks, 0, begin, following)
         if const_expr(by_parts):
             self.start_sums(acc, sums, following)
         else:
@@ -269,23 +291,23 @@ class MainLoops(Schedule):
                         cute.gemm(mma, partial, fragments[half][None, None, b], tokens[at], partial)
                 warpgroup.commit_group()
                 if const_expr(not by_parts):
-                    self.fetch_scales(format_, chunks, row, c, begin, scales)
+                    self.fetch_scales(chunks, c, begin, scales)
                 next_chunk, next_slot = (c + 1, begin) if c + 1 < groups else (0, next_begin)
                 if const_expr(c + 1 < groups):
-                    self.fetch_codes(chunks, thread, early, c + 1, begin, words)
+                    self.fetch_codes(chunks, early, c + 1, begin, words)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                    self.fetch_codes(chunks, thread, early, 0, next_begin, words)
+                    self.fetch_codes(chunks, early, 0, next_begin, words)
                 if const_expr(by_parts):
                     scales.store(following.load())
                     following.fill(0.0)
                     if slot + 1 < slots if c + 1 == groups else (slot * groups + c + 1) * GROUP < features:
-                        self.fetch_scales(format_, chunks, row, next_chunk, next_slot, following)
+                        self.fetch_scales(chunks, next_chunk, next_slot, following)
                     scales.store(scales.load() - following.load())
                 warpgroup.wait_group(0)
                 pin(partial)
                 self.add_scaled(acc, sums, scales)
-                self.fetch_codes(chunks, thread, late, next_chunk, next_slot, words)
+                self.fetch_codes(chunks, late, next_chunk, next_slot, words)
                 for half in cutlass.range_constexpr(2):
                     self.decode_8bit(format_, words, half, registers[half])
             self.release(ring, stage, Boolean(True))
@@ -303,22 +325,77 @@ class MainLoops(Schedule):
         sums.fill(MAGIC)
         cls.add_scaled(acc, sums, [-scales[0], -scales[1]])
 
-    @staticmethod
-    def fetch_codes(
-        chunks: Chunks, thread: Int32, halves: tuple[int, ...], chunk: int, begin: Int32, words: cute.Tensor
-    ) -> None:
-        """The thread's words of ``halves`` of a chunk."""
-        for half in halves:
-            cute.autovec_copy(chunks.codes[None, thread, half, chunk, begin], words[None, half])
+    @cute.jit
+    def multiply_few(
+        self,
+        tile: cutlass.Constexpr,
+        acc: cute.Tensor,
+        ring: Ring,
+        thread: Int32,
+        slots: Int32,
+        stage: Int32,
+        phase: Int32,
+        end: Int32,
+    ) -> tuple[Int32, Int32, Int32]:
+        """Main loop of split tiles, eight tokens, of weights decoded to bfloat16 or int8: every warp multiplies its 16
+        rows with ``mma.sync``, which takes and gives the registers that ``wgmma`` does.
+
+        What such a tile waits for is instructions. ``wgmma`` has no use for its own shape here, and wants a descriptor
+        and its place in a pipeline for every 16 or 32 features; the ``mma.sync`` of fp8 is emulated.
+        """
+        bf16 = tile.format.operand == "bf16"
+        chunks = self.chunk_parts(ring, tile, thread)
+        rows = self.token_lane(ring, tile, thread)
+        scratch = Scratch.make(tile.format)
+        registers = cute.make_rmem_tensor((4, 4 if bf16 else 2), Int32)
+        scales = cute.make_rmem_tensor((2,), Float32)
+        sums = acc if bf16 else cute.make_rmem_tensor(acc.layout, Int32)
+        for _ in cutlass.range(slots, unroll=1):
+            begin = self.begin(tile, end)
+            end = begin + tile.slot_units
+            first = rows + begin * UNIT
+            cute.arch.mbarrier_wait(ring.full + stage, phase)
+            if const_expr(not bf16):
+                self.fetch_scales(chunks, 0, begin, scales)
+                sums.fill(MAGIC_BITS)
+            for half in cutlass.range_constexpr(2):
+                if const_expr(bf16):
+                    self.decode_bf16(tile, chunks, scratch, registers, half, begin)
+                else:
+                    self.fetch_codes(chunks, (half,), 0, begin, scratch.words)
+                    self.decode_8bit(tile.format, scratch.words, half, registers)
+                for b in cutlass.range_constexpr(cute.size(registers, mode=[1])):
+                    if const_expr(b % 2 == 0):  # 64 of the 128 bytes of every token, in a circle
+                        at = first + half * UNIT ^ 32 * b if const_expr(bf16) else first ^ 64 * half
+                        tokens = load_matrices(at)
+                    multiply_warp(bf16, sums, registers[None, b], tokens[b % 2 * 2], tokens[b % 2 * 2 + 1])
+            self.release(ring, stage, Boolean(True))
+            if const_expr(not bf16):
+                for e in cutlass.range_constexpr(cute.size(acc)):
+                    total = llvm.bitcast(T.f32(), sums[e].ir_value())
+                    acc[e] = acc[e] + (Float32(total) - MAGIC) * scales[e // 2 % 2]
+            stage, phase = self.advance(stage, phase)
+        return stage, phase, end
+
+    def token_lane(self, ring: Ring, tile: Tile, thread: Int32) -> Int32:
+        """Where a lane's row of the first four matrices, 8 tokens x 16 bytes each, of a slot at unit 0 starts: 16-byte
+        steps of a row are swizzled with the token."""
+        lane = thread & 31
+        token = lane & 7
+        return (ring.base + tile.token_offset).toint() + token * ROW_BYTES + ((lane >> 3) ^ token) * 16
 
     @staticmethod
-    def fetch_scales(
-        format_: Format, chunks: Chunks, row: Int32, chunk: int, begin: Int32, scales: cute.Tensor
-    ) -> None:
-        """Scales of a chunk for the thread's two rows, in units of the operand."""
-        unit = 512.0 if format_.operand == "fp8" else 1.0  # fp8 operands are codes * 2**-9
+    def fetch_codes(chunks: Chunks, halves: tuple[int, ...], chunk: int, begin: Int32, words: cute.Tensor) -> None:
+        """The thread's words of ``halves`` of a chunk."""
+        for half in halves:
+            cute.autovec_copy(chunks.codes[None, half, chunk, begin], words[None, half])
+
+    @staticmethod
+    def fetch_scales(chunks: Chunks, chunk: int, begin: Int32, scales: cute.Tensor) -> None:
+        """Scales of a chunk for the thread's two rows."""
+        pair = chunks.scales[0, chunk, begin]
         for r in range(2):
-            scales[r] = decode.bf16_value(chunks.scales[row + 8 * r, 0, chunk, begin]) * unit
+            scales[r] = decode.bf16_value(pair, r)
 
     @staticmethod
     def decode_8bit(format_: Format, words: cute.Tensor, half: int, registers: cute.Tensor) -> None:

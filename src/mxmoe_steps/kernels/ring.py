@@ -5,7 +5,7 @@ from typing import Any
 
 import cutlass
 import cutlass.utils.hopper_helpers as hopper
-from cutlass import BFloat16, Boolean, Float8E4M3FN, Int8, Int32, Uint16, const_expr, cute
+from cutlass import BFloat16, Boolean, Float8E4M3FN, Int8, Int32, const_expr, cute
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 
@@ -27,11 +27,10 @@ class Ring:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Views of the weight chunks in the ring, or of their halves, see `layouts`; the last modes are (chunk, first unit
-    of the slot).
+    """Views of a thread's part of the weight chunks in the ring, see `layouts`: 32-bit words; the last modes are
+    (chunk, first unit of the slot).
 
-    ``codes``: words (4, thread, load); ``third_bits``: words (2, thread), of 3-bit codes; ``scales``: bfloat16 bits
-    (row, 0 scale or 1 zero point).
+    ``codes``: (4, load); ``third_bits``: (2), of 3-bit codes; ``scales``: (0 scales or 1 zero points of its two rows).
     """
 
     codes: cute.Tensor
@@ -41,10 +40,10 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Partials:
-    """Sums of the parts of a split on their way to the first one, in shared memory.
+    """Sums of the parts of a split, in shared memory.
 
-    ``sums``: the first float; ``full``: barrier that the others arrive at; ``free``: that the first one arrives at.
-    ``part``: this warpgroup's; ``turn``: tiles before this one.
+    ``sums``: the first one; ``full``: barrier that all parts arrive at; ``free``: that the one which adds them
+    arrives at. ``part``: this warpgroup's; ``turn``: tiles before this one.
     """
 
     sums: Any
@@ -129,26 +128,28 @@ class RingUser:
         )
         return cute.make_tensor(cute.recast_ptr(ring.base + offset, layout.inner, dtype=kind), outer)
 
-    def chunk_parts(self, ring: Ring, tile: Tile) -> Chunks:
-        """Views of what every weight chunk of a slot holds, by the slot's first unit."""
+    def chunk_parts(self, ring: Ring, tile: Tile, thread: Int32) -> Chunks:
+        """Views of what every weight chunk of a slot holds for ``thread``, by the slot's first unit."""
         format_ = tile.format
         code_bytes = HALF_ROWS * GROUP * format_.bits // 8
         words, halves = format_.half_bytes // 4, self.groups
         loads = max(1, format_.bits // 2)
-        codes = (CODE_WORDS, (128, halves), loads), (1, (CODE_WORDS, words), CODE_WORDS * 128)
-        third_bits = (2, (128, halves)), (1, (2, words))
-        scales = ((HALF_ROWS, halves), 2), ((1, 2 * words), HALF_ROWS)
+        values = 1 + format_.zeros
+        codes = ((128, halves), CODE_WORDS, loads), ((CODE_WORDS, words), 1, CODE_WORDS * 128)
+        third_bits = ((128, halves), 2), ((2, words), 1)
+        scales = ((HALF_ROWS // 2, halves), values), ((values, words), 1)
         return Chunks(
-            self.chunk_view(ring, tile, 0, Int32, *codes),
-            self.chunk_view(ring, tile, CODE_WORDS * 128 * 4, Int32, *third_bits),
-            self.chunk_view(ring, tile, code_bytes, Uint16, *scales),
+            self.chunk_view(ring, tile, 0, *codes, thread),
+            self.chunk_view(ring, tile, CODE_WORDS * 128 * 4, *third_bits, thread),
+            self.chunk_view(ring, tile, code_bytes, *scales, thread >> 2),  # four lanes share a pair of rows
         )
 
-    def chunk_view(self, ring: Ring, tile: Tile, offset: int, kind: Any, shape: tuple, stride: tuple) -> cute.Tensor:
-        """View of ``shape`` + (chunks, units) of the bytes at ``offset`` of every weight chunk of a slot."""
-        size = kind.width // 8
+    def chunk_view(self, ring: Ring, tile: Tile, offset: int, shape: tuple, stride: tuple, at: Int32) -> cute.Tensor:
+        """View of ``shape`` + (chunks, units) of the words at ``offset`` of every weight chunk of a slot, where the
+        first mode is ``at``: cut there once, so that a slot costs one addition."""
         layout = cute.make_layout(
             (*shape, tile.slot_features // GROUP, self.units),
-            stride=(*stride, tile.format.half_bytes * self.groups // size, UNIT // size),
+            stride=(*stride, tile.format.half_bytes * self.groups // 4, UNIT // 4),
         )
-        return cute.make_tensor(cute.recast_ptr(ring.base + offset, dtype=kind), layout)
+        view = cute.make_tensor(cute.recast_ptr(ring.base + offset, dtype=Int32), layout)
+        return view[at, *(None for _ in range(len(shape) + 1))]

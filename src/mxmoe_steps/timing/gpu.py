@@ -10,7 +10,7 @@ import torch
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.formats import GROUP, HALF_ROWS, TILE_ROWS, Format, KernelConfig, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
-from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, original_weights
+from mxmoe_steps.kernels.layouts import PAD_CHUNKS, ZERO_UNIT, KernelWeights, original_weights
 from mxmoe_steps.quantizers.grid import E4M3
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.timing.launches import Launch
@@ -35,9 +35,11 @@ def random_stack(format_: Format, entries: int, n: int, k: int, device: str) -> 
     chunks = entries * -(-n // TILE_ROWS) * -(-k // GROUP) + PAD_CHUNKS
     data = torch.randint(0, 256, (2 * chunks, format_.half_bytes), dtype=torch.uint8, device=device)
     if format_.grouped:
-        affine = data[:, HALF_ROWS * GROUP * format_.bits // 8 :].view(torch.bfloat16)
-        affine[:, :HALF_ROWS].uniform_(0.005, 0.015)
-        affine[:, HALF_ROWS:].uniform_(2 ** (format_.bits - 1) - 1, 2 ** (format_.bits - 1) + 1)
+        pairs = data[:, HALF_ROWS * GROUP * format_.bits // 8 :].view(torch.bfloat16)
+        pairs = pairs.unflatten(1, (-1, 1 + format_.zeros, 2))  # scales, then zero points of two rows
+        pairs[:, :, 0].uniform_(0.005, 0.015)
+        middle = 2 ** (format_.bits - 1)
+        pairs[:, :, 1:].uniform_(ZERO_UNIT * (middle + 1), ZERO_UNIT * (middle - 1))
     return KernelWeights(format_, entries, n, k, data.view(-1), channel_scales)
 
 
