@@ -187,6 +187,41 @@ def test_more_than_64_experts() -> None:
     assert_right(errors)
 
 
+@pytest.mark.parametrize("phase", sorted(PHASES))
+@pytest.mark.parametrize("name", ["w16a16", "w4a16"])
+def test_launches_overlap_in_everything_but_tokens(name: str, phase: str) -> None:
+    """Launches in a row, each on the outputs of the one before and with the same tile counters: in a CUDA graph, where
+    they overlap, and one by one."""
+    torch.manual_seed(23)
+    experts, n, rows, count = 6, 1024, [3, 0, 9, 1, 0, 5], 30
+    dense = (torch.randn(experts, n, n, device="cuda") * n**-0.5).bfloat16()
+    scheme = parse_scheme(name)
+    packed = [original_weights(dense) if scheme.is_original else kernel_weights(quantize(dense, scheme))]
+    table = problem_table([(e, 0, e, 0) for e in range(experts)], packed, experts, n, "cuda")
+    offsets = torch.tensor([0, *rows], device="cuda").cumsum(0).int()
+    kernel = GroupGemmKernel(default_config((packed[0].format,), phase))
+    start = torch.randn(sum(rows), n, device="cuda").bfloat16()
+    steps = [start, *(torch.empty_like(start) for _ in range(count))]
+
+    def step(i: int) -> None:
+        kernel({"bf16": Activations(steps[i])}, packed, table, offsets, steps[i + 1])
+
+    for i in range(count):
+        step(i)
+        torch.cuda.synchronize()
+    alone = steps[-1].clone()
+    assert alone.float().norm() > 0.1 * start.float().norm()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            step(i)
+    for _ in range(20):
+        for tokens in steps[1:]:
+            tokens.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(steps[-1], alone)
+
+
 def main() -> None:
     """Build every kernel that the tests in this folder load: run where there is a compiler and no GPU."""
     mixture = tuple(kernel_format(parse_scheme(name)) for name in MIXTURE)

@@ -40,9 +40,9 @@ finish sets the counters back, so a launch leaves them at zero.
 
 Launches overlap: a launch may start when all blocks of the one before have (programmatic dependent launch). It reads
 problems, row offsets and weights at once, as far as its ring takes them (or the first slot of each part), and tokens
-after the wait for that launch. So offsets must not come from a launch that lets the next one start early
-(`tokens.SortByExpert` does not), and another launch must lie in between. One warp that fetched a ring of weights and
-then tokens would make the first tokens queue up: a launch on its own would lose what one behind another gains.
+after the wait for that launch. So between what writes row offsets and this kernel there must be a launch that waits
+before it lets the next one start (`tokens.DispatchTokens` does). One warp that fetched a ring of weights and then
+tokens would make the first tokens queue up: a launch on its own would lose what one behind another gains.
 
 Epilogue: accumulators (x token scale x channel scale) -> bf16 -> transposed `stmatrix` to a padded tile of up
 to 64 tokens -> 16-byte row stores, predicated by the expert's rows and by N; sums of parts: float32 -> 8-byte row

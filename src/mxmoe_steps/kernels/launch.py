@@ -56,8 +56,8 @@ class GroupGemmKernel:
     """A compiled `KernelConfig`. Launches go to the current stream and, after the first, never wait for the GPU.
 
     A launch reads problems, row offsets and weights while the launch before it on the stream ends, and the rest after
-    it. So they must be older than that launch: `routing.dispatch`, or any other kernel, has to run after what writes
-    them.
+    it. So they must be older than that launch: `routing.dispatch`, or a kernel from elsewhere, has to run after what
+    writes them.
 
     CUDA graphs that captured launches of one object on the same stream must not be replayed at the same time.
     """

@@ -7,8 +7,8 @@ result depends on it.
 `DispatchTokens` gives one block a token: a first pass over it finds the largest magnitude (unless all its experts read
 bfloat16), a second one, from L1, rounds it to the types that its experts read and stores it to all their rows.
 
-Launches overlap, see `group_gemm`: a kernel here waits for the launch before it, then lets the next one start. Sorting
-does not: grouped GEMMs read row offsets before they wait.
+Launches overlap, see `group_gemm`: sorting lets dispatching start at once, which waits for it and only then lets the
+next one start, because a grouped GEMM reads row offsets before it waits.
 """
 
 from typing import Any
@@ -63,6 +63,7 @@ class SortByExpert:
         each = SORT_THREADS * self.blocks
         rounds = (entries + (each - 1)) // each
         mine = block * SORT_THREADS + thread
+        cute.arch.griddepcontrol_launch_dependents()
         counts[thread] = Int32(0)
         cute.arch.sync_threads()
         for i in cutlass.range(rounds, unroll=4):
