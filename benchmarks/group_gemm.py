@@ -26,7 +26,7 @@ import torch
 
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import build
-from mxmoe_steps.kernels.formats import HALF_ROWS, PHASES, Format, decodes_to_bf16, default_config, kernel_format
+from mxmoe_steps.kernels.formats import HALF_ROWS, PHASES, Format, default_config, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import KernelWeights, kernel_weights, original_weights
 from mxmoe_steps.kernels.plan import phase_for
@@ -229,7 +229,7 @@ def measure_gemm(
         for name, phase in graphs:
             us = [one[name, phase] for one in taken]
             rows = sum(step.rows)
-            picked = phase_for(rows, workload.experts, 0, n // HALF_ROWS, sms, decodes_to_bf16((formats[name],)))
+            picked = phase_for(rows, workload.experts, 0, n // HALF_ROWS, sms, formats[name].by_warp)
             cells.append({
                 "workload": workload.name, "gemm": gemm, "run": name, "phase": phase, "picked": phase in ("", picked),
                 "T": count, "us": statistics.median(us), "spread": (max(us) - min(us)) / statistics.median(us),

@@ -114,21 +114,22 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 
 
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
-    for decoding, limits in ((True, (30, 32 * 60)), (False, (4 * 60, 32 * 60))):
-        few, some = ([phase_for(limit + more, 60, 0, 44, 132, decoding) for more in (0, 1)] for limit in limits)
+    for by_warp in (True, False):
+        limits = (4 * 60, 32 * 60)
+        few, some = ([phase_for(limit + more, 60, 0, 44, 132, by_warp) for more in (0, 1)] for limit in limits)
         assert (few, some) == (["latency", "decode"], ["decode", "prefill"])
 
 
 def test_decode_kernels_take_launches_that_just_need_a_second_round() -> None:
     """gate+up of Qwen1.5-MoE for one token: 4 experts, and 4 slices, of 44 strips of 64 rows; 132 multiprocessors."""
-    for rows, slices, decoding, expected in (
+    for rows, slices, by_warp, expected in (
         (3, 0, False, "latency"),  # 132 tiles: one round
         (4, 0, False, "decode"),
-        (4, 0, True, "latency"),  # two blocks of the decode kernel run on a multiprocessor
+        (4, 0, True, "latency"),  # tiles are cheaper
         (4, 4, False, "latency"),  # 352 tiles
         (5, 0, False, "latency"),  # 220 tiles
     ):
-        assert phase_for(rows, 60, slices, 44, 132, decoding) == expected
+        assert phase_for(rows, 60, slices, 44, 132, by_warp) == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

@@ -11,6 +11,7 @@ from mxmoe_steps.allocation.predict import mean_layer_us
 from mxmoe_steps.allocation.time_model import (
     Profile,
     block_times,
+    by_warp,
     layer_times,
     step_phases,
     tile_counts,
@@ -18,7 +19,7 @@ from mxmoe_steps.allocation.time_model import (
 )
 from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.kernels.formats import FORMATS, PHASES
 from mxmoe_steps.schemes import parse_scheme
 
 W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
@@ -175,3 +176,9 @@ def test_other_models_are_refused(tmp_path):
         block_times(blocks, [W4], Traffic((0,), 4, rows, rows / 1), gpu())
     with pytest.raises(UserError, match="no layer 0"):
         block_times(blocks, [W4], Traffic((3,), 4, rows, rows / 1), gpu())
+
+
+def test_schemes_and_formats_agree_on_how_split_tiles_multiply() -> None:
+    for one in FORMATS:
+        for other in FORMATS:
+            assert by_warp(parse_scheme(each.name) for each in (one, other)) == (one.by_warp and other.by_warp)

@@ -169,9 +169,9 @@ def bytes_moved(
     return weights, in_features * scheme.act_bits / 8 + out_features * OUTPUT_BYTES
 
 
-def decodes_to_bf16(schemes: Iterable[Scheme]) -> bool:
-    """Whether a kernel that carries ``schemes`` decodes all its weights to bfloat16."""
-    return all(scheme.act_bits == 16 and not scheme.is_original for scheme in schemes)
+def by_warp(schemes: Iterable[Scheme]) -> bool:
+    """Whether all formats of the kernel that carries ``schemes`` are `kernels.formats.Format.by_warp`."""
+    return all(scheme.weight_bits < scheme.act_bits and scheme.compute_type != "fp8" for scheme in schemes)
 
 
 def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
@@ -208,7 +208,7 @@ def step_phases(blocks: Blocks, traffic: Traffic, carried: Collection[Scheme], s
     phases = []
     for launch in range(LAUNCHES):
         strips = int((-(-out[one & (blocks.launch == launch)] // HALF_ROWS)).sum())
-        phases.append(phase_for(rows, experts, slices, strips, sms, decodes_to_bf16(carried)))
+        phases.append(phase_for(rows, experts, slices, strips, sms, by_warp(carried)))
     return tuple(phases)
 
 

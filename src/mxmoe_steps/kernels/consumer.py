@@ -144,7 +144,7 @@ class Consumer(MainLoops):
             weight_blocks = self.blocks(ring, format_.operand, self.rows, 0, tile.depth)
             weights = mma.make_fragment_A(mine.partition_A(weight_blocks))
             stage, phase, end = self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, stage, phase, end)
-        elif const_expr(self.split > 1 and format_.operand != "fp8"):
+        elif const_expr(self.split > 1 and format_.by_warp):
             stage, phase, end = self.multiply_few(tile, acc, ring, thread, slots, stage, phase, end)
         elif const_expr(format_.operand == "bf16"):
             stage, phase, end = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, slots, stage, phase, end)

@@ -83,6 +83,11 @@ class Format:
         return self.decoded and self.operand == "bf16"
 
     @property
+    def by_warp(self) -> bool:
+        """Whether every warp multiplies its rows of a split tile on its own (`MainLoops.multiply_few`)."""
+        return self.decoded and self.operand != "fp8"
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of 128 rows x 128 input features in kernel order."""
         return 2 * self.half_bytes
@@ -307,16 +312,6 @@ _TOKENS = (16, 32, 48, 64, 96, 128, 192, 256)  # token tiles
 _LARGEST_DECODED = 192  # more accumulators leave no registers for fragments and sums of one group
 
 
-def decodes_to_bf16(formats: tuple[Format, ...]) -> bool:
-    """Whether a kernel of ``formats`` decodes all its weights to bfloat16."""
-    return all(format_.grown for format_ in formats)
-
-
-def decode_blocks(decoding: bool) -> int:
-    """Blocks that an SM runs of a decode kernel; ``decoding``: whether it decodes all its weights to bfloat16."""
-    return 2 if decoding else 1
-
-
 def default_tiles(format_: Format, phase: str, blocks_per_sm: int) -> tuple[Tile, ...]:
     """The tiles of ``format_`` in the kernel of ``phase``."""
     if phase == "latency":
@@ -335,7 +330,7 @@ def default_config(formats: tuple[Format, ...], phase: str, max_problems: int = 
     clusters help w16a16 with many tokens, and nothing else. A few tokens leave SMs without tiles, or with one: tiles of
     64 rows, each by four warpgroups, are more and shorter.
     """
-    blocks = decode_blocks(decodes_to_bf16(formats)) if phase == "decode" else 1
+    blocks = 2 if phase == "decode" and all(format_.grown for format_ in formats) else 1
     cluster = 2 if phase == "prefill" and formats == (Format("bf16", 16),) else 1
     tiles = tuple(tile for format_ in formats for tile in default_tiles(format_, phase, blocks))
     return KernelConfig(tiles, max_problems, cluster, blocks, LATENCY_SPLIT if phase == "latency" else 1)

@@ -17,8 +17,6 @@ from mxmoe_steps.kernels.formats import (
     OPERAND_MASKS,
     Format,
     KernelConfig,
-    decode_blocks,
-    decodes_to_bf16,
     default_config,
     kernel_format,
 )
@@ -26,10 +24,10 @@ from mxmoe_steps.schemes import SHARED, Scheme
 
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
-# Tokens of an expert, on average, up to which latency and decode kernels are ahead; by blocks per SM of the latter
-MOST_LATENCY = {1: 4, 2: 0.5}
+# Tokens of an expert, on average, up to which latency and decode kernels are ahead
+MOST_LATENCY = 4
 MOST_DECODE = 32
-LATENCY_GAP = (1, 1.5)  # rounds of the latency kernel's tiles that take longer than one of the decode kernel's
+LATENCY_GAP = (1, 1.5)  # rounds of latency tiles that `wgmma` multiplies which take longer than one of decode tiles
 SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
 
 
@@ -64,7 +62,7 @@ class LaunchPlan:
 
     def phase(self, rows: int, experts: int, slices: int, sms: int) -> str:
         """The phase of the kernel, see `phase_for`."""
-        return phase_for(rows, experts, slices, self.strips, sms, decodes_to_bf16(self.formats))
+        return phase_for(rows, experts, slices, self.strips, sms, all(format_.by_warp for format_ in self.formats))
 
     def config(self, phase: str) -> KernelConfig:
         """The kernel of ``phase`` that runs it."""
@@ -83,19 +81,17 @@ class LayerPlan:
     down: LaunchPlan
 
 
-def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, decoding: bool) -> str:
+def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, by_warp: bool) -> str:
     """The kernel, ``latency``, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
 
-    ``slices``: experts more that take every token; ``strips``: of 64 weight rows, in an expert; ``decoding``: whether
-    the kernel decodes all its weights to bfloat16. Measured on an H100 (docs/kernels.md): decode kernels are ahead
-    up to 32 tokens an expert, latency kernels up to half a token. Where the decode kernel runs one block an SM, latency
-    kernels are ahead up to four tokens, unless their tiles just need a second round: those of the decode kernel are
-    half as many and need one.
+    ``slices``: experts more that take every token; ``strips``: of 64 weight rows, in an expert; ``by_warp``: whether
+    all formats of the kernel are `Format.by_warp`. Measured on an H100 (docs/kernels.md): decode kernels are ahead up
+    to 32 tokens an expert, latency kernels up to four, unless their tiles, multiplied by warpgroups, just need a second
+    round: those of the decode kernel are half as many and need one.
     """
-    blocks = decode_blocks(decoding)
-    if rows <= MOST_LATENCY[blocks] * experts:
+    if rows <= MOST_LATENCY * experts:
         rounds = (min(rows, experts) + slices) * strips / sms
-        return "decode" if blocks == 1 and LATENCY_GAP[0] < rounds <= LATENCY_GAP[1] else "latency"
+        return "decode" if not by_warp and LATENCY_GAP[0] < rounds <= LATENCY_GAP[1] else "latency"
     return "decode" if rows <= MOST_DECODE * experts else "prefill"
 
 

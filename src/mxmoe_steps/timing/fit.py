@@ -17,8 +17,8 @@ from mxmoe_steps.allocation.time_model import (
     CONSTANTS,
     KSTEP,
     block_work,
+    by_warp,
     bytes_moved,
-    decodes_to_bf16,
     tile_counts,
 )
 from mxmoe_steps.errors import UserError
@@ -223,8 +223,8 @@ def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     shapes = {one.model: one for one in MODELS}
     chosen = []
     for row in fused:
-        decoding = decodes_to_bf16(map(parse_scheme, row["carried"]))
-        if row["phase"] == shapes[row["model"]].phase(row["block"], row["tokens"], sms, decoding):
+        alone = by_warp(map(parse_scheme, row["carried"]))
+        if row["phase"] == shapes[row["model"]].phase(row["block"], row["tokens"], sms, alone):
             chosen.append(row)
     missing = sorted({(phase, name) for row in fused for name in row["carried"] for phase in PHASES} - set(tiles))
     if missing or len(chosen) < LEAST_PROBLEMS:

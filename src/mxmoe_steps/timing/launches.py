@@ -47,10 +47,10 @@ class Shapes:
         """(N, K) of a ``gate_up`` or ``down`` launch; gate and up are problems of their own."""
         return (self.intermediate, self.hidden) if block == "gate_up" else (self.hidden, self.intermediate)
 
-    def phase(self, block: str, tokens: int, sms: int, decoding: bool) -> str:
+    def phase(self, block: str, tokens: int, sms: int, by_warp: bool) -> str:
         """The phase of the kernel that a layer runs, see `phase_for`."""
         strips = (2 if block == "gate_up" else 1) * -(-self.size(block)[0] // HALF_ROWS)
-        return phase_for(tokens * self.top_k, self.experts, self.slices, strips, sms, decoding)
+        return phase_for(tokens * self.top_k, self.experts, self.slices, strips, sms, by_warp)
 
 
 MODELS = (
