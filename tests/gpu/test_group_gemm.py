@@ -135,9 +135,10 @@ def test_every_tile_is_right(format_: Format, phase: str) -> None:
         assert_right(errors)
 
 
+@pytest.mark.parametrize("phase", sorted(PHASES))
 @pytest.mark.parametrize("format_", [f for f in FORMATS if not f.grouped], ids=lambda format_: format_.name)
-def test_features_in_odd_multiples_of_64(format_: Format) -> None:
-    errors = run_mixture([scheme_of(format_)], "decode", ROWS, (192, 192), 5)
+def test_features_in_odd_multiples_of_64(format_: Format, phase: str) -> None:
+    errors = run_mixture([scheme_of(format_)], phase, ROWS, (192, 192), 5)
     assert_right(errors)
 
 
