@@ -27,7 +27,7 @@ from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
 from mxmoe_steps.kernels.formats import PHASES
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
-from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert, swiglu
+from mxmoe_steps.kernels.routing import combine, dispatch, quantize, sort_by_expert, swiglu
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.timer import Timer
 
@@ -90,7 +90,7 @@ def floor_of(layer: MoeLayer, workload: Workload, tokens: int) -> float:
     ):
         shares: list[list[int]] = [[] for _ in gemm.plan.formats]
         for expert, number, _, _ in gemm.plan.problems:
-            shares[number].append(rows[expert])
+            shares[number] += [rows[expert]] * (2 if gemm.plan.gated else 1)
         total += floor_us(list(gemm.plan.formats), shares, n, k)
     return total
 
@@ -111,17 +111,20 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
         routed = sort_by_expert(chosen, plan.experts, plan.slices)
         given = dispatch(x, routed, up.needs, up.plan.operands)
         products = up(given, routed)
-        acted = swiglu(products, routed, down.needs, down.plan.operands)
+        act = quantize if up.plan.gated else swiglu
+        acted = act(products, routed, down.needs, down.plan.operands)
         rows = down(acted, routed)
         logits = gate()
         stages: dict[str, Callable[[], object]] = {
             "sort": lambda: sort_by_expert(chosen, plan.experts, plan.slices),  # noqa: B023
             "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands),  # noqa: B023
             "gate_up": lambda: up(given, routed),  # noqa: B023
-            "swiglu": lambda: swiglu(products, routed, down.needs, down.plan.operands),  # noqa: B023
+            "swiglu": lambda: act(products, routed, down.needs, down.plan.operands),  # noqa: B023
             "down": lambda: down(acted, routed),  # noqa: B023
             "combine": lambda: combine(rows, routed, mixing, logits),  # noqa: B023
         }
+        if up.plan.gated and down.plan.operands == ("bf16",):
+            del stages["swiglu"]  # part of gate_up
         cell = {"run": run, "T": count, "floor_us": floor_of(layer, workload, count)}
         cell |= {"us": timer(lambda: layer(x, chosen, mixing, gate()))}  # noqa: B023
         cell |= {stage: timer(function) for stage, function in stages.items()}

@@ -43,7 +43,7 @@ def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
     plan, weights = random_layer(seed, shared=seed % 3 > 0)
     for launch, columns in ((plan.gate_up, 2 * INNER), (plan.down, HIDDEN)):
         stacks = [
-            _stack([_entries(weights[source.expert, source.block], source) for source in sources], torch.device("cpu"))
+            _stack([_entries(lambda *block: weights[block], source) for source in sources], torch.device("cpu"))
             for sources in launch.stacks
         ]
         assert tuple(stack.format for stack in stacks) == launch.formats == launch.config("decode").formats
@@ -69,9 +69,47 @@ def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
         assert launch.needs == tuple(needs)
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gate_and_up_of_one_scheme_take_turns_of_eight_rows(name: str) -> None:
+    torch.manual_seed(2)
+    scheme, down = parse_scheme(name), parse_scheme("w16a16")
+    weights: Weights = {}
+    for expert in (0, 1, SHARED):
+        for block in ("gate", "up"):
+            matrix = torch.randn(INNER * (SLICES if expert == SHARED else 1), HIDDEN) * 0.1
+            weights[expert, block] = matrix.bfloat16() if scheme.is_original else round_to_nearest(matrix, scheme)
+    plan = plan_layer(dict.fromkeys((0, 1, SHARED), (scheme, scheme, down)), HIDDEN, INNER, INNER * SLICES)
+    launch = plan.gate_up
+    assert launch.gated
+    assert launch.config("prefill").gated
+    assert not plan.down.gated
+    assert launch.strips == 2 * INNER // 64
+    assert sorted(launch.problems) == [(expert, 0, (expert + 2) % 4, 0) for expert in range(4)]  # the shared one first
+    (sources,) = launch.stacks
+    stack = _stack([_entries(lambda *block: weights[block], source) for source in sources], torch.device("cpu"))
+    problem_table(launch.problems, [stack], 4, INNER, "cpu", gated=True)  # accepts it
+    rows = stack.data if scheme.is_original else dense(quantized_weight(stack, scheme))
+    for expert in range(4):
+        owner, start = (expert, 0) if expert < 2 else (SHARED, INNER * (expert - 2))
+        gate, up = (dense(weights[owner, block])[start : start + INNER] for block in ("gate", "up"))
+        mine = rows[(expert + 2) % 4].double()
+        for feature in (0, 7, 8, 77, INNER - 1):
+            row = feature // 8 * 16 + feature % 8
+            assert torch.equal(mine[row], gate[feature])
+            assert torch.equal(mine[row + 8], up[feature])
+
+
+def test_one_expert_whose_gate_and_up_differ_keeps_them_apart() -> None:
+    w4, fp8 = parse_scheme("w4a16"), parse_scheme("w8a8_fp8")
+    plan = plan_layer({0: (w4, w4, w4), 1: (w4, fp8, w4)}, HIDDEN, INNER)
+    assert not plan.gate_up.gated
+    assert {problem[3] for problem in plan.gate_up.problems} == {0, INNER}
+
+
 def test_the_shared_expert_and_the_formats_are_spread_over_the_launch() -> None:
     w4, fp8 = parse_scheme("w4a16"), parse_scheme("w8a8_fp8")
     schemes = {expert: (w4,) * 3 if expert < 2 else (fp8,) * 3 for expert in range(4)}
+    schemes[0] = (w4, parse_scheme("w4a16_g-1_asym"), w4)  # the same format: gate and up stay apart
     plan = plan_layer(schemes | {SHARED: (fp8, fp8, w4)}, HIDDEN, INNER, 2 * INNER)
     experts = [problem[0] for problem in plan.gate_up.problems]
     assert [(place, expert) for place, expert in enumerate(experts) if expert >= 4] == [(0, 4), (3, 5), (6, 4), (9, 5)]
@@ -81,7 +119,8 @@ def test_the_shared_expert_and_the_formats_are_spread_over_the_launch() -> None:
 
 
 def test_more_problems_take_a_larger_table() -> None:
-    plan = plan_layer({expert: (parse_scheme("w4a16"),) * 3 for expert in range(100)}, 256, 128)
+    schemes = parse_scheme("w4a16"), parse_scheme("w3a16"), parse_scheme("w4a16")
+    plan = plan_layer(dict.fromkeys(range(100), schemes), 256, 128)
     assert plan.gate_up.config("decode").max_problems == 224
     assert plan.down.config("decode").max_problems == 128
 

@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
-from mxmoe_steps.kernels import moe_layer, reference
+from mxmoe_steps.kernels import moe_layer, plan, reference
 from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.formats import PHASES
 from mxmoe_steps.kernels.moe_layer import MoeLayer
@@ -23,6 +24,7 @@ pytestmark = [
 
 QWEN = (2048, 1408, 4)  # hidden, intermediate, slices of the shared expert: Qwen1.5-MoE with fewer experts
 UNIFORM = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w3a16", "w2a16", "w4a8_fp8", "w4a8")
+BY_EXPERT = (("w16a16",), ("w4a16",), ("w8a8",), ("w8a8_fp8", "w4a8", "w2a16"))
 MIXTURES = (("w2a16", "w4a16", "w8a8_fp8"), ("w16a16", "w4a8_fp8", "w8a8", "w4a16"))
 # Relative Frobenius errors. Rounding the rows of the down blocks and the sum to bfloat16 is 2.4e-3; three rounded
 # decodings add up. A product that falls on the other side of a bfloat16 rounding, which fp8 tensor cores make happen
@@ -140,6 +142,35 @@ def test_other_shapes(experts: int, top_k: int, sizes: tuple[int, int, int]) -> 
     assert error < bound_of(MIXTURES[0])
 
 
+def by_expert(names: Sequence[str]) -> dict[int, tuple[Scheme, Scheme, Scheme]]:
+    """One scheme for all blocks of an expert, of eight and a shared one."""
+    return {e: (parse_scheme(names[place % len(names)]),) * 3 for place, e in enumerate([*range(8), SHARED])}
+
+
+@pytest.mark.parametrize("names", BY_EXPERT, ids="+".join)
+def test_products_in_the_gate_up_launch_are_those_of_swiglu(
+    names: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: gate and up are rounded to bfloat16 in both."""
+    torch.manual_seed(3)
+    hidden, inner, slices = QWEN
+    schemes = by_expert(names)
+    weights: Weights = {}
+    for expert, three in schemes.items():
+        width = inner * slices if expert == SHARED else inner
+        for block, scheme in zip(BLOCKS, three, strict=True):
+            weights[expert, block] = random_block(scheme, *((hidden, width) if block == "down" else (width, hidden)))
+    plans = [plan_layer(schemes, hidden, inner, inner * slices)]
+    monkeypatch.setattr(plan, "_gated", lambda schemes: False)
+    plans.append(plan_layer(schemes, hidden, inner, inner * slices))
+    assert [one.gate_up.gated for one in plans] == [True, False]
+    one, other = (MoeLayer(each, lambda *block: weights[block], torch.device("cuda")) for each in plans)
+    for tokens in (1, 3, 40, 700):  # latency, decode and prefill kernels
+        x = torch.randn(tokens, hidden, device="cuda").bfloat16()
+        chosen, mixing = route(tokens, 8, 4)
+        assert torch.equal(one(x, chosen, mixing), other(x, chosen, mixing)), tokens
+
+
 def test_a_captured_call_follows_its_inputs() -> None:
     layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5)
     x = torch.randn(40, 2048, device="cuda").bfloat16()
@@ -192,7 +223,9 @@ def main() -> None:
     shapes = [(1, (256, 128, 0)), (3, (128, 256, 1)), (8, (4096, 14336, 0)), (100, (256, 128, 2))]
     plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
     plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
-    for config in {launch.config(phase) for plan in plans for launch in (plan.gate_up, plan.down) for phase in PHASES}:
+    plans += [plan_layer(by_expert(names), QWEN[0], QWEN[1], QWEN[1] * QWEN[2]) for names in BY_EXPERT]
+    configs = {launch.config(phase) for plan in plans for launch in (plan.gate_up, plan.down) for phase in PHASES}
+    for config in configs | {replace(config, gated=False) for config in configs}:
         print(build(config), config.name, flush=True)
 
 

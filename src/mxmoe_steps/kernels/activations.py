@@ -5,6 +5,8 @@ expert's down block reads bfloat16), a second one rounds and stores it: from reg
 is long. A shared expert may be cut into slices of the routed experts' size; one block then takes all slices of a
 token, so that its scale covers the whole row as it does for one wide expert.
 
+Where gate and up were multiplied by the grouped GEMM, the same kernel only quantizes.
+
 `Combine` sums the rows of a token in float32, in the order of the router's choices: no atomics, the same bits
 every time.
 """
@@ -12,7 +14,7 @@ every time.
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, cute
+from cutlass import BFloat16, Float32, Int32, const_expr, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
@@ -20,30 +22,22 @@ from mxmoe_steps.kernels.rounding import VECTOR
 
 THREADS = 192  # of a block of `SwiGlu`: 1408 features, eight a thread, leave few idle
 COMBINE_THREADS = 256
-LOG2_E = 1.4426950408889634
-
-
-def sigmoid(value: Float32) -> Float32:
-    """1 / (1 + exp(-value)) to about 1e-7."""
-    return cute.arch.inline_ptx(
-        "{ .reg .f32 a; mul.f32 a, {$r0}, {$r1}; ex2.approx.f32 a, a; add.f32 a, a, 0f3F800000; "
-        "rcp.approx.f32 {$w0}, a; }",
-        write_only_types=[Float32],
-        read_only_args=[value, Float32(-LOG2_E)],
-    )
 
 
 class SwiGlu:
     """``silu(gate) * up`` of every row, in float32 and rounded once to bfloat16, as the operand of the down blocks.
 
-    ``gate_up``: bfloat16 [rows, 2 K], gate first. ``chosen``, ``row``, ``needs``, ``shared``: as for
-    `tokens.DispatchTokens`, of the down blocks.
+    ``given``: bfloat16 [rows, 2 K], gate first; or, ``multiplied``, the products [rows, K], of which only 8-bit
+    operands are made. ``chosen``, ``row``, ``needs``, ``shared``: as for `tokens.DispatchTokens`, of the down blocks.
     """
+
+    def __init__(self, multiplied: bool) -> None:
+        self.multiplied = multiplied
 
     @cute.jit
     def __call__(
         self,
-        gate_up: cute.Tensor,
+        given: cute.Tensor,
         chosen: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -57,14 +51,14 @@ class SwiGlu:
 
         self.Shared = Shared
         per_token = chosen.shape[1] + cutlass.min(shared, 1)
-        self.kernel(gate_up, chosen, row, needs, outputs, shared).launch(
+        self.kernel(given, chosen, row, needs, outputs, shared).launch(
             grid=(per_token, chosen.shape[0], 1), block=(THREADS, 1, 1), use_pdl=True, stream=stream
         )
 
     @cute.kernel
     def kernel(
         self,
-        gate_up: cute.Tensor,
+        given: cute.Tensor,
         chosen: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -86,8 +80,11 @@ class SwiGlu:
             first = tokens * top_k + token
             mask = needs[needs.shape[0] - 1]
             slices = shared
-        steps = gate_up.shape[1] // (2 * VECTOR)  # of a slice
+        steps = given.shape[1] // (VECTOR if self.multiplied else 2 * VECTOR)  # of a slice
         total = steps * slices
+        if const_expr(self.multiplied):
+            mask = mask & rounding.EIGHT_BITS
+            total = cutlass.select_(mask == 0, Int32(0), total)
         vector = rounding.Vector.make()
         held = Int32(-1)  # the vector that the registers hold
         largest = Float32(1.0)
@@ -96,7 +93,7 @@ class SwiGlu:
             rounds = (total - thread + (THREADS - 1)) // THREADS
             for j in cutlass.range(rounds, unroll=1):  # backwards: the first vector is in the registers at the end
                 held = thread + (rounds - 1 - j) * THREADS
-                self.product(gate_up, first + held // steps * tokens, held % steps, steps, vector.bf16)
+                self.product(given, first + held // steps * tokens, held % steps, steps, vector.bf16)
                 pair = rounding.larger_of(pair, vector.bf16)
             largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
         scales = rounding.Scales.of(largest)
@@ -105,22 +102,25 @@ class SwiGlu:
         for i in cutlass.range(thread, total, THREADS, unroll=1):
             target = first + i // steps * tokens
             if i != held:
-                self.product(gate_up, target, i % steps, steps, vector.bf16)
+                self.product(given, target, i % steps, steps, vector.bf16)
             rounding.encode(vector, mask, scales)
             rounding.store(vector, mask, written, target, i % steps)
 
     @cute.jit
-    def product(self, gate_up: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def product(self, given: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of a row's product into ``eight``."""
-        given = rounding.vectors(gate_up, row)
-        gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
-        cute.autovec_copy(given[None, at], gate)
-        cute.autovec_copy(given[None, at + steps], up)
-        values = cute.make_rmem_tensor((VECTOR,), Float32)
-        for j in cutlass.range_constexpr(VECTOR):
-            value = Float32(gate[j])
-            values[j] = value * sigmoid(value) * Float32(up[j])
-        eight.store(values.load().to(BFloat16))
+        vectors = rounding.vectors(given, row)
+        if const_expr(self.multiplied):
+            cute.autovec_copy(vectors[None, at], eight)
+        else:
+            gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
+            cute.autovec_copy(vectors[None, at], gate)
+            cute.autovec_copy(vectors[None, at + steps], up)
+            values = cute.make_rmem_tensor((VECTOR,), Float32)
+            for j in cutlass.range_constexpr(VECTOR):
+                value = Float32(gate[j])
+                values[j] = value * rounding.sigmoid(value) * Float32(up[j])
+            eight.store(values.load().to(BFloat16))
 
 
 class Combine:
@@ -172,7 +172,7 @@ class Combine:
             for j in cutlass.range(shared, unroll=4):
                 self.add(given, out.shape[0] * (top_k + j) + token, at, Float32(1.0), total)
             if gated != 0:
-                factor = sigmoid(Float32(gate[token]))
+                factor = rounding.sigmoid(Float32(gate[token]))
                 for e in cutlass.range_constexpr(VECTOR):
                     total[e] = total[e] * factor
             for j in cutlass.range(top_k, unroll=4):

@@ -29,9 +29,11 @@ ARCHITECTURE = "sm_90a"
 COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refused
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
-TOKEN_KERNELS = ("sort_1", "sort_8", "dispatch", "swiglu", "combine_bf16", "combine_float32")  # `tokens`, `activations`
+TOKEN_KERNELS = ("sort_1", "sort_8", "dispatch", "swiglu", "quantize", "combine_bf16", "combine_float32")
 
-_GEMM_SOURCES = ("formats", "decode", "ring", "schedule", "producer", "main_loops", "consumer", "group_gemm", "build")
+_GEMM_SOURCES = (
+    "formats", "decode", "rounding", "ring", "schedule", "producer", "main_loops", "consumer", "group_gemm", "build",
+)  # fmt: skip
 _TOKEN_SOURCES = ("formats", "rounding", "tokens", "activations", "build")
 
 
@@ -152,7 +154,8 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     codes = [_fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16) for operand in ("fp8", "int8")]
     scales = [_fake(Float32, (sym_int(),), 4) for _ in range(2)]
     outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
-    return {"dispatch": DispatchTokens, "swiglu": SwiGlu}[kind](), [bf16[0], chosen, row, needs, outputs, count]
+    made = DispatchTokens() if kind == "dispatch" else SwiGlu(multiplied=kind == "quantize")
+    return made, [bf16[0], chosen, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:

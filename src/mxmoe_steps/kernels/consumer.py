@@ -11,9 +11,10 @@ from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.cutlass_dsl import T
 
 from mxmoe_steps.kernels import decode
-from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, HALF_ROWS, LATENCY_TOKENS, Format
+from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, GATE_ROWS, HALF_ROWS, LATENCY_TOKENS, Format
 from mxmoe_steps.kernels.main_loops import MainLoops
 from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Ring
+from mxmoe_steps.kernels.rounding import sigmoid
 from mxmoe_steps.kernels.schedule import Place
 
 STORED = 16  # tokens that a warpgroup stores at once: 16 bytes a thread
@@ -35,6 +36,26 @@ def store_if(wanted: Boolean, words: cute.Tensor, target: Int64) -> None:
         read_only_args=[target, *(words[i] for i in range(count))],
         predicate=wanted,
     )
+
+
+def store_matrices(address: Int32, first: Int32, second: Int32) -> None:
+    """Two 8 x 8 matrices of 16-bit elements, transposed, to shared memory: a lane has two elements of a row of each;
+    lanes 8 i to 8 i + 7 have the addresses of the columns of matrix i."""
+    cute.arch.inline_ptx(
+        "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
+        read_only_args=[address, first, second],
+    )
+
+
+def multiply_gated(gate: cute.Tensor, up: cute.Tensor) -> cute.Tensor:
+    """silu(gate) * up in float32, rounded to bfloat16, as `activations.SwiGlu` does."""
+    values = cute.make_rmem_tensor((cute.size(gate),), Float32)
+    for e in range(cute.size(gate)):
+        value = Float32(gate[e])
+        values[e] = value * sigmoid(value) * Float32(up[e])
+    made = cute.make_fragment_like(values, BFloat16)
+    made.store(values.load().to(BFloat16))
+    return made
 
 
 @dataclass(frozen=True)
@@ -154,7 +175,8 @@ class Consumer(MainLoops):
             )
 
         if const_expr(self.split == 1):
-            self.store(i, acc, staging, shared_scales, factors, thread, group, place, stored, out)
+            store = self.store_product if self.config.gated else self.store
+            store(i, acc, staging, shared_scales, factors, thread, group, place, stored, out)
         else:
             self.store_sum(i, acc, partials, factors, thread, group, place, stored, out)
         return stage, phase, end
@@ -189,17 +211,31 @@ class Consumer(MainLoops):
         group: Int32,
         place: Place,
     ) -> Factors:
-        """Of the four rows and the token that `store_sum` stores."""
+        """Of the rows and the token that `store_sum` adds up."""
         format_ = tile.format
-        channels = cute.make_rmem_tensor((4,), Float32)
+        row, token = self.quad(thread, group)
+        channels = cute.make_rmem_tensor((4, self.quads), Float32)
         tokens = cute.make_rmem_tensor((1,), Float32)
         channels.fill(1.0)
         if const_expr(format_.channel_scaled):
-            row = place.row_tile * self.rows + group * HALF_ROWS + (thread & 15) * 4
-            at = cute.assume(place.entry * channel_scales.shape[1] + row, divby=4)
-            cute.autovec_copy(cute.make_tensor(channel_scales.iterator + at, cute.make_layout(4)), channels)
-        tokens[0] = self.token_factor(format_, token_scales, (thread & 127) >> 4, place)
+            for q in cutlass.range_constexpr(self.quads):
+                at = place.entry * channel_scales.shape[1] + place.row_tile * self.rows + row + q * GATE_ROWS
+                four = cute.make_tensor(channel_scales.iterator + cute.assume(at, divby=4), cute.make_layout(4))
+                cute.autovec_copy(four, channels[None, q])
+        tokens[0] = self.token_factor(format_, token_scales, token, place)
         return Factors(channels, tokens)
+
+    @property
+    def quads(self) -> int:
+        """Runs of four rows that a thread adds up in `store_sum`: one, or one of gate and one of up."""
+        return 2 if self.config.gated else 1
+
+    def quad(self, thread: Int32, group: Int32) -> tuple[Int32, Int32]:
+        """First row, of gate if ``gated``, in the tile, and token of a thread in `store_sum`. Gated tiles have as many
+        for half of the threads; the others repeat them."""
+        if self.config.gated:
+            return group * HALF_ROWS + (thread & 6) * GATE_ROWS + (thread & 1) * 4, thread >> 3 & 7
+        return group * HALF_ROWS + (thread & 15) * 4, (thread & 127) >> 4
 
     @cute.jit
     def token_factor(
@@ -274,6 +310,67 @@ class Consumer(MainLoops):
                 address += 2 * STORED * Int64(out.shape[1])
 
     @cute.jit
+    def store_product(
+        self,
+        i: cutlass.Constexpr,
+        acc: cute.Tensor,
+        staging: Any,
+        shared_scales: cute.Tensor,
+        factors: Factors,
+        thread: Int32,
+        group: Int32,
+        place: Place,
+        stored: Boolean,
+        out: cute.Tensor,
+    ) -> None:
+        """As `store`, of gate and up: a thread's first row and its second one, which become one."""
+        tile, pitch = self.tiles[i], self.config.staging_pitch
+        format_ = tile.format
+        lane, in_group = thread & 31, thread & 127
+        if const_expr(format_.grown):
+            factors.channels.store(factors.channels.load() * Float32(decode.GROW[format_.bits]))
+        if const_expr(format_.token_scaled):
+            for j in cutlass.range_constexpr(cute.size(factors.tokens)):
+                if in_group + 128 * j < tile.tokens:
+                    shared_scales[in_group + 128 * j, group] = factors.tokens[j]
+        column8 = cute.assume(group * HALF_ROWS // 2 + (in_group & 3) * 8, divby=8)  # of the 8 that this thread stores
+        token = in_group >> 2  # the first one
+        source = cute.assume(token * pitch + column8, divby=8)
+        target = Int64(place.first + token) * out.shape[1] + place.column + place.row_tile * (self.rows // 2) + column8
+        address = out.iterator.toint() + 2 * target
+        lines = (staging + ((lane & 15) * pitch + (thread >> 5) * GATE_ROWS)).toint()  # of the lane's token of a matrix
+        pair = cute.make_rmem_tensor((2,), Float32)
+        for start in cutlass.range_constexpr(0, tile.tokens, EPILOGUE_TOKENS):
+            staged = min(tile.tokens - start, EPILOGUE_TOKENS)
+            values = cute.make_rmem_tensor((staged // 4, 2), Float32)  # (token, gate or up)
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+            for e in cutlass.range_constexpr(cute.size(values)):
+                value = Float32(acc[start // 2 + e])
+                if const_expr(format_.channel_scaled or format_.grown):
+                    value = value * factors.channels[e // 2 % 2]
+                if const_expr(format_.token_scaled):
+                    if const_expr(e % 4 == 0):
+                        at = cute.assume(start + 2 * e + 2 * (lane & 3), divby=2)
+                        scale_pair = cute.make_tensor(shared_scales[None, group].iterator + at, cute.make_layout(2))
+                        cute.autovec_copy(scale_pair, pair)
+                    value = value * pair[e % 2]
+                values[e // 4 * 2 + e % 2, e // 2 % 2] = value
+            rounded = cute.make_fragment_like(values, BFloat16)
+            rounded.store(values.load().to(BFloat16))
+            made = multiply_gated(rounded[None, 0], rounded[None, 1])
+            matrices = cute.make_tensor(cute.recast_ptr(made.iterator, dtype=Int32), cute.make_layout(staged // 8))
+            for j in cutlass.range_constexpr(0, staged // 8, 2):
+                store_matrices(lines + 2 * 8 * j * pitch, matrices[j], matrices[j + 1])
+            cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
+            words = cute.make_rmem_tensor((4, (staged + 31) // 32), Int32)
+            for j in cutlass.range_constexpr(cute.size(words, mode=[1])):
+                staged_words = cute.recast_ptr(staging + source + 32 * j * pitch, dtype=Int32)
+                cute.autovec_copy(cute.make_tensor(staged_words, cute.make_layout(4)), words[None, j])
+            for j in cutlass.range_constexpr(cute.size(words, mode=[1])):
+                store_if(stored & (start + token + 32 * j < place.rows), words[None, j], address)
+                address += 2 * 32 * Int64(out.shape[1])
+
+    @cute.jit
     def store_sum(
         self,
         i: cutlass.Constexpr,
@@ -289,7 +386,7 @@ class Consumer(MainLoops):
         """Leave a part's sums in shared memory. Parts take turns to add those of all parts, in order, to scale, round
         and, if ``stored``, store them, while the others go on."""
         format_, pitch = self.tiles[i].format, self.config.staging_pitch
-        lane, in_group = thread & 31, thread & 127
+        lane = thread & 31
         size = LATENCY_TOKENS * pitch  # of a part's sums
         sums = cute.recast_ptr(partials.sums, dtype=acc.element_type)
         start = partials.part * size + 2 * (lane & 3) * pitch + (thread >> 5) * 16 + (lane >> 2)
@@ -300,29 +397,38 @@ class Consumer(MainLoops):
         if lane == 0:
             cute.arch.mbarrier_arrive(partials.full)
         if partials.turn & (self.split - 1) == partials.part:
-            row4 = cute.assume(group * HALF_ROWS + (in_group & 15) * 4, divby=4)
-            token = in_group >> 4
-            target = Int64(place.first + token) * out.shape[1] + place.column + place.row_tile * self.rows + row4
-            total, other = (cute.make_rmem_tensor((4,), acc.element_type) for _ in range(2))
+            row, token = self.quad(thread, group)
+            column = (row >> 4) * GATE_ROWS + (row & 4) if self.config.gated else row
+            target = Int64(place.first + token) * out.shape[1] + place.column
+            target += place.row_tile * (self.rows // self.quads) + column
+            total = cute.make_rmem_tensor((4, self.quads), acc.element_type)
+            other = cute.make_rmem_tensor((4,), acc.element_type)
             total.fill(0)
             if const_expr(format_.grown):
                 factors.channels.store(factors.channels.load() * Float32(decode.GROW[format_.bits]))
             cute.arch.mbarrier_wait(partials.full, partials.turn & 1)
             for part in cutlass.range_constexpr(self.split):
-                at = cute.assume(part * size + token * pitch + row4, divby=4)
-                cute.autovec_copy(cute.make_tensor(sums + at, cute.make_layout(4)), other)
-                total.store(total.load() + other.load())
+                for q in cutlass.range_constexpr(self.quads):
+                    at = cute.assume(part * size + token * pitch + row + q * GATE_ROWS, divby=4)
+                    cute.autovec_copy(cute.make_tensor(sums + at, cute.make_layout(4)), other)
+                    for e in cutlass.range_constexpr(4):
+                        total[e, q] = total[e, q] + other[e]
             cute.arch.sync_warp()
             if lane == 0:
                 cute.arch.mbarrier_arrive(partials.free)
-            values = cute.make_rmem_tensor((4,), Float32)
-            for e in cutlass.range_constexpr(4):
+            values = cute.make_rmem_tensor((4, self.quads), Float32)
+            rounded = cute.make_rmem_tensor((4, self.quads), BFloat16)
+            for e in cutlass.range_constexpr(cute.size(values)):
                 values[e] = Float32(total[e])
                 if const_expr(format_.channel_scaled or format_.grown):
                     values[e] = values[e] * factors.channels[e]
                 if const_expr(format_.token_scaled):
                     values[e] = values[e] * factors.tokens[0]
-            rounded = cute.make_rmem_tensor((4,), BFloat16)
             rounded.store(values.load().to(BFloat16))
+            if const_expr(self.config.gated):
+                rounded = multiply_gated(rounded[None, 0], rounded[None, 1])
             words = cute.make_tensor(cute.recast_ptr(rounded.iterator, dtype=Int32), cute.make_layout(2))
-            store_if(stored & (token < place.rows), words, out.iterator.toint() + 2 * target)
+            wanted = stored & (token < place.rows)
+            if const_expr(self.config.gated):
+                wanted = wanted & ((thread & 64) == 0)
+            store_if(wanted, words, out.iterator.toint() + 2 * target)

@@ -24,6 +24,7 @@ REGISTERS = {(1, 2): (40, 232), (1, 4): (24, 112), (2, 2): (32, 104)}
 UNIT = 1024  # bytes: slots of the ring start at multiples, as swizzled rows need
 MAX_STAGES = 5  # slots of a ring in use at a time: more hold work that others could do
 EPILOGUE_TOKENS = 64  # tokens staged at once on their way out
+GATE_ROWS = 8  # of gate, then of up: a thread has the sums of row r and r + 8
 LATENCY_TOKENS = 8  # of a split tile: with more, tokens would take as long to fetch as 4-bit weights
 
 OPERAND_MASKS = {"bf16": 1, "fp8": 2, "int8": 4}  # what an expert reads, one bit per type
@@ -178,7 +179,8 @@ class KernelConfig:
     ``max_problems`` bounds the problem table (a multiple of 32); ``cluster`` blocks, 1 or 2, share token tiles;
     an SM runs ``blocks_per_sm`` blocks, 1 or 2: two hide each other's latencies, and have half the registers.
     The slots of a tile are dealt to ``split`` times as many warpgroups, each with a producer and a ring of its own,
-    which add up at the end: a few small tiles then keep a whole SM busy.
+    which add up at the end: a few small tiles then keep a whole SM busy. ``gated``: weights are gate and up,
+    `GATE_ROWS` rows of each in turn, and what is stored is silu(gate) * up, half as wide.
     """
 
     tiles: tuple[Tile, ...]
@@ -186,6 +188,7 @@ class KernelConfig:
     cluster: int = 1
     blocks_per_sm: int = 1
     split: int = 1
+    gated: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiles", tuple(sorted(self.tiles)))
@@ -284,7 +287,8 @@ class KernelConfig:
         for format_ in self.formats:
             tiles = [f"{tile.tokens}x{tile.depth}" for tile in self.tiles if tile.format == format_]
             parts.append(".".join([format_.name, *tiles]))
-        return "+".join(parts) + f"+p{self.max_problems}c{self.cluster}b{self.blocks_per_sm}r{self.rows}s{self.split}"
+        shape = f"p{self.max_problems}c{self.cluster}b{self.blocks_per_sm}r{self.rows}s{self.split}"
+        return "+".join([*parts, shape + ("g" if self.gated else "")])
 
     def spec(self) -> dict[str, object]:
         """The configuration as plain data, for cache keys and build records."""

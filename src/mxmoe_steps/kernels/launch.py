@@ -32,8 +32,11 @@ def problem_table(
     experts: int,
     columns: int,
     device: torch.device | str,
+    gated: bool = False,
 ) -> torch.Tensor:
     """int32 [P, 4] on ``device`` from (expert, number in ``weights``, entry, output column), checked.
+
+    ``gated``: for kernels that are, whose entries write half as many columns as they have rows.
 
     Tiles run in the order of the table: alternate formats that are bound by different things.
     """
@@ -44,9 +47,10 @@ def problem_table(
             raise UserError(f"problem {p}: weight stack {number} of {len(weights)}")
         if not 0 <= entry < weights[number].entries:
             raise UserError(f"problem {p}: entry {entry} of {weights[number].entries} in stack {number}")
-        if column % COLUMN_MULTIPLE or not 0 <= column <= columns - weights[number].out_features:
+        width = weights[number].out_features // (2 if gated else 1)
+        if column % COLUMN_MULTIPLE or not 0 <= column <= columns - width:
             raise UserError(
-                f"problem {p}: output columns {column}..{column + weights[number].out_features} of {columns};"
+                f"problem {p}: output columns {column}..{column + width} of {columns};"
                 f" need a multiple of {COLUMN_MULTIPLE} that fits"
             )
     return torch.tensor(problems, dtype=torch.int32).reshape(-1, 4).to(device)

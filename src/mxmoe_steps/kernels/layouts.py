@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import EDGE, GROUP, HALF_ROWS, SHRINK, TILE_ROWS, Format, kernel_format
+from mxmoe_steps.kernels.formats import EDGE, GATE_ROWS, GROUP, HALF_ROWS, SHRINK, TILE_ROWS, Format, kernel_format
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
 from mxmoe_steps.schemes import Scheme
 
@@ -120,6 +120,13 @@ def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
     chunks = [_entry_chunks(weight[entry], format_) for entry in range(entries)]
     chunks.append(chunks[0].new_zeros(PAD_CHUNKS * format_.chunk_bytes))
     return KernelWeights(format_, entries, rows, features, torch.cat(chunks), channel_scales)
+
+
+def gate_and_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Rows of gate and up [entries, N, X] in the order of `KernelConfig.gated`, [entries, 2 N, X]."""
+    both = [each.contiguous().view(torch.uint8) if each.dtype == E4M3 else each for each in (gate, up)]
+    rows = torch.stack([each.unflatten(1, (-1, GATE_ROWS)) for each in both], 2).flatten(1, 3)
+    return rows.view(E4M3) if gate.dtype == E4M3 else rows
 
 
 def quantized_weight(weights: KernelWeights, scheme: Scheme) -> QuantizedWeight:

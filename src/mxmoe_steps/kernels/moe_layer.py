@@ -2,9 +2,10 @@
 
     sort -> dispatch (+ quantize) -> gate/up grouped GEMM -> SwiGLU (+ quantize) -> down grouped GEMM -> combine
 
-Six launches, whatever the mixture; the router stays the model's own. Between launches lie bfloat16 gate and up,
-bfloat16 or 8-bit products, and bfloat16 rows of the down blocks; sums are float32. Nothing waits for the GPU, and
-after the first call a call can be captured in a CUDA graph.
+Six launches, whatever the mixture; the router stays the model's own. Where gate and up have the same scheme in every
+expert, their launch ends with SwiGLU: then the fourth only quantizes, or is left out where down blocks read bfloat16.
+Between launches lie bfloat16 gate and up (if SwiGLU is one), bfloat16 or 8-bit products, and bfloat16 rows of the down
+blocks; sums are float32. Nothing waits for the GPU, and after the first call a call can be captured in a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +16,9 @@ import torch
 
 from mxmoe_steps.kernels.formats import PHASES, KernelConfig
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
-from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, kernel_weights, original_weights
+from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, gate_and_up, kernel_weights, original_weights
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
-from mxmoe_steps.kernels.routing import Routed, combine, dispatch, sort_by_expert, swiglu
+from mxmoe_steps.kernels.routing import Routed, combine, dispatch, quantize, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import QuantizedWeight
 
 Block = QuantizedWeight | torch.Tensor  # [N, K]
@@ -53,7 +54,8 @@ class MoeLayer:
     def __init__(self, plan: LayerPlan, read: Read, device: torch.device) -> None:
         """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice."""
         self.plan, self.device = plan, device
-        self.gate_up = _prepare(plan, plan.gate_up, 2 * plan.intermediate, read, device)
+        columns = plan.intermediate if plan.gate_up.gated else 2 * plan.intermediate
+        self.gate_up = _prepare(plan, plan.gate_up, columns, read, device)
         self.down = _prepare(plan, plan.down, plan.hidden, read, device)
 
     def __call__(
@@ -81,7 +83,8 @@ class MoeLayer:
         up, down = self.gate_up, self.down
         routed = sort_by_expert(chosen, self.plan.experts, self.plan.slices)
         given = dispatch(x, routed, up.needs, up.plan.operands)
-        products = swiglu(up(given, routed), routed, down.needs, down.plan.operands)
+        act = quantize if up.plan.gated else swiglu
+        products = act(up(given, routed), routed, down.needs, down.plan.operands)
         return combine(down(products, routed), routed, weights, gate)
 
 
@@ -92,14 +95,14 @@ def _kernel(config: KernelConfig) -> GroupGemmKernel:
 
 
 def _prepare(plan: LayerPlan, launch: LaunchPlan, columns: int, read: Read, device: torch.device) -> LayerGemm:
-    weights = [_stack([_entries(read(s.expert, s.block), s) for s in sources], device) for sources in launch.stacks]
-    problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device)
+    weights = [_stack([_entries(read, source) for source in sources], device) for sources in launch.stacks]
+    problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device, launch.gated)
     needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
     kernels = {phase: _kernel(launch.config(phase)) for phase in PHASES}
     return LayerGemm(launch, columns, weights, problems, needs, kernels)
 
 
-def _entries(weight: Block, source: Source) -> KernelWeights:
+def _entries(read: Read, source: Source) -> KernelWeights:
     """Kernel order of a block, cut into entries along its inner width: rows of gate and up, columns of down."""
     count = source.entries
 
@@ -110,10 +113,19 @@ def _entries(weight: Block, source: Source) -> KernelWeights:
             return values.expand(count, *values.shape)
         return values.unflatten(1, (count, -1)).transpose(0, 1)
 
-    if isinstance(weight, torch.Tensor):
-        return original_weights(cut(weight))
-    zeros = None if weight.zeros is None else cut(weight.zeros)
-    return kernel_weights(QuantizedWeight(weight.scheme, cut(weight.codes), cut(weight.scales), zeros))
+    blocks = ("gate", "up") if source.block == "gate_up" else (source.block,)
+    given = [read(source.expert, block) for block in blocks]
+
+    def entries(values: Sequence[torch.Tensor]) -> torch.Tensor:
+        return gate_and_up(*map(cut, values)) if len(values) == 2 else cut(values[0])
+
+    originals = [weight for weight in given if isinstance(weight, torch.Tensor)]
+    if originals:
+        return original_weights(entries(originals))
+    coded = [weight for weight in given if isinstance(weight, QuantizedWeight)]
+    zeros = [weight.zeros for weight in coded if weight.zeros is not None]
+    codes, scales = entries([weight.codes for weight in coded]), entries([weight.scales for weight in coded])
+    return kernel_weights(QuantizedWeight(coded[0].scheme, codes, scales, entries(zeros) if zeros else None))
 
 
 def _stack(parts: Sequence[KernelWeights], device: torch.device) -> KernelWeights:

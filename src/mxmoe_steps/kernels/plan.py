@@ -7,7 +7,7 @@ so that tiles which wait for memory run beside tiles which compute.
 
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import (
@@ -33,7 +33,7 @@ SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are sprea
 
 @dataclass(frozen=True)
 class Source:
-    """A block of the model and the number of entries that it is cut into."""
+    """A block of the model, or ``gate_up`` for two in one, and the number of entries that it is cut into."""
 
     expert: int
     block: str
@@ -46,7 +46,7 @@ class LaunchPlan:
 
     ``formats``: in the kernel's order; ``stacks[i]``: the blocks of ``formats[i]``, in the order of their entries.
     ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads.
-    ``strips``: of 64 weight rows in an expert.
+    ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies silu(gate) and up, see `KernelConfig`.
     """
 
     formats: tuple[Format, ...]
@@ -54,6 +54,7 @@ class LaunchPlan:
     problems: tuple[tuple[int, int, int, int], ...]
     needs: tuple[int, ...]
     strips: int
+    gated: bool
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -66,7 +67,8 @@ class LaunchPlan:
 
     def config(self, phase: str) -> KernelConfig:
         """The kernel of ``phase`` that runs it."""
-        return default_config(self.formats, phase, max(128, -(-len(self.problems) // 32) * 32))
+        config = default_config(self.formats, phase, max(128, -(-len(self.problems) // 32) * 32))
+        return replace(config, gated=True) if self.gated else config
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,8 @@ def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, by_wa
 def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0) -> LayerPlan:
     """Plan a layer from the schemes of its experts, numbered from 0, and of `SHARED` if it has that.
 
-    ``intermediate``, ``shared``: widths of a routed and of the shared expert. `UserError` says why there is no kernel
-    for it.
+    ``intermediate``, ``shared``: widths of a routed and of the shared expert. Gate and up are multiplied in their own
+    launch if they have the same scheme in every expert. `UserError` says why there is no kernel for it.
     """
     experts = len(schemes) - (SHARED in schemes)
     slices = 0
@@ -108,10 +110,11 @@ def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, s
         if rest:
             raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
     order = [*([SHARED] if slices else []), *range(experts)]
+    gated = _gated(schemes)
     gate_up, down = (
         _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, k)
         for blocks, n, k in (
-            ({"gate": 0, "up": intermediate}, intermediate, hidden),
+            ({"gate_up": 0} if gated else {"gate": 0, "up": intermediate}, intermediate, hidden),
             ({"down": 0}, hidden, intermediate),
         )
     )
@@ -132,15 +135,17 @@ def interleave(kinds: Sequence[tuple[bool, Hashable]]) -> list[int]:
     return [index for *_, index in sorted(keys)]
 
 
+def _gated(schemes: Mapping[int, Schemes]) -> bool:
+    """Whether gate and up of every expert have one scheme, and so can be rows of one block."""
+    return all(gate == up for gate, up, _ in schemes.values())
+
+
 def _plan_launch(
     schemes: Sequence[tuple[int, Schemes]], columns: Mapping[str, int], experts: int, slices: int, n: int, k: int
 ) -> LaunchPlan:
-    """``columns``: output column of each block kind; ``n``, ``k``: output and input features of an entry."""
-    blocks = [
-        (expert, block, kernel_format(dict(zip(("gate", "up", "down"), three, strict=True))[block]))
-        for expert, three in schemes
-        for block in columns
-    ]
+    """``columns``: output column of each block kind; ``n``, ``k``: output and input features of a block."""
+    numbered = {"gate": 0, "up": 1, "down": 2, "gate_up": 0}
+    blocks = [(expert, block, kernel_format(three[numbered[block]])) for expert, three in schemes for block in columns]
     formats = tuple(sorted({format_ for _, _, format_ in blocks}))
     for format_ in formats:
         if n % EDGE or k % (GROUP if format_.grouped else EDGE):
@@ -161,5 +166,7 @@ def _plan_launch(
             needs[place] |= OPERAND_MASKS[format_.operand]
             counts[number] += 1
     order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
-    strips = len(columns) * (n // HALF_ROWS)
-    return LaunchPlan(formats, tuple(map(tuple, stacks)), tuple(problems[i] for i in order), tuple(needs), strips)
+    gated = "gate_up" in columns
+    strips = len(columns) * (1 + gated) * (n // HALF_ROWS)
+    in_order = tuple(problems[i] for i in order)
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), strips, gated)

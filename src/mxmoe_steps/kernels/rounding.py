@@ -1,4 +1,5 @@
-"""Per-row quantization to 8 bits inside a kernel (CuTe DSL): what `tokens` and `activations` share.
+"""Per-row quantization to 8 bits inside a kernel (CuTe DSL), and a sigmoid: what `tokens`, `activations` and the
+epilogue of gate and up share.
 
 The arithmetic is that of `reference.quantize_tokens` on a CPU, bit for bit but for the sign of zeros: one float32
 scale per row, correctly rounded division, round to nearest even.
@@ -24,6 +25,19 @@ _TO_CODES = {
     "cvt.rni.s32.f32 c, {$r2}; cvt.rni.s32.f32 d, {$r3}; cvt.pack.sat.s8.s32.b32 c, d, c, 0; "
     "cvt.pack.sat.s8.s32.b32 {$w0}, b, a, c; }",
 }
+
+
+LOG2_E = 1.4426950408889634
+
+
+def sigmoid(value: Float32) -> Float32:
+    """1 / (1 + exp(-value)) to about 1e-7."""
+    return cute.arch.inline_ptx(
+        "{ .reg .f32 a; mul.f32 a, {$r0}, {$r1}; ex2.approx.ftz.f32 a, a; add.f32 a, a, 0f3F800000; "
+        "rcp.approx.ftz.f32 {$w0}, a; }",
+        write_only_types=[Float32],
+        read_only_args=[value, Float32(-LOG2_E)],
+    )
 
 
 def vectors(tensor: cute.Tensor, row: Int32) -> cute.Tensor:

@@ -76,6 +76,17 @@ def swiglu(
     return _fill("swiglu", gate_up, gate_up.shape[1] // 2, routed, needs, operands)
 
 
+def quantize(
+    products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
+) -> dict[str, Activations]:
+    """``silu(gate) * up``, bfloat16 [rows, K], as the operands of the down blocks; otherwise as `swiglu`."""
+    check_device(products, "products")
+    check_tensor("products", products, torch.bfloat16, 2, products.device, (routed.rows, products.shape[1]))
+    made = {"bf16": Activations(products)} if "bf16" in operands else {}
+    eight_bits = [operand for operand in operands if operand != "bf16"]
+    return made | _fill("quantize", products, products.shape[1], routed, needs, eight_bits) if eight_bits else made
+
+
 def combine(
     given: torch.Tensor, routed: Routed, weights: torch.Tensor, gate: torch.Tensor | None = None
 ) -> torch.Tensor:
