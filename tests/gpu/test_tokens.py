@@ -6,7 +6,7 @@ import torch
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.formats import OPERAND_MASKS
 from mxmoe_steps.kernels.launch import Activations
-from mxmoe_steps.kernels.routing import Routed, combine, dispatch, sort_by_expert, swiglu
+from mxmoe_steps.kernels.routing import Routed, combine, dispatch, quantize, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import E4M3
 
 pytestmark = [
@@ -119,6 +119,32 @@ def test_products_of_gate_and_up(features: int, shared: int) -> None:
             assert torch.equal(values_of(got, operand), values_of(codes, operand))
             assert made[operand].scales is not None
             assert torch.equal(made[operand].scales[routed_rows:].cpu().view(shared, tokens), scales.expand(shared, -1))
+
+
+@pytest.mark.parametrize("features", [64, 1408, 1536, 1600, 14336])  # a warp's up to 1536, then a block's
+@pytest.mark.parametrize("shared", [0, 2])
+def test_quantized_products_are_those_of_the_reference_exactly(features: int, shared: int) -> None:
+    torch.manual_seed(features)
+    tokens = 53
+    routed = route(tokens, 16, 3, shared)
+    products = (torch.randn(routed.rows, features) * torch.logspace(-4, 4, routed.rows)[:, None]).bfloat16()
+    needs = torch.randint(1, 8, (16 + shared,))
+    needs[-shared:] = 6
+    made = quantize(products.cuda(), routed, needs.int().cuda(), ("bf16", "fp8", "int8"))
+    assert torch.equal(made["bf16"].values.cpu(), products)
+    mask = torch.empty(routed.rows, dtype=torch.long)
+    mask[rows_of(routed)] = needs[experts_of(routed)]
+    if shared:  # the slices of a token are one row, with one scale
+        wide = products[tokens * 3 :].view(shared, tokens, features).transpose(0, 1).reshape(tokens, -1)
+        for operand in ("fp8", "int8"):
+            codes, scales = reference.quantize_tokens(wide, operand)
+            got = made[operand].values[tokens * 3 :].cpu().view(shared, tokens, features)
+            assert torch.equal(values_of(got.transpose(0, 1).reshape(tokens, -1), operand), values_of(codes, operand))
+            assert torch.equal(made[operand].scales[tokens * 3 :].cpu().view(shared, tokens), scales.expand(shared, -1))
+        mask[tokens * 3 :] = 0
+    check_operands(made, products, mask)
+    only = quantize(products.cuda(), routed, torch.ones_like(needs).int().cuda(), ("bf16",))
+    assert set(only) == {"bf16"}
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])

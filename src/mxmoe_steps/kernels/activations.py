@@ -5,7 +5,7 @@ expert's down block reads bfloat16), a second one rounds and stores it: from reg
 is long. A shared expert may be cut into slices of the routed experts' size; one block then takes all slices of a
 token, so that its scale covers the whole row as it does for one wide expert.
 
-Where gate and up were multiplied by the grouped GEMM, the same kernel only quantizes.
+Where gate and up were multiplied in their own launch, `Quantize` makes 8-bit operands of the products.
 
 `Combine` sums the rows of a token in float32, in the order of the router's choices: no atomics, the same bits
 every time.
@@ -14,25 +14,68 @@ every time.
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, const_expr, cute
+from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
 from mxmoe_steps.kernels.rounding import VECTOR
 
-THREADS = 192  # of a block of `SwiGlu`: 1408 features, eight a thread, leave few idle
+THREADS = 192  # of a block that makes rows: 1408 features, eight a thread, leave few idle
+WARPS = THREADS // 32
+WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
 
 
-class SwiGlu:
-    """``silu(gate) * up`` of every row, in float32 and rounded once to bfloat16, as the operand of the down blocks.
+class Rows:
+    """What `SwiGlu` and `Quantize` share: a row by a block, and the arguments.
 
-    ``given``: bfloat16 [rows, 2 K], gate first; or, ``multiplied``, the products [rows, K], of which only 8-bit
-    operands are made. ``chosen``, ``row``, ``needs``, ``shared``: as for `tokens.DispatchTokens`, of the down blocks.
+    ``given``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations. ``chosen``,
+    ``row``, ``needs``, ``shared``: as for `tokens.DispatchTokens`, of the down blocks. ``outputs``: `rounding.Outputs`.
     """
 
-    def __init__(self, multiplied: bool) -> None:
-        self.multiplied = multiplied
+    @cute.jit
+    def by_block(
+        self,
+        given: cute.Tensor,
+        first: Int32,
+        mask: Int32,
+        steps: Int32,
+        slices: Int32,
+        tokens: Int32,
+        written: rounding.Outputs,
+        largest_of_warps: cute.Tensor,
+        thread: Int32,
+    ) -> None:
+        """Make the types of ``mask`` of row ``first`` and, with one scale, of the ``slices`` - 1 rows that lie
+        ``tokens`` apart; ``steps``: vectors of a row."""
+        total = steps * slices
+        vector = rounding.Vector.make()
+        held = Int32(-1)  # the vector that the registers hold
+        largest = Float32(1.0)
+        if (mask & rounding.EIGHT_BITS) != 0:
+            pair = Int32(0)
+            rounds = (total - thread + (THREADS - 1)) // THREADS
+            for j in cutlass.range(rounds, unroll=1):  # backwards: the first vector is in the registers at the end
+                held = thread + (rounds - 1 - j) * THREADS
+                self.product(given, first + held // steps * tokens, held % steps, steps, vector.bf16)
+                pair = rounding.larger_of(pair, vector.bf16)
+            largest = rounding.largest_of_block(pair, largest_of_warps)
+        scales = rounding.Scales.of(largest)
+        if thread < slices:
+            rounding.store_scales(scales, mask, written, first + thread * tokens)
+        for i in cutlass.range(thread, total, THREADS, unroll=1):
+            target = first + i // steps * tokens
+            if i != held:
+                self.product(given, target, i % steps, steps, vector.bf16)
+            rounding.encode(vector, mask, scales)
+            rounding.store(vector, mask, written, target, i % steps)
+
+
+class SwiGlu(Rows):
+    """``silu(gate) * up`` of every row, in float32 and rounded once to bfloat16, as the operand of the down blocks.
+
+    ``given``: bfloat16 [rows, 2 K], gate first.
+    """
 
     @cute.jit
     def __call__(
@@ -47,7 +90,7 @@ class SwiGlu:
     ) -> None:
         @cute.struct
         class Shared:
-            largest: cute.struct.MemRange[Int32, THREADS // 32]
+            largest: cute.struct.MemRange[Int32, WARPS]
 
         self.Shared = Shared
         per_token = chosen.shape[1] + cutlass.min(shared, 1)
@@ -68,7 +111,6 @@ class SwiGlu:
         entry, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
-        written = rounding.Outputs(*outputs)
         cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
         cute.arch.griddepcontrol_wait()
         tokens, top_k = chosen.shape[0], chosen.shape[1]
@@ -80,47 +122,134 @@ class SwiGlu:
             first = tokens * top_k + token
             mask = needs[needs.shape[0] - 1]
             slices = shared
-        steps = given.shape[1] // (VECTOR if self.multiplied else 2 * VECTOR)  # of a slice
-        total = steps * slices
-        if const_expr(self.multiplied):
-            mask = mask & rounding.EIGHT_BITS
-            total = cutlass.select_(mask == 0, Int32(0), total)
-        vector = rounding.Vector.make()
-        held = Int32(-1)  # the vector that the registers hold
-        largest = Float32(1.0)
-        if (mask & rounding.EIGHT_BITS) != 0:
-            pair = Int32(0)
-            rounds = (total - thread + (THREADS - 1)) // THREADS
-            for j in cutlass.range(rounds, unroll=1):  # backwards: the first vector is in the registers at the end
-                held = thread + (rounds - 1 - j) * THREADS
-                self.product(given, first + held // steps * tokens, held % steps, steps, vector.bf16)
-                pair = rounding.larger_of(pair, vector.bf16)
-            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
-        scales = rounding.Scales.of(largest)
-        if thread < slices:
-            rounding.store_scales(scales, mask, written, first + thread * tokens)
-        for i in cutlass.range(thread, total, THREADS, unroll=1):
-            target = first + i // steps * tokens
-            if i != held:
-                self.product(given, target, i % steps, steps, vector.bf16)
-            rounding.encode(vector, mask, scales)
-            rounding.store(vector, mask, written, target, i % steps)
+        largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
+        self.by_block(
+            given, first, mask, given.shape[1] // (2 * VECTOR), slices, tokens, rounding.Outputs(*outputs),
+            largest_of_warps, thread,
+        )  # fmt: skip
 
     @cute.jit
     def product(self, given: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of a row's product into ``eight``."""
         vectors = rounding.vectors(given, row)
-        if const_expr(self.multiplied):
-            cute.autovec_copy(vectors[None, at], eight)
+        gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
+        cute.autovec_copy(vectors[None, at], gate)
+        cute.autovec_copy(vectors[None, at + steps], up)
+        values = cute.make_rmem_tensor((VECTOR,), Float32)
+        for j in cutlass.range_constexpr(VECTOR):
+            value = Float32(gate[j])
+            values[j] = value * rounding.sigmoid(value) * Float32(up[j])
+        eight.store(values.load().to(BFloat16))
+
+
+class Quantize(Rows):
+    """The 8-bit operands of the down blocks from products that gate/up launches made, bfloat16 [rows, K].
+
+    Rows of up to `WARP_VECTORS` vectors are a warp's, in registers: many are on their way at a time, and nobody waits
+    for a block. Longer ones, and those of a shared expert, which has one scale for all slices, are a block's.
+    """
+
+    @cute.jit
+    def __call__(
+        self,
+        given: cute.Tensor,
+        chosen: cute.Tensor,
+        row: cute.Tensor,
+        needs: cute.Tensor,
+        outputs: tuple,
+        shared: Int32,
+        stream: Any,
+    ) -> None:
+        @cute.struct
+        class Shared:
+            largest: cute.struct.MemRange[Int32, WARPS]
+
+        self.Shared = Shared
+        tokens, top_k = chosen.shape
+        blocks = tokens * top_k
+        if given.shape[1] <= WARP_VECTORS * VECTOR:
+            blocks = (blocks + (WARPS - 1)) // WARPS
+        self.kernel(given, chosen, row, needs, outputs, shared, blocks).launch(
+            grid=(blocks + cutlass.min(shared, 1) * tokens, 1, 1),
+            block=(THREADS, 1, 1),
+            use_pdl=True,
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        given: cute.Tensor,
+        chosen: cute.Tensor,
+        row: cute.Tensor,
+        needs: cute.Tensor,
+        outputs: tuple,
+        shared: Int32,
+        routed_blocks: Int32,
+    ) -> None:
+        block, _, _ = cute.arch.block_idx()
+        thread, _, _ = cute.arch.thread_idx()
+        memory = SmemAllocator().allocate(self.Shared)
+        written = rounding.Outputs(*outputs)
+        cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+        tokens = chosen.shape[0]
+        entries, steps = tokens * chosen.shape[1], given.shape[1] // VECTOR
+        experts = cute.make_tensor(chosen.iterator, cute.make_layout(entries))
+        rows = cute.make_tensor(row.iterator, cute.make_layout(entries))
+        if (block < routed_blocks) & (steps <= WARP_VECTORS):
+            entry = block * WARPS + cute.arch.warp_idx()
+            if entry < entries:
+                self.by_warp(given, rows[entry], needs, Int32(experts[entry]), steps, written)
         else:
-            gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
-            cute.autovec_copy(vectors[None, at], gate)
-            cute.autovec_copy(vectors[None, at + steps], up)
-            values = cute.make_rmem_tensor((VECTOR,), Float32)
-            for j in cutlass.range_constexpr(VECTOR):
-                value = Float32(gate[j])
-                values[j] = value * rounding.sigmoid(value) * Float32(up[j])
-            eight.store(values.load().to(BFloat16))
+            first, mask, slices = Int32(0), Int32(0), Int32(1)
+            if block < routed_blocks:
+                first, mask = rows[block], needs[Int32(experts[block])]
+            else:
+                first, mask, slices = entries + block - routed_blocks, needs[needs.shape[0] - 1], shared
+            mask = mask & rounding.EIGHT_BITS
+            if mask != 0:
+                largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
+                self.by_block(given, first, mask, steps, slices, tokens, written, largest_of_warps, thread)
+
+    @cute.jit
+    def by_warp(
+        self,
+        given: cute.Tensor,
+        row: Int32,
+        needs: cute.Tensor,
+        expert: Int32,
+        steps: Int32,
+        written: rounding.Outputs,
+    ) -> None:
+        """Make the types that the expert needs of one row."""
+        lane = cute.arch.lane_idx()
+        vectors = rounding.vectors(given, row)
+        held = cute.make_rmem_tensor((VECTOR, WARP_VECTORS // 32), BFloat16)
+        held.fill(0.0)
+        for j in cutlass.range_constexpr(WARP_VECTORS // 32):
+            if lane + 32 * j < steps:
+                cute.autovec_copy(vectors[None, lane + 32 * j], held[None, j])
+        mask = needs[expert] & rounding.EIGHT_BITS
+        pair = Int32(0)
+        for j in cutlass.range_constexpr(WARP_VECTORS // 32):
+            pair = rounding.larger_of(pair, held[None, j])
+        for step in (16, 8, 4, 2, 1):
+            pair = rounding.larger(pair, cute.arch.shuffle_sync_bfly(pair, step))
+        scales = rounding.Scales.of(rounding.magnitude(pair))
+        if lane == 0:
+            rounding.store_scales(scales, mask, written, row)
+        codes = rounding.Vector.make()
+        for j in cutlass.range_constexpr(WARP_VECTORS // 32):
+            if lane + 32 * j < steps:
+                vector = rounding.Vector(held[None, j], codes.fp8, codes.int8)
+                rounding.encode(vector, mask, scales)
+                rounding.store(vector, mask, written, row, lane + 32 * j)
+
+    @cute.jit
+    def product(self, given: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+        """Vector ``at`` of a row into ``eight``."""
+        cute.autovec_copy(rounding.vectors(given, row)[None, at], eight)
 
 
 class Combine:

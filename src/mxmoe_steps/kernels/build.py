@@ -138,7 +138,7 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import sym_int
 
-    from mxmoe_steps.kernels.activations import Combine, SwiGlu
+    from mxmoe_steps.kernels.activations import Combine, Quantize, SwiGlu
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
     kind, _, variant = name.partition("_")
@@ -154,7 +154,7 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     codes = [_fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16) for operand in ("fp8", "int8")]
     scales = [_fake(Float32, (sym_int(),), 4) for _ in range(2)]
     outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
-    made = DispatchTokens() if kind == "dispatch" else SwiGlu(multiplied=kind == "quantize")
+    made = {"dispatch": DispatchTokens, "swiglu": SwiGlu, "quantize": Quantize}[kind]()
     return made, [bf16[0], chosen, row, needs, outputs, count]
 
 
