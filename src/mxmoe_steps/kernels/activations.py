@@ -70,6 +70,10 @@ class Rows:
             rounding.encode(vector, mask, scales)
             rounding.store(vector, mask, written, target, i % steps)
 
+    def product(self, given: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+        """Vector ``at`` of the activations of row ``row`` into ``eight``."""
+        raise NotImplementedError
+
 
 class SwiGlu(Rows):
     """``silu(gate) * up`` of every row, in float32 and rounded once to bfloat16, as the operand of the down blocks.
