@@ -151,9 +151,9 @@ def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: p
     layers = [("w4a16", "w4a16", "w8a8_fp8"), ("w4a16", "w4a16", "w4a16"), ("w4a4", "w4a16", "w4a16")]
     path = pack(tmp_path / "model", tmp_path / "packed", lambda layer, _: layers[layer])
     kernels = checkpoint_kernels(str(path))
-    formats = {tuple(format_.name for format_ in config.formats) for config in kernels}
-    assert formats == {("w4a16_g128_asym",), ("w8a8_g-1_sym_fp8",)}
-    assert len(kernels) == len({config.name for config in kernels}) == len(formats) * len(PHASES)
+    made = {(*(format_.name for format_ in config.formats), config.gated) for config in kernels}
+    assert made == {("w4a16_g128_asym", True), ("w4a16_g128_asym", False), ("w8a8_g-1_sym_fp8", False)}
+    assert len(kernels) == len({config.name for config in kernels}) == len(made) * len(PHASES)
     assert "layer 2: scheme w4a4_g-1_sym: no GPU kernel" in capsys.readouterr().out
 
 

@@ -26,6 +26,11 @@ WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
 
 
+def as_it_is(pair: Int32) -> Int32:
+    """Two bfloat16 in a register: not one in each, which the compiler else makes of them when they are loaded."""
+    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[pair])
+
+
 class Rows:
     """What `SwiGlu` and `Quantize` share: a row by a block, and the arguments.
 
@@ -229,24 +234,28 @@ class Quantize(Rows):
         """Make the types that the expert needs of one row."""
         lane = cute.arch.lane_idx()
         vectors = rounding.vectors(given, row)
-        held = cute.make_rmem_tensor((VECTOR, WARP_VECTORS // 32), BFloat16)
-        held.fill(0.0)
+        held = cute.make_rmem_tensor((VECTOR // 2, WARP_VECTORS // 32), Int32)
+        held.fill(0)
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
             if lane + 32 * j < steps:
-                cute.autovec_copy(vectors[None, lane + 32 * j], held[None, j])
+                source = cute.recast_ptr(vectors[None, lane + 32 * j].iterator, dtype=Int32)
+                cute.autovec_copy(cute.make_tensor(source, cute.make_layout(VECTOR // 2)), held[None, j])
         mask = needs[expert] & rounding.EIGHT_BITS
         pair = Int32(0)
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
-            pair = rounding.larger_of(pair, held[None, j])
+            for i in cutlass.range_constexpr(VECTOR // 2):
+                pair = rounding.larger(pair, held[i, j])
         for step in (16, 8, 4, 2, 1):
             pair = rounding.larger(pair, cute.arch.shuffle_sync_bfly(pair, step))
         scales = rounding.Scales.of(rounding.magnitude(pair))
         if lane == 0:
             rounding.store_scales(scales, mask, written, row)
-        codes = rounding.Vector.make()
+        vector = rounding.Vector.make()
+        words = cute.make_tensor(cute.recast_ptr(vector.bf16.iterator, dtype=Int32), cute.make_layout(VECTOR // 2))
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
             if lane + 32 * j < steps:
-                vector = rounding.Vector(held[None, j], codes.fp8, codes.int8)
+                for i in cutlass.range_constexpr(VECTOR // 2):
+                    words[i] = as_it_is(held[i, j])
                 rounding.encode(vector, mask, scales)
                 rounding.store(vector, mask, written, row, lane + 32 * j)
 
