@@ -98,7 +98,7 @@ def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, 
     assert code.registers <= 64
     if not name.startswith("sort"):
         assert "LDG.E.128" in sass
-        assert "STG.E.128" in sass
+        assert ("STG.E.64" if name == "quantize" else "STG.E.128") in sass  # that one stores eight codes of a byte
 
 
 @needs_compiler
