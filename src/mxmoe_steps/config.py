@@ -119,7 +119,9 @@ class Solve(Section):
     fix: list[str] = Field([], description="fixed schemes, e.g. shared=w8a8_fp8 or layer:0/block:down=w4a16")
     min_bits: list[str] = Field([], description="least weight bits, e.g. block:down=3")
     max_schemes: int | None = Field(None, description="at most this many schemes in a layer", gt=0)
-    tie_gate_up: bool = Field(False, description="gate and up of an expert take the same scheme, as in the paper")
+    tie_gate_up: bool = Field(
+        True, description="gate and up of an expert take the same scheme, as in the paper; GPU layers are faster"
+    )
     time_as: list[str] = Field(
         [], description="count another scheme's kernel for one that the GPU has none for, e.g. w4a4=w4a8_fp8"
     )
