@@ -27,7 +27,7 @@ from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
 from mxmoe_steps.kernels.formats import PHASES
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
-from mxmoe_steps.kernels.routing import combine, dispatch, quantize, sort_by_expert, swiglu
+from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.timer import Timer
 
@@ -111,15 +111,14 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
         routed = sort_by_expert(chosen, plan.experts, plan.slices)
         given = dispatch(x, routed, up.needs, up.plan.operands)
         products = up(given, routed)
-        act = quantize if up.plan.gated else swiglu
-        acted = act(products, routed, down.needs, down.plan.operands)
+        acted = layer.activate(products, routed)
         rows = down(acted, routed)
         logits = gate()
         stages: dict[str, Callable[[], object]] = {
             "sort": lambda: sort_by_expert(chosen, plan.experts, plan.slices),  # noqa: B023
             "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands),  # noqa: B023
             "gate_up": lambda: up(given, routed),  # noqa: B023
-            "swiglu": lambda: act(products, routed, down.needs, down.plan.operands),  # noqa: B023
+            "swiglu": lambda: layer.activate(products, routed),  # noqa: B023
             "down": lambda: down(acted, routed),  # noqa: B023
             "combine": lambda: combine(rows, routed, mixing, logits),  # noqa: B023
         }

@@ -60,13 +60,13 @@ def test_a_mixture_has_every_matrix_instruction_it_needs(formats: tuple[Format, 
 
 
 @needs_compiler
-def test_a_split_mixture_keeps_its_registers(cache: Path) -> None:
+@pytest.mark.parametrize("second", [Format("bf16", 4, True, True), Format("fp8", 4, True)], ids=lambda one: one.name)
+def test_a_split_mixture_keeps_its_registers(second: Format, cache: Path) -> None:
     """Fragments that a warpgroup without slots leaves alone must not be kept for every configuration."""
-    formats = (Format("bf16", 2, True, True), Format("fp8", 4, True), Format("fp8", 8))
-    config = default_config(formats, "latency")
+    config = default_config((Format("bf16", 2, True, True), second, Format("fp8", 8)), "latency")
     code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
-    assert code.matrix == {"HMMA": 8, "QGMMA": 8}
-    assert code.groups == 2, "serialized"
+    assert code.matrix == ({"HMMA": 16, "QGMMA": 4} if second.by_warp else {"HMMA": 8, "QGMMA": 8})
+    assert code.matrix["QGMMA"] == code.groups * 4, "serialized"
     assert (code.spills, code.early_reads) == (0, [])
     assert code.registers <= REGISTERS[1, 4]
 

@@ -72,14 +72,20 @@ def random_block(scheme: Scheme, n: int, k: int) -> QuantizedWeight | torch.Tens
     return QuantizedWeight(scheme, codes, scales, zeros)
 
 
-def make_layer(names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int) -> tuple[MoeLayer, Weights]:
-    torch.manual_seed(seed)
+def random_weights(schemes: dict[int, tuple[Scheme, Scheme, Scheme]], sizes: tuple[int, int, int]) -> Weights:
+    """All blocks of a layer."""
     hidden, inner, slices = sizes
     weights: Weights = {}
-    for expert, three in schemes_of(names, experts, slices, seed).items():
+    for expert, three in schemes.items():
         width = inner * slices if expert == SHARED else inner
         for block, scheme in zip(BLOCKS, three, strict=True):
             weights[expert, block] = random_block(scheme, *((hidden, width) if block == "down" else (width, hidden)))
+    return weights
+
+
+def make_layer(names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int) -> tuple[MoeLayer, Weights]:
+    torch.manual_seed(seed)
+    weights = random_weights(schemes_of(names, experts, sizes[2], seed), sizes)
     plan = layer_plan(names, experts, sizes, seed)
     return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda")), weights
 
@@ -155,11 +161,7 @@ def test_products_in_the_gate_up_launch_are_those_of_swiglu(
     torch.manual_seed(3)
     hidden, inner, slices = QWEN
     schemes = by_expert(names)
-    weights: Weights = {}
-    for expert, three in schemes.items():
-        width = inner * slices if expert == SHARED else inner
-        for block, scheme in zip(BLOCKS, three, strict=True):
-            weights[expert, block] = random_block(scheme, *((hidden, width) if block == "down" else (width, hidden)))
+    weights = random_weights(schemes, QWEN)
     plans = [plan_layer(schemes, hidden, inner, inner * slices)]
     monkeypatch.setattr(plan, "_gated", lambda schemes: False)
     plans.append(plan_layer(schemes, hidden, inner, inner * slices))

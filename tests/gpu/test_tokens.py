@@ -73,6 +73,22 @@ def check_operands(made: dict[str, Activations], expected: torch.Tensor, mask: t
         assert torch.equal(values_of(got.values.cpu()[needed], operand), values_of(codes, operand))
 
 
+def check_slices(made: dict[str, Activations], expected: torch.Tensor, tokens: int, shared: int) -> None:
+    """The last ``shared * tokens`` rows of ``expected``: slices of a token's row, which has one scale."""
+    if not shared:
+        return
+    last = slice(-shared * tokens, None)
+
+    def joined(values: torch.Tensor) -> torch.Tensor:
+        return values[last].view(shared, tokens, -1).transpose(0, 1).reshape(tokens, -1)
+
+    for operand in ("fp8", "int8"):
+        codes, scales = reference.quantize_tokens(joined(expected), operand)
+        assert torch.equal(values_of(joined(made[operand].values.cpu()), operand), values_of(codes, operand))
+        assert made[operand].scales is not None
+        assert torch.equal(made[operand].scales[last].cpu().view(shared, tokens), scales.expand(shared, -1))
+
+
 @pytest.mark.parametrize("operands", [("bf16",), ("fp8",), ("int8",), ("bf16", "fp8", "int8")])
 @pytest.mark.parametrize("features", [64, 2048, 14336])
 def test_dispatched_tokens_are_those_of_the_reference_exactly(operands: tuple[str, ...], features: int) -> None:
@@ -110,15 +126,7 @@ def test_products_of_gate_and_up(features: int, shared: int) -> None:
         for name, each in made.items()
     }
     check_operands(parts, product[:routed_rows], mask)
-    if shared:  # the slices of a token are one row
-        wide = product[routed_rows:].view(shared, tokens, features).transpose(0, 1).reshape(tokens, -1)
-        for operand in ("fp8", "int8"):
-            codes, scales = reference.quantize_tokens(wide, operand)
-            got = made[operand].values[routed_rows:].cpu().view(shared, tokens, features)
-            got = got.transpose(0, 1).reshape(tokens, -1)
-            assert torch.equal(values_of(got, operand), values_of(codes, operand))
-            assert made[operand].scales is not None
-            assert torch.equal(made[operand].scales[routed_rows:].cpu().view(shared, tokens), scales.expand(shared, -1))
+    check_slices(made, product, tokens, shared)
 
 
 @pytest.mark.parametrize("features", [64, 1408, 1536, 1600, 14336])  # a warp's up to 1536, then a block's
@@ -134,14 +142,8 @@ def test_quantized_products_are_those_of_the_reference_exactly(features: int, sh
     assert torch.equal(made["bf16"].values.cpu(), products)
     mask = torch.empty(routed.rows, dtype=torch.long)
     mask[rows_of(routed)] = needs[experts_of(routed)]
-    if shared:  # the slices of a token are one row, with one scale
-        wide = products[tokens * 3 :].view(shared, tokens, features).transpose(0, 1).reshape(tokens, -1)
-        for operand in ("fp8", "int8"):
-            codes, scales = reference.quantize_tokens(wide, operand)
-            got = made[operand].values[tokens * 3 :].cpu().view(shared, tokens, features)
-            assert torch.equal(values_of(got.transpose(0, 1).reshape(tokens, -1), operand), values_of(codes, operand))
-            assert torch.equal(made[operand].scales[tokens * 3 :].cpu().view(shared, tokens), scales.expand(shared, -1))
-        mask[tokens * 3 :] = 0
+    check_slices(made, products, tokens, shared)
+    mask[tokens * 3 :] = 0  # slices have a scale for the whole row
     check_operands(made, products, mask)
     only = quantize(products.cuda(), routed, torch.ones_like(needs).int().cuda(), ("bf16",))
     assert set(only) == {"bf16"}

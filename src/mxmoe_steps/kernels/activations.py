@@ -32,11 +32,38 @@ def as_it_is(pair: Int32) -> Int32:
 
 
 class Rows:
-    """What `SwiGlu` and `Quantize` share: a row by a block, and the arguments.
+    """What `SwiGlu` and `Quantize` share: their arguments, and how a block makes a row.
 
     ``given``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations. ``chosen``,
     ``row``, ``needs``, ``shared``: as for `tokens.DispatchTokens`, of the down blocks. ``outputs``: `rounding.Outputs`.
     """
+
+    kernel: Any  # a subclass's
+
+    @cute.jit
+    def __call__(
+        self,
+        given: cute.Tensor,
+        chosen: cute.Tensor,
+        row: cute.Tensor,
+        needs: cute.Tensor,
+        outputs: tuple,
+        shared: Int32,
+        stream: Any,
+    ) -> None:
+        @cute.struct
+        class Shared:
+            largest: cute.struct.MemRange[Int32, WARPS]
+
+        self.Shared = Shared
+        grid, counts = self.grid(given, chosen, shared)
+        self.kernel(given, chosen, row, needs, outputs, shared, *counts).launch(
+            grid=grid, block=(THREADS, 1, 1), use_pdl=True, stream=stream
+        )
+
+    def grid(self, given: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
+        """Blocks of the launch, and what else the kernel must know of them."""
+        raise NotImplementedError
 
     @cute.jit
     def by_block(
@@ -86,26 +113,8 @@ class SwiGlu(Rows):
     ``given``: bfloat16 [rows, 2 K], gate first.
     """
 
-    @cute.jit
-    def __call__(
-        self,
-        given: cute.Tensor,
-        chosen: cute.Tensor,
-        row: cute.Tensor,
-        needs: cute.Tensor,
-        outputs: tuple,
-        shared: Int32,
-        stream: Any,
-    ) -> None:
-        @cute.struct
-        class Shared:
-            largest: cute.struct.MemRange[Int32, WARPS]
-
-        self.Shared = Shared
-        per_token = chosen.shape[1] + cutlass.min(shared, 1)
-        self.kernel(given, chosen, row, needs, outputs, shared).launch(
-            grid=(per_token, chosen.shape[0], 1), block=(THREADS, 1, 1), use_pdl=True, stream=stream
-        )
+    def grid(self, given: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
+        return (chosen.shape[1] + cutlass.min(shared, 1), chosen.shape[0], 1), ()
 
     @cute.kernel
     def kernel(
@@ -159,31 +168,12 @@ class Quantize(Rows):
     """
 
     @cute.jit
-    def __call__(
-        self,
-        given: cute.Tensor,
-        chosen: cute.Tensor,
-        row: cute.Tensor,
-        needs: cute.Tensor,
-        outputs: tuple,
-        shared: Int32,
-        stream: Any,
-    ) -> None:
-        @cute.struct
-        class Shared:
-            largest: cute.struct.MemRange[Int32, WARPS]
-
-        self.Shared = Shared
+    def grid(self, given: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
         tokens, top_k = chosen.shape
         blocks = tokens * top_k
         if given.shape[1] <= WARP_VECTORS * VECTOR:
             blocks = (blocks + (WARPS - 1)) // WARPS
-        self.kernel(given, chosen, row, needs, outputs, shared, blocks).launch(
-            grid=(blocks + cutlass.min(shared, 1) * tokens, 1, 1),
-            block=(THREADS, 1, 1),
-            use_pdl=True,
-            stream=stream,
-        )
+        return (blocks + cutlass.min(shared, 1) * tokens, 1, 1), (blocks,)
 
     @cute.kernel
     def kernel(

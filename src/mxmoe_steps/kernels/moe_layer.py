@@ -11,6 +11,8 @@ blocks; sums are float32. Nothing waits for the GPU, and after the first call a 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -83,9 +85,12 @@ class MoeLayer:
         up, down = self.gate_up, self.down
         routed = sort_by_expert(chosen, self.plan.experts, self.plan.slices)
         given = dispatch(x, routed, up.needs, up.plan.operands)
-        act = quantize if up.plan.gated else swiglu
-        products = act(up(given, routed), routed, down.needs, down.plan.operands)
-        return combine(down(products, routed), routed, weights, gate)
+        return combine(down(self.activate(up(given, routed), routed), routed), routed, weights, gate)
+
+    def activate(self, made: torch.Tensor, routed: Routed) -> dict[str, Activations]:
+        """The down blocks' operands from what the gate/up launch made: gate and up, or already their product."""
+        act = quantize if self.gate_up.plan.gated else swiglu
+        return act(made, routed, self.down.needs, self.down.plan.operands)
 
 
 @cache
@@ -116,16 +121,16 @@ def _entries(read: Read, source: Source) -> KernelWeights:
     blocks = ("gate", "up") if source.block == "gate_up" else (source.block,)
     given = [read(source.expert, block) for block in blocks]
 
-    def entries(values: Sequence[torch.Tensor]) -> torch.Tensor:
-        return gate_and_up(*map(cut, values)) if len(values) == 2 else cut(values[0])
+    def entries(part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
+        parts = [cut(part(weight)) for weight in given]
+        return parts[0] if len(parts) == 1 else gate_and_up(*parts)
 
-    originals = [weight for weight in given if isinstance(weight, torch.Tensor)]
-    if originals:
-        return original_weights(entries(originals))
-    coded = [weight for weight in given if isinstance(weight, QuantizedWeight)]
-    zeros = [weight.zeros for weight in coded if weight.zeros is not None]
-    codes, scales = entries([weight.codes for weight in coded]), entries([weight.scales for weight in coded])
-    return kernel_weights(QuantizedWeight(coded[0].scheme, codes, scales, entries(zeros) if zeros else None))
+    first = given[0]  # up has the same scheme
+    if isinstance(first, torch.Tensor):
+        return original_weights(entries(lambda weight: weight))
+    zeros = None if first.zeros is None else entries(attrgetter("zeros"))
+    codes, scales = entries(attrgetter("codes")), entries(attrgetter("scales"))
+    return kernel_weights(QuantizedWeight(first.scheme, codes, scales, zeros))
 
 
 def _stack(parts: Sequence[KernelWeights], device: torch.device) -> KernelWeights:
