@@ -55,8 +55,7 @@ def make_packed(folder: Path, family: str, schemes: list[str], **extra: Any) -> 
 
 
 def move(model: Any) -> None:
-    family = FAMILIES[model.config.model_type]
-    gpu.use_kernels(model, family, map(int, model.config.quantization_config.blocks))
+    gpu.use_kernels(model, map(int, model.config.quantization_config.blocks))
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt_oss"}))

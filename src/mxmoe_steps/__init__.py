@@ -1,8 +1,15 @@
-"""Mixed-precision quantization of Mixture-of-Experts language models, one module per pipeline step."""
+"""Mixed-precision quantization of Mixture-of-Experts language models, one module per pipeline step.
+
+Importing it lets transformers' ``from_pretrained`` read the checkpoints that ``quantize`` writes.
+"""
+
+from typing import Any
+
+from mxmoe_steps.inference.on_import import register_with_transformers
 
 __version__ = "0.1.0"
 
-from typing import Any
+register_with_transformers()
 
 
 def load_quantized(path: str, device: str = "cpu", dtype: Any = "auto", device_map: Any = None) -> Any:

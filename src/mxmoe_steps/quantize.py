@@ -2,7 +2,7 @@
 
 Takes every block's quantized weights from what `calibrate` stored for the scheme that the allocation
 names, and everything else from the original checkpoint. Writes a folder that
-`mxmoe_steps.load_quantized` and, after that import, ``AutoModelForCausalLM.from_pretrained`` read.
+`mxmoe_steps.load_quantized` and, after ``import mxmoe_steps``, ``AutoModelForCausalLM.from_pretrained`` read.
 Nothing compiled and no code is inside.
 """
 
@@ -33,7 +33,7 @@ def packed_name(folder: Any, layer: int, expert: int, block: str, part: str) -> 
 
 
 def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any]:
-    """The ``quantization_config`` entry of ``config.json``; see `mxmoe_steps.inference.plugin`."""
+    """The ``quantization_config`` entry of ``config.json``; see `mxmoe_steps.models.quantizer`."""
     schemes = sorted({scheme for blocks in assignment.values() for scheme in blocks})
     blocks: dict[str, dict[str, list[int]]] = {}
     for (layer, expert), names in sorted(assignment.items()):
@@ -97,7 +97,7 @@ def write_shards(tensors: list[tuple[str, Any]], out: Path) -> None:
 def quantize(args: argparse.Namespace) -> None:
     """Write the checkpoint of one allocation; the folder appears when it is complete."""
     from mxmoe_steps.allocation.files import read_allocation
-    from mxmoe_steps.models.families import open_model, resolve_model
+    from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, open_model, resolve_model
 
     folder = open_model(resolve_model(args.model))
     allocation = read_allocation(args.allocation)
@@ -115,8 +115,11 @@ def quantize(args: argparse.Namespace) -> None:
     partial.mkdir(parents=True)
     try:
         write_shards(checkpoint_tensors(folder, assignment, Path(args.packed)), partial)
-        config = quantization_config(assignment, allocation["quantizer"])
-        write_json(partial / "config.json", folder.config | {"quantization_config": config})
+        packed_config = {
+            "experts_implementation": EXPERTS_IMPLEMENTATION,
+            "quantization_config": quantization_config(assignment, allocation["quantizer"]),
+        }
+        write_json(partial / "config.json", folder.config | packed_config)
         for pattern in _COPIED:
             for file in sorted(folder.path.glob(pattern)):
                 shutil.copyfile(file, partial / file.name)

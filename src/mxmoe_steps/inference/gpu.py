@@ -1,11 +1,11 @@
 """MoE modules of a loaded model on the GPU kernels: which of them can, and their replacement.
 
-The others keep the reference arithmetic of `mxmoe_steps.inference.modules`, and one log line says which layers and
-why.
+The others keep the reference arithmetic of `mxmoe_steps.models.packed`, and one log line says which layers and why.
 """
 
 import importlib.util
 import logging
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,16 +13,24 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.inference.modules import PackedLinear
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
-from mxmoe_steps.models.families import Family, moe_path
+from mxmoe_steps.models.families import FAMILIES, Family, moe_path
+from mxmoe_steps.models.operators import define, register
+from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.quantizers.grid import QuantizedWeight
 from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme
 
 HOPPER = (9, 0)
 
 log = logging.getLogger("mxmoe_steps")
+
+
+# Routed and shared experts: hidden states [T, H], experts and weights [T, k], the shared expert's gate [T]
+_experts_on_kernels = define(
+    "experts_on_kernels(Tensor hidden, Tensor chosen, Tensor weights, Tensor? gate, int number) -> Tensor",
+    operator.call,
+)
 
 
 class KernelMoe(nn.Module):
@@ -32,7 +40,7 @@ class KernelMoe(nn.Module):
 
     def __init__(self, moe: nn.Module, family: Family, layer: MoeLayer) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.number = layer, register(layer)
         self.router_name, self.gate_name = _router_name(moe), family.shared_gate
         for name in (self.router_name, self.gate_name):
             if name is not None:
@@ -46,9 +54,10 @@ class KernelMoe(nn.Module):
                 " load the checkpoint again for that device"
             )
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        _, weights, chosen = self.get_submodule(self.router_name)(tokens)
-        gate = None if self.gate_name is None else self.get_submodule(self.gate_name)(tokens).squeeze(-1).bfloat16()
-        return self.layer(tokens.bfloat16(), chosen, weights, gate).to(hidden.dtype).view(hidden.shape)
+        _, weights, chosen = getattr(self, self.router_name)(tokens)
+        gate = None if self.gate_name is None else getattr(self, self.gate_name)(tokens).squeeze(-1).bfloat16()
+        out = _experts_on_kernels(tokens.bfloat16(), chosen, weights, gate, self.number)
+        return out.to(hidden.dtype).view(hidden.shape)
 
     def _save_to_state_dict(self, *_: Any) -> None:
         raise UserError("the experts are in kernel order; copy the checkpoint, or load it on the CPU to save it")
@@ -115,14 +124,21 @@ def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
     return KernelMoe(moe, family, MoeLayer(plan_of(moe, family, activation), read, device))
 
 
-def use_kernels(model: Any, family: Family, layers: Iterable[int]) -> None:
-    """Move the MoE modules of ``layers`` to the kernels, where there are any for them; log what runs what."""
+def use_kernels(model: Any, layers: Iterable[int]) -> bool:
+    """Move the MoE modules of ``layers`` to the kernels, where there are any for them; log what runs what.
+
+    Returns whether all of them run the kernels now.
+    """
+    family = FAMILIES[model.config.model_type]
     moved: list[int] = []
     stayed: dict[str, list[int]] = {}
     for layer in layers:
         path = moe_path(layer)
+        moe = model.get_submodule(path)
+        if isinstance(moe, KernelMoe):
+            continue
         try:
-            replacement = _replacement(model.get_submodule(path), family, model.config.hidden_act)
+            replacement = _replacement(moe, family, model.config.hidden_act)
         except UserError as error:
             stayed.setdefault(str(error), []).append(layer)
             continue
@@ -131,7 +147,9 @@ def use_kernels(model: Any, family: Family, layers: Iterable[int]) -> None:
     parts = [f"layers {_ranges(moved)} run the GPU kernels"] if moved else []
     parts += [f"layers {_ranges(numbers)} run reference arithmetic ({why})" for why, numbers in stayed.items()]
     unexpected = stayed and model.device.type == "cuda"
-    log.log(logging.WARNING if unexpected else logging.INFO, "experts: %s", "; ".join(parts))
+    if parts:
+        log.log(logging.WARNING if unexpected else logging.INFO, "experts: %s", "; ".join(parts))
+    return not stayed
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -38,6 +38,9 @@ class Family:
 
 Part = Literal["weight", "bias"]
 
+# In config.json of our checkpoints; transformers quotes it where it is not registered (`models.quantizer`)
+EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe_steps before loading the model"
+
 _DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # method -> its transformers configuration
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version

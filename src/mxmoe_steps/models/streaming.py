@@ -59,7 +59,7 @@ class StreamedModel:
         """The quantizer of a packed checkpoint, after it gave the model its packed modules; None for an original."""
         if not self.folder.is_packed:
             return None
-        from mxmoe_steps.inference.plugin import MixedPrecisionConfig, MixedPrecisionQuantizer
+        from mxmoe_steps.models.quantizer import MixedPrecisionConfig, MixedPrecisionQuantizer
 
         quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**self.folder.config["quantization_config"]))
         quantizer.preprocess_model(self.model)

@@ -34,7 +34,7 @@ class Grid:
     @cached_property
     def offsets(self) -> torch.Tensor:
         """Weights of code 0."""
-        return _to_bf16(-self.zeros * self.scales)
+        return _offsets(self.scales, self.zeros)
 
     @cached_property
     def origins(self) -> torch.Tensor:
@@ -110,8 +110,10 @@ def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tens
 
 def dequantize(scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """float32 [..., N, K] of codes [..., N, K], scales and zero points [..., N, G]."""
-    grid = Grid(scheme, scales.float(), _fixed_zeros(scheme, scales) if zeros is None else zeros.float())
-    return _expanded(grid).value(_grouped(codes.float(), scheme)).flatten(-2)[..., : codes.shape[-1]].contiguous()
+    scales, zeros = scales.float(), _fixed_zeros(scheme, scales) if zeros is None else zeros.float()
+    offsets = _offsets(scales, zeros)
+    values = _grouped(codes.float(), scheme) * scales.unsqueeze(-1) + offsets.unsqueeze(-1)
+    return values.flatten(-2)[..., : codes.shape[-1]].contiguous()
 
 
 def find_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | None = None) -> Grid:
@@ -199,6 +201,11 @@ def _grouped(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 def _expanded(grid: Grid) -> Grid:
     return replace(grid, scales=grid.scales.unsqueeze(-1), zeros=grid.zeros.unsqueeze(-1))
+
+
+def _offsets(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """Weights of code 0, rounded as the kernels do."""
+    return _to_bf16(-zeros * scales)
 
 
 def _to_bf16(x: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,18 @@
 """Modules that hold packed weights and compute what they mean, on any device PyTorch runs on.
 
 The reference arithmetic: activations are quantized per token as the scheme says, weights are
-dequantized exactly, the product is taken in the activations' precision.
+dequantized exactly, the product is taken in the activations' precision. The routed experts of a layer are one PyTorch
+operator, ``mxmoe::packed_experts``, so that `torch.compile` sees no loop over experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from mxmoe_steps.models.gating import Gating
+from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.packing import packed_width
 from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
@@ -91,12 +94,33 @@ class MixedExpert(nn.Module):
 class MixedExperts(nn.ModuleList):
     """All routed experts of a layer; takes the place of the experts module of transformers."""
 
+    def __init__(self, experts: Iterable[MixedExpert]) -> None:
+        super().__init__(experts)
+        self.number = register(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was pickled, is another module."""
+        super().__setstate__(state)
+        self.number = register(self)
+
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """[T, H], expert ids [T, k] and router weights [T, k] to the routed sum [T, H]."""
+        return _packed_experts(hidden, top_k_index, top_k_weights, self.number)
+
+    def routed_sum(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What the operator computes: one expert after another, each on its tokens."""
         result = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         for number, expert in enumerate(self):
-            token, slot = (top_k_index == number).nonzero(as_tuple=True)
+            token, slot = (chosen == number).nonzero(as_tuple=True)
             if len(token):
-                weighted = expert(hidden[token]).float() * top_k_weights[token, slot].unsqueeze(-1).float()
+                weighted = expert(hidden[token]).float() * weights[token, slot].unsqueeze(-1).float()
                 result.index_add_(0, token, weighted)
         return result.to(hidden.dtype)
+
+
+# Which tokens an expert has is known on the host only after the GPU has said so: no CUDA graph can hold that.
+_packed_experts = define(
+    "packed_experts(Tensor hidden, Tensor chosen, Tensor weights, int number) -> Tensor",
+    MixedExperts.routed_sum,
+    tags=(torch.Tag.cudagraph_unsafe,),
+)

@@ -1,0 +1,102 @@
+"""Packed modules in place of a transformers model's experts, as ``config.json`` describes them.
+
+``config.json`` carries ``quantization_config``::
+
+    {"quant_method": "mxmoe", "version": 1, "schemes": ["w2a16_g128_asym", ...],
+     "blocks": {"0": {"-1": [1, 1, 2], "0": [0, 0, 1], ...}, ...}, "rotation": "hadamard"}
+
+``blocks[layer][expert]`` are the scheme numbers of gate, up and down; expert -1 is the shared expert. Where there is
+a ``rotation``, every packed block multiplies inputs that `mxmoe_steps.quantizers.hadamard.rotate` has rotated.
+
+Beside it stands an ``experts_implementation`` (`EXPERTS_IMPLEMENTATION`) that is defined here alone. transformers loads
+a model whose ``quant_method`` it does not know without its experts, but refuses an unknown experts implementation.
+"""
+
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, FAMILIES, moe_path
+from mxmoe_steps.models.gating import gating_of
+from mxmoe_steps.models.packed import MixedExpert, MixedExperts
+from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
+
+METHOD = "mxmoe"
+VERSION = 1
+
+# Experts modules that are not packed compute as they would anyway
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+
+
+class MixedPrecisionConfig(QuantizationConfigMixin):
+    """Scheme of every expert block, as stored in ``config.json``."""
+
+    def __init__(
+        self,
+        schemes: list[str],
+        blocks: dict[str, dict[str, list[int]]],
+        version: int,
+        rotation: str | None = None,
+        **_: Any,
+    ) -> None:
+        if version != VERSION:
+            raise UserError(f"the checkpoint has mxmoe format version {version}; this release reads version {VERSION}")
+        if rotation not in (None, "hadamard"):
+            raise UserError(f"the checkpoint rotates inputs by {rotation!r}, which this release does not know")
+        self.quant_method = METHOD  # type: ignore[assignment]  # transformers knows its own methods only
+        self.schemes, self.blocks, self.version, self.rotation = schemes, blocks, version, rotation
+
+    def of(self, layer: int, expert: int) -> list[Scheme]:
+        """Schemes of gate, up and down."""
+        return [parse_scheme(self.schemes[number]) for number in self.blocks[str(layer)][str(expert)]]
+
+
+class MixedPrecisionQuantizer(HfQuantizer):
+    """Replaces experts modules before weights are loaded; the checkpoint's tensors then fit by name."""
+
+    requires_calibration = True
+    quantization_config: MixedPrecisionConfig
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        config = model.config
+        config.experts_implementation = EXPERTS_IMPLEMENTATION  # `save_pretrained` writes attributes
+        family = FAMILIES[config.model_type]
+        gating = gating_of(family, config.to_dict())
+        quantization = self.quantization_config
+        rotated = quantization.rotation is not None
+        with torch.device("meta"):
+            for layer, experts in quantization.blocks.items():
+                moe = model.get_submodule(moe_path(int(layer)))
+                inner = moe.experts.down_proj.shape[1 if family.interleaved else 2]
+                moe.experts = MixedExperts(
+                    MixedExpert(
+                        quantization.of(int(layer), expert), config.hidden_size, inner, gating, rotated, family.biased
+                    )
+                    for expert in range(len(experts) - (str(SHARED) in experts))
+                )
+                if family.shared is not None and str(SHARED) in experts:
+                    old = getattr(moe, family.shared)
+                    schemes = quantization.of(int(layer), SHARED)
+                    new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, gating, rotated)
+                    setattr(moe, family.shared, new)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Drop the converters that stack experts: ours stay apart."""
+        return [
+            conversion
+            for conversion in weight_conversions
+            if not any("experts." in source for source in conversion.source_patterns)
+        ]
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        """``save_pretrained`` writes the packed tensors back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
