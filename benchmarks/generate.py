@@ -15,20 +15,22 @@ static     the same with cache_implementation="static", where transformers compi
 graph      the eager step with a static cache, captured in a CUDA graph by hand and replayed
 prefill    milliseconds of a forward pass over prompts
 batching   tokens a second of model.generate_batch for requests of mixed lengths
-profile    kernels of a compiled step of one sequence
+profile    kernels of a compiled step of one sequence, w4a16
 
 Runs of a cell take turns in rounds; a figure is the median over rounds of the median step, or of the call.
 """
 
 import argparse
 import collections
+import functools
 import gc
 import json
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ SHAPE = {
 RUNS = ("original", "w4a16", "hot", "w8a8_fp8")
 PARTS = ("host", "generate", "static", "graph", "prefill", "batching", "profile")
 BATCHES = (1, 16, 64)
-PROMPT, NEW = 64, 48  # tokens
+PROMPT, NEW = 64, 40  # tokens
 SKIPPED = 8  # first steps of a call
 PREFILLS = ((1, 512), (1, 2048), (4, 2048))  # sequences, tokens
 MOST_TOKENS = 8192
@@ -189,29 +191,30 @@ def prompts(batch: int, tokens: int = PROMPT) -> torch.Tensor:
     return torch.randint(0, SHAPE["vocab_size"], (batch, tokens), generator=generator).cuda()
 
 
-class Clock:
-    """A stopping criterion that stops nothing and remembers when it was asked."""
+@contextmanager
+def clock(model: Any) -> Iterator[list[float]]:
+    """Collects when each step of ``generate`` begins, in seconds."""
+    times: list[float] = []
+    prepare = model.prepare_inputs_for_generation
 
-    def __init__(self, batch: int) -> None:
-        self.times: list[float] = []
-        self.go_on = torch.zeros(batch, dtype=torch.bool, device="cuda")
+    @functools.wraps(prepare)
+    def prepare_inputs(*arguments: Any, **options: Any) -> Any:
+        times.append(time.perf_counter())
+        return prepare(*arguments, **options)
 
-    def __call__(self, *_: Any, **__: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
-        return self.go_on
-
-    @property
-    def step(self) -> float:
-        """Median milliseconds of a step."""
-        pairs = zip(self.times[SKIPPED:], self.times[SKIPPED + 1 :], strict=False)
-        return statistics.median(1e3 * (after - before) for before, after in pairs)
+    model.prepare_inputs_for_generation = prepare_inputs
+    try:
+        yield times
+    finally:
+        del model.prepare_inputs_for_generation
 
 
 def generate(model: Any, batch: int, **options: Any) -> float:
-    """Milliseconds a step."""
-    clock = Clock(batch)
-    model.generate(prompts(batch), max_new_tokens=NEW, do_sample=False, stopping_criteria=[clock], **options)
-    return clock.step
+    """Median milliseconds a step; a step ends with waiting for the GPU."""
+    with clock(model) as times:
+        model.generate(prompts(batch), max_new_tokens=NEW, do_sample=False, **options)
+    steps = zip(times[SKIPPED:], times[SKIPPED + 1 :], strict=False)
+    return statistics.median(1e3 * (after - before) for before, after in steps)
 
 
 def captured(model: Any, batch: int) -> Callable[[], float]:
@@ -317,9 +320,13 @@ def profile(model: Any) -> dict[str, float]:
 
 
 def measure(
-    parts: list[str], models: dict[str, Any], batches: list[int], save: Callable[[str, str, dict[str, float]], None]
+    parts: list[str],
+    models: dict[str, Any],
+    batches: list[int],
+    skipped: set[tuple[str, ...]],
+    save: Callable[[str, str, dict[str, float]], None],
 ) -> None:
-    """Every part, cell by cell."""
+    """Every part, cell by cell, but for ``skipped``, (part, batch, run)."""
 
     def rounds(part: str, cell: str, runs: dict[str, Callable[[], float]]) -> None:
         found: dict[str, list[float]] = {name: [] for name in runs}
@@ -348,14 +355,17 @@ def measure(
             gc.collect()
         if "static" in parts:
             torch._dynamo.reset()  # each batch is what a user compiles first
-            for name, model in models.items():
-                model.__dict__.pop("_compiled_call", None)
-                seconds = wall(lambda model=model: generate(model, batch, cache_implementation="static")) / 1e3  # noqa: B023
-                print(f"static {batch} {name}: first call {seconds:.0f} s", flush=True)
-            rounds("static", f"{batch}", each(generate, batch, cache_implementation="static"))
+            runs = {
+                name: run
+                for name, run in each(generate, batch, cache_implementation="static").items()
+                if ("static", f"{batch}", name) not in skipped
+            }
+            for name, run in runs.items():
+                models[name].__dict__.pop("_compiled_call", None)
+                print(f"static {batch} {name}: first call {wall(run) / 1e3:.0f} s", flush=True)
+            rounds("static", f"{batch}", runs)
         if "profile" in parts and batch == 1:
-            for name, model in models.items():
-                save("profile", name, profile(model))
+            save("profile", "w4a16", profile(models["w4a16"]))
     if "prefill" in parts:
         for sequences, tokens in PREFILLS:
             rounds("prefill", f"{sequences} x {tokens}", each(prefill, sequences, tokens))
@@ -411,6 +421,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=RUNS)
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
+    parser.add_argument("--skip", nargs="*", default=[], metavar="PART:BATCH:RUN", help="e.g. static:64:original")
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept, by default nowhere")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -436,7 +447,8 @@ def main() -> None:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         models = {run: load(run, folder, arguments.layers) for run in arguments.runs}
-        measure(arguments.parts, models, arguments.batches, save)
+        skipped = {tuple(text.split(":")) for text in arguments.skip}
+        measure(arguments.parts, models, arguments.batches, skipped, save)
     show(results)
 
 

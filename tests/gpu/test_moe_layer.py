@@ -209,6 +209,21 @@ def test_launches_that_overlap_give_what_launches_apart_give() -> None:
         assert all(torch.equal(one, two) for one, two in zip(apart, together, strict=True))
 
 
+def test_calls_on_several_streams_do_not_disturb_each_other() -> None:
+    layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5, gated=True)
+    calls = [(torch.randn(tokens, 2048, device="cuda").bfloat16(), *route(tokens, 16, 4)) for tokens in (1, 40, 700)]
+    alone = [layer(*call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        together = []
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(layer(*call))
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, two) for one, two in zip(alone, together, strict=True))
+
+
 def test_long_inputs_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = make_layer(["w16a16"], 8, QWEN, 7, gated=True)
     x = torch.randn(1000, 2048, device="cuda").bfloat16()
