@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from synthetic import allocation_of
 
 from mxmoe_steps import quantize
 from mxmoe_steps.allocation.files import write_allocation
@@ -36,7 +37,7 @@ def pack(
     store.mkdir(parents=True)
     for name, tensors in stores.items():
         save_file(tensors, store / f"{name}.safetensors")
-    write_allocation(str(allocation), {"assignment": assignment, "bits": 0.0, "quantizer": quantizer})
+    write_allocation(str(allocation), allocation_of(assignment, quantizer))
     out = folder / "checkpoint"
     quantize.quantize(argparse.Namespace(model=str(model), allocation=str(allocation), packed=str(store), out=str(out)))
     return out

@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import capture_tokens, make_model
 from safetensors.torch import load_file, save_file
+from synthetic import allocation_of
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import mxmoe_steps
@@ -168,7 +169,7 @@ def packed(checkpoint: Path, captured: Any, tmp_path_factory: pytest.TempPathFac
     assignment = [
         [layer, expert, *(names[(layer + expert + number) % 4] for number in range(3))] for layer, expert in choices
     ]
-    write_allocation(str(root / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "gptq"})
+    write_allocation(str(root / "allocation.json"), allocation_of(assignment, "gptq"))
     paths = {"allocation": str(root / "allocation.json"), "packed": str(root / "gptq"), "out": str(root / "out")}
     quantize.quantize(argparse.Namespace(model=str(checkpoint), **paths))
     return root

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import write_losses, write_trace
+from synthetic import run, write_losses, write_trace
 
 from mxmoe_steps import frontier as frontier_step
 from mxmoe_steps import profile as profile_step
@@ -33,15 +33,6 @@ def inputs(tmp_path_factory) -> dict:
     trace = write_trace(folder / "trace", layers=2, experts=3, top_k=2)
     run(profile_step, "--hardware", "h200", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h100.parquet")
     return {"losses": losses, "trace": trace, "profile": str(folder / "h100.parquet")}
-
-
-def run(step, *arguments) -> None:
-    """Run a step's main in this process."""
-    old, sys.argv = sys.argv, ["step", *map(str, arguments)]
-    try:
-        step.main()
-    finally:
-        sys.argv = old
 
 
 def frontier_arguments(inputs: dict, budget="4.5", tokens=16, **changes) -> list:

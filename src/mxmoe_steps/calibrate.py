@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_runtime, parser_for, start_torch
+from mxmoe_steps.arguments import add_runtime, finite, folder_to_write, natural, parser_for, start_torch
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
@@ -155,12 +155,16 @@ def main() -> None:
     parser.add_argument("--capture", required=True, help="folder that capture wrote")
     parser.add_argument("--quantizer", required=True, choices=QUANTIZERS)
     parser.add_argument("--scheme", required=True, help="for example w4a16 or w8a8_fp8")
-    parser.add_argument("--damping", type=float, default=0.01, help="GPTQ: fraction of the mean Hessian diagonal")
+    parser.add_argument("--damping", type=finite, default=0.01, help="GPTQ: fraction of the mean Hessian diagonal")
     add_runtime(parser)
     parser.add_argument(
-        "--layers", type=int, nargs=2, metavar=("K", "L"), help="only do layers K ... L-1, for a later run without it"
+        "--layers",
+        type=natural,
+        nargs=2,
+        metavar=("K", "L"),
+        help="only do layers K ... L-1, for a later run without it",
     )
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     calibrate(parser.parse_args())
 
 

@@ -28,7 +28,17 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for, start_torch
+from mxmoe_steps.arguments import (
+    add_borders,
+    add_model,
+    add_runtime,
+    add_text,
+    folder_to_write,
+    natural,
+    parser_for,
+    positive,
+    start_torch,
+)
 from mxmoe_steps.errors import UserError, run_cli
 
 
@@ -209,9 +219,9 @@ def main() -> None:
     add_runtime(parser)
     parser.add_argument("--no-gradient", action="store_true", help="skip the backward pass (no fisher losses)")
     add_borders(parser)
-    parser.add_argument("--until", type=int, metavar="K", help="only bring the text up to layer K")
-    parser.add_argument("--down-to", type=int, metavar="K", help="only bring the gradient down to layer K")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--until", type=positive, metavar="K", help="only bring the text up to layer K")
+    parser.add_argument("--down-to", type=natural, metavar="K", help="only bring the gradient down to layer K")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     capture(parser.parse_args())
 
 

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, parser_for, start_torch
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, file_to_write, parser_for, positive, start_torch
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
 
@@ -146,13 +146,15 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--sources", help="JSON object: name -> text source")
     parser.add_argument("--texts", nargs="+", metavar="NAME", help="sources to evaluate on")
-    parser.add_argument("--sequences", type=int, default=32, help="sequences per text (default 32)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence (default 512)")
-    parser.add_argument("--save-reference", metavar="FILE", help="keep tokens and hidden states, for the original")
+    parser.add_argument("--sequences", type=positive, default=32, help="sequences per text (default 32)")
+    parser.add_argument("--length", type=positive, default=512, help="tokens per sequence (default 512)")
+    parser.add_argument(
+        "--save-reference", type=file_to_write, metavar="FILE", help="keep tokens and hidden states of the original"
+    )
     parser.add_argument("--reference", metavar="FILE", help="what --save-reference kept: its text, and KL from it")
     add_runtime(parser)
     add_borders(parser)
-    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
     evaluate(parser.parse_args())
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, finite, natural, parser_for, positive
 from mxmoe_steps.errors import UserError, run_cli
 
 MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
@@ -110,7 +110,7 @@ def main() -> None:
     add("--trace", required=True, help="folder that trace wrote")
     add("--profile", required=True, help="table that profile wrote")
     add("--budget-bits", required=True, metavar="BITS", help="average true bits per expert weight, e.g. 2.25")
-    add("--tokens", type=int, required=True, help="tokens in one forward step")
+    add("--tokens", type=positive, required=True, help="tokens in one forward step")
     add("--candidates", nargs="+", default=[], metavar="SCHEME", help="default: all with a table; may add w16a16")
     add("--granularity", default="block", choices=["block", "expert", "layer", "uniform"])
     add("--scope", default="layer", choices=["layer", "model"], help="whether the budget holds in each layer")
@@ -118,18 +118,18 @@ def main() -> None:
     add("--loss", default="root_sum_squares", choices=["root_sum_squares", "sum_of_norms"])
     add("--traffic-text", nargs="+", default=[], metavar="NAME", help="texts to sample steps from (default: all)")
     add("--phase", default="auto", choices=["auto", "prefill", "decode"])
-    add("--steps", type=int, default=16, help="sampled steps that times average over (default 16)")
-    add("--seed", type=int, default=0)
+    add("--steps", type=positive, default=16, help="sampled steps that times average over (default 16)")
+    add("--seed", type=natural, default=0)
     add("--fix", action="append", default=[], metavar="SELECTOR=SCHEME", help="e.g. shared=w8a8 or layer:0=w4a16")
     add("--min-bits", action="append", default=[], metavar="SELECTOR=BITS", help="e.g. block:down=3")
-    add("--max-schemes", type=int, metavar="K", help="different schemes per layer")
+    add("--max-schemes", type=positive, metavar="K", help="different schemes per layer")
     add("--tie-gate-up", action="store_true", help="gate and up of an expert take the same scheme")
     add("--shared-tile", action="store_true", help="one token tile for the whole kernel, as in the paper")
     add("--time-as", action="append", default=[], metavar="SCHEME=SCHEME", help="count another scheme's kernel")
-    add("--gap", type=float, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
+    add("--gap", type=finite, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
     add("--prove", action="store_true", help="have CP-SAT confirm every vertex (with --gap 0)")
-    add("--threads", type=int, default=1, help="solver workers; part of the result's bytes (default 1)")
-    add("--out", required=True, help="JSON file to write")
+    add("--threads", type=positive, default=1, help="solver workers; part of the result's bytes (default 1)")
+    add("--out", type=file_to_write, required=True, help="JSON file to write")
     frontier(parser.parse_args())
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, parser_for
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, measured_file, read_hardware
@@ -94,7 +94,7 @@ def main() -> None:
     source.add_argument("--hardware", help="a GPU of resources/profiles, e.g. h100")
     source.add_argument("--measurements", help="table that measure wrote")
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
-    parser.add_argument("--out", required=True, help="parquet file to write")
+    parser.add_argument("--out", type=file_to_write, required=True, help="parquet file to write")
     profile(parser.parse_args())
 
 

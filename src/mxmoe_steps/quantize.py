@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import folder_to_write, parser_for
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.quantizers.method import Method
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="local checkpoint folder or hub id")
     parser.add_argument("--allocation", required=True, help="allocation.json that solve wrote")
     parser.add_argument("--packed", required=True, help="folder of one quantizer that calibrate wrote")
-    parser.add_argument("--out", required=True, help="checkpoint folder to write")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="checkpoint folder to write")
     quantize(parser.parse_args())
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, folder_to_write, natural, parser_for, positive
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
 
@@ -24,6 +24,15 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
     from mxmoe_steps.allocation.traffic import sample_traffic
 
     blocks = read_losses(args.losses[:1], "out_sq", False).blocks
+    experts = set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
+    for name, allocation in allocations.items():
+        differing = experts ^ {(layer, expert) for layer, expert, *_ in allocation["assignment"]}
+        if differing:
+            layer, expert = min(differing)
+            raise UserError(
+                f"allocation {name}: layer {layer}, expert {expert} is not in both it and {args.losses[0]}; calibrate"
+                " and solve for the same model"
+            )
     profile = read_profile(args.profile)
     times: dict[str, dict[int, float]] = {name: {} for name in allocations}
     for tokens in sorted(args.tokens):
@@ -171,13 +180,15 @@ def main() -> None:
     parser.add_argument("--trace", required=True, help="folder that trace wrote")
     parser.add_argument("--profile", required=True, help="table that profile wrote")
     parser.add_argument("--traffic-text", required=True, metavar="NAME", help="traced text that times assume")
-    parser.add_argument("--tokens", nargs="+", type=int, required=True, help="tokens in a step, for predicted times")
+    parser.add_argument(
+        "--tokens", nargs="+", type=positive, required=True, help="tokens in a step, for predicted times"
+    )
     parser.add_argument("--metric", default="fisher", choices=["fisher", "out_sq"], help="loss to draw")
-    parser.add_argument("--steps", type=int, default=16, help="sampled steps that times average over (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled steps")
-    parser.add_argument("--html", required=True, help="page to write")
-    parser.add_argument("--csv", required=True, help="table to write")
-    parser.add_argument("--figures", required=True, help="folder for the SVG files")
+    parser.add_argument("--steps", type=positive, default=16, help="sampled steps that times average over (default 16)")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the sampled steps")
+    parser.add_argument("--html", type=file_to_write, required=True, help="page to write")
+    parser.add_argument("--csv", type=file_to_write, required=True, help="table to write")
+    parser.add_argument("--figures", type=folder_to_write, required=True, help="folder for the SVG files")
     report(parser.parse_args())
 
 

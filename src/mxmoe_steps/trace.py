@@ -16,7 +16,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for, start_torch
+from mxmoe_steps.arguments import (
+    add_borders,
+    add_model,
+    add_runtime,
+    add_text,
+    folder_to_write,
+    parser_for,
+    positive,
+    start_torch,
+)
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import run_cli
 
@@ -129,8 +138,8 @@ def main() -> None:
     add_text(parser, several=True)
     add_runtime(parser)
     add_borders(parser)
-    parser.add_argument("--until", type=int, metavar="K", help="stop when layers 0 ... K-1 are done")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--until", type=positive, metavar="K", help="stop when layers 0 ... K-1 are done")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     trace(parser.parse_args())
 
 
