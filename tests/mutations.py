@@ -64,3 +64,34 @@ def mutated_bytes(draw: st.DrawFn, original: bytes) -> bytes:
         case "double":
             data[where:where] = data[where : where + 64]
     return bytes(data)
+
+
+@st.composite
+def mutated_columns(draw: st.DrawFn, columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns of a table after a value was replaced by another of its type, or a row lost or doubled."""
+    damaged = {name: list(values) for name, values in columns.items()}
+    row = draw(st.integers(0, len(next(iter(damaged.values()))) - 1))
+    match draw(st.sampled_from(["value", "value", "value", "lose", "double"])):
+        case "lose":
+            for values in damaged.values():
+                del values[row]
+        case "double":
+            for values in damaged.values():
+                values.append(values[row])
+        case "value":
+            values = damaged[draw(st.sampled_from(sorted(damaged)))]
+            values[row] = draw(_other(values[row]))
+    return damaged
+
+
+def _other(value: Any) -> st.SearchStrategy[Any]:
+    """Values that a column of such values can hold."""
+    if isinstance(value, bool):
+        return st.sampled_from([not value, None])
+    if isinstance(value, int):
+        return st.sampled_from([-1, -2, 0, 1, value + 1, 2**31 - 1, None])
+    if isinstance(value, float):
+        return st.sampled_from([float("nan"), float("inf"), -1.0, 0.0, value * 2, 1e300, None])
+    if isinstance(value, str):
+        return st.sampled_from(["", "x", "w4a16", "w8a16_g-1_sym", None])
+    return st.just([]) | st.sampled_from([value[:-1], [*value, value[0]], None]) | _other(value[0]).map(lambda v: [v])

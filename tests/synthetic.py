@@ -54,7 +54,7 @@ def write_losses(folder: Path, schemes, layers=2, experts=4, hidden=256, wide=12
                     for name, value in zip(columns, row, strict=True):
                         columns[name].append(value)
         path = folder / f"{scheme.name}.parquet"
-        write_table(LOSSES, path, columns, {"scheme": scheme.name, "quantizer": "rtn"})
+        write_table(LOSSES, path, columns, {"scheme": scheme.name, "quantizer": "rtn", "fisher": True})
         paths.append(str(path))
     return paths
 

@@ -1,7 +1,9 @@
 """Damaged artifacts: a step ends in an error that names the file, or in the right result, and in nothing else."""
 
+import contextlib
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import mutated_json
+from mutations import mutated_bytes, mutated_columns, mutated_json
 from synthetic import run, write_losses, write_trace
 
 from mxmoe_steps import frontier, profile, solve
-from mxmoe_steps.allocation.files import read_allocation
+from mxmoe_steps.allocation.files import read_allocation, read_frontier
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table, write_table
 
 FUZZ = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -79,3 +82,83 @@ def test_a_damaged_allocation(made: Path, tmp_path: Path, data: st.DataObject) -
     path.write_text(data.draw(mutated_json(original)))
     said = refusal(lambda: read_allocation(str(path)))
     assert "damaged.json: " in said or finite(read_allocation(str(path)))
+
+
+KINDS = {"losses": LOSSES, "traffic": TRAFFIC, "profile": PROFILE}
+
+
+def damaged_inputs(made: Path, name: str, path: Path) -> dict[str, Any]:
+    """Inputs of frontier with the damaged file ``path`` in the place of one of them."""
+    inputs = {
+        "losses": sorted((made / "losses").iterdir()),
+        "trace": made / "trace",
+        "profile": made / "profile.parquet",
+    }
+    if name == "losses":
+        return inputs | {"losses": [path, *inputs["losses"][1:]]}
+    return inputs | ({"profile": path} if name == "profile" else {"trace": path.parent})
+
+
+def whole(made: Path, name: str) -> Path:
+    return {
+        "losses": min((made / "losses").iterdir()),
+        "traffic": made / "trace" / "traffic.parquet",
+        "routing": made / "trace" / "routing.safetensors",
+        "profile": made / "profile.parquet",
+    }[name]
+
+
+def run_frontier(inputs: dict[str, Any], out: Path) -> None:
+    arguments = ("--losses", *inputs["losses"], "--trace", inputs["trace"], "--profile", inputs["profile"])
+    run(frontier, *arguments, "--budget-bits", "4.5", "--tokens", 16, "--scope", "model", "--out", out)
+
+
+def check_frontier(made: Path, folder: Path, name: str, same: bool) -> None:
+    """Run frontier on a damaged file of ``folder``: an error that names a file, or a frontier that can be read."""
+    file = whole(made, name).name
+    for other in (made / "trace").iterdir():
+        if other.name != file:
+            shutil.copy(other, folder)
+    out = folder / "out" / "frontier.json"
+    out.unlink(missing_ok=True)
+    said = refusal(lambda: run_frontier(damaged_inputs(made, name, folder / file), out))
+    if said:
+        assert file in said or "trace" in said or "losses" in said
+        assert not out.exists()
+    else:
+        read_frontier(str(out))
+        assert not same or out.read_bytes() == (made / "model.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["losses", "traffic", "profile"])
+@given(data=st.data())
+@FUZZ
+def test_a_damaged_table(made: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+    """Values that no step writes, under a checksum that fits."""
+    source = whole(made, name)
+    table, facts = read_table(KINDS[name], source)
+    columns = data.draw(mutated_columns(table.to_pydict()))
+    with contextlib.suppress(ValueError):  # a checksum of null does not exist
+        write_table(KINDS[name], tmp_path / source.name, columns, facts)
+        check_frontier(made, tmp_path, name, same=False)
+
+
+@pytest.mark.parametrize("name", ["losses", "traffic", "profile"])
+@given(data=st.data())
+@FUZZ
+def test_damaged_facts_of_a_table(made: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+    source = whole(made, name)
+    table, facts = read_table(KINDS[name], source)
+    text = data.draw(mutated_json(facts))
+    with contextlib.suppress(ValueError):  # NaN, and text that is cut, do not get into a table
+        write_table(KINDS[name], tmp_path / source.name, table.to_pydict(), json.loads(text))
+        check_frontier(made, tmp_path, name, same=False)
+
+
+@pytest.mark.parametrize("name", ["losses", "traffic", "routing", "profile"])
+@given(data=st.data())
+@FUZZ
+def test_a_file_with_damaged_bytes(made: Path, tmp_path: Path, name: str, data: st.DataObject) -> None:
+    source = whole(made, name)
+    (tmp_path / source.name).write_bytes(data.draw(mutated_bytes(source.read_bytes())))
+    check_frontier(made, tmp_path, name, same=True)

@@ -47,6 +47,8 @@ def test_unknown_gpu_and_missing_tensor_cores():
 SMS = 132
 TRUE = {"launch_us": 6.0, "loop_launch_us": 0.15, "loop_tile_us": 0.05, "tail": 0.7, "exposed": 0.2,
         "bandwidth_gbs": 3000.0}  # fmt: skip
+MACHINE = {"capability": [8, 0], "compiler": "none", "cuda": "13.0", "date": "2026-11-28", "driver": "", "sms": 108,
+           "torch": "2.13.0"}  # fmt: skip
 FORMATS = tuple(sorted(kernel_format(parse_scheme(name)) for name in ("w16a16", "w4a16", "w8a8_fp8", "w2a16")))
 
 
@@ -129,14 +131,14 @@ def test_too_few_measurements_are_refused(tmp_path):
     with pytest.raises(UserError, match="0 problems, fewer than"):
         fit(rows, SMS)
     write_table(MEASUREMENTS, tmp_path / "other.parquet", {name: [] for name in MEASUREMENTS.schema.names},
-                {"device": "NVIDIA Abacus"})  # fmt: skip
+                {**MACHINE, "device": "NVIDIA Abacus"})  # fmt: skip
     with pytest.raises(UserError, match="no kernels for NVIDIA Abacus and no data sheet"):
         fit_profile(tmp_path / "other.parquet", [parse_scheme("w4a16")])
 
 
 def test_a_known_gpu_without_kernels_gets_its_data_sheet(tmp_path, capsys):
     write_table(MEASUREMENTS, tmp_path / "a100.parquet", {name: [] for name in MEASUREMENTS.schema.names},
-                {"device": "NVIDIA A100-SXM4-80GB"})  # fmt: skip
+                {**MACHINE, "device": "NVIDIA A100-SXM4-80GB"})  # fmt: skip
     columns, facts = fit_profile(tmp_path / "a100.parquet", [parse_scheme("w4a16")])
     assert (columns, facts) == estimate_profile([parse_scheme("w4a16")], read_hardware("a100"))
     assert capsys.readouterr().err.count("no kernels for NVIDIA A100") == 1

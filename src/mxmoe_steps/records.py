@@ -59,17 +59,15 @@ def read_record(
         text = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from None
-    return _checked(path, fix, check, lambda: _adapter(schema).validate_json(text))
+    return parse_record(path, schema, fix, text, check)
 
 
-def check_record(path: str | PathLike[str], schema: Any, fix: str, value: Any) -> dict[str, Any]:
-    """The same for a value that was read from inside another file."""
-    return _checked(path, fix, None, lambda: _adapter(schema).validate_python(value))
-
-
-def _checked(path: Any, fix: str, check: Callable[[Any], None] | None, validate: Callable[[], Any]) -> dict[str, Any]:
+def parse_record(
+    path: str | PathLike[str], schema: Any, fix: str, text: str | bytes, check: Callable[[Any], None] | None = None
+) -> dict[str, Any]:
+    """The same for JSON that was found inside the file ``path``."""
     try:
-        content: dict[str, Any] = validate()
+        content: dict[str, Any] = _adapter(schema).validate_json(text)
         if check is not None:
             check(content)
     except ValidationError as error:

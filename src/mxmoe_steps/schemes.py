@@ -124,3 +124,11 @@ def parse_scheme(text: str) -> Scheme:
     if act_bits < 16 and not symmetric:
         raise UserError(f"scheme {text!r}: schemes with quantized activations are symmetric; drop _asym")
     return Scheme(weight_bits, act_bits, group, symmetric, fp8)
+
+
+def is_canonical(text: str | None) -> bool:
+    """Whether ``text`` is the canonical name of a scheme."""
+    try:
+        return text is not None and parse_scheme(text).name == text
+    except (UserError, ValueError):
+        return False

@@ -11,14 +11,32 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import ConfigDict, Field, NonNegativeInt, TypeAdapter
+from pydantic_core import from_json
+from typing_extensions import TypedDict
 
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.records import parse_record
 
 _ALIGNMENT = 8
+_ELEMENT_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry], config=ConfigDict(strict=True))
+_METADATA = TypeAdapter(dict[str, str], config=ConfigDict(strict=True))
 
 
 @dataclass(frozen=True)
@@ -66,25 +84,53 @@ class RawColumns(RawTensor):
         return matrix[:, self.first :: self.step].T.tobytes()
 
 
-@cache
 def tensors_of(file: Path) -> dict[str, RawTensor]:
-    """Name -> tensor of a safetensors file; `UserError` when it is missing or not one."""
+    """Name -> tensor of a safetensors file; `UserError` when it is missing or damaged."""
+    return _contents(file)[0]
+
+
+def facts_of(file: Path, schema: Any, fix: str) -> dict[str, Any]:
+    """What the step that wrote a safetensors file says of it; `UserError` when that is not as ``schema`` describes."""
+    metadata = _contents(file)[1]
+    if "mxmoe" not in metadata:
+        raise UserError(f"{file}: not written by this tool; {fix}")
+    return parse_record(file, schema, fix, metadata["mxmoe"])
+
+
+def _contents(file: Path) -> tuple[dict[str, RawTensor], dict[str, str]]:
     try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if length > file.stat().st_size:
-                raise ValueError("the header is longer than the file")
-            header: dict[str, Any] = json.loads(stream.read(length))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not a readable safetensors file ({error})") from error
-    header.pop("__metadata__", None)
-    size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if file.stat().st_size < size:
-        raise UserError(f"{file}: truncated, {file.stat().st_size:,} of {size:,} bytes; download it again")
-    return {
-        name: RawTensor(file, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
-        for name, entry in header.items()
-    }
+        state = file.stat()
+        return _read_header(file, state.st_size, state.st_mtime_ns)
+    except (OSError, ValueError) as error:  # of pydantic, too
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file}: not a readable safetensors file ({reason}); make or download it again") from error
+
+
+@cache
+def _read_header(file: Path, size: int, _mtime_ns: int) -> tuple[dict[str, RawTensor], dict[str, str]]:
+    """Tensors and metadata of a file of ``size`` bytes; `ValueError` unless its data is what the header says."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise ValueError("the header is longer than the file")
+        header = from_json(stream.read(length), allow_inf_nan=False)
+    if not isinstance(header, dict):
+        raise ValueError("the header is not an object")
+    metadata = _METADATA.validate_python(header.pop("__metadata__", {}))
+    tensors = {}
+    for name, entry in _ENTRIES.validate_python(header).items():
+        dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if stop - start != math.prod(shape) * _ELEMENT_BYTES.get(dtype, -1):
+            raise ValueError(f"{name}: {stop - start} bytes are not {dtype} {list(shape)}")
+        tensors[name] = RawTensor(file, dtype, shape, 8 + length + start, 8 + length + stop)
+    end = 8 + length
+    for start, stop in sorted((tensor.start, tensor.stop) for tensor in tensors.values()):
+        if start != end:
+            raise ValueError("tensors overlap or leave a hole")
+        end = stop
+    if size != end:
+        raise ValueError(f"truncated or too long, {size:,} bytes instead of {end:,}")
+    return tensors, metadata
 
 
 def header_bytes(

@@ -139,6 +139,8 @@ def fit_constants(data: Features) -> dict[str, float]:
             if error < best[0]:
                 best = (error, found, float(loop_tile_us))
     _, (launch, loop, tail, per_megabyte, exposed), loop_tile_us = best
+    if per_megabyte <= 0:
+        raise UserError("the measurements show no launch that waits for memory: run measure again")
     values = (launch, loop, loop_tile_us, tail, exposed, 1e3 / per_megabyte)
     return dict(zip(CONSTANTS, map(float, values), strict=True))
 

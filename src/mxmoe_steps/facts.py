@@ -1,0 +1,121 @@
+"""What a parquet table says beside its rows: the schema of the facts of every kind of table."""
+
+from typing import Annotated, Literal, NotRequired
+
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from mxmoe_steps.quantizers.method import QuantizerName
+from mxmoe_steps.records import STRICT, Count, Index, Name, Positive, Quantity, SchemeName
+
+
+class TrafficFacts(TypedDict):
+    """Of what `trace` wrote, also in the metadata of its routing."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    experts: Count  # routed, per layer
+    layers: Annotated[list[Index], Field(min_length=1)]
+    length: Count  # tokens of a sequence
+    sequences: Count  # of every text
+    texts: Annotated[list[Name], Field(min_length=1)]
+    top_k: Count
+
+
+class LossFacts(TypedDict):
+    """Of what `calibrate` wrote."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    fisher: bool  # whether gradients were captured
+    quantizer: QuantizerName
+    scheme: SchemeName
+
+
+class MeasurementFacts(TypedDict):
+    """Of what `measure` wrote; the last four only where there are rows."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    capability: list[Index]
+    compiler: Name
+    cuda: Name
+    date: Name
+    device: Name
+    driver: str
+    sms: Count
+    torch: Name
+    clocks: NotRequired[list[list[Quantity]]]
+    kernels: NotRequired[dict[Name, Name]]
+    repeats: NotRequired[Count]
+    rounds: NotRequired[Count]
+
+
+class Errors(TypedDict):
+    """Relative errors."""
+
+    median: Quantity
+    p95: Quantity
+
+
+class ProblemErrors(Errors):
+    """Of so many launches."""
+
+    problems: Count
+
+
+class _HeldOut(TypedDict):
+    measured_us: list[Positive]
+    mixed: list[bool]
+    predicted_us: list[Positive]
+
+
+class _Ratios(TypedDict):
+    launches: Count
+    least: Positive
+    median: Positive
+    most: Positive
+    tokens_from: Count
+
+
+class _Gpu(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    arch: Name
+    bandwidth_gbs: Positive
+    device: Name
+    exposed: Quantity
+    launch_us: Quantity
+    loop_launch_us: Quantity
+    loop_tile_us: Quantity
+    sms: Count
+    source: Name
+    tail: Quantity
+
+
+class _Estimated(_Gpu):
+    estimate: Literal[True]
+
+
+class _Measured(_Gpu):
+    estimate: Literal[False]
+    capability: list[Index]
+    clocks: list[list[Quantity]]
+    compiler: Name
+    cuda: Name
+    date: Name
+    driver: str
+    errors: dict[Literal["single", "mixed"], ProblemErrors]
+    fused_over_apart: list[_Ratios]
+    held_out: _HeldOut
+    kernels: dict[Name, Name]
+    kernels_changed: list[Name]
+    phase_loss: Errors
+    repeat_spread: Errors
+    repeats: Count
+    rounds: Count
+    torch: Name
+
+
+# Of what `profile` wrote.
+ProfileFacts = Annotated[_Estimated | _Measured, Field(discriminator="estimate")]
