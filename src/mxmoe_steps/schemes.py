@@ -54,6 +54,11 @@ class Scheme:
         """Whether the block keeps its 16-bit weights."""
         return self.weight_bits == 16
 
+    @property
+    def e4m3_weights(self) -> bool:
+        """Whether weights are e4m3 values rather than integer codes."""
+        return self.fp8 and self.weight_bits == 8
+
     def group_size(self, in_features: int) -> int:
         """Input features per scale for a row of ``in_features`` weights."""
         return in_features if self.group == -1 else min(self.group, in_features)

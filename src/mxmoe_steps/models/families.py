@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.raw import RawColumns, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
@@ -213,7 +214,7 @@ def open_model(path: str | Path) -> ModelFolder:
             f"{config_file}: model_type {config.get('model_type')!r} is not supported;"
             f" supported are {', '.join(sorted(FAMILIES))}"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method", "mxmoe")
+    method = str((config.get("quantization_config") or {}).get("quant_method", "mxmoe"))
     if method != "mxmoe":
         fix = "take a release that has them"
         if method in _DEQUANTIZING:
@@ -226,7 +227,10 @@ def open_model(path: str | Path) -> ModelFolder:
             f"{config_file}: the weights are quantized already ({method}); this tool starts from 16- or 32-bit weights:"
             f" {fix}"
         )
-    return ModelFolder(folder, family, config)
+    opened = ModelFolder(folder, family, config)
+    if opened.is_packed:
+        checked_quantization(config["quantization_config"], config_file)
+    return opened
 
 
 def moe_path(layer: int) -> str:
