@@ -16,6 +16,7 @@ import pandas as pd
 
 from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.quantizers.method import QUANTIZERS
 from mxmoe_steps.reporting.summary import read_json
 from mxmoe_steps.schemes import parse_scheme
@@ -44,7 +45,8 @@ def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path, ca
     step("calibrate", capture=capture, quantizer=quantizer, scheme=scheme, **common)
     folder = open_model(args.model)
     assignment = [[layer, expert, *[scheme] * 3] for layer in folder.moe_layers for expert in folder.expert_ids()]
-    write_allocation(str(allocation), {**UNTIMED, "assignment": assignment, "quantizer": quantizer})
+    choice = {"assignment": assignment, "model": fingerprint(folder), "quantizer": quantizer}
+    write_allocation(str(allocation), UNTIMED | choice)
     step("quantize", model=args.model, allocation=allocation, packed=packed, out=checkpoint)
     common |= {"model": checkpoint, "out": work / "metrics.json"}
     step("evaluate", reference=f"{args.results}/evaluate/original.safetensors", **common)

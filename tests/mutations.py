@@ -2,14 +2,26 @@
 
 import copy
 import json
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
+
+from mxmoe_steps.errors import UserError
 
 JUNK = st.sampled_from(
     [None, True, False, -1, 0, 1, 2**31, 2**70, -(2**70), 0.5, -0.5, 1e300, float("nan"), float("inf"), -float("inf"),
      "", "x", "1", "0.5", "../x", "w4a16", "w4a16_g128_asym", "w9a9", "\x00", [], {}, [[]], [None], {"x": 1}]
 )  # fmt: skip
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """The message of the `UserError` that a call ends in, empty when there is none."""
+    try:
+        call()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -30,7 +42,7 @@ def mutated_json(draw: st.DrawFn, original: Any) -> str:
         container, key = draw(st.sampled_from(found if depth else [place for place in found if place[0] is value]))
         match draw(st.sampled_from(["replace", "delete", "repeat", "scale", "swap"])):
             case "replace":
-                container[key] = draw(JUNK)
+                container[key] = copy.deepcopy(draw(JUNK))
             case "delete":
                 del container[key]
             case "repeat" if isinstance(container, list):

@@ -4,19 +4,17 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import mutated_bytes, mutated_columns, mutated_json
+from mutations import mutated_bytes, mutated_columns, mutated_json, refusal
 from synthetic import run, write_losses, write_trace
 
 from mxmoe_steps import frontier, profile, solve
 from mxmoe_steps.allocation.files import read_allocation, read_frontier
-from mxmoe_steps.errors import UserError
 from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table, write_table
 
 FUZZ = settings(
@@ -39,15 +37,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run(frontier, *inputs, "--budget-bits", "4.5", "--tokens", 16, "--scope", scope, "--out", out)
     run(solve, "--frontier", folder / "model.json", "--r", 0.75, "--out", folder / "allocation.json")
     return folder
-
-
-def refusal(call: Callable[[], Any]) -> str:
-    """The message of the `UserError` that a call ends in, empty when there is none."""
-    try:
-        call()
-    except UserError as error:
-        return str(error)
-    return ""
 
 
 def finite(value: object) -> bool:

@@ -95,8 +95,9 @@ def calibrate(args: argparse.Namespace) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from mxmoe_steps.calibration.inputs import LayerInputs
+    from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
     from mxmoe_steps.models.families import open_model, resolve_model
+    from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import resolve_device
 
     scheme = parse_scheme(args.scheme)
@@ -111,6 +112,7 @@ def calibrate(args: argparse.Namespace) -> None:
     for file in captured.values():
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
+    check_captured(captured, folder)
     keys = layer_keys(args, folder, captured)
     parts = {layer: partial / file.name for layer, file in captured.items()}
     wanted = folder.moe_layers if args.layers is None else range(*args.layers)
@@ -131,21 +133,23 @@ def calibrate(args: argparse.Namespace) -> None:
             " a time, or set runtime.device: cpu"
         ) from error
     if args.layers is None:
-        write_result(Path(args.out), scheme, method, [(parts[layer], keys[layer]) for layer in folder.moe_layers])
+        done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
+        write_result(Path(args.out), scheme, method, fingerprint(folder), done)
         shutil.rmtree(partial)
 
 
-def write_result(out: Path, scheme: Scheme, method: Method, parts: list[tuple[Path, Any]]) -> None:
+def write_result(out: Path, scheme: Scheme, method: Method, model: str, parts: list[tuple[Path, Any]]) -> None:
     """Both files of the step from those of the layers, each with its key."""
     from mxmoe_steps.models.raw import tensors_of, write_tensors
     from mxmoe_steps.tables import LOSSES, write_table
 
     found = [finished(part, key) for part, key in parts]
-    write_tensors(out / f"{scheme}.safetensors", [item for part, _ in parts for item in tensors_of(part).items()])
-    facts = {"quantizer": method.name, "scheme": scheme.name, "fisher": found[-1]["fisher"]}
+    facts = {"model": model, "quantizer": method.name, "scheme": scheme.name}
+    tensors = [item for part, _ in parts for item in tensors_of(part).items()]
+    write_tensors(out / f"{scheme}.safetensors", tensors, facts)
     rows = [row for layer in found for row in layer["rows"]]
     columns = dict(zip(LOSSES.schema.names, map(list, zip(*rows, strict=True)), strict=True))
-    write_table(LOSSES, out / f"{scheme}.parquet", columns, facts)
+    write_table(LOSSES, out / f"{scheme}.parquet", columns, facts | {"fisher": found[-1]["fisher"]})
 
 
 def main() -> None:

@@ -176,6 +176,7 @@ def capture(args: argparse.Namespace) -> None:
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.streaming import StreamedModel
 
     if args.no_gradient and args.down_to is not None:
@@ -186,7 +187,9 @@ def capture(args: argparse.Namespace) -> None:
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
     borders = Borders(model, tokens, "mxmoe_steps.capture", args)
     runs = runs_of([args.sequences], args.batch)
-    facts = {"text": args.text, "sequences": args.sequences, "length": args.length}
+    facts = {
+        "text": args.text, "sequences": args.sequences, "length": args.length, "model": fingerprint(model.folder)
+    }  # fmt: skip
     if args.no_gradient:
         capture_forward(model, borders, runs, min(args.until or model.layers, model.layers), facts)
     elif args.until is not None:

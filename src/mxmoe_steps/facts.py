@@ -1,4 +1,7 @@
-"""What a parquet table says beside its rows: the schema of the facts of every kind of table."""
+"""What tables and files of tensors say of themselves: the schema of the facts of every kind.
+
+``model`` is the `mxmoe_steps.models.identity.fingerprint` of the original model.
+"""
 
 from typing import Annotated, Literal, NotRequired
 
@@ -17,6 +20,7 @@ class TrafficFacts(TypedDict):
     experts: Count  # routed, per layer
     layers: Annotated[list[Index], Field(min_length=1)]
     length: Count  # tokens of a sequence
+    model: Name
     sequences: Count  # of every text
     texts: Annotated[list[Name], Field(min_length=1)]
     top_k: Count
@@ -28,6 +32,7 @@ class LossFacts(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     fisher: bool  # whether gradients were captured
+    model: Name
     quantizer: QuantizerName
     scheme: SchemeName
 
@@ -119,3 +124,34 @@ class _Measured(_Gpu):
 
 # Of what `profile` wrote.
 ProfileFacts = Annotated[_Estimated | _Measured, Field(discriminator="estimate")]
+
+
+class CaptureFacts(TypedDict):
+    """Of a layer's file that `capture` wrote."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    layer: Index
+    length: Count  # tokens of a sequence
+    model: Name
+    sequences: Count
+    text: Name
+
+
+class StoreFacts(TypedDict):
+    """Of packed weights that `calibrate` wrote."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    model: Name
+    quantizer: QuantizerName
+    scheme: SchemeName
+
+
+class ReferenceFacts(TypedDict):
+    """Of what `evaluate` kept of the original."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    model: Name
+    texts: Annotated[list[Name], Field(min_length=1)]

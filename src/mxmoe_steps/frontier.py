@@ -49,6 +49,8 @@ def frontier(args: argparse.Namespace) -> None:
 
     profile = read_profile(args.profile)
     traffic = sample_traffic(args.trace, args.traffic_text, args.tokens, args.phase, args.steps, args.seed)
+    if traffic.model != losses.model:
+        raise UserError(f"{args.trace} and {args.losses[0]} are of different models; trace and calibrate one model")
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
     used = [kernel for kernel, scheme in zip(kernels, losses.schemes, strict=True) if scheme in {*candidates, *fixed}]
     alone = args.granularity in ("layer", "uniform") and not fixed and not args.shared_tile
@@ -88,6 +90,7 @@ def frontier(args: argparse.Namespace) -> None:
         "granularity": args.granularity,
         "loss": args.loss,
         "metric": args.metric,
+        "model": losses.model,
         "gap_limit": gap,
         "params": int(blocks.params.sum()),
         "proved_by": "cp-sat" if args.prove else "states",

@@ -23,20 +23,19 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
     from mxmoe_steps.allocation.time_model import read_profile
     from mxmoe_steps.allocation.traffic import sample_traffic
 
-    blocks = read_losses(args.losses[:1], "out_sq", False).blocks
+    losses = read_losses(args.losses[:1], "out_sq", False)
+    blocks = losses.blocks
     experts = set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
     for name, allocation in allocations.items():
-        differing = experts ^ {(layer, expert) for layer, expert, *_ in allocation["assignment"]}
-        if differing:
-            layer, expert = min(differing)
-            raise UserError(
-                f"allocation {name}: layer {layer}, expert {expert} is not in both it and {args.losses[0]}; calibrate"
-                " and solve for the same model"
-            )
+        assigned = {(layer, expert) for layer, expert, *_ in allocation["assignment"]}
+        if allocation["model"] != losses.model or assigned != experts:
+            raise UserError(f"allocation {name} and {args.losses[0]} are of different models; solve again for this one")
     profile = read_profile(args.profile)
     times: dict[str, dict[int, float]] = {name: {} for name in allocations}
     for tokens in sorted(args.tokens):
         traffic = sample_traffic(args.trace, [args.traffic_text], tokens, "auto", args.steps, args.seed)
+        if traffic.model != losses.model:
+            raise UserError(f"{args.trace} and {args.losses[0]} are of different models; trace and calibrate one model")
         for name, allocation in allocations.items():
             times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile)
     return times
@@ -102,8 +101,9 @@ def report(args: argparse.Namespace) -> None:
 
     checkpoints, allocations = read_inputs(args)
     original = next(checkpoint.name for checkpoint in checkpoints if checkpoint.allocation is None)
-    some = next(iter(allocations.values()))["assignment"]
-    unquantized = {"assignment": [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some], "timed_as": {}}
+    some = next(iter(allocations.values()))
+    rows = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
+    unquantized = {"assignment": rows, "model": some["model"], "timed_as": {}}
     times = predicted_times(args, {**allocations, original: unquantized})
     losses = {}
     for path in args.losses:

@@ -51,8 +51,8 @@ def solve(args: argparse.Namespace) -> None:
     vertices, value, bound = choose(args, parts, power)
     gap = (value - bound) / value if value else 0.0
     kept = (
-        "budget_bits", "candidates", "constraints", "device", "gap_limit", "granularity", "metric", "proved_by",
-        "quantizer", "scope", "time_is_estimate", "timed_as", "tokens", "traffic",
+        "budget_bits", "candidates", "constraints", "device", "gap_limit", "granularity", "metric", "model",
+        "proved_by", "quantizer", "scope", "time_is_estimate", "timed_as", "tokens", "traffic",
     )  # fmt: skip
     write_allocation(
         args.out,

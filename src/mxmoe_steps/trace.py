@@ -83,6 +83,7 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
     """Both files of the step from what every layer left beside the borders."""
     from safetensors.torch import load_file, save_file
 
+    from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.tables import TRAFFIC, write_table
 
     columns: dict[str, list[Any]] = {name: [] for name in TRAFFIC.schema.names}
@@ -98,6 +99,7 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
         "experts": folder.experts,
         "layers": folder.moe_layers,
         "length": args.length,
+        "model": fingerprint(folder),
         "sequences": args.sequences,
         "texts": sorted(args.texts),
         "top_k": ids.shape[-1],

@@ -56,6 +56,7 @@ class Losses:
     loss: NDArray[np.float64]
     bits: NDArray[np.int64]
     quantizer: str
+    model: str = ""  # fingerprint, empty if made up
 
 
 def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
@@ -65,7 +66,8 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
     metric, bits that are not the scheme's.
     """
     tables = {}
-    quantizers = {}
+    quantizers: dict[str, str] = {}
+    models: dict[str, str] = {}
     for path in paths:
         table, facts = read_table(LOSSES, path)
         scheme = parse_scheme(facts["scheme"])
@@ -82,10 +84,14 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
         order = np.lexsort((kind, columns["expert"], columns["layer"]))
         tables[scheme] = {**columns, "kind": kind, "order": order, "path": path}
         quantizers[path] = facts["quantizer"]
+        models[path] = facts["model"]
     if len(set(quantizers.values())) > 1:
         raise UserError(
             f"losses of different quantizers do not compare: {', '.join(f'{p} is {q}' for p, q in quantizers.items())}"
         )
+    for path, model in models.items():
+        if model != models[paths[0]]:
+            raise UserError(f"{path} and {paths[0]} are of different models; calibrate every scheme on the same model")
     first = next(iter(tables.values()))
     blocks = Blocks(
         *(
@@ -104,7 +110,7 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
         _check_same_blocks(blocks, table, first["path"])
         loss[:, column] = table[metric][table["order"]]
         bits[:, column] = np.rint(table["bits"][table["order"]] * blocks.params)
-    return Losses(blocks, schemes, loss, bits, next(iter(quantizers.values())))
+    return Losses(blocks, schemes, loss, bits, quantizers[paths[0]], models[paths[0]])
 
 
 def _check_bits(columns: dict[str, NDArray[Any]], scheme: Scheme, path: str) -> None:

@@ -58,6 +58,7 @@ class _Problem(TypedDict):
     gap_limit: Share
     granularity: Literal["block", "expert", "layer", "uniform"]
     metric: Literal["out_sq", "fisher"]
+    model: Name  # fingerprint
     proved_by: Literal["cp-sat", "states"]
     quantizer: QuantizerName
     scope: Literal["layer", "model"]

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.raw import tensors_of
+from mxmoe_steps.models.raw import expect
 from mxmoe_steps.tables import TRAFFIC, read_table
 
 DECODE_TOKENS = 256  # phase auto: a step of at most this many tokens is one token each of many sequences
@@ -28,6 +28,7 @@ class Traffic:
     tokens: int
     rows: NDArray[np.int64]
     weight: NDArray[np.float64]
+    model: str = ""  # fingerprint, empty if made up
 
 
 class Routing:
@@ -43,15 +44,12 @@ class Routing:
                 f"{folder}/traffic.parquet: its rows are not those of its texts, layers and experts; {_FIX}"
             )
         self._tokens = table.column("tokens").to_numpy().reshape(len(texts), len(layers), experts)
-        self._tensors = tensors_of(self.file)
 
     def ids(self, text: str, layer: int) -> NDArray[np.int16]:
         """[tokens, k] of one text and layer."""
         facts = self.facts
         shape = (facts["sequences"], facts["length"], facts["top_k"])
-        tensor = self._tensors.get(f"{text}/{layer}")
-        if tensor is None or (tensor.dtype, tensor.shape) != ("I16", shape):
-            raise UserError(f"{self.file}: {text}/{layer}: expected expert ids, int16 {list(shape)}; {_FIX}")
+        tensor = expect(self.file, f"{text}/{layer}", ["I16"], shape, _FIX)
         ids = np.frombuffer(tensor.read(), np.int16).reshape(-1, shape[-1])
         tokens = self._tokens[facts["texts"].index(text), facts["layers"].index(layer)]
         known = ids.min() >= 0 and ids.max() < len(tokens)
@@ -115,4 +113,4 @@ def sample_traffic(
     layer, expert = np.nonzero(rows.sum(1) == 0)
     rows[layer, 0, expert] = 1
     weight[layer, 0, expert] = np.minimum(1 / steps, expected[layer, expert])
-    return Traffic(layers, tokens, rows, weight)
+    return Traffic(layers, tokens, rows, weight, facts["model"])

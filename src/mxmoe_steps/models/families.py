@@ -186,7 +186,14 @@ class ModelFolder:
     def raw_block(self, layer: int, expert: int, block: str, part: Part = "weight") -> RawTensor:
         """The block's weight or bias as bytes of its file."""
         place = self.place(layer, expert, block, part)
-        return place.raw(tensors_of(self.files[place.tensor])[place.tensor])
+        return place.raw(self.raw(place.tensor))
+
+    def raw(self, name: str) -> RawTensor:
+        """A tensor as bytes of its file; `UserError` unless it is there."""
+        tensor = tensors_of(self.files[name]).get(name)
+        if tensor is None:
+            raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
+        return tensor
 
     @property
     def sources(self) -> list[Path]:

@@ -13,12 +13,11 @@ import torch
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import Family, moe_path
 from mxmoe_steps.models.packed import PackedLinear
-from mxmoe_steps.models.raw import RawTensor, tensors_of
+from mxmoe_steps.models.raw import FLOATING, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 _FIX = "run the quantize step again"
 _STORED = {torch.uint8: ("U8",), torch.bfloat16: ("BF16",)}  # of packed parts; others are floating
-_FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 def check_experts(model: Any, family: Family, blocks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -66,7 +65,7 @@ def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequ
             stored = found.get(f"{path}.{part}")
             if stored is None:
                 raise UserError(f"{where} is missing, no tensor {path}.{part}; {_FIX}")
-            dtypes = _STORED[expected.dtype] if isinstance(module, PackedLinear) and part != "bias" else _FLOATING
+            dtypes = _STORED[expected.dtype] if isinstance(module, PackedLinear) and part != "bias" else FLOATING
             if stored.shape != tuple(expected.shape) or stored.dtype not in dtypes:
                 raise UserError(
                     f"{where} is {stored.dtype} {list(stored.shape)} in {stored.file.name}, expected"
