@@ -15,10 +15,10 @@ from pathlib import Path
 import pandas as pd
 
 from mxmoe_steps.allocation.files import write_allocation
+from mxmoe_steps.evaluations import read_evaluation
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.quantizers.method import QUANTIZERS
-from mxmoe_steps.reporting.summary import read_json
 from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = ["w1a16", "w2a16", "w3a16", "w4a16", "w8a8", "w4a8", "w4a4", "w4a4_g128"]
@@ -50,7 +50,7 @@ def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path, ca
     step("quantize", model=args.model, allocation=allocation, packed=packed, out=checkpoint)
     common |= {"model": checkpoint, "out": work / "metrics.json"}
     step("evaluate", reference=f"{args.results}/evaluate/original.safetensors", **common)
-    return dict(read_json(work / "metrics.json")["overall"])
+    return dict(read_evaluation(work / "metrics.json")["overall"])
 
 
 def main() -> None:

@@ -77,15 +77,21 @@ def held_out_errors(facts: dict[str, Any]) -> str:
 def read_inputs(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     """Evaluated checkpoints and, by name, the allocations of all but the original."""
     from mxmoe_steps.allocation.files import read_allocation
-    from mxmoe_steps.reporting.summary import Checkpoint, read_json
+    from mxmoe_steps.evaluations import read_evaluation
+    from mxmoe_steps.reporting.summary import Checkpoint
 
     allocations = {Path(path).stem: read_allocation(path) for path in args.allocations}
     checkpoints = []
     for path in args.evaluations:
-        metrics, name = read_json(path), Path(path).stem
+        metrics, name = read_evaluation(path), Path(path).stem
         if metrics["allocation"] is not None and name not in allocations:
             raise UserError(f"{path}: no allocation of that name among --allocations")
+        if metrics["allocation"] is not None and not metrics["allocation"].items() <= allocations[name].items():
+            raise UserError(f"{path}: was evaluated under another allocation; run quantize and evaluate again")
         checkpoints.append(Checkpoint(name, metrics, allocations.get(name)))
+    for path, checkpoint in zip(args.evaluations, checkpoints, strict=True):
+        if checkpoint.metrics["texts"].keys() != checkpoints[0].metrics["texts"].keys():
+            raise UserError(f"{path}: was evaluated on other texts than {args.evaluations[0]}; run evaluate again")
     if not any(checkpoint.allocation is None for checkpoint in checkpoints):
         raise UserError("--evaluations holds no evaluation of the original model")
     return checkpoints, allocations

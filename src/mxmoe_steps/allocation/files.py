@@ -91,9 +91,10 @@ class _Frontier(_Problem):
     schemes: Annotated[list[SchemeName], Field(min_length=1, max_length=len(DIGITS))]
 
 
-class _Allocation(_Problem):
+class AllocationSummary(_Problem):
+    """All of an allocation but the assignment."""
+
     kind: Literal["allocation"]
-    assignment: Annotated[list[tuple[Index, Expert, SchemeName, SchemeName, SchemeName]], Field(min_length=1)]
     bits: Positive
     bound: Quantity
     gap: Share
@@ -107,6 +108,10 @@ class _Allocation(_Problem):
     status: Literal["optimal", "bounded"]
     tile_tokens: list[Count] | None
     time_us: Positive
+
+
+class _Allocation(AllocationSummary):
+    assignment: Annotated[list[tuple[Index, Expert, SchemeName, SchemeName, SchemeName]], Field(min_length=1)]
 
 
 def write_frontier(path: str, facts: dict[str, Any], parts: list[Part]) -> None:
