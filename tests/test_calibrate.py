@@ -262,3 +262,18 @@ def test_a_full_gpu_says_what_helps(
     with pytest.raises(UserError, match=r"layer 0 does not fit in the GPU's memory: lower calibrate\.sequences"):
         run(tiny_moe, captured, tmp_path, "rtn", "w4a16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_damaged_layers_of_an_earlier_run_are_made_again(
+    tiny_moe: Path, captured: Path, tmp_path: Path, how: str
+) -> None:
+    calibrated(tiny_moe, captured, tmp_path / "whole", "rtn", "w4a16_g32")
+    calibrated(tiny_moe, captured, tmp_path / "out", "rtn", "w4a16_g32", layers=[0, 2])
+    (file,) = (tmp_path / "out").glob(".w4a16_g32_asym.layers/layer-001.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 0x10
+    file.write_bytes(data[: len(data) // 2] if how == "cut" else data)
+    calibrated(tiny_moe, captured, tmp_path / "out", "rtn", "w4a16_g32")
+    for name in ("w4a16_g32_asym.parquet", "w4a16_g32_asym.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

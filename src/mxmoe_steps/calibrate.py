@@ -12,14 +12,12 @@ at once or one after the other, and then one without it, which does the rest, wr
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import add_runtime, finite, folder_to_write, natural, parser_for, start_torch
-from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
@@ -80,25 +78,31 @@ def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path])
 
 
 def finished(path: Path, key: Any) -> Any:
-    """``rows`` and ``fisher`` of a layer that an earlier run left in ``path`` under the same key, or None."""
-    from safetensors import safe_open
+    """``rows`` and ``fisher`` of a layer that an earlier run left in ``path`` under the same key, or None.
 
-    if not path.is_file():
+    A file that is damaged counts as missing.
+    """
+    from mxmoe_steps.facts import PartFacts
+    from mxmoe_steps.models.raw import facts_of, tensors_of
+
+    try:
+        facts = facts_of(path, PartFacts, "")
+        for tensor in tensors_of(path).values():
+            tensor.check()
+    except UserError:
         return None
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["mxmoe"])
     return facts if facts.pop("key") == key else None
 
 
 def calibrate(args: argparse.Namespace) -> None:
     """Calibrate the MoE layers among ``args.layers``, or all that are missing, and write the result."""
     import torch
-    from safetensors.torch import save_file
 
     from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import resolve_device
+    from mxmoe_steps.models.rows import write_rows
 
     scheme = parse_scheme(args.scheme)
     if scheme.is_original:
@@ -122,8 +126,10 @@ def calibrate(args: argparse.Namespace) -> None:
         for layer, inputs in zip(todo, reading, strict=True):
             rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
             facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
-            with atomic_path(parts[layer]) as temporary:
-                save_file(packed, temporary, metadata={"mxmoe": canonical_json(facts)})
+            layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()}
+            with write_rows(parts[layer], layout, facts) as writer:
+                for name, tensor in packed.items():
+                    writer.append(name, tensor)
             note = few_tokens(rows)
             print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
     except torch.OutOfMemoryError as error:

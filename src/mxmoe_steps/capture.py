@@ -86,7 +86,7 @@ def head_gradient(model: Any, borders: Any, runs: list[slice], seed: int) -> Non
     from mxmoe_steps.models.rows import read_rows, write_rows
 
     generator = torch.Generator(model.device).manual_seed(seed)
-    target = write_rows(borders.gradient(model.layers), borders.layout(model), {"border": model.layers})
+    target = write_rows(borders.gradient(model.layers), borders.layout, {"border": model.layers})
     with model.head(), target as writer, torch.enable_grad():
         for run in runs:
             hidden = read_rows(borders.hidden(model.layers), "hidden", run).to(model.device)
@@ -118,7 +118,7 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
 
     with ExitStack() as stack:
         stack.enter_context(model.loaded(layer_path(layer)))
-        target = write_rows(borders.gradient(layer), borders.layout(model), {"border": layer})
+        target = write_rows(borders.gradient(layer), borders.layout, {"border": layer})
         writer = stack.enter_context(target)
         write = stack.enter_context(layer_file(borders, layer, facts) if has_experts else nullcontext())
         if has_experts:
@@ -158,12 +158,15 @@ def capture_backward(model: Any, borders: Any, runs: list[slice], first: int, fa
     """Capture with gradients, from the last layer, or from where an earlier run stopped, down to layer ``first``."""
     from mxmoe_steps.models.borders import forward, unwatched
 
-    reached = next((border for border in range(model.layers + 1) if borders.gradient(border).is_file()), None)
+    reached = next((border for border in range(model.layers + 1) if borders.has(borders.gradient(border))), None)
+    resumed = reached is not None
     if reached is None:
         forward(model, borders, runs, model.layers, unwatched, keep=True)
         head_gradient(model, borders, runs, seed)
         reached = model.layers
     for layer in reversed(range(first, reached)):
+        if resumed and not borders.has(borders.hidden(layer)):
+            forward(model, borders, runs, layer, unwatched, keep=True)
         backward(model, borders, runs, layer, facts)
         borders.hidden(layer + 1).unlink(missing_ok=True)
         borders.gradient(layer + 1).unlink(missing_ok=True)

@@ -3,13 +3,13 @@
 ``model`` is the `mxmoe_steps.models.identity.fingerprint` of the original model.
 """
 
-from typing import Annotated, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from mxmoe_steps.quantizers.method import QuantizerName
-from mxmoe_steps.records import STRICT, Count, Index, Name, Positive, Quantity, SchemeName
+from mxmoe_steps.records import STRICT, Count, Expert, Index, Name, Positive, Quantity, SchemeName, Total
 
 
 class TrafficFacts(TypedDict):
@@ -146,6 +146,18 @@ class StoreFacts(TypedDict):
     model: Name
     quantizer: QuantizerName
     scheme: SchemeName
+
+
+class PartFacts(TypedDict):
+    """Of one layer's packed weights that `calibrate` keeps until all layers are done."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    fisher: bool
+    key: dict[str, Any]  # what decides the bytes
+    rows: list[
+        tuple[Index, Expert, Literal["gate", "up", "down"], Count, Count, Positive, Total, Quantity, Quantity, bool]
+    ]
 
 
 class ReferenceFacts(TypedDict):

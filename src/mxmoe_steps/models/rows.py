@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from mxmoe_steps.atomic import atomic_path
-from mxmoe_steps.models.raw import FileWriter
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.raw import FileWriter, tensors_of
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 _NAMES = {
@@ -19,6 +20,7 @@ _NAMES = {
     torch.float16: "F16",
     torch.int64: "I64",
     torch.int16: "I16",
+    torch.uint8: "U8",
 }
 
 
@@ -47,6 +49,18 @@ def write_rows(path: Path, layout: Layout, facts: dict[str, Any]) -> Iterator[Ro
         writer = FileWriter(stream, entries, facts)
         yield RowWriter(writer, layout)
         writer.finish()
+
+
+def is_whole(path: Path, layout: Layout) -> bool:
+    """Whether a file is there, holds tensors of that layout and is not damaged."""
+    try:
+        tensors = tensors_of(path)
+        for tensor in tensors.values():
+            tensor.check()
+    except UserError:
+        return False
+    found = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+    return found == {name: (_NAMES[dtype], tuple(shape)) for name, (dtype, shape) in layout.items()}
 
 
 def read_rows(path: Path, name: str, rows: slice) -> torch.Tensor:
