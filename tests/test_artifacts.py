@@ -15,7 +15,13 @@ from synthetic import run, write_losses, write_trace
 
 from mxmoe_steps import frontier, profile, solve
 from mxmoe_steps.allocation.files import read_allocation, read_frontier
-from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table, write_table
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.tables import LOSSES, MEASUREMENTS, PROFILE, TRAFFIC, read_table, write_table
+from mxmoe_steps.timing import estimate
+from mxmoe_steps.timing.estimate import HARDWARE, measured_file
+from mxmoe_steps.timing.fit import fit
+from mxmoe_steps.timing.measurements import read_measurements
 
 FUZZ = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -151,3 +157,70 @@ def test_a_file_with_damaged_bytes(made: Path, tmp_path: Path, name: str, data: 
     source = whole(made, name)
     (tmp_path / source.name).write_bytes(data.draw(mutated_bytes(source.read_bytes())))
     check_frontier(made, tmp_path, name, same=True)
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[dict[str, list[Any]], dict[str, Any]]:
+    """Columns and facts of a few of the shipped measurements."""
+    table, facts = read_table(MEASUREMENTS, measured_file("h100") or "")
+    return table.take(list(range(0, table.num_rows, 40))).to_pydict(), facts
+
+
+@given(data=st.data())
+@FUZZ
+def test_damaged_measurements(
+    measured: tuple[dict[str, list[Any]], dict[str, Any]], tmp_path: Path, data: st.DataObject
+) -> None:
+    columns, facts = measured
+    path = tmp_path / "measured.parquet"
+    with contextlib.suppress(ValueError):  # a checksum of null does not exist
+        if data.draw(st.booleans()):
+            columns = data.draw(mutated_columns(columns))
+        else:
+            facts = json.loads(data.draw(mutated_json(facts)))
+        write_table(MEASUREMENTS, path, columns, facts)
+        said = refusal(lambda: read_measurements(path))
+        if said:
+            assert "measured.parquet: " in said
+        else:
+            refusal(lambda: fit(*_rows_and_sms(path)))
+
+
+def _rows_and_sms(path: Path) -> tuple[list[dict[str, Any]], int]:
+    rows, facts = read_measurements(path)
+    return rows, facts["sms"]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("phase", "nap", "phase of launch 0 is 'nap'"),
+        ("carried", [], "schemes of launch 0"),
+        ("schemes", ["w4a16_g128_asym"], "schemes of launch 0"),
+        ("rows", [0, 0], "rows of launch 0"),
+        ("us", [], "us of launch 0"),
+        ("us", [0.0], "us of number 0 is .*, which is not from 0.001 to 1e"),
+        ("schemes", ["w4a16"], "schemes of number 0 is .*, which is not one that it can be"),
+        ("kind", "other", "kind of number 0 is 'other'"),
+    ],
+)
+def test_measurements_that_no_launch_has(
+    measured: tuple[dict[str, list[Any]], dict[str, Any]], tmp_path: Path, column: str, value: object, said: str
+) -> None:
+    columns, facts = measured
+    columns = columns | {column: [value, *columns[column][1:]]}
+    write_table(MEASUREMENTS, tmp_path / "measured.parquet", columns, facts)
+    with pytest.raises(UserError, match=rf"measured.parquet: {said}"):
+        read_measurements(tmp_path / "measured.parquet")
+
+
+@given(data=st.data())
+@FUZZ
+def test_damaged_data_sheets(tmp_path: Path, data: st.DataObject) -> None:
+    original = json.loads(HARDWARE.read_text(encoding="utf-8"))
+    damaged = tmp_path / "hardware.json"
+    damaged.write_text(data.draw(mutated_json(original)), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate, "HARDWARE", damaged)
+        said = refusal(lambda: estimate.estimate_profile([parse_scheme("w4a16")], estimate.read_hardware("h200")))
+    assert not said or "hardware.json" in said or "has no bf16 tensor cores" in said

@@ -23,7 +23,7 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
     from mxmoe_steps.allocation.time_model import read_profile
     from mxmoe_steps.allocation.traffic import sample_traffic
 
-    losses = read_losses(args.losses[:1], "out_sq", False)
+    losses = read_losses(args.losses, "out_sq", False)
     blocks = losses.blocks
     experts = set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
     for name, allocation in allocations.items():
@@ -108,8 +108,8 @@ def report(args: argparse.Namespace) -> None:
     checkpoints, allocations = read_inputs(args)
     original = next(checkpoint.name for checkpoint in checkpoints if checkpoint.allocation is None)
     some = next(iter(allocations.values()))
-    rows = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
-    unquantized = {"assignment": rows, "model": some["model"], "timed_as": {}}
+    unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
+    unquantized = {"assignment": unpacked, "model": some["model"], "timed_as": {}}
     times = predicted_times(args, {**allocations, original: unquantized})
     losses = {}
     for path in args.losses:
@@ -118,12 +118,16 @@ def report(args: argparse.Namespace) -> None:
     tiles, profile_facts = read_table(PROFILE, args.profile)
     estimate = bool(profile_facts["estimate"])
     table = summary_table(checkpoints, times, estimate)
+    frontiers = [read_frontier(path) for path in args.frontiers]
+    for path, (facts, _) in zip(args.frontiers, frontiers, strict=True):
+        if facts["model"] != some["model"]:
+            raise UserError(f"{path} and the allocations are of different models; run frontier again for this one")
     ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
     maps = [one for one in ordered if one["granularity"] == "block"]
     drawn = {
         "quality": figures.quality(table),
         "speed": figures.speed(table, estimate),
-        "frontier": figures.frontiers([read_frontier(path) for path in args.frontiers], ordered, estimate),
+        "frontier": figures.frontiers(frontiers, ordered, estimate),
         "allocation": figures.allocation(maps or ordered),
         "sensitivity": figures.sensitivity(losses, args.metric),
         "times": figures.times(tiles.to_pandas(), profile_facts),

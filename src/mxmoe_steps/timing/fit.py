@@ -240,6 +240,8 @@ def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     predicted = held_out(data)
     wide = np.array([spread(row) for row in chosen])
     measured = {(_problem(row), row["phase"], row["apart"]): median_us(row) for row in rows if row["kind"] == "problem"}
+    if not all((_problem(row), phase, False) in measured for row in chosen for phase in PHASES):
+        raise UserError("the measurements hold a problem without one of its phases: run measure again")
     apart = [(row["tokens"], median_us(row) / measured[_problem(row), row["phase"], True]) for row in chosen
              if (_problem(row), row["phase"], True) in measured]  # fmt: skip
     lost = [median_us(row) / min(measured[_problem(row), phase, False] for phase in PHASES) - 1
