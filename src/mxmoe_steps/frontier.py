@@ -10,9 +10,10 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from mxmoe_steps.arguments import file_to_write, finite, natural, parser_for, positive
+from mxmoe_steps.arguments import file_to_write, natural, parser_for, positive, zero_to_one
 from mxmoe_steps.errors import UserError, run_cli
 
+MOST_BITS = 64  # of a weight
 MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
 
 
@@ -31,10 +32,12 @@ def frontier(args: argparse.Namespace) -> None:
 
     constraints = parse_constraints(args.fix, args.min_bits, args.time_as, args.max_schemes, args.tie_gate_up)
     try:
-        if Fraction(args.budget_bits) <= 0:
+        if not 0 < Fraction(args.budget_bits) <= MOST_BITS:
             raise ValueError
-    except ValueError:
-        raise UserError(f"--budget-bits {args.budget_bits!r}: expected a positive number, e.g. 2.25") from None
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"--budget-bits {args.budget_bits!r}: expected a number above 0 and up to {MOST_BITS}, e.g. 2.25"
+        ) from None
     if args.loss == "sum_of_norms" and args.metric != "out_sq":
         raise UserError("--loss sum_of_norms is the norm of out_sq; use it with --metric out_sq")
     wanted = {parse_scheme(text) for text in args.candidates}
@@ -129,7 +132,7 @@ def main() -> None:
     add("--tie-gate-up", action="store_true", help="gate and up of an expert take the same scheme")
     add("--shared-tile", action="store_true", help="one token tile for the whole kernel, as in the paper")
     add("--time-as", action="append", default=[], metavar="SCHEME=SCHEME", help="count another scheme's kernel")
-    add("--gap", type=finite, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
+    add("--gap", type=zero_to_one, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
     add("--prove", action="store_true", help="have CP-SAT confirm every vertex (with --gap 0)")
     add("--threads", type=positive, default=1, help="solver workers; part of the result's bytes (default 1)")
     add("--out", type=file_to_write, required=True, help="JSON file to write")
