@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_quantize(made: Path, packed: Path, out: Path) -> bytes:
     """The weights of the checkpoint."""
     paths = {"model": str(made / "model"), "allocation": str(made / "allocation.json"), "packed": str(packed)}
-    quantize.quantize(argparse.Namespace(**paths, out=str(out)))
+    quantize.quantize(argparse.Namespace(**paths, trust_remote_code=False, out=str(out)))
     return (out / "model.safetensors").read_bytes()
 
 
@@ -115,7 +115,7 @@ def test_weights_of_another_model_are_refused(made: Path, tmp_path: Path) -> Non
         save_file(found, file, metadata={"format": "pt"})
     paths = {"allocation": str(made / "allocation.json"), "packed": str(made / "packed"), "out": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"allocation.json: was solved for another model than"):
-        quantize.quantize(argparse.Namespace(model=str(tmp_path / "model"), **paths))
+        quantize.quantize(argparse.Namespace(model=str(tmp_path / "model"), trust_remote_code=False, **paths))
     with pytest.raises(UserError, match=r"layer-000.safetensors: was captured of another model or layer"):
         run_calibrate(tmp_path, made / "capture", tmp_path / "packed", SCHEMES[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

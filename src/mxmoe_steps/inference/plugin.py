@@ -16,6 +16,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.packed import bad_numbers
+from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig, MixedPrecisionQuantizer
 
 register_quantization_config(METHOD)(MixedPrecisionConfig)
@@ -70,8 +71,10 @@ def load_quantized(
     ``dtype`` is the precision of activations and of everything that is not an expert. ``device_map``: as in
     ``from_pretrained``, instead of ``device``.
     """
-    if not open_model(path).is_packed:
+    folder = open_model(path)
+    if not folder.is_packed:
         raise UserError(f"{path}/config.json: no quantization_config; give a folder that the quantize step wrote")
+    checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, device_map=device_map, output_loading_info=True

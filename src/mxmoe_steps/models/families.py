@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.raw import RawColumns, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
@@ -234,10 +233,7 @@ def open_model(path: str | Path) -> ModelFolder:
             f"{config_file}: the weights are quantized already ({method}); this tool starts from 16- or 32-bit weights:"
             f" {fix}"
         )
-    opened = ModelFolder(folder, family, config)
-    if opened.is_packed:
-        checked_quantization(config["quantization_config"], config_file)
-    return opened
+    return ModelFolder(folder, family, config)
 
 
 def moe_path(layer: int) -> str:

@@ -22,6 +22,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
 from mxmoe_steps.models.loading import resolve_device
 from mxmoe_steps.models.packed import bad_numbers
+from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.weights import check_block_weights, open_tensors
 from mxmoe_steps.schemes import BLOCKS
 
@@ -62,7 +63,8 @@ class StreamedModel:
             return None
         from mxmoe_steps.models.quantizer import MixedPrecisionConfig, MixedPrecisionQuantizer
 
-        quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**self.folder.config["quantization_config"]))
+        stated = checked_quantization(self.folder.config["quantization_config"], self.folder.path / "config.json")
+        quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**stated))
         quantizer.preprocess_model(self.model, checkpoint_files=sorted(set(self.folder.files.values())))
         return quantizer
 
