@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -119,7 +120,6 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_hub_set_from_a_local_folder(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     rows = [f"row {i}" for i in range(40)]
     datasets.Dataset.from_dict({"text": rows, "n": list(range(40))}).to_parquet(tmp_path / "train.parquet")
     path = str(tmp_path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from synthetic import allocation_of
 from transformers import AutoModelForCausalLM
 
 import mxmoe_steps
@@ -63,7 +64,7 @@ def packed(tiny_moe: Path, sources: str, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def checkpoint(tiny_moe: Path, packed: Path, assignment: list[list], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoint")
-    write_allocation(str(root / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"})
+    write_allocation(str(root / "allocation.json"), allocation_of(assignment, "rtn", tiny_moe))
     quantize.quantize(
         argparse.Namespace(
             model=str(tiny_moe), allocation=str(root / "allocation.json"), packed=str(packed), out=str(root / "out")
@@ -139,7 +140,7 @@ def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packe
         )
     choice = ["w3a16_g32_asym", "w8a8_g-1_sym", "w16a16"]
     assignment = [[layer, expert, *choice] for layer in range(2) for expert in [SHARED, 0, 1, 2, 3]]
-    allocation = {"assignment": assignment, "bits": 9.0, "quantizer": "rtn+hadamard"}
+    allocation = allocation_of(assignment, "rtn+hadamard", tiny_moe)
     write_allocation(str(tmp_path / "allocation.json"), allocation)
     paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(tmp_path / "packed")}
     quantize.quantize(argparse.Namespace(model=str(tiny_moe), out=str(tmp_path / "out"), **paths))
@@ -195,9 +196,7 @@ def test_generation_runs(checkpoint: Path) -> None:
 def test_the_same_allocation_gives_the_same_bytes(
     tiny_moe: Path, packed: Path, assignment: list[list], checkpoint: Path, tmp_path: Path
 ) -> None:
-    write_allocation(
-        str(tmp_path / "allocation.json"), {"assignment": assignment[::-1], "bits": 4.0, "quantizer": "rtn"}
-    )
+    write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment[::-1], "rtn", tiny_moe))
     quantize.quantize(
         argparse.Namespace(
             model=str(tiny_moe),
@@ -265,7 +264,7 @@ def test_stacked_experts_give_the_same_checkpoint(
             )
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
-    allocation = {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"}
+    allocation = allocation_of(assignment, "rtn", tiny_moe)
     write_allocation(str(tmp_path / "allocation.json"), allocation)
     paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
     quantize.quantize(argparse.Namespace(model=str(tmp_path / "stacked"), **paths))
@@ -276,7 +275,7 @@ def test_stacked_experts_give_the_same_checkpoint(
 def test_an_allocation_of_another_model_is_refused(
     tiny_moe: Path, packed: Path, assignment: list[list], tmp_path: Path
 ) -> None:
-    write_allocation(str(tmp_path / "allocation.json"), {"assignment": assignment[:-1], "bits": 4.0})
+    write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment[:-1], "rtn", tiny_moe))
     options = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
     with pytest.raises(UserError, match="layer 1, expert 3 is not in both"):
         quantize.quantize(argparse.Namespace(model=str(tiny_moe), **options))

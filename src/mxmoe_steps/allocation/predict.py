@@ -7,7 +7,7 @@ import numpy as np
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.time_model import Profile, block_times, layer_times, timing_schemes
 from mxmoe_steps.allocation.traffic import Traffic
-from mxmoe_steps.schemes import BLOCKS, parse_scheme
+from mxmoe_steps.schemes import parse_scheme
 
 
 def mean_layer_us(allocation: dict[str, Any], blocks: Blocks, traffic: Traffic, profile: Profile) -> float:
@@ -22,7 +22,6 @@ def mean_layer_us(allocation: dict[str, Any], blocks: Blocks, traffic: Traffic, 
         schemes.index(parse_scheme(named[layer, expert][kind]))
         for layer, expert, kind in zip(blocks.layer.tolist(), blocks.expert.tolist(), blocks.kind.tolist(), strict=True)
     ]
-    assert len(choice) == len(BLOCKS) * len(named)
     timed_as = {parse_scheme(scheme): parse_scheme(kernel) for scheme, kernel in allocation["timed_as"].items()}
     kernels = timing_schemes(tuple(schemes), profile, timed_as)
     chosen = np.array(choice)

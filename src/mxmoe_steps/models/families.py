@@ -185,7 +185,14 @@ class ModelFolder:
     def raw_block(self, layer: int, expert: int, block: str, part: Part = "weight") -> RawTensor:
         """The block's weight or bias as bytes of its file."""
         place = self.place(layer, expert, block, part)
-        return place.raw(tensors_of(self.files[place.tensor])[place.tensor])
+        return place.raw(self.raw(place.tensor))
+
+    def raw(self, name: str) -> RawTensor:
+        """A tensor as bytes of its file; `UserError` unless it is there."""
+        tensor = tensors_of(self.files[name]).get(name)
+        if tensor is None:
+            raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
+        return tensor
 
     @property
     def sources(self) -> list[Path]:
@@ -213,7 +220,7 @@ def open_model(path: str | Path) -> ModelFolder:
             f"{config_file}: model_type {config.get('model_type')!r} is not supported;"
             f" supported are {', '.join(sorted(FAMILIES))}"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method", "mxmoe")
+    method = str((config.get("quantization_config") or {}).get("quant_method", "mxmoe"))
     if method != "mxmoe":
         fix = "take a release that has them"
         if method in _DEQUANTIZING:

@@ -64,6 +64,23 @@ def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bo
     return PackedLinear(scheme, out_features, in_features, rotated, biased)
 
 
+def bad_numbers(root: nn.Module) -> str | None:
+    """Name of the first tensor below ``root`` that holds NaN or infinity, or a scale that is not positive."""
+    for path, module in root.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if not tensor.is_meta and _is_bad(module, name, tensor):
+                return f"{path}.{name}" if path else name
+    return None
+
+
+def _is_bad(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
+    if isinstance(module, PackedLinear) and name == "qweight":
+        return module.scheme.e4m3_weights and bool((tensor & 0x7F == 0x7F).any())  # e4m3 NaN
+    if isinstance(module, PackedLinear) and name == "scales":
+        return not bool((tensor.isfinite() & (tensor > 0)).all())
+    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
+
+
 class MixedExpert(nn.Module):
     """One expert: three blocks, each under its own scheme, those that are packed with or without rotation.
 

@@ -21,6 +21,8 @@ from torch import nn
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
 from mxmoe_steps.models.loading import resolve_device
+from mxmoe_steps.models.packed import bad_numbers
+from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.weights import check_block_weights, open_tensors
 from mxmoe_steps.schemes import BLOCKS
 
@@ -61,8 +63,9 @@ class StreamedModel:
             return None
         from mxmoe_steps.models.quantizer import MixedPrecisionConfig, MixedPrecisionQuantizer
 
-        quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**self.folder.config["quantization_config"]))
-        quantizer.preprocess_model(self.model)
+        stated = checked_quantization(self.folder.config["quantization_config"], self.folder.path / "config.json")
+        quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**stated))
+        quantizer.preprocess_model(self.model, checkpoint_files=sorted(set(self.folder.files.values())))
         return quantizer
 
     @contextmanager
@@ -114,8 +117,8 @@ class StreamedModel:
         for name, parameter in (*target.named_parameters(), *target.named_buffers()):
             if parameter.is_meta:
                 raise UserError(f"{self.folder.path}: the checkpoint holds no weights for {module}.{name}")
-            if parameter.is_floating_point() and not parameter.isfinite().all():
-                self._refuse_not_finite(module, name)
+        if (bad := bad_numbers(target)) is not None:
+            self._refuse_not_finite(module, bad)
 
     def _refuse_not_finite(self, module: str, name: str) -> None:
         """`UserError` that names layer, expert and block where an expert's weights are to blame."""
