@@ -122,7 +122,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.reference is None) == (args.sources is None or args.texts is None):
         raise UserError("give either --reference, or --sources with --texts")
     start_torch(args)
-    path = resolve_model(args.model)
+    path = resolve_model(args.model, packed=True, code=args.trust_remote_code)
     reference = None if args.reference is None else Reference(args.reference)
     if reference is None:
         found = read_texts(args, path, args.texts, "test")

@@ -80,7 +80,8 @@ def tensors_of(file: Path) -> dict[str, RawTensor]:
     header.pop("__metadata__", None)
     size = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if file.stat().st_size < size:
-        raise UserError(f"{file}: truncated, {file.stat().st_size:,} of {size:,} bytes; download it again")
+        found = f"{file.stat().st_size:,} of {size:,} bytes"
+        raise UserError(f"{file}: missing, truncated or not a safetensors file ({found}); download it again")
     return {
         name: RawTensor(file, entry["dtype"], tuple(entry["shape"]), *(8 + length + at for at in entry["data_offsets"]))
         for name, entry in header.items()
