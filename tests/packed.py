@@ -38,5 +38,9 @@ def pack(
         save_file(tensors, store / f"{name}.safetensors")
     write_allocation(str(allocation), {"assignment": assignment, "bits": 0.0, "quantizer": quantizer})
     out = folder / "checkpoint"
-    quantize.quantize(argparse.Namespace(model=str(model), allocation=str(allocation), packed=str(store), out=str(out)))
+    quantize.quantize(
+        argparse.Namespace(
+            trust_remote_code=False, model=str(model), allocation=str(allocation), packed=str(store), out=str(out)
+        )
+    )
     return out

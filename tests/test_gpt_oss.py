@@ -170,7 +170,7 @@ def packed(checkpoint: Path, captured: Any, tmp_path_factory: pytest.TempPathFac
     ]
     write_allocation(str(root / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "gptq"})
     paths = {"allocation": str(root / "allocation.json"), "packed": str(root / "gptq"), "out": str(root / "out")}
-    quantize.quantize(argparse.Namespace(model=str(checkpoint), **paths))
+    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(checkpoint), **paths))
     return root
 
 
@@ -225,7 +225,7 @@ def test_bfloat16_biases_keep_their_bytes(checkpoint: Path, captured: Any, packe
         "packed": str(packed / "gptq"),
         "out": str(tmp_path / "out"),
     }
-    quantize.quantize(argparse.Namespace(model=str(tmp_path / "model"), **paths))
+    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tmp_path / "model"), **paths))
     before = load_file(tmp_path / "model" / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert not [name for name in after if "gate_up_proj" in name or name.endswith("experts.down_proj")]
