@@ -33,6 +33,11 @@ def parse_source(name: str, value: dict[str, Any]) -> Source:
         elif not isinstance(entry, str):
             raise UserError(f"texts.{name}.{key}: must be a string, found {entry!r}")
         given["path" if key == "hub" else key] = entry
+    if kind is FileText and "separator" in given and "column" in given:
+        raise UserError(f"texts.{name}: separator divides texts and column names a part of records; give one of them")
+    for key in _LISTS.keys() & given.keys():
+        if len(set(given[key])) < len(given[key]):
+            raise UserError(f"texts.{name}.{key}: lists something twice; every entry counts once")
     return kind(**given)
 
 

@@ -127,6 +127,14 @@ class ModelFolder:
         return int(next(self.config[key] for key in EXPERT_COUNTS if key in self.config))
 
     @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        name = "model.embed_tokens.weight"
+        if name not in self.files:
+            raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
+        return tensors_of(self.files[name])[name].shape[0]
+
+    @property
     def is_packed(self) -> bool:
         """Whether `quantize` wrote the folder."""
         return self.config.get("quantization_config") is not None

@@ -14,8 +14,11 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer that transformers can load ({error})") from error
+    except Exception as error:  # whatever a broken file leads to inside transformers and tokenizers
+        raise UserError(
+            f"{path}: no tokenizer that transformers can load ({type(error).__name__}: {error}); copy tokenizer.json,"
+            " tokenizer_config.json and whatever else belongs to it from the original model"
+        ) from error
 
 
 def resolve_device(device: str) -> torch.device:
