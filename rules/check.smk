@@ -11,6 +11,10 @@ CHECK_FLAGS = flags(
     dtype=CONFIG.model.dtype,
     trust_remote_code=CONFIG.model.trust_remote_code,
     seed=CONFIG.runtime.seed,
+    **allocation_flags(),
+    problem=tuple(
+        [point.granularity, exact(point.budget_bits)] for point in FRONTIERS.values()
+    ),
     sources=canonical_json(CONFIG.texts),
     trace=[CONFIG.trace.sequences, CONFIG.trace.length, *CONFIG.trace.texts],
     calibrate=[

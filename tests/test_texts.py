@@ -317,10 +317,12 @@ def test_degenerate_tokens_are_refused(demo: Any, with_bos: Any) -> None:
         check_tokens(strange, with_bos, "t")
 
 
-def checked(model: Path, sources: dict[str, Any], **options: list[Any]) -> None:
+def checked(model: Path, sources: dict[str, Any], **options: Any) -> None:
     reads = {"trace": [4, 32, "a"], "calibrate": [4, 32, "a"], "evaluate": [4, 32, "a"]}
-    common = {"model": str(model), "dtype": "float32", "trust_remote_code": False, "seed": 0}
-    check.check(argparse.Namespace(**common, sources=canonical_json(sources), **(reads | options)))
+    common = {"model": str(model), "dtype": "float32", "trust_remote_code": False, "seed": 0, "fix": [], "min_bits": []}
+    common |= {"candidates": ["w4a16_g32", "w8a16"], "scope": "model", "max_schemes": None, "tie_gate_up": False}
+    common |= {"problem": [["block", "5.5"]]}
+    check.check(argparse.Namespace(sources=canonical_json(sources), **(common | reads | options)))
 
 
 def test_check_reads_everything_that_the_steps_will(tiny_moe: Path, text_file: Path, tmp_path: Path) -> None:
@@ -346,3 +348,28 @@ def test_check_keeps_calibration_and_evaluation_apart(tiny_moe: Path, text_file:
     with pytest.raises(UserError, match=r"texts\.b: \d\d% of what it has to evaluate on is calibration text of mixed"):
         checked(tiny_moe, sources | {"mixed": {"mix": ["a", "b"]}}, calibrate=[1, 32, "mixed"], evaluate=[4, 32, "b"])
     checked(tiny_moe, sources, evaluate=[4, 32, "a"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"problem": [["block", "5.5"], ["block", "4.9"]]},
+            r"granularity block, budget_bits 4\.9: .* average is 5\.0000",
+        ),
+        ({"fix": ["shared=w8a16"]}, r"granularity block, budget_bits 5\.5: no allocation meets .* 5\.5"),
+        (
+            {"problem": [["uniform", "6"]], "min_bits": ["block:down=6"]},
+            r"granularity uniform, budget_bits 6: no alloc",
+        ),
+        ({"min_bits": ["all=9"]}, r"budget_bits 5\.5: layer 0 .*no candidate has the minimum bits"),
+        ({"scope": "layer", "fix": ["layer:1=w8a16"]}, r"budget_bits 5\.5: no allocation meets"),
+        ({"fix": ["layer:7=w8a16"]}, r"selector 'layer:7' names no block"),
+        ({"trace": [1, 512, "a"]}, r"trace\.length: 512, but .* knows positions of 256 tokens"),
+    ],
+)
+def test_check_refuses_what_no_allocation_meets(
+    tiny_moe: Path, text_file: Path, options: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        checked(tiny_moe, {"a": {"files": [str(text_file)], "separator": "-----"}}, **options)
