@@ -6,40 +6,37 @@ It is no rule: its answer is no result, and nothing runs again because of it. A 
 import subprocess
 import sys
 
-CHECK_FLAGS = flags(
-    model=CONFIG.model.path,
-    dtype=CONFIG.model.dtype,
-    trust_remote_code=CONFIG.model.trust_remote_code,
-    seed=CONFIG.runtime.seed,
-    **allocation_flags(),
-    problem=tuple(
-        [point.granularity, exact(point.budget_bits)] for point in FRONTIERS.values()
-    ),
-    sources=canonical_json(CONFIG.texts),
-    trace=[CONFIG.trace.sequences, CONFIG.trace.length, *CONFIG.trace.texts],
-    calibrate=[
-        CONFIG.calibrate.sequences,
-        CONFIG.calibrate.length,
-        CONFIG.calibrate.text,
-    ],
-    evaluate=[
-        CONFIG.evaluate.sequences,
-        CONFIG.evaluate.length,
-        *CONFIG.evaluate.texts,
-    ],
-)
 READERS = {"trace", "trace_part", "capture", "capture_part", "evaluate_original"}
+
+
+def check_flags():
+    """All that the steps will read, and the problems that they will solve."""
+
+    def reads(section, texts):
+        return [section.sequences, section.length, *texts]
+
+    return flags(
+        **allocation_flags(),
+        model=CONFIG.model.path,
+        dtype=CONFIG.model.dtype,
+        trust_remote_code=CONFIG.model.trust_remote_code,
+        device=CONFIG.runtime.device if workflow.local_exec else "cpu",
+        seed=CONFIG.runtime.seed,
+        sources=canonical_json(CONFIG.texts),
+        trace=reads(CONFIG.trace, CONFIG.trace.texts),
+        calibrate=reads(CONFIG.calibrate, [CONFIG.calibrate.text]),
+        evaluate=reads(CONFIG.evaluate, CONFIG.evaluate.texts),
+        problem=tuple(
+            [point.granularity, exact(point.budget_bits)]
+            for point in FRONTIERS.values()
+        ),
+    )
 
 
 onstart:
     if READERS & {job.rule.name for job in workflow.dag.needrun_jobs()}:
-        command = [
-            sys.executable,
-            "-m",
-            "mxmoe_steps.check",
-            *shlex.split(CHECK_FLAGS),
-        ]
-        if subprocess.run(command).returncode:
+        command = [sys.executable, "-m", "mxmoe_steps.check"]
+        if subprocess.run(command + shlex.split(check_flags())).returncode:
             raise WorkflowError(
                 "No job was started: the error above says what to mend."
             )

@@ -319,9 +319,9 @@ def test_degenerate_tokens_are_refused(demo: Any, with_bos: Any) -> None:
 
 def checked(model: Path, sources: dict[str, Any], **options: Any) -> None:
     reads = {"trace": [4, 32, "a"], "calibrate": [4, 32, "a"], "evaluate": [4, 32, "a"]}
-    common = {"model": str(model), "dtype": "float32", "trust_remote_code": False, "seed": 0, "fix": [], "min_bits": []}
+    common = {"model": str(model), "dtype": "float32", "trust_remote_code": False, "seed": 0, "device": "cpu"}
     common |= {"candidates": ["w4a16_g32", "w8a16"], "scope": "model", "max_schemes": None, "tie_gate_up": False}
-    common |= {"problem": [["block", "5.5"]]}
+    common |= {"problem": [["block", "5.5"]], "fix": [], "min_bits": []}
     check.check(argparse.Namespace(sources=canonical_json(sources), **(common | reads | options)))
 
 

@@ -25,8 +25,10 @@ def check(args: argparse.Namespace) -> None:
     """Raise `UserError` for the first thing that is wrong."""
     from mxmoe_steps.data.reading import TextReader
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.loading import resolve_device
     from mxmoe_steps.models.streaming import StreamedModel
 
+    resolve_device(args.device)
     path = resolve_model(args.model, code=args.trust_remote_code)
     model = StreamedModel(path, args.dtype, "cpu", args.trust_remote_code)
     reader = TextReader(path, args.sources, args.seed, args.trust_remote_code)
@@ -86,8 +88,9 @@ def main() -> None:
         parser.add_argument(
             f"--{step}", nargs="+", required=True, metavar="N", help=f"what {step} reads: SEQUENCES LENGTH NAME ..."
         )
-    parser.add_argument("--seed", type=int, default=0)
     add = parser.add_argument
+    add("--seed", type=int, default=0)
+    add("--device", default="cpu", help="where the steps will compute; must be there (default cpu)")
     add("--candidates", nargs="+", required=True, metavar="SCHEME", help="schemes that blocks may take")
     add("--problem", action="append", nargs=2, required=True, metavar=("GRANULARITY", "BITS"), help="of the sweep")
     add("--scope", default="model", choices=["layer", "model"], help="whether the budget holds in each layer")

@@ -27,4 +27,9 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"runtime.device is {device!r} but PyTorch sees no CUDA GPU; set runtime.device to cpu or auto")
-    return torch.device(device)
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"runtime.device is {device!r} but PyTorch sees {torch.cuda.device_count()} GPUs; they count from cuda:0"
+        )
+    return found
