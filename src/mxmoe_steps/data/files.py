@@ -3,7 +3,6 @@
 import filecmp
 import itertools
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -53,9 +52,14 @@ def read_files(files: Sequence[str], separator: str | None, column: str | None) 
 
 def check_apart(files: Sequence[str], test_files: Sequence[str]) -> None:
     """`UserError` for a file that is listed twice, or a copy of another: calibration text must not be evaluated."""
-    for one, two in itertools.combinations([*files, *test_files], 2):
-        if all(map(os.path.isfile, (one, two))) and (os.path.samefile(one, two) or filecmp.cmp(one, two, False)):
-            raise UserError(f"{one} and {two} are the same text; list it once, in `files` or in `test_files`")
+    sizes: dict[int, list[str]] = {}
+    for file in (*files, *test_files):
+        if Path(file).is_file():
+            sizes.setdefault(Path(file).stat().st_size, []).append(file)
+    for size, alike in sizes.items():
+        for one, two in itertools.combinations(alike if size else [], 2):
+            if filecmp.cmp(one, two, shallow=False):
+                raise UserError(f"{one} and {two} are the same text; list it once, in `files` or in `test_files`")
 
 
 def check_text(text: str, where: str) -> None:

@@ -63,7 +63,8 @@ def check_tokens(tokens: npt.NDArray[np.int64], tokenizer: Any, where: str) -> N
     """`UserError` for tokens [S, L] that say little of a model: unknown, of one kind, or the same again and again."""
     flat = tokens.flatten()
     unknown = tokenizer.unk_token_id
-    share = 0.0 if unknown is None else float((flat == unknown).mean())
+    named = unknown is not None and unknown != tokenizer.eos_token_id  # some have one token for both
+    share = float((flat == unknown).mean()) if named else 0.0
     if share > _MOST_UNKNOWN:
         raise UserError(
             f"{where}: {share:.0%} of the tokens are {tokenizer.unk_token}, unknown to the tokenizer; is the text in a"
