@@ -1,6 +1,8 @@
 """The configuration: what it accepts, what it says when it does not, and what it spells out."""
 
 import copy
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +140,37 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
 def test_mistakes_name_the_key_and_the_fix(values: dict[str, Any], path: str, value: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         config.load_config(edited(values, path, value), "my.yaml")
+
+
+ODD: list[Any] = [
+    None, "", [], {}, float("nan"), float("inf"), -1, 0, 10**30, "x", True, 1.5, "{", [[]], [None], {"a": 1}, [{}],
+    b"x", "\0", "a\nb", "-x", "x" * 5000, {1: 2}, {None: 1}, "1e400", 3,
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every path into nested dictionaries and lists."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def test_odd_values_anywhere_are_refused_in_words(values: dict[str, Any]) -> None:
+    values["solve"] |= {"fix": ["shared=w8a8_fp8"], "min_bits": ["block:down=3"], "time_as": ["w4a4=w4a8_fp8"]}
+    values["texts"]["mine"] = {"files": ["README.md"], "test_files": ["CONTRIBUTING.md"], "separator": "%"}
+    values["texts"]["theirs"] = {"hub": "wikitext", "split": "train"}
+    refused = 0
+    for path in places(values):
+        for odd in ODD:
+            changed = copy.deepcopy(values)
+            at = functools.reduce(lambda inner, key: inner[key], path[:-1], changed)
+            at[path[-1]] = odd
+            try:
+                config.points(config.load_config(changed, "my.yaml"))
+            except UserError:
+                refused += 1
+    assert refused > 2000
 
 
 def test_what_exists_is_accepted(values: dict[str, Any], tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,10 @@ def test_a_file_is_on_one_side(tmp_path: Path, how: str) -> None:
         ({"mix": ["a", "b", "a"]}, r"texts\.t\.mix: lists something twice"),
         ({"files": ["a"], "column": "text", "separator": "%"}, r"give one of them"),
         ({"files": ["a"], "column": ["text"]}, r"texts\.t\.column: must be a string"),
+        ({"files": ["a"], "column": ""}, r"texts\.t\.column: is empty"),
+        ({"files": ["a"], "separator": "a\nb"}, r"texts\.t\.separator: is a whole line"),
+        ({"hub": "a\0b"}, r"texts\.t\.hub: must be a string"),
+        ({"package": "wiki"}, r"texts\.t\.package: 'wiki' is not known; known are code, wiki-en"),
     ],
 )
 def test_sources_that_contradict_themselves(value: dict[str, Any], says: str) -> None:

@@ -71,6 +71,10 @@ def _expand(path: str) -> str:
     for character in _NO_PATH:
         if character in found:
             raise ValueError(f"{found!r}: a path cannot hold {character!r} here; rename it")
+    try:
+        Path(found).exists()
+    except OSError as error:
+        raise ValueError(f"{found!r}: {error.strerror}; correct the path") from None
     return found
 
 
