@@ -203,9 +203,8 @@ def test_a_quantizers_own_file_is_believed(qwen: Path, tmp_path: Path, name: str
 
 
 def test_a_packed_model_is_not_packed_again(qwen: Path, tmp_path: Path) -> None:
-    path = rewritten(
-        qwen, tmp_path / "model", lambda _: None, quantization_config={"quant_method": "mxmoe", "blocks": {"0": {}}}
-    )
+    packed = {"quant_method": "mxmoe", "version": 1, "schemes": ["w4a16_g128_asym"], "blocks": {"0": {"0": [0, 0, 0]}}}
+    path = rewritten(qwen, tmp_path / "model", lambda _: None, quantization_config=packed)
     with pytest.raises(UserError, match=r"quantized already \(mxmoe, by this tool\); set model\.path to the original"):
         resolve_model(str(path))
     assert resolve_model(str(path), packed=True) == path

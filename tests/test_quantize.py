@@ -293,15 +293,18 @@ class Doubled(Qwen2MoeForCausalLM):
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_code_that_comes_with_the_model_goes_with_it_if_it_is_trusted(
-    tiny_moe: Path, packed: Path, assignment: list[list], sources: str, tmp_path: Path, trusted: bool
+    tiny_moe: Path, packed: Path, checkpoint: Path, tmp_path: Path, trusted: bool
 ) -> None:
     shutil.copytree(tiny_moe, tmp_path / "model")
     (tmp_path / "model" / "remote.py").write_text(REMOTE)
     config = json.loads((tiny_moe / "config.json").read_text())
     config |= {"auto_map": {"AutoModelForCausalLM": "remote.Doubled"}}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    write_allocation(str(tmp_path / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"})
-    paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
+    paths = {
+        "allocation": str(checkpoint.parent / "allocation.json"),
+        "packed": str(packed),
+        "out": str(tmp_path / "out"),
+    }
     quantize.quantize(argparse.Namespace(trust_remote_code=trusted, model=str(tmp_path / "model"), **paths))
     assert (tmp_path / "out" / "remote.py").is_file() == trusted
     assert ("auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())) == trusted
@@ -311,15 +314,18 @@ def test_code_that_comes_with_the_model_goes_with_it_if_it_is_trusted(
 
 
 def test_a_packed_checkpoint_keeps_the_dtype_of_the_weights(
-    tiny_moe: Path, packed: Path, assignment: list[list], tmp_path: Path
+    tiny_moe: Path, packed: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     """Where config.json names none, scales, which are bfloat16, would decide."""
     shutil.copytree(tiny_moe, tmp_path / "model")
     config = json.loads((tiny_moe / "config.json").read_text())
     del config["dtype"]
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    write_allocation(str(tmp_path / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"})
-    paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
+    paths = {
+        "allocation": str(checkpoint.parent / "allocation.json"),
+        "packed": str(packed),
+        "out": str(tmp_path / "out"),
+    }
     quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tmp_path / "model"), **paths))
     assert StreamedModel(tmp_path / "out", "auto", "cpu").dtype == torch.float32
     assert mxmoe_steps.load_quantized(tmp_path / "out").dtype == torch.float32
