@@ -13,11 +13,12 @@ from snakemake.exceptions import WorkflowError
 from snakemake.utils import update_config
 
 from mxmoe_steps.atomic import canonical_json
-from mxmoe_steps.config import decoder_layers, exact, load_config, points, typed
+from mxmoe_steps.config import decoder_layers, load_config, points
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.existence import timed_as
 from mxmoe_steps.provenance import stamps
 from mxmoe_steps.timing.launches import kernel_hashes
+from mxmoe_steps.values import exact, typed
 from mxmoe_steps.quantizers.method import QUANTIZERS
 
 update_config(config, typed(workflow.config_settings.config))

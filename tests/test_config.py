@@ -12,6 +12,7 @@ import yaml
 from mxmoe_steps import config
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.values import exact, typed
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,13 +197,13 @@ def test_points_that_differ_have_names_that_differ(values: dict[str, Any]) -> No
     assert len({point.name for point in found}) == len(found) == 10
     assert {float(point.name.split("_")[0][1:]) for point in found} == {3.0, 3.0000001}
     assert {float(point.name.split("_r")[1]) for point in found} == set(near)
-    assert [config.exact(value) for value in (3.0, 2.25, 0.1, 120.5, 1e-05)] == ["3", "2.25", "0.1", "120.5", "1e-05"]
+    assert [exact(value) for value in (3.0, 2.25, 0.1, 120.5, 1e-05)] == ["3", "2.25", "0.1", "120.5", "1e-05"]
 
 
 def test_values_of_the_command_line_are_numbers() -> None:
     given = {"runtime": {"threads": "2", "device": "cpu"}, "calibrate": {"damping": "1e-3", "schemes": ["w4a16"]}}
     given |= {"solve": {"keep_original": "true", "max_schemes": "null"}, "sweep": [{"r": ["0.5", 1]}]}
-    assert config.typed(given) == {
+    assert typed(given) == {
         "runtime": {"threads": 2, "device": "cpu"},
         "calibrate": {"damping": 1e-3, "schemes": ["w4a16"]},
         "solve": {"keep_original": True, "max_schemes": None},

@@ -5,12 +5,9 @@ points that the workflow computes. ``python -m mxmoe_steps.config`` prints the r
 ``config/README.md`` holds.
 """
 
-import contextlib
 import difflib
 import itertools
-import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -24,6 +21,7 @@ from mxmoe_steps.models.families import is_local, open_original
 from mxmoe_steps.quantizers.method import QuantizerName
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.timing.estimate import read_hardware
+from mxmoe_steps.values import distinct, exact, expand, expand_files
 
 Granularity = Literal["block", "expert", "layer", "uniform"]
 Goal = Literal["r", "max_time_us", "max_loss"]
@@ -35,7 +33,6 @@ _RESERVED = (  # what else stands in results/
     "benchmarks", "compile", "logs", "measure", "profile", "readme.md", "report.html", "summary.csv"
 )  # fmt: skip
 _LARGEST = 1 << 20  # sequences, tokens of a sequence or of a step; more is a slip of the pen
-_NO_PATH = "{}\n\r\0"  # Snakemake reads braces as wildcards
 
 
 class Section(BaseModel):
@@ -55,37 +52,7 @@ class Section(BaseModel):
         return values
 
 
-def _distinct(names: list[str]) -> list[str]:
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"{name!r} is listed twice; list every text once")
-    return names
-
-
-Names = Annotated[list[str], AfterValidator(_distinct)]
-
-
-def _expand(path: str) -> str:
-    """``~`` and variables of the environment as a shell expands them."""
-    found = os.path.expandvars(os.path.expanduser(path))
-    for character in _NO_PATH:
-        if character in found:
-            raise ValueError(f"{found!r}: a path cannot hold {character!r} here; rename it")
-    try:
-        Path(found).exists()
-    except OSError as error:
-        raise ValueError(f"{found!r}: {error.strerror}; correct the path") from None
-    return found
-
-
-def _expand_files(source: dict[str, Any]) -> dict[str, Any]:
-    """A text source with `_expand` of its files; what is no list of texts is left to `parse_source`."""
-    return {
-        key: [_expand(file) if isinstance(file, str) else file for file in value]
-        if key in ("files", "test_files") and isinstance(value, list)
-        else value
-        for key, value in source.items()
-    }
+Names = Annotated[list[str], AfterValidator(distinct)]
 
 
 class Model(Section):
@@ -110,7 +77,7 @@ class Model(Section):
     @field_validator("path")
     @classmethod
     def _expanded(cls, path: str) -> str:
-        return _expand(path)
+        return expand(path)
 
 
 class Trace(Section):
@@ -276,7 +243,7 @@ class Config(Section):
                 raise ValueError(
                     f"{name!r} is no name for a text: begin with a letter or digit, and use no / or braces"
                 )
-        return {name: _expand_files(source) for name, source in texts.items()}
+        return {name: expand_files(source) for name, source in texts.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -336,23 +303,6 @@ def _known(key: str, names: list[str], known: list[str] | list[QuantizerName], w
             raise ValueError(f"{key}: {name!r} is not {what}; {hint}")
 
 
-def typed(value: Any) -> Any:
-    """What Snakemake's ``--config`` gives, whose values inside braces are all strings, with numbers, true and null."""
-    if isinstance(value, Mapping):
-        return {key: typed(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [typed(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    constants = {"true": True, "false": False, "null": None}
-    if value.lower() in constants:
-        return constants[value.lower()]
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(value)
-    return value
-
-
 def load_config(values: dict[str, Any], origin: str) -> Config:
     """Validate ``values``; `UserError` lists every mistake with its key. ``origin`` names the file(s)."""
     try:
@@ -407,12 +357,6 @@ class Point(BaseModel):
     def name(self) -> str:
         """For example ``b2.25_t64_block_gptq_r0.75`` or ``b3_t64_block_gptq_us120``."""
         return f"{self.frontier}_{_GOAL_TAGS[self.goal]}{exact(self.value)}"
-
-
-def exact(value: float) -> str:
-    """A number in as few digits as tell it from every other: 3, 2.25, 0.3333333333333333."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
 
 
 def points(config: Config) -> list[Point]:
