@@ -129,8 +129,14 @@ def test_chats_of_a_hub_set(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"text": [{"speaker": "me"}]}',
-            r"a chat message needs the texts role and content; it has speaker",
+            r"a chat message needs role and content, both text; it has speaker",
         ),
+        (
+            "a.jsonl",
+            '{"text": [{"from": ["me"], "value": "a"}]}',
+            r"needs role and content, both text; it has from, value",
+        ),
+        ("a.jsonl", '{"text": "a\\ud800b"}', r"column 'text' of record 1: holds half of a surrogate pair"),
         ("a.jsonl", '{"text": "a\\u0000b"}', r"column 'text' of record 1: holds a NUL byte"),
         ("a.csv", "n,text\n1,a\n2", r"a\.csv: "),
         ("a.parquet", "PAR1", r"a\.parquet: not a readable Parquet file"),
@@ -377,3 +383,21 @@ def test_check_refuses_what_no_allocation_meets(
 ) -> None:
     with pytest.raises(UserError, match=says):
         checked(tiny_moe, {"a": {"files": [str(text_file)], "separator": "-----"}}, **options)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.jsonl", "a.json", "a.txt"])
+def test_damaged_files_of_records_are_named(tmp_path: Path, name: str) -> None:
+    """Bytes changed anywhere, or cut off: documents, or an error that names the file."""
+    rng = random.Random(0)
+    file = tmp_path / name
+    written(file, [f"text {n} of some" for n in range(30)])
+    whole = file.read_bytes()
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(rng.choice([1, 3])):
+            data[rng.randrange(len(data))] = rng.choice([0, 10, 34, 44, 123, 200, 255, rng.randrange(256)])
+        file.write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        try:
+            documents(FileText((str(file),), column="body"), "test")
+        except UserError as error:
+            assert name in str(error)  # noqa: PT017

@@ -23,7 +23,9 @@ _CONTAINERS = {  # first bytes of what is no text -> its name
     b"\xfe\xff": "UTF-16; convert it, e.g. iconv -f utf-16 -t utf-8",
 }
 _CONTROL = re.compile("[\x01-\x08\x0e-\x1a\x1c-\x1f\x7f\ufffd]")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell what is no character
 _CONTROLS_ALLOWED = 0.01  # of characters; more is not text
+_UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, MemoryError)  # what json and pyarrow raise
 _INSPECTED = 1 << 20  # characters of a document
 _SPEAKERS = {"human": "user", "gpt": "assistant", "system": "system"}  # ShareGPT's names of roles
 
@@ -66,6 +68,8 @@ def check_text(text: str, where: str) -> None:
     """`UserError` for what is decoded bytes rather than text."""
     if "\0" in text:
         raise UserError(f"{where}: holds a NUL byte at character {text.index(chr(0))}; it is no text, convert it")
+    if _SURROGATE.search(text):
+        raise UserError(f"{where}: holds half of a surrogate pair, which is no character; convert it")
     piece = text[:_INSPECTED]
     controls = len(_CONTROL.findall(piece))
     if controls > _CONTROLS_ALLOWED * len(piece):
@@ -89,9 +93,12 @@ def _message(turn: dict[str, Any], where: str) -> dict[str, Any]:
     """A chat message with ``role`` and ``content``, also from ShareGPT's ``from`` and ``value``."""
     given = {key: value for key, value in turn.items() if value is not None}
     if "from" in given and "value" in given:
-        given = {"role": _SPEAKERS.get(given["from"], given["from"]), "content": given["value"]}
+        given = {"role": given["from"], "content": given["value"]}
     if not isinstance(given.get("role"), str) or not isinstance(given.get("content", ""), str):
-        raise UserError(f"{where}: a chat message needs the texts role and content; it has {', '.join(sorted(turn))}")
+        raise UserError(
+            f"{where}: a chat message needs role and content, both text; it has {', '.join(map(str, turn))}"
+        )
+    given["role"] = _SPEAKERS.get(given["role"], given["role"])
     check_text(given.get("content", ""), where)
     return given
 
@@ -148,8 +155,12 @@ def _naming(records: Records) -> str:
 def _column(records: Records, column: str, file: str) -> list[Document]:
     if column not in records.columns:
         raise UserError(f"{file}: no column {column!r}; it has {', '.join(records.columns)}")
-    values = enumerate(records.values(column), start=1)
-    return [as_document(value, f"{file}: column {column!r} of record {n}") for n, value in values if value is not None]
+    try:
+        values = records.values(column)
+    except _UNREADABLE as error:
+        raise UserError(f"{file}: column {column!r} cannot be read ({error})") from None
+    where = f"{file}: column {column!r} of record"
+    return [as_document(value, f"{where} {n}") for n, value in enumerate(values, start=1) if value is not None]
 
 
 def _is_json_records(text: str) -> bool:
@@ -177,7 +188,7 @@ def _read_json(file: str) -> Records:
             records = json.loads(text)
         else:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file}: not readable as JSON objects, one a line or in a list ({error})") from None
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict) or not record:
@@ -206,7 +217,7 @@ def _read_csv(file: str, delimiter: str = ",") -> Records:
 
     try:
         return Records(csv.open_csv(file, read, parse).schema.names, values)
-    except pyarrow.ArrowException as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file}: not readable as a table with {delimiter!r} between columns ({error})") from None
 
 
@@ -215,12 +226,11 @@ def _read_tsv(file: str) -> Records:
 
 
 def _read_parquet(file: str) -> Records:
-    import pyarrow
     from pyarrow import parquet
 
     try:
         names = parquet.read_schema(file).names
-    except (OSError, pyarrow.ArrowException) as error:
+    except _UNREADABLE as error:
         raise UserError(f"{file}: not a readable Parquet file ({error})") from None
     return Records(names, lambda column: parquet.read_table(file, columns=[column]).column(0).to_pylist())
 
