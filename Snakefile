@@ -5,6 +5,7 @@ configfile: "config/config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/check.smk"
 include: "rules/trace.smk"
 include: "rules/capture.smk"
 include: "rules/calibrate.smk"

@@ -10,14 +10,18 @@ import shlex
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.utils import update_config
 
 from mxmoe_steps.atomic import canonical_json
-from mxmoe_steps.config import decoder_layers, load_config, points, timed_as
+from mxmoe_steps.config import decoder_layers, load_config, points
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.existence import timed_as
 from mxmoe_steps.provenance import stamps
 from mxmoe_steps.timing.launches import kernel_hashes
+from mxmoe_steps.values import exact, typed
 from mxmoe_steps.quantizers.method import QUANTIZERS
 
+update_config(config, typed(workflow.config_settings.config))
 try:
     CONFIG = load_config(config, "the configuration")
 except UserError as error:
@@ -140,24 +144,32 @@ def text_flags(names, section):
     }
 
 
+def allocation_flags():
+    """What every allocation may choose from."""
+    solve = CONFIG.solve
+    return {
+        "candidates": [
+            *CONFIG.calibrate.schemes,
+            *(["w16a16"] if solve.keep_original else []),
+        ],
+        "scope": solve.scope,
+        "fix": tuple(solve.fix),
+        "min_bits": tuple(solve.min_bits),
+        "max_schemes": solve.max_schemes,
+        "tie_gate_up": solve.tie_gate_up,
+    }
+
+
 def frontier_flags(point):
     """The allocation problem of one frontier."""
     solve = CONFIG.solve
     return flags(
-        budget_bits=f"{point.budget_bits:g}",
+        **allocation_flags(),
+        budget_bits=exact(point.budget_bits),
         tokens=point.tokens,
         granularity=point.granularity,
-        candidates=[
-            *CONFIG.calibrate.schemes,
-            *(["w16a16"] if solve.keep_original else []),
-        ],
-        scope=solve.scope,
         metric=solve.metric,
         traffic_text=solve.traffic,
-        fix=tuple(solve.fix),
-        min_bits=tuple(solve.min_bits),
-        max_schemes=solve.max_schemes,
-        tie_gate_up=solve.tie_gate_up,
         time_as=tuple(solve.time_as),
         seed=CONFIG.runtime.seed,
     )

@@ -22,7 +22,10 @@ rule quantize:
         f"{OUT}/benchmarks/quantize/{{point}}.tsv"
     params:
         **stamps("mxmoe_steps.quantize"),
-        flags=flags(model=CONFIG.model.path),
+        flags=flags(
+            model=CONFIG.model.path,
+            trust_remote_code=CONFIG.model.trust_remote_code,
+        ),
         packed=lambda wildcards: f"{OUT}/calibrate/{POINTS[wildcards.point].quantizer}",
     shell:
         "python -m mxmoe_steps.quantize {params.flags} --allocation {input.allocation:q}"

@@ -42,5 +42,9 @@ def pack(
         save_file(tensors, store / f"{name}.safetensors", metadata={"mxmoe": canonical_json(facts)})
     write_allocation(str(allocation), allocation_of(assignment, quantizer, model))
     out = folder / "checkpoint"
-    quantize.quantize(argparse.Namespace(model=str(model), allocation=str(allocation), packed=str(store), out=str(out)))
+    quantize.quantize(
+        argparse.Namespace(
+            trust_remote_code=False, model=str(model), allocation=str(allocation), packed=str(store), out=str(out)
+        )
+    )
     return out

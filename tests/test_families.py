@@ -52,6 +52,7 @@ def test_a_packed_checkpoint_loads_and_computes_the_same(family: str, tmp_path: 
     write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment, "gptq", tmp_path / "model"))
     quantize.quantize(
         argparse.Namespace(
+            trust_remote_code=False,
             model=str(tmp_path / "model"),
             allocation=str(tmp_path / "allocation.json"),
             packed=str(tmp_path / "packed"),

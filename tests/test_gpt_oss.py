@@ -173,7 +173,7 @@ def packed(checkpoint: Path, captured: Any, tmp_path_factory: pytest.TempPathFac
     ]
     write_allocation(str(root / "allocation.json"), allocation_of(assignment, "gptq", checkpoint))
     paths = {"allocation": str(root / "allocation.json"), "packed": str(root / "gptq"), "out": str(root / "out")}
-    quantize.quantize(argparse.Namespace(model=str(checkpoint), **paths))
+    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(checkpoint), **paths))
     return root
 
 

@@ -185,7 +185,7 @@ def capture(args: argparse.Namespace) -> None:
     if args.no_gradient and args.down_to is not None:
         raise UserError("--down-to is about gradients; leave it out with --no-gradient")
     start_torch(args)
-    path = resolve_model(args.model)
+    path = resolve_model(args.model, code=args.trust_remote_code)
     tokens = torch.from_numpy(read_texts(args, path, [args.text], "calibration")[args.text])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
     borders = Borders(model, tokens, "mxmoe_steps.capture", args)

@@ -137,7 +137,7 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.reference is None) == (args.sources is None or args.texts is None):
         raise UserError("give either --reference, or --sources with --texts")
     start_torch(args)
-    path = resolve_model(args.model)
+    path = resolve_model(args.model, packed=True, code=args.trust_remote_code)
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
     known = known_facts(model.folder)
     if args.save_reference is not None and model.folder.is_packed:

@@ -3,7 +3,7 @@
 Takes every block's quantized weights from what `calibrate` stored for the scheme that the allocation
 names, and everything else from the original checkpoint. Writes a folder that
 `mxmoe_steps.load_quantized` and, after ``import mxmoe_steps``, ``AutoModelForCausalLM.from_pretrained`` read.
-Nothing compiled and no code is inside.
+Nothing compiled is inside, and no code but, with --trust-remote-code, the Python files that come with the model.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def quantize(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
 
-    folder = open_model(resolve_model(args.model))
+    folder = open_model(resolve_model(args.model, code=args.trust_remote_code))
     allocation = read_allocation(args.allocation)
     assignment = {(layer, expert): tuple(schemes) for layer, expert, *schemes in allocation["assignment"]}
     expected = {(layer, expert) for layer in folder.moe_layers for expert in folder.expert_ids()}
@@ -120,11 +120,15 @@ def quantize(args: argparse.Namespace) -> None:
     try:
         write_shards(tensors, partial)
         packed_config = {
+            "dtype": folder.dtype,  # where config.json names none, that of packed tensors would be taken for it
             "experts_implementation": EXPERTS_IMPLEMENTATION,
             "quantization_config": quantization_config(assignment, allocation["quantizer"]),
         }
-        write_json(partial / "config.json", folder.config | packed_config)
-        for pattern in _COPIED:
+        config = folder.config | packed_config
+        if not args.trust_remote_code:
+            config.pop("auto_map", None)  # it names code that is not in the new folder, and that nothing was run with
+        write_json(partial / "config.json", config)
+        for pattern in (*_COPIED, *(["*.py"] if args.trust_remote_code else [])):
             for file in sorted(folder.path.glob(pattern)):
                 shutil.copyfile(file, partial / file.name)
         summary = {key: value for key, value in allocation.items() if key != "assignment"}
@@ -141,6 +145,7 @@ def main() -> None:
     """Command line."""
     parser = parser_for(__doc__)
     parser.add_argument("--model", required=True, help="local checkpoint folder or hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="copy Python code that comes with the model")
     parser.add_argument("--allocation", required=True, help="allocation.json that solve wrote")
     parser.add_argument("--packed", required=True, help="folder of one quantizer that calibrate wrote")
     parser.add_argument("--out", type=folder_to_write, required=True, help="checkpoint folder to write")

@@ -15,11 +15,14 @@ BLOCKS = ("gate", "up", "down")
 SHARED = -1  # the expert number of a layer's shared expert
 
 SCALE_BITS = 16  # one bfloat16 scale per group
+_LARGEST_GROUP = 1 << 16
 ZERO_BITS = 16  # one bfloat16 zero point per asymmetric group
 
 CODES_PER_UNIT = 8  # that fill whole bytes, see `mxmoe_steps.packing`
 
-_PATTERN = re.compile(r"w(?P<weight>\d+)a(?P<act>\d+)(?:_g(?P<group>-?\d+))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?")
+_PATTERN = re.compile(
+    r"w(?P<weight>\d{1,2})a(?P<act>\d{1,2})(?:_g(?P<group>-?\d{1,9}))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?"
+)
 _SUPPORTED = {  # (weight bits, activation bits) the quantizers and the reference arithmetic implement
     (16, 16), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (8, 8), (4, 8), (4, 4),
 }  # fmt: skip
@@ -135,8 +138,10 @@ def parse_scheme(text: str) -> Scheme:
     group, symmetric = _defaults(weight_bits, act_bits)
     if match["group"] is not None:
         group = int(match["group"])
-        if group != -1 and (group < 32 or group % 32):
-            raise UserError(f"scheme {text!r}: group must be -1 (per channel) or a multiple of 32")
+        if group != -1 and (group < 32 or group % 32 or group > _LARGEST_GROUP):
+            raise UserError(
+                f"scheme {text!r}: group must be -1 (per channel) or a multiple of 32 up to {_LARGEST_GROUP}"
+            )
     if match["sym"] is not None:
         symmetric = match["sym"] == "sym"
     fp8 = match["fp8"] is not None

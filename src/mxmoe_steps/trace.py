@@ -123,7 +123,7 @@ def trace(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.streaming import StreamedModel
 
     start_torch(args)
-    path = resolve_model(args.model)
+    path = resolve_model(args.model, code=args.trust_remote_code)
     found = read_texts(args, path, args.texts, "calibration")
     tokens = torch.cat([torch.from_numpy(found[text]) for text in args.texts])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)

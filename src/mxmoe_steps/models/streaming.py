@@ -5,7 +5,7 @@ the head, its weights from safetensors through transformers' own converters, and
 through a layer in runs of a few sequences, and what leaves it waits in a file (`mxmoe_steps.models.rows`). Memory is
 one part of the model and one run, whatever the size of the checkpoint and of the text.
 
-The functions imported from transformers' loading code are internal to it; nothing else of ours touches them.
+The functions imported from transformers' loading code are internal to it; only this module and `audit` touch them.
 """
 
 import copy
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
 from mxmoe_steps.models.loading import resolve_device
 from mxmoe_steps.models.packed import bad_numbers
@@ -33,6 +34,7 @@ class StreamedModel:
     """The causal LM of a checkpoint folder, original or packed by `quantize`; in evaluation mode, without gradients.
 
     ``dtype`` is the precision of activations and of everything that is not packed; ``auto`` is the checkpoint's own.
+    Raises `UserError` for a checkpoint that is not what the model class expects (`mxmoe_steps.models.audit`).
     """
 
     def __init__(self, path: str | Path, dtype: str, device: str, trust_remote_code: bool = False) -> None:
@@ -43,19 +45,29 @@ class StreamedModel:
         disable_progress_bar()
         self.folder: ModelFolder = open_model(path)
         self.device = resolve_device(device)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        self.dtype: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+        self.dtype = self._precision(self.folder.dtype if dtype == "auto" else dtype)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            with torch.device("meta"):
+                self.model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                )
+        except Exception as error:  # whatever a wrong value leads to inside transformers
+            raise UserError(f"{path}/config.json: transformers builds no model from it: {error}") from error
         self._quantizer = self._replace_packed_modules()
         self._conversions: Any = get_model_conversion_mapping(self.model, None, self._quantizer)
+        audit(self.folder, self.model, self._conversions, self._quantizer)
         self.model.eval().requires_grad_(False)
         self.decoder: Any = self.model.model
         self.layers = len(self.decoder.layers)
         self._make_buffers(self.decoder.rotary_emb)
         self.arguments = cache(self._arguments)
+
+    def _precision(self, name: str) -> torch.dtype:
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"{self.folder.path}/config.json: dtype {name!r} is no floating type; set model.dtype")
+        return dtype
 
     def _replace_packed_modules(self) -> Any:
         """The quantizer of a packed checkpoint, after it gave the model its packed modules; None for an original."""
