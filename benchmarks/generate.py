@@ -57,12 +57,12 @@ SHAPE = {
 RUNS = ("original", "w4a16", "hot", "w8a8_fp8")
 PARTS = ("host", "generate", "static", "graph", "prefill", "batching", "profile")
 BATCHES = (1, 16, 64)
-PROMPT, NEW = 64, 40  # tokens
+PROMPT, NEW = 64, 32  # tokens
 SKIPPED = 8  # first steps of a call
 PREFILLS = ((1, 512), (1, 2048), (4, 2048))  # sequences, tokens
 MOST_TOKENS = 8192
 REQUESTS, LONGEST = 64, 512
-ROUNDS = 3
+ROUNDS = 5
 
 Cells = dict[str, dict[str, float]]  # cell -> run -> figure
 
