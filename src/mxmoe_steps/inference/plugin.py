@@ -18,6 +18,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.loading import empty_model
 from mxmoe_steps.models.packed import bad_numbers
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig, MixedPrecisionQuantizer
@@ -87,6 +88,7 @@ def load_quantized(
         raise UserError(f"{path}/config.json: no quantization_config; give a folder that the quantize step wrote")
     checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
+    empty_model(folder, folder.dtype)  # refuses what transformers would trip over
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
     if device_map is None:
         model = model.to(device)
