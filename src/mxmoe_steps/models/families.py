@@ -211,11 +211,15 @@ class ModelFolder:
         place = self.place(layer, expert, block, part)
         return place.raw(self.raw(place.tensor))
 
+    @cached_property
+    def _headers(self) -> dict[Path, dict[str, RawTensor]]:
+        return {file: tensors_of(file) for file in set(self.files.values())}
+
     def raw(self, name: str) -> RawTensor:
         """A tensor as bytes of its file; `UserError` unless it is there."""
         if name not in self.files:
             raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
-        tensor = tensors_of(self.files[name]).get(name)
+        tensor = self._headers[self.files[name]].get(name)
         if tensor is None:
             raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
         return tensor
