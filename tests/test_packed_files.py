@@ -1,6 +1,5 @@
 """Damaged packed checkpoints: loading ends in an error that names the block and its part, or in the right weights."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mutations import mutated_bytes, mutated_json
+from mutations import mutated_bytes, mutated_json, refusal
 from packed import pack
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -152,12 +151,13 @@ def test_a_checkpoint_without_its_quantization_is_refused(damaged: Path) -> None
         whole_model(damaged)
 
 
-def test_a_tensor_beside_the_experts_is_missed(damaged: Path) -> None:
+@pytest.mark.parametrize("load", WAYS)
+def test_a_tensor_beside_the_experts_is_missed(damaged: Path, load: Callable[[Path], Any]) -> None:
     tensors = load_file(damaged / "model.safetensors")
     del tensors["model.layers.1.mlp.gate.weight"]
     save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.gate\.weight"):
-        whole_model(damaged)
+        load(damaged)
 
 
 def logits(path: Path) -> torch.Tensor | None:
@@ -174,12 +174,22 @@ def logits(path: Path) -> torch.Tensor | None:
 def test_a_damaged_quantization(checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
     folder = Path(shutil.copytree(checkpoint, tmp_path / "damaged", dirs_exist_ok=True))
     config = json.loads((folder / "config.json").read_text())
-    with contextlib.suppress(ValueError):  # text that is cut
-        config["quantization_config"] = json.loads(data.draw(mutated_json(config["quantization_config"])))
-    assume(isinstance(config["quantization_config"], dict))
-    (folder / "config.json").write_text(json.dumps(config))
+    text = data.draw(mutated_json(config["quantization_config"]))
+    marked = json.dumps(config | {"quantization_config": "HERE"})
+    (folder / "config.json").write_text(marked.replace('"HERE"', text))
     found = logits(folder)
     assert found is None or torch.equal(found, whole_model(checkpoint)(TOKENS).logits)
+
+
+@given(data=st.data())
+@FUZZ
+def test_a_damaged_configuration(checkpoint: Path, tmp_path: Path, data: st.DataObject) -> None:
+    """What transformers takes may mean another model, and anything else is an error that names the file."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "damaged", dirs_exist_ok=True))
+    (folder / "config.json").write_text(data.draw(mutated_json(json.loads((checkpoint / "config.json").read_text()))))
+    for load in (whole_model, by_layers):
+        said = refusal(lambda load=load: load(folder))
+        assert not said or str(folder) in said
 
 
 @given(data=st.data())

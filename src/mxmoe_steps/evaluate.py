@@ -19,7 +19,6 @@ from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.evaluations import read_manifest
 
-_AGAIN = "evaluate the original with --save-reference again"
 _MOST_NLL = 700.0  # nats; e to the power of more is no float64
 
 
@@ -50,24 +49,26 @@ class Reference:
 
     def __init__(self, path: str, model: Any) -> None:
         from mxmoe_steps.facts import ReferenceFacts
-        from mxmoe_steps.models.raw import FLOATING, expect, facts_of, tensors_of
+        from mxmoe_steps.models.raw import FLOATING, TensorFile
         from mxmoe_steps.models.rows import read_rows
 
         self.path = Path(path)
         if not self.path.is_file():
             raise UserError(f"{path}: no such reference; evaluate the original with --save-reference first")
-        facts, tensors, config = facts_of(self.path, ReferenceFacts, _AGAIN), tensors_of(self.path), model.model.config
+        self._file = file = TensorFile(self.path, "evaluate the original with --save-reference again")
+        facts, config = file.facts(ReferenceFacts), model.model.config
         if model.folder.is_packed and facts["model"] != read_manifest(model.folder.path)["allocation"]["model"]:
-            raise UserError(f"{path}: is of another model than {model.folder.path} was packed from; {_AGAIN}")
+            raise file.error(f"is of another model than {model.folder.path} was packed from")
         self.tokens = {}
         for text in facts["texts"]:
             name = f"tokens.{text}"
-            shape = tensors[name].shape if name in tensors and len(tensors[name].shape) == 2 else (1, 2)
-            expect(self.path, name, ["I64"], shape, _AGAIN).check()
-            expect(self.path, f"hidden.{text}", FLOATING, (*shape, config.hidden_size), _AGAIN).check()
+            shape = file.tensors[name].shape if name in file.tensors else ()
+            shape = shape if len(shape) == 2 else (1, 2)
+            file.tensor(name, ["I64"], shape).check()
+            file.tensor(f"hidden.{text}", FLOATING, (*shape, config.hidden_size)).check()
             self.tokens[text] = read_rows(self.path, name, slice(None))
             if shape[1] < 2 or self.tokens[text].min() < 0 or self.tokens[text].max() >= config.vocab_size:
-                raise UserError(f"{path}: {name} holds no text of {model.folder.path}; {_AGAIN}")
+                raise file.error(f"{name} holds no text of {model.folder.path}")
 
     def hidden(self, text: str, rows: slice = slice(None)) -> Any:
         """Final hidden states [S, L, H] of some sequences of a text; `UserError` for NaN or infinity."""
@@ -75,7 +76,7 @@ class Reference:
 
         hidden = read_rows(self.path, f"hidden.{text}", rows)
         if not hidden.isfinite().all():
-            raise UserError(f"{self.path}: hidden.{text} holds NaN or infinity; {_AGAIN}")
+            raise self._file.error(f"hidden.{text} holds NaN or infinity")
         return hidden
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.raw import expect
+from mxmoe_steps.models.raw import TensorFile
 from mxmoe_steps.tables import TRAFFIC, read_table
 
 DECODE_TOKENS = 256  # phase auto: a step of at most this many tokens is one token each of many sequences
@@ -36,7 +36,7 @@ class Routing:
 
     def __init__(self, folder: str) -> None:
         table, self.facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
-        self.file = Path(folder) / "routing.safetensors"
+        self._file = TensorFile(Path(folder) / "routing.safetensors", _FIX)
         layers, texts, experts = (self.facts[key] for key in ("layers", "texts", "experts"))
         keys = itertools.product(sorted(set(texts)), sorted(set(layers)), range(experts))
         if list(zip(*(table.column(name).to_pylist() for name in TRAFFIC.keys), strict=True)) != list(keys):
@@ -49,12 +49,12 @@ class Routing:
         """[tokens, k] of one text and layer."""
         facts = self.facts
         shape = (facts["sequences"], facts["length"], facts["top_k"])
-        tensor = expect(self.file, f"{text}/{layer}", ["I16"], shape, _FIX)
+        tensor = self._file.tensor(f"{text}/{layer}", ["I16"], shape)
         ids = np.frombuffer(tensor.read(), np.int16).reshape(-1, shape[-1])
         tokens = self._tokens[facts["texts"].index(text), facts["layers"].index(layer)]
         known = ids.min() >= 0 and ids.max() < len(tokens)
         if not known or (np.bincount(ids.ravel(), minlength=len(tokens)) != tokens).any():
-            raise UserError(f"{self.file}: {text}/{layer}: the expert ids do not add up to traffic.parquet; {_FIX}")
+            raise self._file.error(f"{text}/{layer}: the expert ids do not add up to traffic.parquet")
         return ids
 
 

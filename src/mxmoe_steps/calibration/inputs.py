@@ -12,7 +12,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.facts import CaptureFacts
 from mxmoe_steps.models.families import ModelFolder
 from mxmoe_steps.models.identity import fingerprint
-from mxmoe_steps.models.raw import FLOATING, expect, facts_of, tensors_of
+from mxmoe_steps.models.raw import FLOATING, TensorFile, tensors_of
 from mxmoe_steps.schemes import SHARED
 
 _FIX = "run capture again"
@@ -94,27 +94,27 @@ class LayerInputs:
 def check_captured(files: dict[int, Path], folder: ModelFolder) -> None:
     """`UserError` unless the header of every layer's file is that of a capture of this model, all of one text."""
     model, seen = fingerprint(folder), None
-    for layer, file in files.items():
-        facts = facts_of(file, CaptureFacts, _FIX)
-        tensors = tensors_of(file)
+    for layer, path in files.items():
+        file = TensorFile(path, f"{_FIX} for {folder.path}")
+        facts, tensors = file.facts(CaptureFacts), file.tensors
         if facts["model"] != model or facts["layer"] != layer:
-            raise UserError(f"{file}: was captured of another model or layer; {_FIX} for {folder.path}")
+            raise file.error("was captured of another model or layer")
         tokens, hidden = facts["sequences"] * facts["length"], folder.config["hidden_size"]
         top_k = tensors["ids"].shape[-1] if "ids" in tensors and tensors["ids"].shape else 0
         known = [
-            expect(file, "hidden", FLOATING, (tokens, hidden), _FIX),
-            expect(file, "ids", ["I16"], (tokens, top_k), _FIX),
-            expect(file, "weights", ["F32"], (tokens, top_k), _FIX),
+            file.tensor("hidden", FLOATING, (tokens, hidden)),
+            file.tensor("ids", ["I16"], (tokens, top_k)),
+            file.tensor("weights", ["F32"], (tokens, top_k)),
         ]
         if "gradient" in tensors:
-            known.append(expect(file, "gradient", FLOATING, (tokens, hidden), _FIX))
+            known.append(file.tensor("gradient", FLOATING, (tokens, hidden)))
         if folder.family.shared is not None:
-            known.append(expect(file, "shared", ["F32"], (tokens,), _FIX))
+            known.append(file.tensor("shared", ["F32"], (tokens,)))
         if len(known) < len(tensors):
-            raise UserError(f"{file}: holds {', '.join(sorted(tensors))}, not all of which are of this model; {_FIX}")
+            raise file.error(f"holds {', '.join(sorted(tensors))}, not all of which are of this model")
         text = {**facts, "layer": None, "gradient": "gradient" in tensors}
         if text != (seen := seen or text):
-            raise UserError(f"{file} and the file of layer {next(iter(files))} are not of one capture; {_FIX}")
+            raise file.error(f"it and the file of layer {next(iter(files))} are not of one capture")
 
 
 def _read(path: Path, experts: int, device: torch.device) -> dict[str, torch.Tensor]:

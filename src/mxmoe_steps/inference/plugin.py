@@ -3,18 +3,22 @@
 ``import mxmoe_steps`` is enough, before or after transformers: see `mxmoe_steps.inference.on_import`.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.logging import disable_progress_bar
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import log, use_kernels
+from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.loading import empty_model
 from mxmoe_steps.models.packed import bad_numbers
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig, MixedPrecisionQuantizer
@@ -27,6 +31,14 @@ class Plugin(MixedPrecisionQuantizer):
     """The quantizer of models that are loaded whole: their experts move to the kernels with the model."""
 
     _compileable = True
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **_: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, checkpoint_files)
+        if checkpoint_files:
+            folder = open_model(Path(checkpoint_files[0]).parent)
+            audit(folder, model, get_model_conversion_mapping(model, None, self), self)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         if (bad := bad_numbers(model)) is not None:
@@ -76,12 +88,8 @@ def load_quantized(
         raise UserError(f"{path}/config.json: no quantization_config; give a folder that the quantize step wrote")
     checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, device_map=device_map, output_loading_info=True
-    )
-    model, info = loaded
-    for name in sorted(info["missing_keys"]):
-        raise UserError(f"{path}: the checkpoint holds no weights for {name}; run the quantize step again")
+    empty_model(folder, folder.dtype)  # refuses what transformers would trip over
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
     if device_map is None:
         model = model.to(device)
     if model.device.type != "cuda":

@@ -63,7 +63,7 @@ def check_precision(folder: Path, config: Mapping[str, Any]) -> None:
         if stated is None:
             continue
         method = stated.get("quant_method") if isinstance(stated, dict) else None
-        if method is None:
+        if not isinstance(method, str):
             raise UserError(
                 f"{folder}/config.json: {key} names no quant_method, so what the weights mean is not known; take a"
                 " release in 16 or 32 bits, or remove the key if the weights are that"

@@ -129,10 +129,7 @@ class ModelFolder:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding: token ids are below it."""
-        name = "model.embed_tokens.weight"
-        if name not in self.files:
-            raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
-        return tensors_of(self.files[name])[name].shape[0]
+        return self.raw("model.embed_tokens.weight").shape[0]
 
     @property
     def is_packed(self) -> bool:
@@ -214,9 +211,15 @@ class ModelFolder:
         place = self.place(layer, expert, block, part)
         return place.raw(self.raw(place.tensor))
 
+    @cached_property
+    def _headers(self) -> dict[Path, dict[str, RawTensor]]:
+        return {file: tensors_of(file) for file in set(self.files.values())}
+
     def raw(self, name: str) -> RawTensor:
         """A tensor as bytes of its file; `UserError` unless it is there."""
-        tensor = tensors_of(self.files[name]).get(name)
+        if name not in self.files:
+            raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
+        tensor = self._headers[self.files[name]].get(name)
         if tensor is None:
             raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
         return tensor

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint and the device to compute on."""
+"""The tokenizer of a checkpoint, its model without weights, and the device to compute on."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import ModelFolder
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -19,6 +20,21 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
             f"{path}: no tokenizer that transformers can load ({type(error).__name__}: {error}); copy tokenizer.json,"
             " tokenizer_config.json and whatever else belongs to it from the original model"
         ) from error
+
+
+def empty_model(folder: ModelFolder, dtype: str, trust_remote_code: bool = False) -> Any:
+    """The causal LM that ``config.json`` describes, without weights (meta device); `UserError` if it describes none."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    precision = getattr(torch, dtype, None)
+    if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
+        raise UserError(f"{folder.path}/config.json: dtype {dtype!r} is no floating type; set model.dtype")
+    try:
+        config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a wrong value leads to inside transformers
+        raise UserError(f"{folder.path}/config.json: transformers builds no model from it: {error}") from error
 
 
 def resolve_device(device: str) -> torch.device:

@@ -11,7 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,13 +118,33 @@ def tensors_of(file: Path) -> dict[str, RawTensor]:
     return _contents(file)[0]
 
 
-def expect(file: Path, name: str, dtypes: Sequence[str], shape: tuple[int, ...], fix: str) -> RawTensor:
-    """A tensor of a file; `UserError` unless it is there, of one of the types and of that shape."""
-    tensor = tensors_of(file).get(name)
-    if tensor is None or tensor.dtype not in dtypes or tensor.shape != shape:
-        was = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
-        raise UserError(f"{file}: {name} is {was}, expected {' or '.join(dtypes)} {list(shape)}; {fix}")
-    return tensor
+@dataclass(frozen=True)
+class TensorFile:
+    """A file of this tool's own; ``fix``: what to do where it is not as it should be."""
+
+    path: Path
+    fix: str
+
+    @cached_property
+    def tensors(self) -> dict[str, RawTensor]:
+        """By name."""
+        return tensors_of(self.path)
+
+    def facts(self, schema: Any) -> dict[str, Any]:
+        """What the step that wrote it says of it; `UserError` when that is not as ``schema`` describes."""
+        return facts_of(self.path, schema, self.fix)
+
+    def tensor(self, name: str, dtypes: Sequence[str], shape: tuple[int, ...]) -> RawTensor:
+        """One of the tensors; `UserError` unless it is there, of one of the types and of that shape."""
+        found = self.tensors.get(name)
+        if found is None or found.dtype not in dtypes or found.shape != shape:
+            was = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise self.error(f"{name} is {was}, expected {' or '.join(dtypes)} {list(shape)}")
+        return found
+
+    def error(self, what: str) -> UserError:
+        """To raise where something else is wrong."""
+        return UserError(f"{self.path}: {what}; {self.fix}")
 
 
 def facts_of(file: Path, schema: Any, fix: str) -> dict[str, Any]:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mxmoe_steps.errors import UserError
 from mxmoe_steps.facts import StoreFacts
-from mxmoe_steps.models.raw import RawTensor, expect, facts_of
+from mxmoe_steps.models.raw import RawTensor, TensorFile
 from mxmoe_steps.schemes import Scheme
 
 _NAN = (0x7F, 0xFF)
@@ -19,21 +18,21 @@ class PackedStore:
     """The store of one scheme in ``folder``; `UserError` unless it is of this model, quantizer and scheme."""
 
     def __init__(self, folder: Path, scheme: Scheme, quantizer: str, model: str) -> None:
-        self.file, self.scheme = folder / f"{scheme}.safetensors", scheme
-        self._fix = f"calibrate {scheme} again for this model"
-        facts = facts_of(self.file, StoreFacts, self._fix)
+        self.scheme = scheme
+        self._file = TensorFile(folder / f"{scheme}.safetensors", f"calibrate {scheme} again for this model")
+        facts = self._file.facts(StoreFacts)
         for name, wanted in (("scheme", scheme.name), ("quantizer", quantizer), ("model", model)):
             if facts[name] != wanted:
-                raise UserError(f"{self.file}: {name} is {facts[name]}, expected {wanted}; {self._fix}")
+                raise self._file.error(f"{name} is {facts[name]}, expected {wanted}")
 
     def block(self, layer: int, expert: int, block: str, shape: tuple[int, int]) -> dict[str, RawTensor]:
         """Part -> tensor of a block [N, K]; `UserError` unless all parts are there and mean finite numbers."""
         parts = {}
         for part, (dtype, stored_shape) in self.scheme.parts(*shape).items():
             name = f"{layer}.{expert}.{block}.{part}"
-            tensor = expect(self.file, name, [dtype], stored_shape, self._fix)
+            tensor = self._file.tensor(name, [dtype], stored_shape)
             if not self._is_finite(part, tensor):
-                raise UserError(f"{self.file}: {name} holds NaN, infinity or a scale that is not positive; {self._fix}")
+                raise self._file.error(f"{name} holds NaN, infinity or a scale that is not positive")
             parts[part] = tensor
         return parts
 

@@ -21,7 +21,7 @@ from torch import nn
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
-from mxmoe_steps.models.loading import resolve_device
+from mxmoe_steps.models.loading import empty_model, resolve_device
 from mxmoe_steps.models.packed import bad_numbers
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.weights import check_block_weights, open_tensors
@@ -38,22 +38,14 @@ class StreamedModel:
     """
 
     def __init__(self, path: str | Path, dtype: str, device: str, trust_remote_code: bool = False) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         self.folder: ModelFolder = open_model(path)
         self.device = resolve_device(device)
-        self.dtype = self._precision(self.folder.dtype if dtype == "auto" else dtype)
-        try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            with torch.device("meta"):
-                self.model: Any = AutoModelForCausalLM.from_config(
-                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
-                )
-        except Exception as error:  # whatever a wrong value leads to inside transformers
-            raise UserError(f"{path}/config.json: transformers builds no model from it: {error}") from error
+        self.model: Any = empty_model(self.folder, self.folder.dtype if dtype == "auto" else dtype, trust_remote_code)
+        self.dtype: torch.dtype = self.model.dtype
         self._quantizer = self._replace_packed_modules()
         self._conversions: Any = get_model_conversion_mapping(self.model, None, self._quantizer)
         audit(self.folder, self.model, self._conversions, self._quantizer)
@@ -62,12 +54,6 @@ class StreamedModel:
         self.layers = len(self.decoder.layers)
         self._make_buffers(self.decoder.rotary_emb)
         self.arguments = cache(self._arguments)
-
-    def _precision(self, name: str) -> torch.dtype:
-        dtype = getattr(torch, name, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise UserError(f"{self.folder.path}/config.json: dtype {name!r} is no floating type; set model.dtype")
-        return dtype
 
     def _replace_packed_modules(self) -> Any:
         """The quantizer of a packed checkpoint, after it gave the model its packed modules; None for an original."""
