@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FLOATS, ModelFolder
-from mxmoe_steps.models.raw import RawTensor, tensors_of
+from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.models.raw import FLOATS, RawTensor
 from mxmoe_steps.schemes import BLOCKS
 
 _MEANING = re.compile(r"scale|zero|quant|absmax|g_idx|blocks", re.IGNORECASE)  # in names of what decodes weights
@@ -42,7 +42,7 @@ def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> 
 
     ``conversions`` and ``quantizer`` are what transformers would load it with.
     """
-    raw = _headers(folder)
+    raw = {name: folder.raw(name) for name in folder.files}
     renamed = _renamed(model, raw, conversions)
     expected = set(model.state_dict())
     used = [name for name in raw if renamed[name] in expected]
@@ -57,15 +57,6 @@ def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> 
     _check_complete(folder, model, {renamed[name] for name in used})
     _check_company(folder, used, set(raw) - set(used))
     _check_shapes(folder, model, {name: _Header(raw[name]) for name in used}, conversions, quantizer)
-
-
-def _headers(folder: ModelFolder) -> dict[str, RawTensor]:
-    found = {}
-    for name, file in folder.files.items():
-        if name not in tensors_of(file):
-            raise UserError(f"{file}: holds no tensor {name}, which the checkpoint's index says it does")
-        found[name] = tensors_of(file)[name]
-    return found
 
 
 def _renamed(model: Any, names: Iterable[str], conversions: Any) -> dict[str, str]:
