@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FLOATS, ModelFolder
-from mxmoe_steps.models.raw import RawTensor
+from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.models.raw import FLOATS, RawTensor
 from mxmoe_steps.schemes import BLOCKS
 
 _MEANING = re.compile(r"scale|zero|quant|absmax|g_idx|blocks", re.IGNORECASE)  # in names of what decodes weights

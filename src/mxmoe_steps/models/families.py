@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, read_index
-from mxmoe_steps.models.raw import RawColumns, RawTensor, tensors_of
+from mxmoe_steps.models.raw import FLOATS, RawColumns, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -39,7 +39,6 @@ class Family:
 
 Part = Literal["weight", "bias"]
 
-FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors -> PyTorch
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # `mxmoe_steps.models.gating` computes them
 
 # In config.json of our checkpoints; transformers quotes it where it is not registered (`models.quantizer`)
@@ -129,7 +128,11 @@ class ModelFolder:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding: token ids are below it."""
-        return self.raw("model.embed_tokens.weight").shape[0]
+        name = "model.embed_tokens.weight"
+        shape = self.raw(name).shape
+        if len(shape) != 2:
+            raise UserError(f"{self.path}: {name} is {list(shape)} in the checkpoint, and no matrix; download it again")
+        return shape[0]
 
     @property
     def is_packed(self) -> bool:

@@ -24,7 +24,8 @@ from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.records import parse_record
 
-FLOATING = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors -> PyTorch
+FLOATING = tuple(FLOATS)
 
 _ALIGNMENT = 8
 _PIECE = 1 << 24  # bytes read at a time
