@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_runtime, parser_for, start_torch
-from mxmoe_steps.atomic import atomic_path, canonical_json
+from mxmoe_steps.arguments import add_runtime, parser_for
+from mxmoe_steps.atomic import atomic_path, canonical_json, working_in
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import write_record
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
@@ -71,12 +72,16 @@ def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path])
     """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same."""
     from mxmoe_steps.provenance import file_marks, stamps
 
+    method = Method(args.quantizer)
+    ignored = {"out", "layers", "made_from"} | (set() if method.gptq else {"damping"})
     common = {
-        "options": {name: value for name, value in vars(args).items() if name not in ("out", "layers")},
-        "code": stamps("mxmoe_steps.calibrate", "torch"),
-        "checkpoint": file_marks(folder.sources),
+        "options": {name: value for name, value in vars(args).items() if name not in ignored},
+        "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules),
     }
-    return {layer: common | {"captured": file_marks([file])} for layer, file in captured.items()}
+    made_from = vars(args).get("made_from")
+    return {
+        layer: common | {"inputs": made_from or file_marks([*folder.sources, file])} for layer, file in captured.items()
+    }
 
 
 def finished(path: Path, key: Any) -> Any:
@@ -97,7 +102,7 @@ def calibrate(args: argparse.Namespace) -> None:
 
     from mxmoe_steps.calibration.inputs import LayerInputs
     from mxmoe_steps.models.families import open_model, resolve_model
-    from mxmoe_steps.models.loading import resolve_device
+    from mxmoe_steps.models.loading import resolve_device, start_torch
 
     scheme = parse_scheme(args.scheme)
     if scheme.is_original:
@@ -114,25 +119,26 @@ def calibrate(args: argparse.Namespace) -> None:
     keys = layer_keys(args, folder, captured)
     parts = {layer: partial / file.name for layer, file in captured.items()}
     wanted = folder.moe_layers if args.layers is None else range(*args.layers)
-    todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
-    try:
-        reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
-        for layer, inputs in zip(todo, reading, strict=True):
-            rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
-            facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
-            with atomic_path(parts[layer]) as temporary:
-                save_file(packed, temporary, metadata={"mxmoe": canonical_json(facts)})
-            note = few_tokens(rows)
-            print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
-    except torch.OutOfMemoryError as error:
-        missing = next(layer for layer in todo if finished(parts[layer], keys[layer]) is None)
-        raise UserError(
-            f"layer {missing} does not fit in the GPU's memory: lower calibrate.sequences, run fewer jobs on the GPU at"
-            " a time, or set runtime.device: cpu"
-        ) from error
-    if args.layers is None:
-        write_result(Path(args.out), scheme, method, [(parts[layer], keys[layer]) for layer in folder.moe_layers])
-        shutil.rmtree(partial)
+    with working_in(partial, shared=args.layers is not None):
+        todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
+        try:
+            reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
+            for layer, inputs in zip(todo, reading, strict=True):
+                rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
+                facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
+                with atomic_path(parts[layer]) as temporary:
+                    save_file(packed, temporary, metadata={"mxmoe": canonical_json(facts)})
+                note = few_tokens(rows)
+                print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
+        except torch.OutOfMemoryError as error:
+            missing = next(layer for layer in todo if finished(parts[layer], keys[layer]) is None)
+            raise UserError(
+                f"layer {missing} does not fit in the GPU's memory: lower calibrate.sequences, run fewer jobs on the"
+                " GPU at a time, or set runtime.device: cpu"
+            ) from error
+        if args.layers is None:
+            write_result(Path(args.out), scheme, method, [(parts[layer], keys[layer]) for layer in folder.moe_layers])
+            shutil.rmtree(partial)
 
 
 def write_result(out: Path, scheme: Scheme, method: Method, parts: list[tuple[Path, Any]]) -> None:
@@ -161,7 +167,11 @@ def main() -> None:
         "--layers", type=int, nargs=2, metavar=("K", "L"), help="only do layers K ... L-1, for a later run without it"
     )
     parser.add_argument("--out", required=True, help="folder to write")
-    calibrate(parser.parse_args())
+    args = parser.parse_args()
+    calibrate(args)
+    if args.layers is None:
+        scheme = parse_scheme(args.scheme)
+        write_record(args.made_from, [f"{args.out}/{scheme}.{kind}" for kind in ("parquet", "safetensors")])
 
 
 if __name__ == "__main__":

@@ -93,7 +93,9 @@ class Profile(Section):
     """Kernel times."""
 
     hardware: str = Field(
-        "h100", description="a GPU of resources/profiles, or local: compile kernels and measure this machine's GPU"
+        "h100",
+        description="a GPU that the package knows (a100, h100, h200, rtx4090), or local: compile kernels and measure"
+        " this machine's GPU",
     )
 
     @field_validator("hardware")

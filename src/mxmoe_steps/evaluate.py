@@ -15,9 +15,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, parser_for, start_torch
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, parser_for
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import write_record
 
 
 def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[float, float]:
@@ -117,6 +118,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
     if (args.reference is None) == (args.sources is None or args.texts is None):
@@ -130,14 +132,15 @@ def evaluate(args: argparse.Namespace) -> None:
     else:
         texts = reference.tokens
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
-    borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", args)
     runs = runs_of([len(tokens) for tokens in texts.values()], args.batch)
-    forward(model, borders, runs, model.layers, unwatched)
-    metrics = measure(model, borders, texts, args.batch, reference, args.save_reference)
-    mean = {key: sum(one[key] for one in metrics.values()) / len(metrics) for key in ("nll", "kl")}
-    overall = mean | {"perplexity": math.exp(mean["nll"])}
-    write_json(args.out, known_facts(model.folder) | {"texts": metrics, "overall": overall})
-    borders.remove()
+    with Borders.locked(args):
+        borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", args)
+        forward(model, borders, runs, model.layers, unwatched)
+        metrics = measure(model, borders, texts, args.batch, reference, args.save_reference)
+        mean = {key: sum(one[key] for one in metrics.values()) / len(metrics) for key in ("nll", "kl")}
+        overall = mean | {"perplexity": math.exp(mean["nll"])}
+        write_json(args.out, known_facts(model.folder) | {"texts": metrics, "overall": overall})
+        borders.remove()
 
 
 def main() -> None:
@@ -153,7 +156,9 @@ def main() -> None:
     add_runtime(parser)
     add_borders(parser)
     parser.add_argument("--out", required=True, help="JSON file to write")
-    evaluate(parser.parse_args())
+    args = parser.parse_args()
+    evaluate(args)
+    write_record(args.made_from, [file for file in (args.out, args.save_reference) if file is not None])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import write_record
 
 MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
 
@@ -130,7 +131,9 @@ def main() -> None:
     add("--prove", action="store_true", help="have CP-SAT confirm every vertex (with --gap 0)")
     add("--threads", type=int, default=1, help="solver workers; part of the result's bytes (default 1)")
     add("--out", required=True, help="JSON file to write")
-    frontier(parser.parse_args())
+    args = parser.parse_args()
+    frontier(args)
+    write_record(args.made_from, [args.out])
 
 
 if __name__ == "__main__":

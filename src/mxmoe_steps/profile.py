@@ -1,8 +1,8 @@
 """profile: what launches of the grouped GEMM kernels cost on a GPU, for the time model of `frontier`.
 
-Fits the model to measurements: those that `measure` took on this machine's GPU, or those in resources/profiles of
-a named one. The error on held-out problems goes into the table and to stderr. For a GPU that nothing was measured on
-the times are a roofline estimate from its data sheet, and every result that uses them says so.
+Fits the model to measurements: those that `measure` took on this machine's GPU, or those that come with the package.
+The error on held-out problems goes into the table and to stderr. For a GPU that nothing was measured on the times are
+a roofline estimate from its data sheet, and every result that uses them says so.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from typing import Any
 
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import write_record
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, measured_file, read_hardware
 
@@ -91,11 +92,13 @@ def main() -> None:
     """Command line."""
     parser = parser_for(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hardware", help="a GPU of resources/profiles, e.g. h100")
+    source.add_argument("--hardware", help="a GPU that the package knows, e.g. h100")
     source.add_argument("--measurements", help="table that measure wrote")
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
     parser.add_argument("--out", required=True, help="parquet file to write")
-    profile(parser.parse_args())
+    args = parser.parse_args()
+    profile(args)
+    write_record(args.made_from, [args.out])
 
 
 if __name__ == "__main__":

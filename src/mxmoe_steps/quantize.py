@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import parser_for
-from mxmoe_steps.atomic import write_json
+from mxmoe_steps.atomic import atomic_folder, write_json
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import write_record
 from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 _SHARD_BYTES = 4 << 30
-_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
 
 Assignment = dict[tuple[int, int], tuple[str, str, str]]
 
@@ -110,26 +110,19 @@ def quantize(args: argparse.Namespace) -> None:
             " solve again for this model"
         )
     out = Path(args.out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as partial:
         write_shards(checkpoint_tensors(folder, assignment, Path(args.packed)), partial)
         packed_config = {
             "experts_implementation": EXPERTS_IMPLEMENTATION,
             "quantization_config": quantization_config(assignment, allocation["quantizer"]),
         }
         write_json(partial / "config.json", folder.config | packed_config)
-        for pattern in _COPIED:
-            for file in sorted(folder.path.glob(pattern)):
-                shutil.copyfile(file, partial / file.name)
+        for file in folder.copied_files:
+            (partial / file.relative_to(folder.path)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / file.relative_to(folder.path))
         summary = {key: value for key, value in allocation.items() if key != "assignment"}
         weights_bytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
         write_json(partial / "mxmoe.json", {"allocation": summary, "weights_bytes": weights_bytes})
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"quantize: {weights_bytes / 1e6:.2f} MB of weights in {out}", file=sys.stderr)
 
 
@@ -140,7 +133,9 @@ def main() -> None:
     parser.add_argument("--allocation", required=True, help="allocation.json that solve wrote")
     parser.add_argument("--packed", required=True, help="folder of one quantizer that calibrate wrote")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")
-    quantize(parser.parse_args())
+    args = parser.parse_args()
+    quantize(args)
+    write_record(args.made_from, [args.out])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import write_record
 
 _VARIES = 1.05  # predicted times that differ by less than this factor are called equal
 
@@ -178,7 +179,10 @@ def main() -> None:
     parser.add_argument("--html", required=True, help="page to write")
     parser.add_argument("--csv", required=True, help="table to write")
     parser.add_argument("--figures", required=True, help="folder for the SVG files")
-    report(parser.parse_args())
+    args = parser.parse_args()
+    report(args)
+    figures = [f"{args.figures}/{name}.svg" for name in sorted(HEADINGS)]
+    write_record(args.made_from, [args.html, args.csv, *figures])
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for, start_torch
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import run_cli
+from mxmoe_steps.made_from import write_record
 
 
 def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None:
@@ -106,6 +107,7 @@ def trace(args: argparse.Namespace) -> None:
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.borders import Borders, runs_of
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
     start_torch(args)
@@ -113,13 +115,14 @@ def trace(args: argparse.Namespace) -> None:
     found = read_texts(args, path, args.texts, "calibration")
     tokens = torch.cat([torch.from_numpy(found[text]) for text in args.texts])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
-    borders = Borders(model, tokens, "mxmoe_steps.trace", args)
     runs = runs_of([args.sequences] * len(args.texts), args.batch)
     end = model.folder.moe_layers[-1] + 1
-    trace_layers(model, borders, runs, min(args.until or end, end))
-    if args.until is None:
-        write_traffic(args, model.folder, borders)
-        borders.remove()
+    with Borders.locked(args):
+        borders = Borders(model, tokens, "mxmoe_steps.trace", args)
+        trace_layers(model, borders, runs, min(args.until or end, end))
+        if args.until is None:
+            write_traffic(args, model.folder, borders)
+            borders.remove()
 
 
 def main() -> None:
@@ -131,7 +134,10 @@ def main() -> None:
     add_borders(parser)
     parser.add_argument("--until", type=int, metavar="K", help="stop when layers 0 ... K-1 are done")
     parser.add_argument("--out", required=True, help="folder to write")
-    trace(parser.parse_args())
+    args = parser.parse_args()
+    trace(args)
+    if args.until is None:
+        write_record(args.made_from, [Path(args.out) / name for name in ("traffic.parquet", "routing.safetensors")])
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ class Family:
     clamped: bool = False
 
 
+PACKED_MODULES = ("mxmoe_steps.models.quantizer",)  # what a model that is not packed never runs
+
 Part = Literal["weight", "bias"]
 
 # In config.json of our checkpoints; transformers quotes it where it is not registered (`models.quantizer`)
@@ -43,6 +45,10 @@ EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe
 
 _DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # method -> its transformers configuration
 
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
 _W123 = ("w1", "w3", "w2")
 FAMILIES: Mapping[str, Family] = {
@@ -191,6 +197,16 @@ class ModelFolder:
     def sources(self) -> list[Path]:
         """The files that decide what the model computes."""
         return sorted({*self.files.values(), self.path / "config.json"})
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The files that decide how text becomes tokens, and conversations text."""
+        return sorted(file for pattern in _TOKENIZER_FILES for file in self.path.glob(pattern) if file.is_file())
+
+    @property
+    def copied_files(self) -> list[Path]:
+        """What `quantize` copies as it is."""
+        return [*self.tokenizer_files, *self.path.glob("generation_config.json")]
 
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""

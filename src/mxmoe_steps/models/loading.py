@@ -1,5 +1,6 @@
-"""The tokenizer of a checkpoint and the device to compute on."""
+"""The tokenizer of a checkpoint, the device to compute on, and PyTorch's settings."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -25,3 +26,11 @@ def resolve_device(device: str) -> torch.device:
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"runtime.device is {device!r} but PyTorch sees no CUDA GPU; set runtime.device to cpu or auto")
     return torch.device(device)
+
+
+def start_torch(args: argparse.Namespace) -> None:
+    """Fix what decides the bytes of a result: thread count, seed, deterministic kernels."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
