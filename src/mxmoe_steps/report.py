@@ -14,23 +14,26 @@ from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import write_record
 
+_TOKEN_COUNTS = 8  # columns of predicted times; of more, some
 _VARIES = 1.05  # predicted times that differ by less than this factor are called equal
 
 
 def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
     from mxmoe_steps.allocation.blocks import read_losses
-    from mxmoe_steps.allocation.predict import mean_layer_us
+    from mxmoe_steps.allocation.predict import Tables, mean_layer_us
     from mxmoe_steps.allocation.time_model import read_profile
     from mxmoe_steps.allocation.traffic import sample_traffic
+    from mxmoe_steps.reporting.figures import spread
 
     blocks = read_losses(args.losses[:1], "out_sq", False).blocks
     profile = read_profile(args.profile)
     times: dict[str, dict[int, float]] = {name: {} for name in allocations}
-    for tokens in sorted(args.tokens):
+    for tokens in spread(sorted(args.tokens), _TOKEN_COUNTS):
         traffic = sample_traffic(args.trace, [args.traffic_text], tokens, "auto", args.steps, args.seed)
+        tables: Tables = {}
         for name, allocation in allocations.items():
-            times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile)
+            times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile, tables)
     return times
 
 
@@ -151,8 +154,9 @@ TEXTS = {
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
     "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "
-    "them; dots are the allocations that were chosen.",
-    "allocation": "The scheme of every gate, up and down block; S is the shared expert.",
+    "them; dots are the allocations that were chosen. Of many frontiers, some are drawn.",
+    "allocation": "The scheme of every gate, up and down block; S is the shared expert. Of many allocations, some are "
+    "drawn, from the smallest budget to the largest.",
     "sensitivity": "What quantizing one block alone does to the model, per scheme.",
     "times": "Left: the rate at which tiles of a prefill kernel multiply on a busy GPU. Right, where "
     "the GPU was measured: predicted over measured time of random launches that the model was not fitted to, with "
