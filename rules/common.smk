@@ -192,7 +192,7 @@ def flags(**options):
         if value is None or value is False or value == []:
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            words.append("--" + name.replace("_", "-"))
+            words.append(f"--{name}".replace("_", "-"))
             if one is not True:
                 words += [
                     str(word) for word in (one if isinstance(one, list) else [one])

@@ -369,7 +369,9 @@ def reference() -> str:
         "# Configuration reference",
         "",
         "`config.yaml` beside this file is the demo. Copy it, edit it, and run"
-        " `snakemake --cores N --configfile my.yaml`. Keys that it leaves out keep the values of the demo.",
+        " `snakemake --cores N --configfile my.yaml`. Keys that it leaves out take the defaults below. To change a few"
+        " values of a configuration and keep the rest, name both files:"
+        " `snakemake --cores N --configfile config/config.yaml changes.yaml`.",
         "",
         "This page is generated: `python -m mxmoe_steps.config > config/README.md`.",
         "",
