@@ -38,6 +38,8 @@ rule calibrate_part:
     benchmark:
         f"{OUT}/benchmarks/calibrate/{{quantizer}}-{{scheme}}-{{border}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("calibrate"),
     params:
         flags=lambda wildcards: calibrate_flags(wildcards.quantizer),
         made_from=made_from(LOSSES),
@@ -66,6 +68,8 @@ rule calibrate:
     benchmark:
         f"{OUT}/benchmarks/calibrate/{{quantizer}}-{{scheme}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("calibrate"),
     params:
         code=lambda wildcards: CALIBRATE_CODE[wildcards.quantizer],
         model=model_contents(),

@@ -41,6 +41,8 @@ rule capture_part:
     wildcard_constraints:
         way="until|down-to",
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("capture"),
     params:
         flags=just(CAPTURE_FLAGS),
         made_from=made_from(CAPTURE),
@@ -61,6 +63,8 @@ rule capture:
     benchmark:
         f"{OUT}/benchmarks/capture.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("capture"),
     params:
         **CAPTURE_CODE,
         **CAPTURE_CONTENTS,

@@ -21,6 +21,7 @@ from snakemake.exceptions import WorkflowError
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.config import decoder_layers, load_config, points, timed_as
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.job_memory import Sizes, job_memory
 from mxmoe_steps.made_from import Hashes, Results
 from mxmoe_steps.measure import has_gpu
 from mxmoe_steps.models.families import PACKED_MODULES, is_local, open_model
@@ -173,6 +174,23 @@ def hardware_contents(name):
         if file
         else canonical_json(read_hardware(name))
     )
+
+
+@cache
+def memory_of_steps():
+    """Step -> MiB of memory that one of its jobs needs."""
+    sections = (CONFIG.trace, CONFIG.calibrate, CONFIG.evaluate)
+    return job_memory(
+        Sizes.of(open_model(CONFIG.model.path)),
+        element=4 if CONFIG.model.dtype == "float32" else 2,
+        run_tokens=CONFIG.runtime.batch * max(section.length for section in sections),
+        calibration_tokens=CONFIG.calibrate.sequences * CONFIG.calibrate.length,
+    )
+
+
+def memory(step):
+    """Resource function of a job: its memory, and as much again at each new attempt."""
+    return lambda wildcards, attempt: attempt * memory_of_steps()[step]
 
 
 def part_borders():

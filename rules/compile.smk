@@ -21,6 +21,8 @@ rule compile:
     benchmark:
         f"{OUT}/benchmarks/compile.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("compile"),
     params:
         **COMPILE_CODE,
         flags=just(COMPILE_FLAGS),

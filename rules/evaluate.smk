@@ -43,6 +43,8 @@ rule evaluate_original:
     benchmark:
         f"{OUT}/benchmarks/evaluate/original.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("evaluate"),
     params:
         **ORIGINAL_PARAMS,
         flags=just(ORIGINAL_FLAGS),
@@ -64,6 +66,8 @@ rule evaluate:
     benchmark:
         f"{OUT}/benchmarks/evaluate/{{point}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("evaluate"),
     params:
         **EVALUATE_CODE,
         flags=just(EVALUATE_FLAGS),

@@ -38,6 +38,8 @@ rule frontier:
         f"{OUT}/logs/frontier/{{frontier}}.log",
     benchmark:
         f"{OUT}/benchmarks/frontier/{{frontier}}.tsv"
+    resources:
+        mem_mb=memory("frontier"),
     params:
         **FRONTIER_CODE,
         flags=lambda wildcards: frontier_flags(FRONTIERS[wildcards.frontier]),

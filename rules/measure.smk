@@ -21,6 +21,8 @@ rule measure:
         f"{OUT}/logs/measure.log",
     benchmark:
         f"{OUT}/benchmarks/measure.tsv"
+    resources:
+        mem_mb=memory("measure"),
     params:
         **MEASURE_CODE,
         flags=just(MEASURE_FLAGS),

@@ -35,6 +35,8 @@ rule profile:
         f"{OUT}/logs/profile.log",
     benchmark:
         f"{OUT}/benchmarks/profile.tsv"
+    resources:
+        mem_mb=memory("profile"),
     params:
         **{name: just(value) for name, value in PROFILE_PARAMS.items()},
         flags=just(PROFILE_FLAGS),

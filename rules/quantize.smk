@@ -38,6 +38,8 @@ rule quantize:
         f"{OUT}/logs/quantize/{{point}}.log",
     benchmark:
         f"{OUT}/benchmarks/quantize/{{point}}.tsv"
+    resources:
+        mem_mb=memory("quantize"),
     params:
         **QUANTIZE_PARAMS,
         flags=just(QUANTIZE_FLAGS),

@@ -54,6 +54,8 @@ rule report:
         f"{OUT}/logs/report.log",
     benchmark:
         f"{OUT}/benchmarks/report.tsv"
+    resources:
+        mem_mb=memory("report"),
     params:
         **REPORT_CODE,
         flags=just(REPORT_FLAGS),

@@ -27,6 +27,8 @@ rule solve:
         f"{OUT}/logs/solve/{{point}}.log",
     benchmark:
         f"{OUT}/benchmarks/solve/{{point}}.tsv"
+    resources:
+        mem_mb=memory("solve"),
     params:
         **SOLVE_CODE,
         flags=lambda wildcards: solve_flags(POINTS[wildcards.point]),

@@ -42,6 +42,8 @@ rule trace_part:
     benchmark:
         f"{OUT}/benchmarks/trace-{{border}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("trace"),
     params:
         flags=just(TRACE_FLAGS),
         made_from=made_from(TRACE_FILES["traffic"]),
@@ -62,6 +64,8 @@ rule trace:
     benchmark:
         f"{OUT}/benchmarks/trace.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("trace"),
     params:
         **TRACE_CODE,
         **TRACE_CONTENTS,
