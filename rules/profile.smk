@@ -9,7 +9,6 @@ IS_LOCAL = HARDWARE == "local"
 PROFILE = f"{OUT}/profile/{HARDWARE}.parquet"
 PROFILE_PARAMS = {
     **stamps("mxmoe_steps.profile"),
-    "kernels": canonical_json(kernel_hashes()),
     "hardware": hardware_contents(HARDWARE),
 }
 PROFILE_FLAGS = flags(

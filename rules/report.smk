@@ -28,7 +28,15 @@ REPORT_INPUTS = {
     "routing": [TRACE_FILES["routing"]],
     "profile": [PROFILE],
 }
-REPORT_CODE = stamps("mxmoe_steps.report")
+REPORT_PARAMS = {
+    **stamps("mxmoe_steps.report"),
+    # Of kernels that were measured, the report says whether they are those of today.
+    "kernels": (
+        canonical_json(kernel_hashes())
+        if HARDWARE == "local" or measured_file(HARDWARE)
+        else None
+    ),
+}
 REPORT_FLAGS = flags(
     title=MODEL,
     traffic_text=CONFIG.solve.traffic,
@@ -39,7 +47,7 @@ REPORT_FLAGS = flags(
 RESULTS.add(
     [REPORT["html"], REPORT["csv"], *REPORT["figures"]],
     reads=[file for files in REPORT_INPUTS.values() for file in files],
-    **REPORT_CODE,
+    **REPORT_PARAMS,
     flags=REPORT_FLAGS,
 )
 
@@ -57,7 +65,7 @@ rule report:
     resources:
         mem_mb=memory("report"),
     params:
-        **REPORT_CODE,
+        **{name: just(value) for name, value in REPORT_PARAMS.items()},
         flags=just(REPORT_FLAGS),
         made_from=made_from(REPORT["html"]),
         trace=folder_of("traffic"),

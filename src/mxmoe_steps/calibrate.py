@@ -15,13 +15,14 @@ import argparse
 import json
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import add_runtime, parser_for
 from mxmoe_steps.atomic import atomic_path, canonical_json, working_in
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
@@ -168,10 +169,10 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
-    calibrate(args)
-    if args.layers is None:
-        scheme = parse_scheme(args.scheme)
-        write_record(args.made_from, [f"{args.out}/{scheme}.{kind}" for kind in ("parquet", "safetensors")])
+    scheme = parse_scheme(args.scheme)
+    outputs = [f"{args.out}/{scheme}.{kind}" for kind in ("parquet", "safetensors")]
+    with recorded(args.made_from, outputs) if args.layers is None else nullcontext():
+        calibrate(args)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from typing import Any
 from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 
 
 def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
@@ -225,9 +225,8 @@ def main() -> None:
     parser.add_argument("--down-to", type=int, metavar="K", help="only bring the gradient down to layer K")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
-    capture(args)
-    if is_last(args):
-        write_record(args.made_from, [args.out])
+    with recorded(args.made_from, [args.out]) if is_last(args) else nullcontext():
+        capture(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from multiprocessing import get_context
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.schemes import parse_scheme
 
 
@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="kernels compiled at a time (default 1)")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
-    compile_kernels(args)
-    write_record(args.made_from, [args.out])
+    with recorded(args.made_from, [args.out]):
+        compile_kernels(args)
 
 
 if __name__ == "__main__":

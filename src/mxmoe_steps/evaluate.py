@@ -18,7 +18,7 @@ from typing import Any
 from mxmoe_steps.arguments import add_borders, add_model, add_runtime, parser_for
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 
 
 def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[float, float]:
@@ -157,8 +157,8 @@ def main() -> None:
     add_borders(parser)
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
-    evaluate(args)
-    write_record(args.made_from, [file for file in (args.out, args.save_reference) if file is not None])
+    with recorded(args.made_from, [file for file in (args.out, args.save_reference) if file is not None]):
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 
 MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
 
@@ -132,8 +132,8 @@ def main() -> None:
     add("--threads", type=int, default=1, help="solver workers; part of the result's bytes (default 1)")
     add("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
-    frontier(args)
-    write_record(args.made_from, [args.out])
+    with recorded(args.made_from, [args.out]):
+        frontier(args)
 
 
 if __name__ == "__main__":

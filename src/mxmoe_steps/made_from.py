@@ -7,6 +7,7 @@ that it wrote. The digest covers those of the results that the step reads: a cha
 Stdlib only.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mxmoe_steps.atomic import canonical_json, write_json
+from mxmoe_steps.atomic import canonical_json, working_in, write_json
 
 State = Literal["kept", "other", "changed"]
 
@@ -29,16 +30,21 @@ def record_path(outputs: Sequence[str | os.PathLike[str]]) -> Path:
     return first / _RECORD if first.is_dir() else first.with_suffix(f".{_RECORD}")
 
 
-def write_record(made_from: str | None, outputs: Sequence[str | os.PathLike[str]]) -> None:
-    """Record that ``outputs``, files and folders, were just made from ``made_from``.
+@contextlib.contextmanager
+def recorded(made_from: str | None, outputs: Sequence[str | os.PathLike[str]]) -> Iterator[None]:
+    """Record that the block makes ``outputs``, files and folders, from ``made_from``.
 
-    None, as when a step runs by hand, removes a record: what it says is no longer known to be true.
+    None, as when a step runs by hand, removes a record: what it says is no longer known to be true. One process makes a
+    result at a time; one that outlived its engine finishes before the next one begins, so the last one stays.
     """
-    path = record_path(outputs)
-    if made_from is None:
-        path.unlink(missing_ok=True)
-    else:
-        write_json(path, {"made_from": made_from, "files": _described(outputs, sampled_hash)})
+    first = Path(outputs[0])
+    with working_in(first.with_name(f".{first.name}.lock")):
+        yield
+        path = record_path(outputs)
+        if made_from is None:
+            path.unlink(missing_ok=True)
+        else:
+            write_json(path, {"made_from": made_from, "files": _described(outputs, sampled_hash)})
 
 
 def sampled_hash(path: Path) -> str:

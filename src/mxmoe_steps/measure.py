@@ -13,7 +13,7 @@ from typing import Any
 
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 
 
 def has_gpu() -> bool:
@@ -111,8 +111,8 @@ def main() -> None:
     )
     parser.add_argument("--out", required=True, help="parquet file to write")
     args = parser.parse_args()
-    measure(args)
-    write_record(args.made_from, [args.out])
+    with recorded(args.made_from, [args.out]):
+        measure(args)
 
 
 if __name__ == "__main__":

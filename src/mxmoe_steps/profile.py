@@ -13,7 +13,7 @@ from typing import Any
 
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, measured_file, read_hardware
 
@@ -23,7 +23,6 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
     from mxmoe_steps.kernels.formats import kernel_format
     from mxmoe_steps.tables import MEASUREMENTS, read_table
     from mxmoe_steps.timing.fit import fit
-    from mxmoe_steps.timing.launches import kernel_hashes
 
     table, measured = read_table(MEASUREMENTS, path)
     if not len(table):  # a GPU that the kernels do not run on
@@ -40,15 +39,8 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
     for scheme in schemes:
         if (kernel := kernel_format(scheme).name) not in columns["scheme"]:
             raise UserError(f"{path}: no times of {kernel}, which runs {scheme}: measure with it")
-    now = kernel_hashes()
-    changed = sorted(
-        name for name in now.keys() | measured["kernels"] if now.get(name) != measured["kernels"].get(name)
-    )
     source = f"measured on {measured['date']}, {measured['rounds']} rounds"
-    if changed:
-        source += ", with an earlier version of the kernels"
-        print(f"profile: the kernels ({', '.join(changed)}) have changed since {path} was measured", file=sys.stderr)
-    facts = {"arch": "sm_90a", "estimate": False, "kernels_changed": changed, "source": source}
+    facts = {"arch": "sm_90a", "estimate": False, "source": source}
     return columns, measured | fitted | facts
 
 
@@ -97,8 +89,8 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
     parser.add_argument("--out", required=True, help="parquet file to write")
     args = parser.parse_args()
-    profile(args)
-    write_record(args.made_from, [args.out])
+    with recorded(args.made_from, [args.out]):
+        profile(args)
 
 
 if __name__ == "__main__":

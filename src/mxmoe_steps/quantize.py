@@ -15,7 +15,7 @@ from typing import Any
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import atomic_folder, write_json
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("--packed", required=True, help="folder of one quantizer that calibrate wrote")
     parser.add_argument("--out", required=True, help="checkpoint folder to write")
     args = parser.parse_args()
-    quantize(args)
-    write_record(args.made_from, [args.out])
+    with recorded(args.made_from, [args.out]):
+        quantize(args)
 
 
 if __name__ == "__main__":

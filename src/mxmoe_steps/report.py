@@ -12,7 +12,7 @@ from typing import Any
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 
 _TOKEN_COUNTS = 8  # columns of predicted times; of more, some
 _VARIES = 1.05  # predicted times that differ by less than this factor are called equal
@@ -39,10 +39,13 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
 
 def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_as: dict[str, str]) -> str:
     """What the predicted times are, and at which token counts they tell checkpoints apart."""
+    from mxmoe_steps.timing.launches import changed_kernels
+
     source = "a roofline estimate from the data sheet" if facts["estimate"] else "a model fitted to measured kernels"
     sentences = [f"Layer times are predicted for {facts['device']} by {source}."]
     if not facts["estimate"]:
-        sentences.append(f"The kernels were {facts['source']}. {held_out_errors(facts)}")
+        earlier = ", in an earlier version" if changed_kernels(facts["kernels"]) else ""
+        sentences.append(f"The kernels were {facts['source']}{earlier}. {held_out_errors(facts)}")
     for scheme, kernel in sorted(timed_as.items()):
         sentences.append(f"{scheme} has no kernel of its own: its time is an estimate, that of {kernel}.")
     for tokens in sorted(next(iter(times.values()))):
@@ -184,9 +187,9 @@ def main() -> None:
     parser.add_argument("--csv", required=True, help="table to write")
     parser.add_argument("--figures", required=True, help="folder for the SVG files")
     args = parser.parse_args()
-    report(args)
     figures = [f"{args.figures}/{name}.svg" for name in sorted(HEADINGS)]
-    write_record(args.made_from, [args.html, args.csv, *figures])
+    with recorded(args.made_from, [args.html, args.csv, *figures]):
+        report(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from mxmoe_steps.allocation.files import DIGITS, read_frontier, write_allocation
 from mxmoe_steps.allocation.pick import Part, Vertex, pick_by_r, pick_under_ceiling
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 
 PROVEN = 1e-6  # gap up to which a choice counts as optimal; beyond it the gap tells what may be missed
 
@@ -89,8 +89,8 @@ def main() -> None:
     goal.add_argument("--max-loss", type=float, help="fastest allocation under this loss")
     parser.add_argument("--out", required=True, help="JSON file to write")
     args = parser.parse_args()
-    solve(args)
-    write_record(args.made_from, [args.out])
+    with recorded(args.made_from, [args.out]):
+        solve(args)
 
 
 if __name__ == "__main__":

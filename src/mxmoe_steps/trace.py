@@ -12,14 +12,14 @@ rising K and the same --out, the last one without --until, does the work of one:
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import run_cli
-from mxmoe_steps.made_from import write_record
+from mxmoe_steps.made_from import recorded
 
 
 def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None:
@@ -135,9 +135,9 @@ def main() -> None:
     parser.add_argument("--until", type=int, metavar="K", help="stop when layers 0 ... K-1 are done")
     parser.add_argument("--out", required=True, help="folder to write")
     args = parser.parse_args()
-    trace(args)
-    if args.until is None:
-        write_record(args.made_from, [Path(args.out) / name for name in ("traffic.parquet", "routing.safetensors")])
+    outputs = [Path(args.out) / name for name in ("traffic.parquet", "routing.safetensors")]
+    with recorded(args.made_from, outputs) if args.until is None else nullcontext():
+        trace(args)
 
 
 if __name__ == "__main__":
