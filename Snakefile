@@ -6,6 +6,7 @@ if not workflow.configfiles:
 
 
 include: "rules/common.smk"
+include: "rules/check.smk"
 include: "rules/trace.smk"
 include: "rules/capture.smk"
 include: "rules/calibrate.smk"

@@ -20,7 +20,9 @@ from quantizers import damage, step
 from safetensors.torch import load_file, save_file
 
 from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.facts import CaptureFacts
 from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.raw import facts_of
 from mxmoe_steps.schemes import parse_scheme
 
 TEXTS = {"english": "wiki-en", "french": "wiki-fr", "spanish": "wiki-es", "code": "code"}
@@ -77,7 +79,9 @@ def main() -> None:
                 capture.mkdir(exist_ok=True)
                 for layer, tensors in layers.items():
                     parts = {key: torch.cat([t.chunk(args.pool)[i] for i in chosen]) for key, t in tensors.items()}
-                    save_file(parts, capture / f"layer-{layer:03d}.safetensors")
+                    file = f"layer-{layer:03d}.safetensors"
+                    facts = facts_of(pool / file, CaptureFacts, "") | {"sequences": size}
+                    save_file(parts, capture / file, metadata={"mxmoe": canonical_json(facts)})
                 per_expert = counts[chosen].sum(0)
                 row = {"sequences": size, "text": name, "least / mean tokens": per_expert.min() / per_expert.mean()}
                 for scheme in (parse_scheme(text).name for text in args.schemes):

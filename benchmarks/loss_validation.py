@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from mxmoe_steps.allocation.files import read_allocation
 from mxmoe_steps.evaluate import Reference, score
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors
 from mxmoe_steps.quantizers.method import QUANTIZERS
-from mxmoe_steps.reporting.summary import read_json
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
@@ -46,7 +46,7 @@ class Bench:
         self.results, self.quantizer = Path(args.results), args.quantizer
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
         self.head = StreamedModel(args.model, "float32", args.device)
-        reference = Reference(str(self.results / "evaluate" / "original.safetensors"))
+        reference = Reference(str(self.results / "evaluate" / "original.safetensors"), self.head)
         rows = slice(args.sequences)
         self.tokens = {text: values[rows] for text, values in reference.tokens.items()}
         self.hidden = {text: reference.hidden(text, rows) for text in reference.tokens}
@@ -156,7 +156,7 @@ def chosen(bench: Bench, budget: float, **options: str) -> np.ndarray:
         subprocess.run(command, check=True, capture_output=True)
         pick = [sys.executable, "-m", "mxmoe_steps.solve", "--frontier", frontier, "--r", "1", "--out", out]
         subprocess.run(pick, check=True, capture_output=True)
-        assignment = read_json(out)["assignment"]
+        assignment = read_allocation(out)["assignment"]
     schemes = {(layer, expert): names for layer, expert, *names in assignment}
     return np.array(
         [SCHEMES.index(schemes[layer, expert][BLOCKS.index(block)]) for layer, expert, block in bench.blocks]

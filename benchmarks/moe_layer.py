@@ -70,7 +70,9 @@ def make_layer(run: str, workload: Workload) -> tuple[MoeLayer, dict[tuple[int, 
             stack, _ = random_weights(scheme, 1, n, k)
             weights[expert, block] = stack[0]
     plan = plan_run(run, workload)
-    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda")), weights
+    gated = workload.name in GATED
+    gate = torch.randn(1, workload.hidden, device="cuda").bfloat16() * 0.02 if gated else None
+    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0), gate), weights
 
 
 def inputs(workload: Workload, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -98,25 +100,18 @@ def floor_of(layer: MoeLayer, workload: Workload, tokens: int) -> float:
 def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int, ...]) -> list[dict[str, Any]]:
     """Total and stages over the token counts."""
     layer, weights = make_layer(run, workload)
-    gate_weight = torch.randn(1, workload.hidden, device="cuda").bfloat16() * 0.02
     cells = []
     for count in tokens:
         x, chosen, mixing = inputs(workload, count)
-        gated = workload.name in GATED
-
-        def gate() -> torch.Tensor | None:
-            return torch.nn.functional.linear(x, gate_weight).squeeze(-1) if gated else None  # noqa: B023
-
         up, down, plan = layer.gate_up, layer.down, layer.plan
         routed = sort_by_expert(chosen, plan.experts, plan.slices)
-        given = dispatch(x, routed, up.needs, up.plan.operands)
+        given, logits = dispatch(x, routed, up.needs, up.plan.operands, layer.gate)
         products = up(given, routed)
         acted = layer.activate(products, routed)
         rows = down(acted, routed)
-        logits = gate()
         stages: dict[str, Callable[[], object]] = {
             "sort": lambda: sort_by_expert(chosen, plan.experts, plan.slices),  # noqa: B023
-            "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands),  # noqa: B023
+            "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands, layer.gate),  # noqa: B023
             "gate_up": lambda: up(given, routed),  # noqa: B023
             "swiglu": lambda: layer.activate(products, routed),  # noqa: B023
             "down": lambda: down(acted, routed),  # noqa: B023
@@ -125,10 +120,10 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
         if up.plan.gated and down.plan.operands == ("bf16",):
             del stages["swiglu"]  # part of gate_up
         cell = {"run": run, "T": count, "floor_us": floor_of(layer, workload, count)}
-        cell |= {"us": timer(lambda: layer(x, chosen, mixing, gate()))}  # noqa: B023
+        cell |= {"us": timer(lambda: layer(x, chosen, mixing))}  # noqa: B023
         cell |= {stage: timer(function) for stage, function in stages.items()}
         if count == CHECKED_TOKENS:
-            out = layer(x, chosen, mixing, logits).double()
+            out = layer(x, chosen, mixing).double()
             exact = reference.moe_layer(x, chosen, mixing, lambda e, b: weights[e, b], logits, plan.slices > 0)
             cell |= {"error": ((out - exact).norm() / exact.norm()).item()}
         cells.append(cell)

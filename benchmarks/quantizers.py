@@ -15,12 +15,21 @@ from pathlib import Path
 import pandas as pd
 
 from mxmoe_steps.allocation.files import write_allocation
+from mxmoe_steps.evaluations import read_evaluation
 from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.quantizers.method import QUANTIZERS
-from mxmoe_steps.reporting.summary import read_json
 from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = ["w1a16", "w2a16", "w3a16", "w4a16", "w8a8", "w4a8", "w4a4", "w4a4_g128"]
+UNTIMED = {  # an allocation that nothing was solved for
+    "bits": 16.0, "bound": 0.0, "budget_bits": 16.0, "candidates": [], "device": "none", "gap": 0.0, "gap_limit": 0.0,
+    "constraints": {"fix": [], "max_schemes": None, "min_bits": [], "shared_tile": False, "tie_gate_up": False},
+    "granularity": "uniform", "loss": 0.0, "loss_form": "root_sum_squares", "max_loss": None, "max_time_us": None,
+    "metric": "out_sq", "objective": 0.0, "price": 0.0, "proved_by": "states", "r": 1.0, "scope": "model",
+    "status": "optimal", "tile_tokens": None, "time_is_estimate": True, "time_us": 1.0, "timed_as": {}, "tokens": 1,
+    "traffic": {"phase": "auto", "seed": 0, "steps": 1, "texts": []},
+}  # fmt: skip
 
 
 def step(name: str, **options: object) -> None:
@@ -36,11 +45,12 @@ def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path, ca
     step("calibrate", capture=capture, quantizer=quantizer, scheme=scheme, **common)
     folder = open_model(args.model)
     assignment = [[layer, expert, *[scheme] * 3] for layer in folder.moe_layers for expert in folder.expert_ids()]
-    write_allocation(str(allocation), {"assignment": assignment, "quantizer": quantizer})
+    choice = {"assignment": assignment, "model": fingerprint(folder), "quantizer": quantizer}
+    write_allocation(str(allocation), UNTIMED | choice)
     step("quantize", model=args.model, allocation=allocation, packed=packed, out=checkpoint)
     common |= {"model": checkpoint, "out": work / "metrics.json"}
     step("evaluate", reference=f"{args.results}/evaluate/original.safetensors", **common)
-    return dict(read_json(work / "metrics.json")["overall"])
+    return dict(read_evaluation(work / "metrics.json")["overall"])
 
 
 def main() -> None:

@@ -17,10 +17,12 @@ from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.utils import update_config
 
 from mxmoe_steps.atomic import canonical_json
-from mxmoe_steps.config import decoder_layers, load_config, points, timed_as
+from mxmoe_steps.config import decoder_layers, load_config, points
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.existence import timed_as
 from mxmoe_steps.job_memory import Sizes, job_memory
 from mxmoe_steps.made_from import Hashes, Results
 from mxmoe_steps.measure import has_gpu
@@ -29,7 +31,9 @@ from mxmoe_steps.provenance import stamps
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
 from mxmoe_steps.timing.launches import kernel_hashes
+from mxmoe_steps.values import exact, typed
 
+update_config(config, typed(workflow.config_settings.config))
 try:
     CONFIG = load_config(config, " and ".join(map(str, workflow.configfiles)))
 except UserError as error:
@@ -121,7 +125,13 @@ def folder_of(name):
 
 def model_contents():
     """What the model computes with."""
-    return contents_of_model("weights", lambda folder: folder.sources)
+    return contents_of_model(
+        "weights",
+        lambda folder: [
+            *folder.sources,
+            *(folder.code_files if CONFIG.model.trust_remote_code else []),
+        ],
+    )
 
 
 def tokenizer_contents():
@@ -131,7 +141,9 @@ def tokenizer_contents():
 
 def copied_contents():
     """What a packed checkpoint takes over from the original besides weights."""
-    return contents_of_model("copied", lambda folder: folder.copied_files)
+    return contents_of_model(
+        "copied", lambda folder: folder.copied_files(CONFIG.model.trust_remote_code)
+    )
 
 
 def contents_of_model(name, files_of):
@@ -242,6 +254,22 @@ def text_flags(names, section):
     }
 
 
+def allocation_flags():
+    """What every allocation may choose from."""
+    solve = CONFIG.solve
+    return {
+        "candidates": [
+            *SCHEMES,
+            *(["w16a16"] if solve.keep_original else []),
+        ],
+        "scope": solve.scope,
+        "fix": tuple(solve.fix),
+        "min_bits": tuple(solve.min_bits),
+        "max_schemes": solve.max_schemes,
+        "tie_gate_up": solve.tie_gate_up,
+    }
+
+
 def calibrate_flags(quantizer):
     """How weights are quantized."""
     return flags(
@@ -257,17 +285,12 @@ def frontier_flags(point):
     """The allocation problem of one frontier."""
     solve = CONFIG.solve
     return flags(
-        budget_bits=f"{point.budget_bits:g}",
+        **allocation_flags(),
+        budget_bits=exact(point.budget_bits),
         tokens=point.tokens,
         granularity=point.granularity,
-        candidates=[*SCHEMES, *(["w16a16"] if solve.keep_original else [])],
-        scope=solve.scope,
         metric=solve.metric,
         traffic_text=solve.traffic,
-        fix=tuple(solve.fix),
-        min_bits=tuple(solve.min_bits),
-        max_schemes=solve.max_schemes,
-        tie_gate_up=solve.tie_gate_up,
         time_as=tuple(solve.time_as),
         seed=CONFIG.runtime.seed,
     )

@@ -30,14 +30,3 @@ rule measure:
     shell:
         "python -m mxmoe_steps.measure {params.flags} --made-from {params.made_from} --kernels {input.kernels:q}"
         " --out {output:q} 2> {log:q}"
-
-
-if CONFIG.profile.hardware == "local":
-
-    onstart:
-        # Jobs of a cluster find their GPU elsewhere.
-        if workflow.local_exec and not has_gpu():
-            raise WorkflowError(
-                "profile.hardware: local measures this machine's GPU, and it has none:"
-                " name a known GPU instead, e.g. h100"
-            )

@@ -10,7 +10,9 @@ QUANTIZE_PARAMS = {
     "model": model_contents(),
     "copied": copied_contents(),
 }
-QUANTIZE_FLAGS = flags(model=CONFIG.model.path)
+QUANTIZE_FLAGS = flags(
+    model=CONFIG.model.path, trust_remote_code=CONFIG.model.trust_remote_code
+)
 for name, point in POINTS.items():
     RESULTS.add(
         [CHECKPOINT.format(point=name)],

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mxmoe_steps import capture
 from mxmoe_steps.models.borders import Borders, runs_of
+from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.models.streaming import StreamedModel
 
 SIZES: dict[str, Any] = {
@@ -71,5 +72,7 @@ def capture_tokens(checkpoint: Path, tokens: torch.Tensor, out: Path, batch: int
     options = argparse.Namespace(out=str(out), borders=str(out))
     borders = Borders(model, tokens, "mxmoe_steps.capture", options)
     runs = runs_of([len(tokens)], batch)
-    capture.capture_backward(model, borders, runs, 0, {}, seed=2)
+    facts = {"text": "random", "model": fingerprint(model.folder)}
+    facts |= dict(zip(("sequences", "length"), tokens.shape, strict=True))
+    capture.capture_backward(model, borders, runs, 0, facts, seed=2)
     return {layer: load_file(out / f"layer-{layer:03d}.safetensors") for layer in model.folder.moe_layers}

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from synthetic import allocation_of
 
 from mxmoe_steps import quantize
 from mxmoe_steps.allocation.files import write_allocation
+from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import round_to_nearest
 from mxmoe_steps.schemes import BLOCKS, parse_scheme
@@ -35,8 +38,13 @@ def pack(
     store, allocation = folder / "packed", folder / "allocation.json"
     store.mkdir(parents=True)
     for name, tensors in stores.items():
-        save_file(tensors, store / f"{name}.safetensors")
-    write_allocation(str(allocation), {"assignment": assignment, "bits": 0.0, "quantizer": quantizer})
+        facts = {"model": fingerprint(source), "quantizer": quantizer, "scheme": name}
+        save_file(tensors, store / f"{name}.safetensors", metadata={"mxmoe": canonical_json(facts)})
+    write_allocation(str(allocation), allocation_of(assignment, quantizer, model))
     out = folder / "checkpoint"
-    quantize.quantize(argparse.Namespace(model=str(model), allocation=str(allocation), packed=str(store), out=str(out)))
+    quantize.quantize(
+        argparse.Namespace(
+            trust_remote_code=False, model=str(model), allocation=str(allocation), packed=str(store), out=str(out)
+        )
+    )
     return out

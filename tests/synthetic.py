@@ -1,12 +1,39 @@
 """Losses, traffic and profiles of made-up models, for tests and benchmarks of the allocation."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, TRAFFIC, write_table
+
+
+def run(step: Any, *arguments: Any) -> None:
+    """Run a step's main in this process."""
+    old, sys.argv = sys.argv, ["step", *map(str, arguments)]
+    try:
+        step.main()
+    finally:
+        sys.argv = old
+
+
+def allocation_of(assignment: list[list], quantizer: str, model: Path) -> dict[str, Any]:
+    """What `solve` would say of an assignment [layer, expert, gate, up, down] of a model, but for made-up numbers."""
+    facts = {
+        "budget_bits": 16.0, "candidates": [], "device": "toy", "gap_limit": 0.0, "granularity": "block",
+        "metric": "out_sq", "proved_by": "states", "quantizer": quantizer, "scope": "model", "time_is_estimate": True,
+        "timed_as": {}, "tokens": 16, "traffic": {"phase": "auto", "seed": 0, "steps": 16, "texts": []},
+        "constraints": {"fix": [], "max_schemes": None, "min_bits": [], "shared_tile": False, "tie_gate_up": False},
+        "bits": 4.0, "bound": 1.0, "gap": 0.0, "loss": 1.0, "loss_form": "root_sum_squares", "max_loss": None,
+        "max_time_us": None, "objective": 1.0, "price": 0.0, "r": 1.0, "status": "optimal", "tile_tokens": None,
+        "time_us": 1.0,
+    }  # fmt: skip
+    return facts | {"assignment": assignment, "model": fingerprint(open_model(model))}
 
 
 def write_losses(folder: Path, schemes, layers=2, experts=4, hidden=256, wide=128, shared=256, seed=0) -> list[str]:
@@ -29,7 +56,7 @@ def write_losses(folder: Path, schemes, layers=2, experts=4, hidden=256, wide=12
                     for name, value in zip(columns, row, strict=True):
                         columns[name].append(value)
         path = folder / f"{scheme.name}.parquet"
-        write_table(LOSSES, path, columns, {"scheme": scheme.name, "quantizer": "rtn"})
+        write_table(LOSSES, path, columns, {"scheme": scheme.name, "quantizer": "rtn", "fisher": True, "model": "toy"})
         paths.append(str(path))
     return paths
 
@@ -53,7 +80,7 @@ def write_trace(folder: Path, layers=2, experts=4, top_k=2, sequences=8, length=
                     columns[name].append(value)
     facts = {
         "experts": experts, "layers": list(range(layers)), "length": length, "sequences": sequences,
-        "texts": sorted(texts), "top_k": top_k,
+        "texts": sorted(texts), "top_k": top_k, "model": "toy",
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_table(TRAFFIC, folder / "traffic.parquet", columns, facts)

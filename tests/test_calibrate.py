@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from mxmoe_steps import calibrate, capture
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.facts import CaptureFacts
+from mxmoe_steps.models.raw import facts_of
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
@@ -128,20 +130,22 @@ def test_experts_without_tokens_are_quantized_and_reported(tiny_moe: Path, captu
 def test_the_log_names_experts_with_too_few_tokens(
     tiny_moe: Path, captured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Routed experts need 96 tokens, the shared one 160; layer 1 gets 150 and never chooses expert 0."""
+    """Routed experts need 96 tokens, the shared one 160; layer 1 never chooses expert 0."""
     fewer = tmp_path / "fewer"
     fewer.mkdir()
-    counts = []
-    for layer, tokens in enumerate((512, 150)):
-        tensors = {name: whole[:tokens].clone() for name, whole in load_file(layer_file(captured, layer)).items()}
-        save_file(tensors, layer_file(fewer, layer))
-        counts.append(np.bincount(tensors["ids"].flatten(), minlength=4))
+    counts = [np.bincount(load_file(layer_file(captured, 0))["ids"].flatten(), minlength=4)]
+    for layer in range(2):
+        tensors = {name: whole[:150].clone() for name, whole in load_file(layer_file(captured, layer)).items()}
+        facts = facts_of(layer_file(captured, layer), CaptureFacts, "") | {"sequences": 1, "length": 150}
+        save_file(tensors, layer_file(fewer, layer), metadata={"mxmoe": canonical_json(facts)})
+    counts.append(np.bincount(tensors["ids"].flatten(), minlength=4))
     assert counts[0].min() >= 96
     assert counts[1][0] == 0
     named = [f"{expert} ({count} of 96)" for expert, count in enumerate(counts[1]) if count < 96]
+    run(tiny_moe, captured, tmp_path / "whole", "gptq", "w4a16_g32")
+    assert capsys.readouterr().err.splitlines()[0] == "calibrate gptq w4a16_g32_asym: layer 0"
     run(tiny_moe, fewer, tmp_path / "gptq", "gptq", "w4a16_g32")
-    assert capsys.readouterr().err.splitlines() == [
-        "calibrate gptq w4a16_g32_asym: layer 0",
+    assert capsys.readouterr().err.splitlines()[1:] == [
         "calibrate gptq w4a16_g32_asym: layer 1; fewer tokens than input features: experts shared (150 of 160),"
         f" {', '.join(named)}: their Hessians are mostly the layer's",
     ]
@@ -258,3 +262,18 @@ def test_a_full_gpu_says_what_helps(
     with pytest.raises(UserError, match=r"layer 0 does not fit in the GPU's memory: lower calibrate\.sequences"):
         run(tiny_moe, captured, tmp_path, "rtn", "w4a16")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_damaged_layers_of_an_earlier_run_are_made_again(
+    tiny_moe: Path, captured: Path, tmp_path: Path, how: str
+) -> None:
+    calibrated(tiny_moe, captured, tmp_path / "whole", "rtn", "w4a16_g32")
+    calibrated(tiny_moe, captured, tmp_path / "out", "rtn", "w4a16_g32", layers=[0, 2])
+    (file,) = (tmp_path / "out").glob(".w4a16_g32_asym.layers/layer-001.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 0x10
+    file.write_bytes(data[: len(data) // 2] if how == "cut" else data)
+    calibrated(tiny_moe, captured, tmp_path / "out", "rtn", "w4a16_g32")
+    for name in ("w4a16_g32_asym.parquet", "w4a16_g32_asym.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

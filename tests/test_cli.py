@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-STEPS = ["trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "evaluate", "report"]
+STEPS = ["check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "evaluate", "report"]
 HEAVY = ["torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "ortools", "matplotlib", "safetensors"]
 PROBE = """
 import contextlib, io, json, runpy, sys
@@ -26,7 +26,7 @@ def test_help_is_complete_and_loads_nothing_heavy(step: str, tmp_path: Path) -> 
     text, heavy = json.loads(done.stdout)
     assert heavy == []
     assert f"{step}: " in text
-    assert "--out" in text or "--html" in text
+    assert "--out" in text or "--html" in text or step == "check"
 
 
 def test_solve_never_loads_torch(tmp_path: Path) -> None:
@@ -44,3 +44,42 @@ def test_a_user_error_is_one_line_without_traceback(tmp_path: Path) -> None:
         "error: model folder nowhere does not exist; set model.path to a local folder or a hub id"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--r", "nan"], "--r: 'nan' is not a number from 0 to 1"),
+        (["--r", "1.01"], "--r: '1.01' is not a number from 0 to 1"),
+        (["--max-time-us", "nan"], "--max-time-us: 'nan' is not a finite number of at least 0"),
+        (["--max-time-us", "-1"], "--max-time-us: '-1' is not a finite number of at least 0"),
+        (["--max-loss", "inf"], "--max-loss: 'inf' is not a finite number of at least 0"),
+        (["--r", "1", "--out", "."], "--out: . is a folder; give the name of a file"),
+        (["--r", "1", "--out", "file/x"], "file is a file, so file/x cannot be made"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_read(arguments: list[str], why: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "mxmoe_steps.solve", "--frontier", "nowhere", "--out", "out.json", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(why)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--out", "file"], "--out: file is a file; give the name of a folder"),
+        (["--out", "out", "--threads", "0"], "--threads: '0' is not a whole number from 1 to 2147483647"),
+        (["--out", "out", "--seed", "-1"], "--seed: '-1' is not a whole number from 0 to 9223372036854775807"),
+        (["--out", "out", "--damping", "nan"], "--damping: 'nan' is not a finite number of at least 0"),
+    ],
+)
+def test_arguments_of_calibrate(arguments: list[str], why: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "mxmoe_steps.calibrate", "--model", ".", "--capture", ".", "--quantizer", "rtn"]
+    done = subprocess.run(
+        [*command, "--scheme", "w4a16", *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(why)

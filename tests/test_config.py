@@ -1,6 +1,8 @@
 """The configuration: what it accepts, what it says when it does not, and what it spells out."""
 
 import copy
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from mxmoe_steps import config
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.values import exact, typed
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,11 +85,130 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
         ("sweep.0", {"budget_bits": 3, "tokens": 1, "max_time_us": -5.0}, r"must be positive"),
         ("runtime.device", "gpu", r"runtime.device.*found 'gpu'"),
         ("model.path", "no/such/folder", r"model folder no/such/folder does not exist"),
+        ("model.path", "~/no/such/folder", r"model folder /.*/no/such/folder does not exist"),
+        ("model.path", "resources/{demo}", r"model.path: .*cannot hold '\{'"),
+        ("model.path", "", r"model.path: .*at least 1 character"),
+        ("model.name", "profile", r"model.name: 'profile' is taken in results/"),
+        ("model.name", "Report.html", r"model.name: 'Report.html' is taken"),
+        ("model.name", "logs", r"model.name: 'logs' is taken"),
+        ("model.name", "m" * 300, r"model.name: .*at most 100 characters"),
+        ("texts.-x", {"package": "wiki-en"}, r"texts: '-x' is no name for a text"),
+        ("texts.a/b", {"package": "wiki-en"}, r"texts: 'a/b' is no name for a text"),
+        ("texts.a{b}", {"package": "wiki-en"}, r"texts: 'a\{b\}' is no name for a text"),
+        ("texts.english", {"files": ["a{b}.txt"]}, r"texts: .*a path cannot hold '\{'"),
+        ("texts.english", {"files": "a.txt"}, r"texts.english.files: must be a list of strings"),
+        ("trace.texts", ["english", "mixed", "english"], r"trace.texts: 'english' is listed twice"),
+        ("evaluate.texts", ["code", "code"], r"evaluate.texts: 'code' is listed twice"),
+        ("trace.sequences", 10**12, r"trace.sequences: .*less than or equal to 1048576"),
+        ("calibrate.length", 10**12, r"calibrate.length: .*less than or equal to 1048576"),
+        ("calibrate.damping", float("inf"), r"calibrate.damping: .*finite number"),
+        ("calibrate.damping", float("nan"), r"calibrate.damping: .*finite number"),
+        ("calibrate.damping", 1e300, r"calibrate.damping: .*less than or equal to 1"),
+        (
+            "calibrate.schemes",
+            ["w2a16", f"w4a16_g{10**20}"],
+            r"calibrate.schemes: scheme 'w4a16_g1000.*not of the form",
+        ),
+        ("calibrate.schemes", ["w2a16", "w4a16_g999936"], r"a multiple of 32 up to 65536"),
+        (
+            "calibrate.schemes",
+            ["w2a16", "w4a4"],
+            r"calibrate.schemes: scheme w4a4.*: no GPU kernel.*solve.time_as: \[w4a4",
+        ),
+        ("calibrate.schemes", ["w2a16", "w4a16_g32"], r"scheme w4a16_g32_asym: no GPU kernel"),
+        ("profile.hardware", "a100", r"scheme w4a8_g128_sym_fp8: a100 has no fp8 tensor cores; take it out"),
+        ("sweep.0.tokens", [10**15], r"tokens must lie between 1 and 1,048,576"),
+        ("sweep.0", {"budget_bits": 3, "tokens": 1, "max_time_us": float("nan")}, r"max_time_us.*finite number"),
+        ("sweep.0.budget_bits", [float("inf")], r"budget_bits.*finite number"),
+        ("sweep.0.r", float("nan"), r"sweep.0.r.*finite number"),
+        ("runtime.seed", 2**70, r"runtime.seed: .*less than 9223372036854775808"),
+        ("runtime.threads", 100_000, r"runtime.threads: .*less than or equal to 1024"),
+        ("solve.time_as", ["w4a4"], r"solve.time_as: --time-as 'w4a4': expected LEFT=RIGHT"),
+        ("solve.time_as", ["w4a4=w5a5"], r"solve.time_as: scheme 'w5a5'"),
+        ("solve.time_as", ["w4a8_fp8=w4a4"], r"scheme w4a4_g-1_sym: no GPU kernel"),
+        ("solve.fix", ["shared"], r"solve.fix: --fix 'shared': expected LEFT=RIGHT"),
+        ("solve.fix", ["shered=w4a16"], r"solve.fix: selector 'shered': cannot read 'shered'; write all \| layer:0-3"),
+        ("solve.fix", ["shared=w4a8"], r"solve.fix: shared=w4a8_g128_sym: .* is not in calibrate.schemes"),
+        ("solve.fix", ["layer:2=w4a16"], r"solve.fix: selector 'layer:2' names no block of this model"),
+        ("solve.fix", ["layer:0-=w4a16"], r"solve.fix: selector 'layer:0-': cannot read '0-'"),
+        ("solve.fix", [f"layer:0-{'9' * 5000}=w4a16"], r"solve.fix: selector .*cannot read"),
+        ("solve.min_bits", ["block:down=-3"], r"solve.min_bits: .*bits lie above 0 and at most at 16"),
+        ("solve.min_bits", ["block:down=nan"], r"solve.min_bits: .*bits lie above 0"),
+        ("solve.min_bits", ["block:down=three"], r"solve.min_bits: .*'three' is not a number of bits"),
+        ("solve.min_bits", ["expert:4=3"], r"solve.min_bits: selector 'expert:4' names no block"),
     ],
 )
 def test_mistakes_name_the_key_and_the_fix(values: dict[str, Any], path: str, value: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
         config.load_config(edited(values, path, value), "my.yaml")
+
+
+ODD: list[Any] = [
+    None, "", [], {}, float("nan"), float("inf"), -1, 0, 10**30, "x", True, 1.5, "{", [[]], [None], {"a": 1}, [{}],
+    b"x", "\0", "a\nb", "-x", "x" * 5000, {1: 2}, {None: 1}, "1e400", 3,
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every path into nested dictionaries and lists."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield (*path, key)
+        yield from places(value[key], (*path, key))
+
+
+def test_odd_values_anywhere_are_refused_in_words(values: dict[str, Any]) -> None:
+    values["solve"] |= {"fix": ["shared=w8a8_fp8"], "min_bits": ["block:down=3"], "time_as": ["w4a4=w4a8_fp8"]}
+    values["texts"]["mine"] = {"files": ["README.md"], "test_files": ["CONTRIBUTING.md"], "separator": "%"}
+    values["texts"]["theirs"] = {"hub": "wikitext", "split": "train"}
+    refused = 0
+    for path in places(values):
+        for odd in ODD:
+            changed = copy.deepcopy(values)
+            at = functools.reduce(lambda inner, key: inner[key], path[:-1], changed)
+            at[path[-1]] = odd
+            try:
+                config.points(config.load_config(changed, "my.yaml"))
+            except UserError:
+                refused += 1
+    assert refused > 2000
+
+
+def test_what_exists_is_accepted(values: dict[str, Any], tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHERE", str(tiny_moe.parent))
+    monkeypatch.setenv("HOME", str(tiny_moe.parent))
+    for path in (f"$WHERE/{tiny_moe.name}", f"${{HOME}}/{tiny_moe.name}", f"~/{tiny_moe.name}"):
+        assert config.load_config(edited(values, "model.path", path), "my.yaml").model.path == str(tiny_moe)
+    for path in ("org/name", "org/name@v1.0", "org/name@refs/pr/3"):
+        assert config.load_config(edited(values, "model.path", path), "my.yaml").model.path == path
+    solve = values["solve"] | {
+        "fix": ["shared=w8a8_fp8", "layer:0-1000000000/block:down=w4a16", "all=w16a16"],
+        "min_bits": ["routed/layer:1,0=3", "expert:0-2/block:gate,up=2.25"],
+        "time_as": ["w4a4=w4a8_fp8"],
+    }
+    schemes = [*values["calibrate"]["schemes"], "w4a4"]
+    config.load_config(edited(values | {"solve": solve}, "calibrate.schemes", schemes), "my.yaml")
+
+
+def test_points_that_differ_have_names_that_differ(values: dict[str, Any]) -> None:
+    near = [0.75, 0.7500001, 1 / 3, 0.333333, 0.3333333]
+    grids = [{"budget_bits": [3.0, 3.0000001], "tokens": 64, "r": near}]
+    found = config.points(config.load_config(values | {"sweep": grids, "baselines": []}, "my.yaml"))
+    assert len({point.name for point in found}) == len(found) == 10
+    assert {float(point.name.split("_")[0][1:]) for point in found} == {3.0, 3.0000001}
+    assert {float(point.name.split("_r")[1]) for point in found} == set(near)
+    assert [exact(value) for value in (3.0, 2.25, 0.1, 120.5, 1e-05)] == ["3", "2.25", "0.1", "120.5", "1e-05"]
+
+
+def test_values_of_the_command_line_are_numbers() -> None:
+    given = {"runtime": {"threads": "2", "device": "cpu"}, "calibrate": {"damping": "1e-3", "schemes": ["w4a16"]}}
+    given |= {"solve": {"keep_original": "true", "max_schemes": "null"}, "sweep": [{"r": ["0.5", 1]}]}
+    assert typed(given) == {
+        "runtime": {"threads": 2, "device": "cpu"},
+        "calibrate": {"damping": 1e-3, "schemes": ["w4a16"]},
+        "solve": {"keep_original": True, "max_schemes": None},
+        "sweep": [{"r": [0.5, 1]}],
+    }
 
 
 def test_an_unsupported_family_lists_the_supported_ones(values: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 
@@ -99,7 +100,7 @@ def test_files_divide_by_hash_or_by_name(tmp_path: Path) -> None:
 def test_separators_leave_no_empty_documents(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_text("%\n%\nfirst\n%\n \n%\nsecond %\n%\n")
-    assert documents(FileText((str(path),), "%", (str(path),)), "test") == ["first", "second %"]
+    assert documents(FileText((str(tmp_path / "other"),), "%", (str(path),)), "test") == ["first", "second %"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,6 @@ def test_unreadable_files(tmp_path: Path) -> None:
 
 
 def test_hub_set_from_a_local_folder(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
     rows = [f"row {i}" for i in range(40)]
     datasets.Dataset.from_dict({"text": rows, "n": list(range(40))}).to_parquet(tmp_path / "train.parquet")
     path = str(tmp_path)
@@ -173,7 +173,7 @@ def test_mix_interleaves_its_parts(tmp_path: Path) -> None:
     for letter in "abc":
         path = tmp_path / letter
         path.write_text(letter * 400)
-        sources[letter] = FileText((str(path),), test_files=(str(path),))
+        sources[letter] = FileText((str(tmp_path / "other"),), test_files=(str(path),))
     rows = load_sequences(sources, "mix", "test", Bytes(), 8, 7, 0)  # type: ignore[arg-type]
     assert ["".join(map(chr, row)) for row in rows] == [letter * 8 for letter in "abcabca"]
     single = load_sequences(sources, "mix", "test", Bytes(), 8, 1, 0)  # type: ignore[arg-type]

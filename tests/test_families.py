@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import FAMILY_SIZES, capture_tokens, make_checkpoint
+from synthetic import allocation_of
 from transformers import AutoModelForCausalLM
 
 import mxmoe_steps
@@ -48,9 +49,10 @@ def test_a_packed_checkpoint_loads_and_computes_the_same(family: str, tmp_path: 
         )
     experts = [SHARED] * (FAMILIES[family].shared is not None) + [0, 1, 2, 3]
     assignment = [[layer, expert, "w8a16_g-1_sym", "w16a16", "w8a8_g-1_sym"] for layer in layers for expert in experts]
-    write_allocation(str(tmp_path / "allocation.json"), {"assignment": assignment, "quantizer": "gptq"})
+    write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment, "gptq", tmp_path / "model"))
     quantize.quantize(
         argparse.Namespace(
+            trust_remote_code=False,
             model=str(tmp_path / "model"),
             allocation=str(tmp_path / "allocation.json"),
             packed=str(tmp_path / "packed"),

@@ -1,6 +1,7 @@
 """gpt_oss, whose experts are interleaved, biased and clamped: losses, packed checkpoints, and published checkpoints."""
 
 import argparse
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import capture_tokens, make_model
+from packed import pack
 from safetensors.torch import load_file, save_file
+from synthetic import allocation_of
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 import mxmoe_steps
@@ -168,9 +171,9 @@ def packed(checkpoint: Path, captured: Any, tmp_path_factory: pytest.TempPathFac
     assignment = [
         [layer, expert, *(names[(layer + expert + number) % 4] for number in range(3))] for layer, expert in choices
     ]
-    write_allocation(str(root / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "gptq"})
+    write_allocation(str(root / "allocation.json"), allocation_of(assignment, "gptq", checkpoint))
     paths = {"allocation": str(root / "allocation.json"), "packed": str(root / "gptq"), "out": str(root / "out")}
-    quantize.quantize(argparse.Namespace(model=str(checkpoint), **paths))
+    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(checkpoint), **paths))
     return root
 
 
@@ -218,16 +221,12 @@ def test_a_packed_checkpoint_streams_and_saves(packed: Path, tmp_path: Path) -> 
         assert torch.equal(torch.log_softmax(again(tokens, use_cache=False).logits, -1), expected)
 
 
-def test_bfloat16_biases_keep_their_bytes(checkpoint: Path, captured: Any, packed: Path, tmp_path: Path) -> None:
+def test_bfloat16_biases_keep_their_bytes(checkpoint: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(checkpoint, dtype="bfloat16").save_pretrained(tmp_path / "model")
-    paths = {
-        "allocation": str(packed / "allocation.json"),
-        "packed": str(packed / "gptq"),
-        "out": str(tmp_path / "out"),
-    }
-    quantize.quantize(argparse.Namespace(model=str(tmp_path / "model"), **paths))
+    dealt = itertools.cycle(["w3a16_g64", "w2a16_g64", "w16a16", "w8a16"])
+    out = pack(tmp_path / "model", tmp_path / "packed", lambda *_: (next(dealt), next(dealt), next(dealt)))
     before = load_file(tmp_path / "model" / "model.safetensors")
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    after = load_file(out / "model.safetensors")
     assert not [name for name in after if "gate_up_proj" in name or name.endswith("experts.down_proj")]
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -237,7 +236,7 @@ def test_bfloat16_biases_keep_their_bytes(checkpoint: Path, captured: Any, packe
             for block, bias in zip(BLOCKS, expected, strict=True):
                 assert torch.equal(after[f"{prefix}.{expert}.{block}_proj.bias"], bias)
                 assert after[f"{prefix}.{expert}.{block}_proj.bias"].dtype == torch.bfloat16
-    loaded = mxmoe_steps.load_quantized(str(tmp_path / "out"))
+    loaded = mxmoe_steps.load_quantized(str(out))
     assert loaded(torch.arange(9)[None]).logits.isfinite().all()
 
 

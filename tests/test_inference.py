@@ -32,13 +32,12 @@ SCHEMES = ["w4a16", "w8a8_fp8", "w16a16", "w2a16", "w8a8", "w4a8_fp8", "w8a16"]
 class TorchLayer:
     """`MoeLayer` in torch, on the CPU."""
 
-    def __init__(self, plan: LayerPlan, read: Any, device: torch.device) -> None:
-        self.plan, self.read, self.device = plan, read, device
+    def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
+        self.plan, self.read, self.device, self.gate = plan, read, device, gate
 
-    def __call__(
-        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None
-    ) -> torch.Tensor:
-        return reference.moe_layer(x, chosen, weights, self.read, gate, self.plan.slices > 0).bfloat16()
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        logits = None if self.gate is None else (x @ self.gate.T).squeeze(-1)
+        return reference.moe_layer(x, chosen, weights, self.read, logits, self.plan.slices > 0).bfloat16()
 
 
 @pytest.fixture

@@ -3,14 +3,16 @@
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels import launch, reference, routing
+from mxmoe_steps.kernels import launch, reference
 from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, Tile, default_config, kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, original_weights
+from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
 from mxmoe_steps.schemes import parse_scheme
@@ -107,8 +109,8 @@ def test_what_a_launch_refuses(kernel: launch.GroupGemmKernel, changed: dict, sa
 
 
 def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkeypatch: pytest.MonkeyPatch) -> None:
-    blank = (torch.ones(1), torch.ones(1, 1), torch.zeros(2, dtype=torch.int32))
-    monkeypatch.setattr(kernel, "_owned", lambda device: blank)
+    monkeypatch.setattr(kernel, "counters", lambda device: SimpleNamespace(of_current_stream=lambda: torch.zeros(2)))
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
     with pytest.raises(AssertionError, match="launched"):
         kernel(**arguments(), blocks=2)
 
@@ -135,7 +137,7 @@ def test_decode_kernels_take_launches_that_just_need_a_second_round() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
     with pytest.raises(UserError, match="run on a Hopper GPU"):
-        routing.sort_by_expert(torch.zeros(3, 2, dtype=torch.int64), 8)
+        MoeLayer.__new__(MoeLayer)(*(torch.zeros(3, 2) for _ in range(3)))
     kernel = launch.GroupGemmKernel.__new__(launch.GroupGemmKernel)
     kernel.config = default_config((Format("bf16", 16),), "decode")
     with pytest.raises(UserError, match="run on a Hopper GPU"):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -44,9 +45,12 @@ def test_unknown_gpu_and_missing_tensor_cores():
         estimate_profile([parse_scheme("w8a8_fp8")], read_hardware("a100"))
 
 
+ROOT = Path(__file__).parents[1]
 SMS = 132
 TRUE = {"launch_us": 6.0, "loop_launch_us": 0.15, "loop_tile_us": 0.05, "tail": 0.7, "exposed": 0.2,
         "bandwidth_gbs": 3000.0}  # fmt: skip
+MACHINE = {"capability": [8, 0], "compiler": "none", "cuda": "13.0", "date": "2026-11-28", "driver": "", "sms": 108,
+           "torch": "2.13.0"}  # fmt: skip
 FORMATS = tuple(sorted(kernel_format(parse_scheme(name)) for name in ("w16a16", "w4a16", "w8a8_fp8", "w2a16")))
 
 
@@ -129,14 +133,14 @@ def test_too_few_measurements_are_refused(tmp_path):
     with pytest.raises(UserError, match="0 problems, fewer than"):
         fit(rows, SMS)
     write_table(MEASUREMENTS, tmp_path / "other.parquet", {name: [] for name in MEASUREMENTS.schema.names},
-                {"device": "NVIDIA Abacus"})  # fmt: skip
+                {**MACHINE, "device": "NVIDIA Abacus"})  # fmt: skip
     with pytest.raises(UserError, match="no kernels for NVIDIA Abacus and no data sheet"):
         fit_profile(tmp_path / "other.parquet", [parse_scheme("w4a16")])
 
 
 def test_a_known_gpu_without_kernels_gets_its_data_sheet(tmp_path, capsys):
     write_table(MEASUREMENTS, tmp_path / "a100.parquet", {name: [] for name in MEASUREMENTS.schema.names},
-                {"device": "NVIDIA A100-SXM4-80GB"})  # fmt: skip
+                {**MACHINE, "device": "NVIDIA A100-SXM4-80GB"})  # fmt: skip
     columns, facts = fit_profile(tmp_path / "a100.parquet", [parse_scheme("w4a16")])
     assert (columns, facts) == estimate_profile([parse_scheme("w4a16")], read_hardware("a100"))
     assert capsys.readouterr().err.count("no kernels for NVIDIA A100") == 1
@@ -151,6 +155,16 @@ def test_shipped_measurements_meet_the_bar(tmp_path):
         assert error["problems"] >= 100
         assert error["median"] <= 0.10
         assert error["p95"] <= 0.20
+    single, mixed = (
+        (f"{100 * error['median']:.1f} %", f"{100 * error['p95']:.1f} %")
+        for error in (facts["errors"]["single"], facts["errors"]["mixed"])
+    )
+    table = (ROOT / "docs" / "profile.md").read_text(encoding="utf-8")
+    assert f"| one scheme | {facts['errors']['single']['problems']} | {' | '.join(single)} |" in table
+    assert f"| mixed schemes | {facts['errors']['mixed']['problems']} | {' | '.join(mixed)} |" in table
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{single[0]} at the median and {single[1]} at the 95th percentile" in readme
+    assert f"{mixed[0].removesuffix(' %')} and {mixed[1]} for mixtures" in readme
 
 
 def test_launches_are_those_that_were_compiled():

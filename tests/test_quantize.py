@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from synthetic import allocation_of
 from transformers import AutoModelForCausalLM
 
 import mxmoe_steps
@@ -17,6 +18,7 @@ from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.raw import tensors_of, write_tensors
+from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
@@ -63,10 +65,14 @@ def packed(tiny_moe: Path, sources: str, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def checkpoint(tiny_moe: Path, packed: Path, assignment: list[list], tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("checkpoint")
-    write_allocation(str(root / "allocation.json"), {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"})
+    write_allocation(str(root / "allocation.json"), allocation_of(assignment, "rtn", tiny_moe))
     quantize.quantize(
         argparse.Namespace(
-            model=str(tiny_moe), allocation=str(root / "allocation.json"), packed=str(packed), out=str(root / "out")
+            trust_remote_code=False,
+            model=str(tiny_moe),
+            allocation=str(root / "allocation.json"),
+            packed=str(packed),
+            out=str(root / "out"),
         )
     )
     return root / "out"
@@ -139,10 +145,12 @@ def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packe
         )
     choice = ["w3a16_g32_asym", "w8a8_g-1_sym", "w16a16"]
     assignment = [[layer, expert, *choice] for layer in range(2) for expert in [SHARED, 0, 1, 2, 3]]
-    allocation = {"assignment": assignment, "bits": 9.0, "quantizer": "rtn+hadamard"}
+    allocation = allocation_of(assignment, "rtn+hadamard", tiny_moe)
     write_allocation(str(tmp_path / "allocation.json"), allocation)
     paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(tmp_path / "packed")}
-    quantize.quantize(argparse.Namespace(model=str(tiny_moe), out=str(tmp_path / "out"), **paths))
+    quantize.quantize(
+        argparse.Namespace(trust_remote_code=False, model=str(tiny_moe), out=str(tmp_path / "out"), **paths)
+    )
 
     expected = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     store = load_file(tmp_path / "packed" / "w3a16_g32_asym.safetensors")
@@ -195,11 +203,10 @@ def test_generation_runs(checkpoint: Path) -> None:
 def test_the_same_allocation_gives_the_same_bytes(
     tiny_moe: Path, packed: Path, assignment: list[list], checkpoint: Path, tmp_path: Path
 ) -> None:
-    write_allocation(
-        str(tmp_path / "allocation.json"), {"assignment": assignment[::-1], "bits": 4.0, "quantizer": "rtn"}
-    )
+    write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment[::-1], "rtn", tiny_moe))
     quantize.quantize(
         argparse.Namespace(
+            trust_remote_code=False,
             model=str(tiny_moe),
             allocation=str(tmp_path / "allocation.json"),
             packed=str(packed),
@@ -265,21 +272,71 @@ def test_stacked_experts_give_the_same_checkpoint(
             )
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "other" / file.name).read_bytes()
-    allocation = {"assignment": assignment, "bits": 4.0, "quantizer": "rtn"}
+    allocation = allocation_of(assignment, "rtn", tiny_moe)
     write_allocation(str(tmp_path / "allocation.json"), allocation)
     paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
-    quantize.quantize(argparse.Namespace(model=str(tmp_path / "stacked"), **paths))
+    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tmp_path / "stacked"), **paths))
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+REMOTE = """
+from transformers import Qwen2MoeForCausalLM
+
+class Doubled(Qwen2MoeForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm.variance_epsilon = 1.0
+"""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_code_that_comes_with_the_model_goes_with_it_if_it_is_trusted(
+    tiny_moe: Path, packed: Path, checkpoint: Path, tmp_path: Path, trusted: bool
+) -> None:
+    shutil.copytree(tiny_moe, tmp_path / "model")
+    (tmp_path / "model" / "remote.py").write_text(REMOTE)
+    config = json.loads((tiny_moe / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "remote.Doubled"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    paths = {
+        "allocation": str(checkpoint.parent / "allocation.json"),
+        "packed": str(packed),
+        "out": str(tmp_path / "out"),
+    }
+    quantize.quantize(argparse.Namespace(trust_remote_code=trusted, model=str(tmp_path / "model"), **paths))
+    assert (tmp_path / "out" / "remote.py").is_file() == trusted
+    assert ("auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())) == trusted
+    model = StreamedModel(tmp_path / "out", "float32", "cpu", trusted)
+    assert type(model.model).__name__ == ("Doubled" if trusted else "Qwen2MoeForCausalLM")
+    assert model.decoder.norm.variance_epsilon == (1.0 if trusted else 1e-6)
+
+
+def test_a_packed_checkpoint_keeps_the_dtype_of_the_weights(
+    tiny_moe: Path, packed: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Where config.json names none, scales, which are bfloat16, would decide."""
+    shutil.copytree(tiny_moe, tmp_path / "model")
+    config = json.loads((tiny_moe / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    paths = {
+        "allocation": str(checkpoint.parent / "allocation.json"),
+        "packed": str(packed),
+        "out": str(tmp_path / "out"),
+    }
+    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tmp_path / "model"), **paths))
+    assert StreamedModel(tmp_path / "out", "auto", "cpu").dtype == torch.float32
+    assert mxmoe_steps.load_quantized(tmp_path / "out").dtype == torch.float32
 
 
 def test_an_allocation_of_another_model_is_refused(
     tiny_moe: Path, packed: Path, assignment: list[list], tmp_path: Path
 ) -> None:
-    write_allocation(str(tmp_path / "allocation.json"), {"assignment": assignment[:-1], "bits": 4.0})
+    write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment[:-1], "rtn", tiny_moe))
     options = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
     with pytest.raises(UserError, match="layer 1, expert 3 is not in both"):
-        quantize.quantize(argparse.Namespace(model=str(tiny_moe), **options))
+        quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tiny_moe), **options))
     assert [path.name for path in tmp_path.iterdir()] == ["allocation.json"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import write_losses, write_trace
+from synthetic import run, write_losses, write_trace
 
 from mxmoe_steps import frontier as frontier_step
 from mxmoe_steps import profile as profile_step
@@ -35,19 +35,10 @@ def inputs(tmp_path_factory) -> dict:
     return {"losses": losses, "trace": trace, "profile": str(folder / "h100.parquet")}
 
 
-def run(step, *arguments) -> None:
-    """Run a step's main in this process."""
-    old, sys.argv = sys.argv, ["step", *map(str, arguments)]
-    try:
-        step.main()
-    finally:
-        sys.argv = old
-
-
 def frontier_arguments(inputs: dict, budget="4.5", tokens=16, **changes) -> list:
     given = {**inputs, **changes}
     return ["--losses", *given["losses"], "--trace", given["trace"], "--profile", given["profile"],
-            "--budget-bits", budget, "--tokens", tokens]  # fmt: skip
+            f"--budget-bits={budget}", "--tokens", tokens]  # fmt: skip
 
 
 def allocate(folder: Path, inputs: dict, goal=("--r", 0.75), extra=(), **settings) -> dict:
@@ -314,3 +305,9 @@ def test_every_r_against_all_assignments(tmp_path, toy, flags, tokens):
         assert allocation["objective"] == pytest.approx(best, rel=1e-9)
         assert allocation["loss"] ** r * allocation["time_us"] ** (1 - r) == pytest.approx(best, rel=1e-9)
         assert allocation["bound"] == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf", "1/0", "1e400", "two"])
+def test_budgets_that_are_no_bits_of_a_weight(tmp_path, inputs, budget):
+    with pytest.raises(UserError, match="expected a number above 0 and up to 64"):
+        allocate(tmp_path, inputs, budget=budget)

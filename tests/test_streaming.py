@@ -345,3 +345,62 @@ def test_rows_written_in_runs_are_one_safetensors_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="half: 12 bytes were never written"):
         torn()
     assert torch.equal(load_file(path)["ids"], tensors["ids"]), "the old file stays"
+
+
+def damage(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "cut":
+        data = data[: len(data) // 2]
+    elif how == "flipped":
+        data[-9] ^= 0x10
+    else:
+        data = bytearray(b"\xff" * 12)
+    file.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def whole_capture(deep_moe: Path, sources: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "capture"
+    run(capture.capture, deep_moe, sources, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("key", "cut"),
+        ("layer-004", "cut"),  # calibrate sees what is flipped there
+        *((name, how) for name in ("hidden-004", "hidden-002", "gradient-004") for how in ("cut", "flipped", "other")),
+    ],
+)
+def test_damaged_files_of_an_earlier_capture_are_made_again(
+    deep_moe: Path, sources: str, tmp_path: Path, whole_capture: Path, name: str, how: str
+) -> None:
+    run(capture.capture, deep_moe, sources, tmp_path / "out", down_to=4)
+    (file,) = (tmp_path / "out.borders").glob(f"{name}.*")
+    damage(file, how)
+    run(capture.capture, deep_moe, sources, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(whole_capture)
+
+
+@pytest.mark.parametrize("how", ["cut", "other"])
+@pytest.mark.parametrize("name", ["hidden-003", "routing-002", "key"])
+def test_damaged_files_of_an_earlier_trace_are_made_again(
+    deep_moe: Path, sources: str, tmp_path: Path, name: str, how: str
+) -> None:
+    run(trace.trace, deep_moe, sources, tmp_path / "whole")
+    run(trace.trace, deep_moe, sources, tmp_path / "out", until=3)
+    (file,) = (tmp_path / "out.borders").glob(f"{name}.*")
+    damage(file, how)
+    run(trace.trace, deep_moe, sources, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_damaged_routing_of_an_earlier_trace_does_not_stay(deep_moe: Path, sources: str, tmp_path: Path) -> None:
+    run(trace.trace, deep_moe, sources, tmp_path / "whole")
+    run(trace.trace, deep_moe, sources, tmp_path / "out", until=3)
+    damage(tmp_path / "out.borders" / "routing-002.safetensors", "flipped")
+    with pytest.raises(UserError, match=r"routing-002.safetensors: damaged"):
+        run(trace.trace, deep_moe, sources, tmp_path / "out")
+    run(trace.trace, deep_moe, sources, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

@@ -155,6 +155,26 @@ def test_a_configuration_error_stops_before_any_job(project: Path) -> None:
     assert "unknown key 'sweeep'; did you mean 'sweep'?" in run.stdout + run.stderr
 
 
+def test_model_and_texts_are_checked_before_any_job(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checked"
+    shutil.copytree(done, folder, ignore=shutil.ignore_patterns(".snakemake", "results", "tokenizer*"))
+    command = [sys.executable, "-m", "snakemake", "--cores", "1"]
+    run = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "error: model: the tokenizer has no vocabulary; copy its files" in run.stderr
+    assert "No job was started" in run.stderr
+    assert "rule trace:" not in run.stderr
+    assert not list(folder.glob("results/**/*"))
+
+
+def test_numbers_may_come_from_the_command_line(done: Path) -> None:
+    text = snakemake(
+        done, "--dry-run", "--printshellcmds", "--config", "runtime={threads: 2}", "solve={metric: out_sq}"
+    )
+    assert "mxmoe_steps.trace --batch 8 --device cpu" in text
+    assert "--threads 2" in text
+
+
 def test_steps_by_hand_write_the_same_bytes(done: Path, tmp_path: Path) -> None:
     """The commands that the workflow runs, run in its order without it."""
     text = snakemake(done, "--dry-run", "--forceall", "--printshellcmds")

@@ -63,8 +63,10 @@ def canonical_json(value: Any) -> str:
 def working_in(folder: Path, shared: bool = False) -> Iterator[None]:
     """Within the block ``folder`` exists and no other process works in it, or, if ``shared``, only others that share.
 
-    The block may remove it; if it leaves nothing there, the folder goes. File systems without locks give none.
+    The block may remove it; if it leaves nothing there, the folder goes, and those above it that were made for it.
+    File systems without locks give none.
     """
+    made = [parent for parent in folder.parents if not parent.exists()]
     with _locked(folder, shared) as lock:
         try:
             yield
@@ -72,7 +74,8 @@ def working_in(folder: Path, shared: bool = False) -> Iterator[None]:
             if not shared:
                 with contextlib.suppress(OSError):
                     Path(lock.name).unlink()
-                    folder.rmdir()
+                    for empty in (folder, *made):
+                        empty.rmdir()
 
 
 def _locked(folder: Path, shared: bool) -> IO[str]:

@@ -12,15 +12,14 @@ at once or one after the other, and then one without it, which does the rest, wr
 """
 
 import argparse
-import json
 import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_runtime, parser_for
-from mxmoe_steps.atomic import atomic_path, canonical_json, working_in
+from mxmoe_steps.arguments import add_runtime, finite, folder_to_write, natural, parser_for
+from mxmoe_steps.atomic import working_in
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
@@ -86,24 +85,31 @@ def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path])
 
 
 def finished(path: Path, key: Any) -> Any:
-    """``rows`` and ``fisher`` of a layer that an earlier run left in ``path`` under the same key, or None."""
-    from safetensors import safe_open
+    """``rows`` and ``fisher`` of a layer that an earlier run left in ``path`` under the same key, or None.
 
-    if not path.is_file():
+    A file that is damaged counts as missing.
+    """
+    from mxmoe_steps.facts import PartFacts
+    from mxmoe_steps.models.raw import facts_of, tensors_of
+
+    try:
+        facts = facts_of(path, PartFacts, "")
+        for tensor in tensors_of(path).values():
+            tensor.check()
+    except UserError:
         return None
-    with safe_open(path, "pt") as file:
-        facts = json.loads(file.metadata()["mxmoe"])
     return facts if facts.pop("key") == key else None
 
 
 def calibrate(args: argparse.Namespace) -> None:
     """Calibrate the MoE layers among ``args.layers``, or all that are missing, and write the result."""
     import torch
-    from safetensors.torch import save_file
 
-    from mxmoe_steps.calibration.inputs import LayerInputs
+    from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
     from mxmoe_steps.models.families import open_model, resolve_model
+    from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import resolve_device, start_torch
+    from mxmoe_steps.models.rows import write_rows
 
     scheme = parse_scheme(args.scheme)
     if scheme.is_original:
@@ -117,6 +123,7 @@ def calibrate(args: argparse.Namespace) -> None:
     for file in captured.values():
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
+    check_captured(captured, folder)
     keys = layer_keys(args, folder, captured)
     parts = {layer: partial / file.name for layer, file in captured.items()}
     wanted = folder.moe_layers if args.layers is None else range(*args.layers)
@@ -127,8 +134,10 @@ def calibrate(args: argparse.Namespace) -> None:
             for layer, inputs in zip(todo, reading, strict=True):
                 rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
                 facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
-                with atomic_path(parts[layer]) as temporary:
-                    save_file(packed, temporary, metadata={"mxmoe": canonical_json(facts)})
+                layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()}
+                with write_rows(parts[layer], layout, facts) as writer:
+                    for name, tensor in packed.items():
+                        writer.append(name, tensor)
                 note = few_tokens(rows)
                 print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
         except torch.OutOfMemoryError as error:
@@ -138,21 +147,23 @@ def calibrate(args: argparse.Namespace) -> None:
                 " GPU at a time, or set runtime.device: cpu"
             ) from error
         if args.layers is None:
-            write_result(Path(args.out), scheme, method, [(parts[layer], keys[layer]) for layer in folder.moe_layers])
+            done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
+            write_result(Path(args.out), scheme, method, fingerprint(folder), done)
             shutil.rmtree(partial)
 
 
-def write_result(out: Path, scheme: Scheme, method: Method, parts: list[tuple[Path, Any]]) -> None:
+def write_result(out: Path, scheme: Scheme, method: Method, model: str, parts: list[tuple[Path, Any]]) -> None:
     """Both files of the step from those of the layers, each with its key."""
     from mxmoe_steps.models.raw import tensors_of, write_tensors
     from mxmoe_steps.tables import LOSSES, write_table
 
     found = [finished(part, key) for part, key in parts]
-    write_tensors(out / f"{scheme}.safetensors", [item for part, _ in parts for item in tensors_of(part).items()])
-    facts = {"quantizer": method.name, "scheme": scheme.name, "fisher": found[-1]["fisher"]}
+    facts = {"model": model, "quantizer": method.name, "scheme": scheme.name}
+    tensors = [item for part, _ in parts for item in tensors_of(part).items()]
+    write_tensors(out / f"{scheme}.safetensors", tensors, facts)
     rows = [row for layer in found for row in layer["rows"]]
     columns = dict(zip(LOSSES.schema.names, map(list, zip(*rows, strict=True)), strict=True))
-    write_table(LOSSES, out / f"{scheme}.parquet", columns, facts)
+    write_table(LOSSES, out / f"{scheme}.parquet", columns, facts | {"fisher": found[-1]["fisher"]})
 
 
 def main() -> None:
@@ -162,12 +173,16 @@ def main() -> None:
     parser.add_argument("--capture", required=True, help="folder that capture wrote")
     parser.add_argument("--quantizer", required=True, choices=QUANTIZERS)
     parser.add_argument("--scheme", required=True, help="for example w4a16 or w8a8_fp8")
-    parser.add_argument("--damping", type=float, default=0.01, help="GPTQ: fraction of the mean Hessian diagonal")
+    parser.add_argument("--damping", type=finite, default=0.01, help="GPTQ: fraction of the mean Hessian diagonal")
     add_runtime(parser)
     parser.add_argument(
-        "--layers", type=int, nargs=2, metavar=("K", "L"), help="only do layers K ... L-1, for a later run without it"
+        "--layers",
+        type=natural,
+        nargs=2,
+        metavar=("K", "L"),
+        help="only do layers K ... L-1, for a later run without it",
     )
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     args = parser.parse_args()
     scheme = parse_scheme(args.scheme)
     outputs = [f"{args.out}/{scheme}.{kind}" for kind in ("parquet", "safetensors")]

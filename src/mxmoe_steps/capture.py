@@ -29,7 +29,16 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for
+from mxmoe_steps.arguments import (
+    add_borders,
+    add_model,
+    add_runtime,
+    add_text,
+    folder_to_write,
+    natural,
+    parser_for,
+    positive,
+)
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
@@ -79,7 +88,7 @@ def head_gradient(model: Any, borders: Any, runs: list[slice], seed: int) -> Non
     from mxmoe_steps.models.rows import read_rows, write_rows
 
     generator = torch.Generator(model.device).manual_seed(seed)
-    target = write_rows(borders.gradient(model.layers), borders.layout(model), {"border": model.layers})
+    target = write_rows(borders.gradient(model.layers), borders.layout, {"border": model.layers})
     with model.head(), target as writer, torch.enable_grad():
         for run in runs:
             hidden = read_rows(borders.hidden(model.layers), "hidden", run).to(model.device)
@@ -111,7 +120,7 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
 
     with ExitStack() as stack:
         stack.enter_context(model.loaded(layer_path(layer)))
-        target = write_rows(borders.gradient(layer), borders.layout(model), {"border": layer})
+        target = write_rows(borders.gradient(layer), borders.layout, {"border": layer})
         writer = stack.enter_context(target)
         write = stack.enter_context(layer_file(borders, layer, facts) if has_experts else nullcontext())
         if has_experts:
@@ -151,12 +160,15 @@ def capture_backward(model: Any, borders: Any, runs: list[slice], first: int, fa
     """Capture with gradients, from the last layer, or from where an earlier run stopped, down to layer ``first``."""
     from mxmoe_steps.models.borders import forward, unwatched
 
-    reached = next((border for border in range(model.layers + 1) if borders.gradient(border).is_file()), None)
+    reached = next((border for border in range(model.layers + 1) if borders.has(borders.gradient(border))), None)
+    resumed = reached is not None
     if reached is None:
         forward(model, borders, runs, model.layers, unwatched, keep=True)
         head_gradient(model, borders, runs, seed)
         reached = model.layers
     for layer in reversed(range(first, reached)):
+        if resumed and not borders.has(borders.hidden(layer)):
+            forward(model, borders, runs, layer, unwatched, keep=True)
         backward(model, borders, runs, layer, facts)
         borders.hidden(layer + 1).unlink(missing_ok=True)
         borders.gradient(layer + 1).unlink(missing_ok=True)
@@ -169,17 +181,20 @@ def capture(args: argparse.Namespace) -> None:
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
     if args.no_gradient and args.down_to is not None:
         raise UserError("--down-to is about gradients; leave it out with --no-gradient")
     start_torch(args)
-    path = resolve_model(args.model)
+    path = resolve_model(args.model, code=args.trust_remote_code)
     tokens = torch.from_numpy(read_texts(args, path, [args.text], "calibration")[args.text])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
     runs = runs_of([args.sequences], args.batch)
-    facts = {"text": args.text, "sequences": args.sequences, "length": args.length}
+    facts = {
+        "text": args.text, "sequences": args.sequences, "length": args.length, "model": fingerprint(model.folder)
+    }  # fmt: skip
     with Borders.locked(args):
         borders = Borders(model, tokens, "mxmoe_steps.capture", args)
         if args.no_gradient:
@@ -221,9 +236,9 @@ def main() -> None:
     add_runtime(parser)
     parser.add_argument("--no-gradient", action="store_true", help="skip the backward pass (no fisher losses)")
     add_borders(parser)
-    parser.add_argument("--until", type=int, metavar="K", help="only bring the text up to layer K")
-    parser.add_argument("--down-to", type=int, metavar="K", help="only bring the gradient down to layer K")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--until", type=positive, metavar="K", help="only bring the text up to layer K")
+    parser.add_argument("--down-to", type=natural, metavar="K", help="only bring the gradient down to layer K")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     args = parser.parse_args()
     with recorded(args.made_from, [args.out]) if is_last(args) else nullcontext():
         capture(args)

@@ -10,7 +10,7 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import folder_to_write, parser_for, positive
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import run_cli
 from mxmoe_steps.made_from import recorded
@@ -35,8 +35,8 @@ def main() -> None:
     """Command line."""
     parser = parser_for(__doc__)
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
-    parser.add_argument("--threads", type=int, default=1, help="kernels compiled at a time (default 1)")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--threads", type=positive, default=1, help="kernels compiled at a time (default 1)")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     args = parser.parse_args()
     with recorded(args.made_from, [args.out]):
         compile_kernels(args)

@@ -7,29 +7,38 @@ points that the workflow computes. ``python -m mxmoe_steps.config`` prints the r
 
 import difflib
 import itertools
+import re
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.data.sources import FileText, MixText
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import kernel_format
-from mxmoe_steps.models.families import is_local, open_model
+from mxmoe_steps.existence import check_constraints, check_kernels, check_selectors
+from mxmoe_steps.models.families import is_local, open_original
 from mxmoe_steps.quantizers.method import QuantizerName
 from mxmoe_steps.schemes import parse_scheme
-from mxmoe_steps.timing.estimate import measured_file, read_hardware
+from mxmoe_steps.timing.estimate import read_hardware
+from mxmoe_steps.values import distinct, exact, expand, expand_files
 
 Granularity = Literal["block", "expert", "layer", "uniform"]
 Goal = Literal["r", "max_time_us", "max_loss"]
 _GOAL_TAGS: dict[str, str] = {"r": "r", "max_time_us": "us", "max_loss": "loss"}
 
 
+_NAME = r"^\w[\w .+-]*$"  # of a text: a word on command lines, no part of a path
+_RESERVED = (  # what else stands in results/
+    "benchmarks", "compile", "logs", "measure", "profile", "readme.md", "report.html", "summary.csv"
+)  # fmt: skip
+_LARGEST = 1 << 20  # sequences, tokens of a sequence or of a step; more is a slip of the pen
+
+
 class Section(BaseModel):
     """A block of keys: unknown keys are errors, and values are never converted silently."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -43,36 +52,53 @@ class Section(BaseModel):
         return values
 
 
+Names = Annotated[list[str], AfterValidator(distinct)]
+
+
 class Model(Section):
     """The model to quantize."""
 
-    name: str = Field(description="name in result paths", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    path: str = Field(description="local checkpoint folder (relative to the working directory) or hub id")
+    name: str = Field(description="name in result paths", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
+    path: str = Field(
+        description="local checkpoint folder (relative to the working directory), hub id or id@revision", min_length=1
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         "auto", description="precision of activations; auto is the checkpoint's own; float32 is fastest on most CPUs"
     )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name.lower() in _RESERVED:
+            raise ValueError(f"{name!r} is taken in results/; choose another name")
+        return name
+
+    @field_validator("path")
+    @classmethod
+    def _expanded(cls, path: str) -> str:
+        return expand(path)
+
 
 class Trace(Section):
     """Expert traffic."""
 
-    texts: list[str] = Field(description="text sources to trace", min_length=1)
-    sequences: int = Field(32, description="sequences per text", gt=0)
-    length: int = Field(512, description="tokens per sequence", gt=1)
+    texts: Names = Field(description="text sources to trace", min_length=1)
+    sequences: int = Field(32, description="sequences per text", gt=0, le=_LARGEST)
+    length: int = Field(512, description="tokens per sequence", gt=1, le=_LARGEST)
 
 
 class Calibrate(Section):
     """Losses and quantized weights per scheme."""
 
     text: str = Field(description="text source to calibrate on")
-    sequences: int = Field(128, description="calibration sequences", gt=0)
-    length: int = Field(512, description="tokens per sequence", gt=1)
+    sequences: int = Field(128, description="calibration sequences", gt=0, le=_LARGEST)
+    length: int = Field(512, description="tokens per sequence", gt=1, le=_LARGEST)
     schemes: list[str] = Field(description="candidate schemes, e.g. w4a16 or w8a8_fp8 (docs/schemes.md)", min_length=1)
     quantizers: list[QuantizerName] = Field(
         ["gptq"], description="how to quantize weights (docs/schemes.md)", min_length=1
     )
-    damping: float = Field(0.01, description="GPTQ: fraction of the mean Hessian diagonal added to it", gt=0)
+    damping: float = Field(0.01, description="GPTQ: fraction of the mean Hessian diagonal added to it", gt=0, le=1)
     gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
 
     @field_validator("schemes")
@@ -162,8 +188,8 @@ class Sweep(Section):
             raise ValueError("max_time_us and max_loss must be positive")
         if min(self.budget_bits) <= 0 or max(self.budget_bits) > 16:
             raise ValueError(f"budget_bits must lie in (0, 16]; found {self.budget_bits}")
-        if min(self.tokens) < 1:
-            raise ValueError(f"tokens must be positive; found {self.tokens}")
+        if min(self.tokens) < 1 or max(self.tokens) > _LARGEST:
+            raise ValueError(f"tokens must lie between 1 and {_LARGEST:,}; found {self.tokens}")
         if min(self.r) < 0 or max(self.r) > 1:
             raise ValueError(f"r must lie in [0, 1]; found {self.r}")
         return self
@@ -172,18 +198,18 @@ class Sweep(Section):
 class Evaluate(Section):
     """Held-out evaluation."""
 
-    texts: list[str] = Field(description="text sources to evaluate on", min_length=1)
-    sequences: int = Field(32, description="sequences per text", gt=0)
-    length: int = Field(512, description="tokens per sequence", gt=1)
+    texts: Names = Field(description="text sources to evaluate on", min_length=1)
+    sequences: int = Field(32, description="sequences per text", gt=0, le=_LARGEST)
+    length: int = Field(512, description="tokens per sequence", gt=1, le=_LARGEST)
 
 
 class Runtime(Section):
     """Where and how to compute; every value but `layers_per_job` is part of a result's identity."""
 
     device: str = Field("auto", description="cpu, cuda or auto", pattern=r"^(cpu|auto|cuda(:\d+)?)$")
-    threads: int = Field(1, description="CPU threads of one job", gt=0)
-    batch: int = Field(8, description="sequences per forward pass", gt=0)
-    seed: int = Field(0, description="seed of text order, sampled steps and sampled labels", ge=0)
+    threads: int = Field(1, description="CPU threads of one job", gt=0, le=1024)
+    batch: int = Field(8, description="sequences per forward pass", gt=0, le=_LARGEST)
+    seed: int = Field(0, description="seed of text order, sampled steps and sampled labels", ge=0, lt=1 << 63)
     layers_per_job: int | None = Field(
         None,
         gt=0,
@@ -197,7 +223,8 @@ class Config(Section):
 
     model: Model
     texts: dict[str, dict[str, Any]] = Field(
-        description="named text sources: {package: wiki-en}, {files: [a.txt]}, {hub: wikitext, ...} or {mix: [a, b]}"
+        description="named text sources: {files: [a.txt]}, {files: [a.jsonl], column: text}, {hub: wikitext, ...},"
+        " {package: wiki-en} or {mix: [a, b]} (docs/texts.md)"
     )
     trace: Trace
     calibrate: Calibrate
@@ -209,6 +236,16 @@ class Config(Section):
     )
     evaluate: Evaluate
     runtime: Runtime = Field(default_factory=lambda: Runtime())
+
+    @field_validator("texts")
+    @classmethod
+    def _named(cls, texts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in texts:
+            if not re.fullmatch(_NAME, name):
+                raise ValueError(
+                    f"{name!r} is no name for a text: begin with a letter or digit, and use no / or braces"
+                )
+        return {name: expand_files(source) for name, source in texts.items()}
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -237,23 +274,15 @@ class Config(Section):
         _known("sweep and baselines: quantizer", sorted(wanted), self.calibrate.quantizers, "in calibrate.quantizers")
         if self.solve.metric == "fisher" and not self.calibrate.gradient:
             raise ValueError("solve.metric fisher needs calibrate.gradient: true; or set solve.metric: out_sq")
+        try:
+            check_constraints(self)
+            check_kernels(self)
+        except UserError as error:
+            raise ValueError(str(error)) from None
         self._budgets_reachable()
         if self.runtime.layers_per_job is not None and not is_local(self.model.path):
             raise ValueError("runtime.layers_per_job needs a local model: download it and set model.path to its folder")
         return self
-
-    def _kernels_exist(self) -> None:
-        """Where times are measured, every candidate needs a kernel, its own or one that counts for it."""
-        if self.profile.hardware != "local" and measured_file(self.profile.hardware) is None:
-            return
-        for scheme in self.calibrate.schemes:
-            try:
-                kernel_format(parse_scheme(timed_as(self).get(scheme, scheme)))
-            except UserError as error:
-                raise ValueError(
-                    f"{error}; take it out of calibrate.schemes, or count another one's kernel,"
-                    f" e.g. solve.time_as: [{scheme}=w4a16]"
-                ) from None
 
     def _budgets_reachable(self) -> None:
         """No candidate can go below its codes and group overhead; `frontier` knows the exact figure."""
@@ -266,12 +295,6 @@ class Config(Section):
                     f"sweep: budget_bits {min(grid.budget_bits):g} is below {bits:g}, what the smallest candidate"
                     f" {least} takes; raise the budget or add a smaller scheme to calibrate.schemes"
                 )
-
-
-def timed_as(config: Config) -> dict[str, str]:
-    """Scheme -> the scheme whose kernel counts for it, by canonical names."""
-    pairs = (text.split("=", 1) for text in config.solve.time_as if "=" in text)
-    return {parse_scheme(scheme).name: parse_scheme(kernel).name for scheme, kernel in pairs}
 
 
 def _known(key: str, names: list[str], known: list[str] | list[QuantizerName], what: str) -> None:
@@ -290,7 +313,7 @@ def load_config(values: dict[str, Any], origin: str) -> Config:
         lines = [f"  {_where(item['loc'])}{_message(item)}" for item in error.errors()]
         raise UserError(f"{origin} is not a valid configuration:\n" + "\n".join(lines)) from None
     if is_local(config.model.path):
-        open_model(config.model.path)
+        check_selectors(config.solve, open_original(config.model.path))
     return config
 
 
@@ -312,7 +335,7 @@ def _message(item: Any) -> str:
 
 def decoder_layers(model: Model) -> int:
     """Number of decoder layers of a local model."""
-    return int(open_model(model.path).config["num_hidden_layers"])
+    return int(open_original(model.path).config["num_hidden_layers"])
 
 
 class Point(BaseModel):
@@ -330,12 +353,12 @@ class Point(BaseModel):
     @property
     def frontier(self) -> str:
         """Name of the frontier the point lies on: everything but the goal."""
-        return f"b{self.budget_bits:g}_t{self.tokens}_{self.granularity}_{self.quantizer}"
+        return f"b{exact(self.budget_bits)}_t{self.tokens}_{self.granularity}_{self.quantizer}"
 
     @property
     def name(self) -> str:
         """For example ``b2.25_t64_block_gptq_r0.75`` or ``b3_t64_block_gptq_us120``."""
-        return f"{self.frontier}_{_GOAL_TAGS[self.goal]}{self.value:g}"
+        return f"{self.frontier}_{_GOAL_TAGS[self.goal]}{exact(self.value)}"
 
 
 def points(config: Config) -> list[Point]:

@@ -8,17 +8,20 @@ One decoder layer is in memory at a time, and a run that was stopped goes on at 
 """
 
 import argparse
-import json
 import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, parser_for
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, file_to_write, parser_for, positive
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.evaluations import read_manifest
 from mxmoe_steps.made_from import recorded
+
+_AGAIN = "evaluate the original with --save-reference again"
+_MOST_NLL = 700.0  # nats; e to the power of more is no float64
 
 
 def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[float, float]:
@@ -46,29 +49,42 @@ def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[
 class Reference:
     """What --save-reference kept of the original: its text, and its final hidden states, read as they are needed."""
 
-    def __init__(self, path: str) -> None:
-        from mxmoe_steps.models.raw import tensors_of
+    def __init__(self, path: str, model: Any) -> None:
+        from mxmoe_steps.facts import ReferenceFacts
+        from mxmoe_steps.models.raw import FLOATING, expect, facts_of, tensors_of
         from mxmoe_steps.models.rows import read_rows
 
-        if not Path(path).is_file():
-            raise UserError(f"{path}: no such reference; evaluate the original with --save-reference first")
-        names = sorted(name.removeprefix("tokens.") for name in tensors_of(Path(path)) if name.startswith("tokens."))
-        if not names:
-            raise UserError(f"{path}: holds no tokens; it is not what evaluate --save-reference writes")
         self.path = Path(path)
-        self.tokens = {text: read_rows(self.path, f"tokens.{text}", slice(None)) for text in names}
+        if not self.path.is_file():
+            raise UserError(f"{path}: no such reference; evaluate the original with --save-reference first")
+        facts, tensors, config = facts_of(self.path, ReferenceFacts, _AGAIN), tensors_of(self.path), model.model.config
+        if model.folder.is_packed and facts["model"] != read_manifest(model.folder.path)["allocation"]["model"]:
+            raise UserError(f"{path}: is of another model than {model.folder.path} was packed from; {_AGAIN}")
+        self.tokens = {}
+        for text in facts["texts"]:
+            name = f"tokens.{text}"
+            shape = tensors[name].shape if name in tensors and len(tensors[name].shape) == 2 else (1, 2)
+            expect(self.path, name, ["I64"], shape, _AGAIN).check()
+            expect(self.path, f"hidden.{text}", FLOATING, (*shape, config.hidden_size), _AGAIN).check()
+            self.tokens[text] = read_rows(self.path, name, slice(None))
+            if shape[1] < 2 or self.tokens[text].min() < 0 or self.tokens[text].max() >= config.vocab_size:
+                raise UserError(f"{path}: {name} holds no text of {model.folder.path}; {_AGAIN}")
 
     def hidden(self, text: str, rows: slice = slice(None)) -> Any:
-        """Final hidden states [S, L, H] of some sequences of a text."""
+        """Final hidden states [S, L, H] of some sequences of a text; `UserError` for NaN or infinity."""
         from mxmoe_steps.models.rows import read_rows
 
-        return read_rows(self.path, f"hidden.{text}", rows)
+        hidden = read_rows(self.path, f"hidden.{text}", rows)
+        if not hidden.isfinite().all():
+            raise UserError(f"{self.path}: hidden.{text} holds NaN or infinity; {_AGAIN}")
+        return hidden
 
 
 def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, reference: Any, keep: str | None) -> Any:
     """Metrics of every text, int64 [S, L], whose last border was reached; ``keep``: file for a reference."""
     import torch
 
+    from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.rows import read_rows, write_rows
 
     metrics = {}
@@ -80,7 +96,8 @@ def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, referen
             hidden_size = model.model.config.hidden_size
             layout = {f"tokens.{text}": (torch.int64, tuple(tokens.shape)) for text, tokens in texts.items()}
             layout |= {f"hidden.{text}": (model.dtype, (*tokens.shape, hidden_size)) for text, tokens in texts.items()}
-            writer = stack.enter_context(write_rows(Path(keep), layout, {"texts": sorted(texts)}))
+            facts = {"model": fingerprint(model.folder), "texts": sorted(texts)}
+            writer = stack.enter_context(write_rows(Path(keep), layout, facts))
         for text, tokens in texts.items():
             sums = [0.0, 0.0]
             for low in range(0, len(tokens), batch):
@@ -95,8 +112,8 @@ def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, referen
                     writer.append(f"hidden.{text}", hidden)
             start += len(tokens)
             nll, kl = (total / (tokens.shape[0] * (tokens.shape[1] - 1)) for total in sums)
-            if not math.isfinite(nll):
-                raise UserError(f"{model.folder.path}: the loss on text {text!r} is not finite")
+            if not (nll < _MOST_NLL and math.isfinite(kl)):
+                raise UserError(f"{model.folder.path}: the loss on text {text!r} is {nll}, the KL divergence {kl}")
             metrics[text] = {"nll": nll, "perplexity": math.exp(nll), "kl": kl}
             print(f"evaluate {text}: perplexity {metrics[text]['perplexity']:.3f}", file=sys.stderr, flush=True)
     return metrics
@@ -104,10 +121,8 @@ def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, referen
 
 def known_facts(folder: Any) -> dict[str, Any]:
     """What is known of a checkpoint, original or quantized: allocation summary and size on disk."""
-    manifest = folder.path / "mxmoe.json"
-    if manifest.is_file():
-        facts: dict[str, Any] = json.loads(manifest.read_text(encoding="utf-8"))
-        return facts
+    if folder.is_packed:
+        return read_manifest(folder.path)
     return {"allocation": None, "weights_bytes": sum(file.stat().st_size for file in set(folder.files.values()))}
 
 
@@ -124,14 +139,17 @@ def evaluate(args: argparse.Namespace) -> None:
     if (args.reference is None) == (args.sources is None or args.texts is None):
         raise UserError("give either --reference, or --sources with --texts")
     start_torch(args)
-    path = resolve_model(args.model)
-    reference = None if args.reference is None else Reference(args.reference)
+    path = resolve_model(args.model, packed=True, code=args.trust_remote_code)
+    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
+    known = known_facts(model.folder)
+    if args.save_reference is not None and model.folder.is_packed:
+        raise UserError("--save-reference keeps the original's hidden states; give --model the original")
+    reference = None if args.reference is None else Reference(args.reference, model)
     if reference is None:
         found = read_texts(args, path, args.texts, "test")
         texts = {text: torch.from_numpy(tokens) for text, tokens in found.items()}
     else:
         texts = reference.tokens
-    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
     runs = runs_of([len(tokens) for tokens in texts.values()], args.batch)
     with Borders.locked(args):
         borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", args)
@@ -139,7 +157,7 @@ def evaluate(args: argparse.Namespace) -> None:
         metrics = measure(model, borders, texts, args.batch, reference, args.save_reference)
         mean = {key: sum(one[key] for one in metrics.values()) / len(metrics) for key in ("nll", "kl")}
         overall = mean | {"perplexity": math.exp(mean["nll"])}
-        write_json(args.out, known_facts(model.folder) | {"texts": metrics, "overall": overall})
+        write_json(args.out, known | {"texts": metrics, "overall": overall})
         borders.remove()
 
 
@@ -149,13 +167,15 @@ def main() -> None:
     add_model(parser)
     parser.add_argument("--sources", help="JSON object: name -> text source")
     parser.add_argument("--texts", nargs="+", metavar="NAME", help="sources to evaluate on")
-    parser.add_argument("--sequences", type=int, default=32, help="sequences per text (default 32)")
-    parser.add_argument("--length", type=int, default=512, help="tokens per sequence (default 512)")
-    parser.add_argument("--save-reference", metavar="FILE", help="keep tokens and hidden states, for the original")
+    parser.add_argument("--sequences", type=positive, default=32, help="sequences per text (default 32)")
+    parser.add_argument("--length", type=positive, default=512, help="tokens per sequence (default 512)")
+    parser.add_argument(
+        "--save-reference", type=file_to_write, metavar="FILE", help="keep tokens and hidden states of the original"
+    )
     parser.add_argument("--reference", metavar="FILE", help="what --save-reference kept: its text, and KL from it")
     add_runtime(parser)
     add_borders(parser)
-    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
     args = parser.parse_args()
     with recorded(args.made_from, [file for file in (args.out, args.save_reference) if file is not None]):
         evaluate(args)

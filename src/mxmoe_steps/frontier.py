@@ -10,10 +10,11 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, natural, parser_for, positive, zero_to_one
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
 
+MOST_BITS = 64  # of a weight
 MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
 
 
@@ -32,10 +33,12 @@ def frontier(args: argparse.Namespace) -> None:
 
     constraints = parse_constraints(args.fix, args.min_bits, args.time_as, args.max_schemes, args.tie_gate_up)
     try:
-        if Fraction(args.budget_bits) <= 0:
+        if not 0 < Fraction(args.budget_bits) <= MOST_BITS:
             raise ValueError
-    except ValueError:
-        raise UserError(f"--budget-bits {args.budget_bits!r}: expected a positive number, e.g. 2.25") from None
+    except (ValueError, ZeroDivisionError):
+        raise UserError(
+            f"--budget-bits {args.budget_bits!r}: expected a number above 0 and up to {MOST_BITS}, e.g. 2.25"
+        ) from None
     if args.loss == "sum_of_norms" and args.metric != "out_sq":
         raise UserError("--loss sum_of_norms is the norm of out_sq; use it with --metric out_sq")
     wanted = {parse_scheme(text) for text in args.candidates}
@@ -50,6 +53,8 @@ def frontier(args: argparse.Namespace) -> None:
 
     profile = read_profile(args.profile)
     traffic = sample_traffic(args.trace, args.traffic_text, args.tokens, args.phase, args.steps, args.seed)
+    if traffic.model != losses.model:
+        raise UserError(f"{args.trace} and {args.losses[0]} are of different models; trace and calibrate one model")
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
     used = [kernel for kernel, scheme in zip(kernels, losses.schemes, strict=True) if scheme in {*candidates, *fixed}]
     alone = args.granularity in ("layer", "uniform") and not fixed and not args.shared_tile
@@ -89,6 +94,7 @@ def frontier(args: argparse.Namespace) -> None:
         "granularity": args.granularity,
         "loss": args.loss,
         "metric": args.metric,
+        "model": losses.model,
         "gap_limit": gap,
         "params": int(blocks.params.sum()),
         "proved_by": "cp-sat" if args.prove else "states",
@@ -111,7 +117,7 @@ def main() -> None:
     add("--trace", required=True, help="folder that trace wrote")
     add("--profile", required=True, help="table that profile wrote")
     add("--budget-bits", required=True, metavar="BITS", help="average true bits per expert weight, e.g. 2.25")
-    add("--tokens", type=int, required=True, help="tokens in one forward step")
+    add("--tokens", type=positive, required=True, help="tokens in one forward step")
     add("--candidates", nargs="+", default=[], metavar="SCHEME", help="default: all with a table; may add w16a16")
     add("--granularity", default="block", choices=["block", "expert", "layer", "uniform"])
     add("--scope", default="layer", choices=["layer", "model"], help="whether the budget holds in each layer")
@@ -119,18 +125,18 @@ def main() -> None:
     add("--loss", default="root_sum_squares", choices=["root_sum_squares", "sum_of_norms"])
     add("--traffic-text", nargs="+", default=[], metavar="NAME", help="texts to sample steps from (default: all)")
     add("--phase", default="auto", choices=["auto", "prefill", "decode"])
-    add("--steps", type=int, default=16, help="sampled steps that times average over (default 16)")
-    add("--seed", type=int, default=0)
+    add("--steps", type=positive, default=16, help="sampled steps that times average over (default 16)")
+    add("--seed", type=natural, default=0)
     add("--fix", action="append", default=[], metavar="SELECTOR=SCHEME", help="e.g. shared=w8a8 or layer:0=w4a16")
     add("--min-bits", action="append", default=[], metavar="SELECTOR=BITS", help="e.g. block:down=3")
-    add("--max-schemes", type=int, metavar="K", help="different schemes per layer")
+    add("--max-schemes", type=positive, metavar="K", help="different schemes per layer")
     add("--tie-gate-up", action="store_true", help="gate and up of an expert take the same scheme")
     add("--shared-tile", action="store_true", help="one token tile for the whole kernel, as in the paper")
     add("--time-as", action="append", default=[], metavar="SCHEME=SCHEME", help="count another scheme's kernel")
-    add("--gap", type=float, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
+    add("--gap", type=zero_to_one, help="relative distance to the bound (default 0 for layers, 1e-4 for a whole model)")
     add("--prove", action="store_true", help="have CP-SAT confirm every vertex (with --gap 0)")
-    add("--threads", type=int, default=1, help="solver workers; part of the result's bytes (default 1)")
-    add("--out", required=True, help="JSON file to write")
+    add("--threads", type=positive, default=1, help="solver workers; part of the result's bytes (default 1)")
+    add("--out", type=file_to_write, required=True, help="JSON file to write")
     args = parser.parse_args()
     with recorded(args.made_from, [args.out]):
         frontier(args)

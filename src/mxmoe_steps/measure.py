@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, parser_for, positive
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
 
@@ -104,12 +104,14 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
     parser.add_argument("--kernels", help="folder that compile wrote (default: the kernel cache)")
-    parser.add_argument("--problems", type=int, default=200, help="random problems of one scheme, and as many mixed")
-    parser.add_argument("--rounds", type=int, default=5, help="times that every launch is visited (default 5)")
     parser.add_argument(
-        "--repeats", type=int, default=3, help="replays that count at each visit, by their median (default 3)"
+        "--problems", type=positive, default=200, help="random problems of one scheme, and as many mixed"
     )
-    parser.add_argument("--out", required=True, help="parquet file to write")
+    parser.add_argument("--rounds", type=positive, default=5, help="times that every launch is visited (default 5)")
+    parser.add_argument(
+        "--repeats", type=positive, default=3, help="replays that count at each visit, by their median (default 3)"
+    )
+    parser.add_argument("--out", type=file_to_write, required=True, help="parquet file to write")
     args = parser.parse_args()
     with recorded(args.made_from, [args.out]):
         measure(args)

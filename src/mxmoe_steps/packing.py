@@ -13,12 +13,7 @@ kernels rearrange it at load time.
 
 import torch
 
-CODES_PER_UNIT = 8
-
-
-def packed_width(in_features: int, bits: int) -> int:
-    """Bytes of one packed row of ``in_features`` codes."""
-    return -(-in_features // CODES_PER_UNIT) * bits
+from mxmoe_steps.schemes import CODES_PER_UNIT, packed_width
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

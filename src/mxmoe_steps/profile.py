@@ -6,27 +6,26 @@ a roofline estimate from its data sheet, and every result that uses them says so
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, parser_for
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
 from mxmoe_steps.schemes import Scheme, parse_scheme
-from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, measured_file, read_hardware
+from mxmoe_steps.timing.estimate import HARDWARE, data_sheets, estimate_profile, measured_file, read_hardware
 
 
 def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Columns and facts of a PROFILE table from a table of measurements."""
     from mxmoe_steps.kernels.formats import kernel_format
-    from mxmoe_steps.tables import MEASUREMENTS, read_table
     from mxmoe_steps.timing.fit import fit
+    from mxmoe_steps.timing.measurements import read_measurements
 
-    table, measured = read_table(MEASUREMENTS, path)
-    if not len(table):  # a GPU that the kernels do not run on
-        known = json.loads(HARDWARE.read_text(encoding="utf-8"))
+    rows, measured = read_measurements(path)
+    if not rows:  # a GPU that the kernels do not run on
+        known = data_sheets()
         names = [name for name, sheet in known.items() if sheet["device"] == measured["device"]]
         if not names:
             raise UserError(
@@ -35,7 +34,10 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
             )
         print(f"profile: no kernels for {measured['device']}; its data sheet is used", file=sys.stderr)
         return estimate_profile(schemes, known[names[0]])
-    columns, fitted = fit(table.to_pylist(), measured["sms"])
+    try:
+        columns, fitted = fit(rows, measured["sms"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     for scheme in schemes:
         if (kernel := kernel_format(scheme).name) not in columns["scheme"]:
             raise UserError(f"{path}: no times of {kernel}, which runs {scheme}: measure with it")
@@ -87,7 +89,7 @@ def main() -> None:
     source.add_argument("--hardware", help="a GPU that the package knows, e.g. h100")
     source.add_argument("--measurements", help="table that measure wrote")
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
-    parser.add_argument("--out", required=True, help="parquet file to write")
+    parser.add_argument("--out", type=file_to_write, required=True, help="parquet file to write")
     args = parser.parse_args()
     with recorded(args.made_from, [args.out]):
         profile(args)

@@ -3,7 +3,7 @@
 Takes every block's quantized weights from what `calibrate` stored for the scheme that the allocation
 names, and everything else from the original checkpoint. Writes a folder that
 `mxmoe_steps.load_quantized` and, after ``import mxmoe_steps``, ``AutoModelForCausalLM.from_pretrained`` read.
-Nothing compiled and no code is inside.
+Nothing compiled is inside, and no code but, with --trust-remote-code, the Python files that come with the model.
 """
 
 import argparse
@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import folder_to_write, parser_for
 from mxmoe_steps.atomic import atomic_folder, write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
 from mxmoe_steps.quantizers.method import Method
-from mxmoe_steps.schemes import BLOCKS, SHARED
+from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 _SHARD_BYTES = 4 << 30
 
@@ -42,11 +42,14 @@ def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any
     return {"quant_method": "mxmoe", "version": 1, "schemes": schemes, "blocks": blocks, **rotation}
 
 
-def checkpoint_tensors(folder: Any, assignment: Assignment, packed: Path) -> list[tuple[str, Any]]:
+def checkpoint_tensors(
+    folder: Any, assignment: Assignment, packed: Path, quantizer: str, model: str
+) -> list[tuple[str, Any]]:
     """(name, `RawTensor`) of the whole new checkpoint."""
-    from mxmoe_steps.models.raw import tensors_of
+    from mxmoe_steps.models.store import PackedStore
 
-    original = {name: tensors_of(file)[name] for name, file in folder.files.items()}
+    stores: dict[str, PackedStore] = {}
+    original = {name: folder.raw(name) for name in folder.files}
     replaced: list[tuple[str, Any]] = []
     for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
@@ -59,15 +62,11 @@ def checkpoint_tensors(folder: Any, assignment: Assignment, packed: Path) -> lis
                 weight = folder.raw_block(layer, expert, block)
                 replaced.append((packed_name(folder, layer, expert, block, "weight"), weight))
                 continue
-            store = tensors_of(packed / f"{scheme}.safetensors")
-            prefix = f"{layer}.{expert}.{block}"
-            if f"{prefix}.qweight" not in store:
-                raise UserError(
-                    f"{packed}/{scheme}.safetensors: holds no block {prefix}; calibrate {scheme} again for this model"
-                )
-            for part in ("qweight", "scales", "zeros"):
-                if f"{prefix}.{part}" in store:
-                    replaced.append((packed_name(folder, layer, expert, block, part), store[f"{prefix}.{part}"]))
+            if scheme not in stores:
+                stores[scheme] = PackedStore(packed, parse_scheme(scheme), quantizer, model)
+            shape = folder.raw_block(layer, expert, block).shape
+            for part, tensor in stores[scheme].block(layer, expert, block, shape).items():
+                replaced.append((packed_name(folder, layer, expert, block, part), tensor))
     return [*original.items(), *replaced]
 
 
@@ -98,8 +97,9 @@ def quantize(args: argparse.Namespace) -> None:
     """Write the checkpoint of one allocation; the folder appears when it is complete."""
     from mxmoe_steps.allocation.files import read_allocation
     from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, open_model, resolve_model
+    from mxmoe_steps.models.identity import fingerprint
 
-    folder = open_model(resolve_model(args.model))
+    folder = open_model(resolve_model(args.model, code=args.trust_remote_code))
     allocation = read_allocation(args.allocation)
     assignment = {(layer, expert): tuple(schemes) for layer, expert, *schemes in allocation["assignment"]}
     expected = {(layer, expert) for layer in folder.moe_layers for expert in folder.expert_ids()}
@@ -109,15 +109,23 @@ def quantize(args: argparse.Namespace) -> None:
             f"{args.allocation}: layer {layer}, expert {expert} is not in both the allocation and {args.model};"
             " solve again for this model"
         )
+    model = fingerprint(folder)
+    if allocation["model"] != model:
+        raise UserError(f"{args.allocation}: was solved for another model than {args.model}; solve again for this one")
+    tensors = checkpoint_tensors(folder, assignment, Path(args.packed), allocation["quantizer"], model)
     out = Path(args.out)
     with atomic_folder(out) as partial:
-        write_shards(checkpoint_tensors(folder, assignment, Path(args.packed)), partial)
+        write_shards(tensors, partial)
         packed_config = {
+            "dtype": folder.dtype,  # where config.json names none, that of packed tensors would be taken for it
             "experts_implementation": EXPERTS_IMPLEMENTATION,
             "quantization_config": quantization_config(assignment, allocation["quantizer"]),
         }
-        write_json(partial / "config.json", folder.config | packed_config)
-        for file in folder.copied_files:
+        config = folder.config | packed_config
+        if not args.trust_remote_code:
+            config.pop("auto_map", None)  # it names code that is not in the new folder, and that nothing was run with
+        write_json(partial / "config.json", config)
+        for file in folder.copied_files(args.trust_remote_code):
             (partial / file.relative_to(folder.path)).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, partial / file.relative_to(folder.path))
         summary = {key: value for key, value in allocation.items() if key != "assignment"}
@@ -130,9 +138,10 @@ def main() -> None:
     """Command line."""
     parser = parser_for(__doc__)
     parser.add_argument("--model", required=True, help="local checkpoint folder or hub id")
+    parser.add_argument("--trust-remote-code", action="store_true", help="copy Python code that comes with the model")
     parser.add_argument("--allocation", required=True, help="allocation.json that solve wrote")
     parser.add_argument("--packed", required=True, help="folder of one quantizer that calibrate wrote")
-    parser.add_argument("--out", required=True, help="checkpoint folder to write")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="checkpoint folder to write")
     args = parser.parse_args()
     with recorded(args.made_from, [args.out]):
         quantize(args)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, folder_to_write, natural, parser_for, positive
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
@@ -26,11 +26,19 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
     from mxmoe_steps.allocation.traffic import sample_traffic
     from mxmoe_steps.reporting.figures import spread
 
-    blocks = read_losses(args.losses[:1], "out_sq", False).blocks
+    losses = read_losses(args.losses, "out_sq", False)
+    blocks = losses.blocks
+    experts = set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
+    for name, allocation in allocations.items():
+        assigned = {(layer, expert) for layer, expert, *_ in allocation["assignment"]}
+        if allocation["model"] != losses.model or assigned != experts:
+            raise UserError(f"allocation {name} and {args.losses[0]} are of different models; solve again for this one")
     profile = read_profile(args.profile)
     times: dict[str, dict[int, float]] = {name: {} for name in allocations}
     for tokens in spread(sorted(args.tokens), _TOKEN_COUNTS):
         traffic = sample_traffic(args.trace, [args.traffic_text], tokens, "auto", args.steps, args.seed)
+        if traffic.model != losses.model:
+            raise UserError(f"{args.trace} and {args.losses[0]} are of different models; trace and calibrate one model")
         tables: Tables = {}
         for name, allocation in allocations.items():
             times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile, tables)
@@ -76,15 +84,21 @@ def held_out_errors(facts: dict[str, Any]) -> str:
 def read_inputs(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
     """Evaluated checkpoints and, by name, the allocations of all but the original."""
     from mxmoe_steps.allocation.files import read_allocation
-    from mxmoe_steps.reporting.summary import Checkpoint, read_json
+    from mxmoe_steps.evaluations import read_evaluation
+    from mxmoe_steps.reporting.summary import Checkpoint
 
     allocations = {Path(path).stem: read_allocation(path) for path in args.allocations}
     checkpoints = []
     for path in args.evaluations:
-        metrics, name = read_json(path), Path(path).stem
+        metrics, name = read_evaluation(path), Path(path).stem
         if metrics["allocation"] is not None and name not in allocations:
             raise UserError(f"{path}: no allocation of that name among --allocations")
+        if metrics["allocation"] is not None and not metrics["allocation"].items() <= allocations[name].items():
+            raise UserError(f"{path}: was evaluated under another allocation; run quantize and evaluate again")
         checkpoints.append(Checkpoint(name, metrics, allocations.get(name)))
+    for path, checkpoint in zip(args.evaluations, checkpoints, strict=True):
+        if checkpoint.metrics["texts"].keys() != checkpoints[0].metrics["texts"].keys():
+            raise UserError(f"{path}: was evaluated on other texts than {args.evaluations[0]}; run evaluate again")
     if not any(checkpoint.allocation is None for checkpoint in checkpoints):
         raise UserError("--evaluations holds no evaluation of the original model")
     return checkpoints, allocations
@@ -100,8 +114,9 @@ def report(args: argparse.Namespace) -> None:
 
     checkpoints, allocations = read_inputs(args)
     original = next(checkpoint.name for checkpoint in checkpoints if checkpoint.allocation is None)
-    some = next(iter(allocations.values()))["assignment"]
-    unquantized = {"assignment": [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some], "timed_as": {}}
+    some = next(iter(allocations.values()))
+    unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
+    unquantized = {"assignment": unpacked, "model": some["model"], "timed_as": {}}
     times = predicted_times(args, {**allocations, original: unquantized})
     losses = {}
     for path in args.losses:
@@ -110,12 +125,16 @@ def report(args: argparse.Namespace) -> None:
     tiles, profile_facts = read_table(PROFILE, args.profile)
     estimate = bool(profile_facts["estimate"])
     table = summary_table(checkpoints, times, estimate)
+    frontiers = [read_frontier(path) for path in args.frontiers]
+    for path, (facts, _) in zip(args.frontiers, frontiers, strict=True):
+        if facts["model"] != some["model"]:
+            raise UserError(f"{path} and the allocations are of different models; run frontier again for this one")
     ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
     maps = [one for one in ordered if one["granularity"] == "block"]
     drawn = {
         "quality": figures.quality(table),
         "speed": figures.speed(table, estimate),
-        "frontier": figures.frontiers([read_frontier(path) for path in args.frontiers], ordered, estimate),
+        "frontier": figures.frontiers(frontiers, ordered, estimate),
         "allocation": figures.allocation(maps or ordered),
         "sensitivity": figures.sensitivity(losses, args.metric),
         "times": figures.times(tiles.to_pandas(), profile_facts),
@@ -179,13 +198,15 @@ def main() -> None:
     parser.add_argument("--trace", required=True, help="folder that trace wrote")
     parser.add_argument("--profile", required=True, help="table that profile wrote")
     parser.add_argument("--traffic-text", required=True, metavar="NAME", help="traced text that times assume")
-    parser.add_argument("--tokens", nargs="+", type=int, required=True, help="tokens in a step, for predicted times")
+    parser.add_argument(
+        "--tokens", nargs="+", type=positive, required=True, help="tokens in a step, for predicted times"
+    )
     parser.add_argument("--metric", default="fisher", choices=["fisher", "out_sq"], help="loss to draw")
-    parser.add_argument("--steps", type=int, default=16, help="sampled steps that times average over (default 16)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampled steps")
-    parser.add_argument("--html", required=True, help="page to write")
-    parser.add_argument("--csv", required=True, help="table to write")
-    parser.add_argument("--figures", required=True, help="folder for the SVG files")
+    parser.add_argument("--steps", type=positive, default=16, help="sampled steps that times average over (default 16)")
+    parser.add_argument("--seed", type=natural, default=0, help="seed of the sampled steps")
+    parser.add_argument("--html", type=file_to_write, required=True, help="page to write")
+    parser.add_argument("--csv", type=file_to_write, required=True, help="table to write")
+    parser.add_argument("--figures", type=folder_to_write, required=True, help="folder for the SVG files")
     args = parser.parse_args()
     figures = [f"{args.figures}/{name}.svg" for name in sorted(HEADINGS)]
     with recorded(args.made_from, [args.html, args.csv, *figures]):

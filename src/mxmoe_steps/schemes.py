@@ -15,9 +15,14 @@ BLOCKS = ("gate", "up", "down")
 SHARED = -1  # the expert number of a layer's shared expert
 
 SCALE_BITS = 16  # one bfloat16 scale per group
+_LARGEST_GROUP = 1 << 16
 ZERO_BITS = 16  # one bfloat16 zero point per asymmetric group
 
-_PATTERN = re.compile(r"w(?P<weight>\d+)a(?P<act>\d+)(?:_g(?P<group>-?\d+))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?")
+CODES_PER_UNIT = 8  # that fill whole bytes, see `mxmoe_steps.packing`
+
+_PATTERN = re.compile(
+    r"w(?P<weight>\d{1,2})a(?P<act>\d{1,2})(?:_g(?P<group>-?\d{1,9}))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?"
+)
 _SUPPORTED = {  # (weight bits, activation bits) the quantizers and the reference arithmetic implement
     (16, 16), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (8, 8), (4, 8), (4, 4),
 }  # fmt: skip
@@ -54,9 +59,23 @@ class Scheme:
         """Whether the block keeps its 16-bit weights."""
         return self.weight_bits == 16
 
+    @property
+    def e4m3_weights(self) -> bool:
+        """Whether weights are e4m3 values rather than integer codes."""
+        return self.fp8 and self.weight_bits == 8
+
     def group_size(self, in_features: int) -> int:
         """Input features per scale for a row of ``in_features`` weights."""
         return in_features if self.group == -1 else min(self.group, in_features)
+
+    def parts(self, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, int]]]:
+        """Part -> type, as safetensors names it, and shape of the stored block [out_features, in_features]."""
+        groups = math.ceil(in_features / self.group_size(in_features))
+        stored = {
+            "qweight": ("U8", (out_features, packed_width(in_features, self.weight_bits))),
+            "scales": ("BF16", (out_features, groups)),
+        }
+        return stored if self.symmetric else stored | {"zeros": ("BF16", (out_features, groups))}
 
     def bits(self, in_features: int) -> float:
         """True average bits per weight: codes plus 16-bit scales and zero points."""
@@ -87,6 +106,11 @@ class Scheme:
 ORIGINAL = Scheme(16, 16)
 
 
+def packed_width(in_features: int, bits: int) -> int:
+    """Bytes of one packed row of ``in_features`` codes."""
+    return -(-in_features // CODES_PER_UNIT) * bits
+
+
 def _defaults(weight_bits: int, act_bits: int) -> tuple[int, bool]:
     """Group size and symmetry of a scheme that does not name them."""
     if act_bits == 16 and weight_bits < 8:
@@ -114,8 +138,10 @@ def parse_scheme(text: str) -> Scheme:
     group, symmetric = _defaults(weight_bits, act_bits)
     if match["group"] is not None:
         group = int(match["group"])
-        if group != -1 and (group < 32 or group % 32):
-            raise UserError(f"scheme {text!r}: group must be -1 (per channel) or a multiple of 32")
+        if group != -1 and (group < 32 or group % 32 or group > _LARGEST_GROUP):
+            raise UserError(
+                f"scheme {text!r}: group must be -1 (per channel) or a multiple of 32 up to {_LARGEST_GROUP}"
+            )
     if match["sym"] is not None:
         symmetric = match["sym"] == "sym"
     fp8 = match["fp8"] is not None
@@ -124,3 +150,11 @@ def parse_scheme(text: str) -> Scheme:
     if act_bits < 16 and not symmetric:
         raise UserError(f"scheme {text!r}: schemes with quantized activations are symmetric; drop _asym")
     return Scheme(weight_bits, act_bits, group, symmetric, fp8)
+
+
+def is_canonical(text: str | None) -> bool:
+    """Whether ``text`` is the canonical name of a scheme."""
+    try:
+        return text is not None and parse_scheme(text).name == text
+    except (UserError, ValueError):
+        return False

@@ -11,7 +11,7 @@ from typing import Any
 
 from mxmoe_steps.allocation.files import DIGITS, read_frontier, write_allocation
 from mxmoe_steps.allocation.pick import Part, Vertex, pick_by_r, pick_under_ceiling
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import file_to_write, finite, parser_for, zero_to_one
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
 
@@ -24,8 +24,6 @@ def choose(args: argparse.Namespace, parts: list[Part], power: float) -> tuple[l
     The objective of r under scope layer is the geometric mean of the layers' objectives.
     """
     if args.r is not None:
-        if not 0 <= args.r <= 1:
-            raise UserError(f"--r {args.r}: r lies between 0 (time alone) and 1 (loss alone)")
         picks = [pick_by_r(part, args.r, power) for part in parts]
         value = math.prod(value ** (1 / len(picks)) for _, value, _ in picks)
         bound = math.prod(bound ** (1 / len(picks)) for _, _, bound in picks)
@@ -54,8 +52,8 @@ def solve(args: argparse.Namespace) -> None:
     vertices, value, bound = choose(args, parts, power)
     gap = (value - bound) / value if value else 0.0
     kept = (
-        "budget_bits", "candidates", "constraints", "device", "gap_limit", "granularity", "metric", "proved_by",
-        "quantizer", "scope", "time_is_estimate", "timed_as", "tokens", "traffic",
+        "budget_bits", "candidates", "constraints", "device", "gap_limit", "granularity", "metric", "model",
+        "proved_by", "quantizer", "scope", "time_is_estimate", "timed_as", "tokens", "traffic",
     )  # fmt: skip
     write_allocation(
         args.out,
@@ -84,10 +82,10 @@ def main() -> None:
     parser = parser_for(__doc__)
     parser.add_argument("--frontier", required=True, help="file that frontier wrote")
     goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--r", type=float, help="weight of the loss, 0 to 1; the paper uses 0.75")
-    goal.add_argument("--max-time-us", type=float, help="most accurate allocation under this time")
-    goal.add_argument("--max-loss", type=float, help="fastest allocation under this loss")
-    parser.add_argument("--out", required=True, help="JSON file to write")
+    goal.add_argument("--r", type=zero_to_one, help="weight of the loss, 0 to 1; the paper uses 0.75")
+    goal.add_argument("--max-time-us", type=finite, help="most accurate allocation under this time")
+    goal.add_argument("--max-loss", type=finite, help="fastest allocation under this loss")
+    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
     args = parser.parse_args()
     with recorded(args.made_from, [args.out]):
         solve(args)

@@ -16,7 +16,15 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, add_text, parser_for
+from mxmoe_steps.arguments import (
+    add_borders,
+    add_model,
+    add_runtime,
+    add_text,
+    folder_to_write,
+    parser_for,
+    positive,
+)
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import run_cli
 from mxmoe_steps.made_from import recorded
@@ -25,21 +33,21 @@ from mxmoe_steps.made_from import recorded
 def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None:
     """Route the borders' text through layers 0 ... last - 1; keeps each layer's routing beside the borders."""
     import torch
-    from safetensors.torch import save_file
 
     from mxmoe_steps.models.borders import forward
+    from mxmoe_steps.models.rows import write_rows
 
     @contextmanager
     def watch(layer: int) -> Iterator[Any]:
         found: list[Any] = []
         yield found.append
-        routing = {
-            "ids": torch.cat([ids.to("cpu", torch.int16) for _, ids, _ in found]),
-            "weights": torch.cat([weights.to("cpu", torch.float32) for _, _, weights in found]),
-        }
+        ids = torch.cat([ids.to("cpu", torch.int16) for _, ids, _ in found]).view(*borders.tokens.shape, -1)
+        weights = torch.cat([weights.to("cpu", torch.float32) for _, _, weights in found]).view(ids.shape)
         print(f"trace: layer {layer}", file=sys.stderr, flush=True)
-        with atomic_path(routing_file(borders, layer)) as temporary:
-            save_file({name: tensor.view(*borders.tokens.shape, -1) for name, tensor in routing.items()}, temporary)
+        layout = {"ids": (torch.int16, ids.shape), "weights": (torch.float32, ids.shape)}
+        with write_rows(routing_file(borders, layer), layout, {"layer": layer}) as writer:
+            writer.append("ids", ids)
+            writer.append("weights", weights)
 
     forward(model, borders, runs, last, watch)
 
@@ -75,11 +83,15 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
     """Both files of the step from what every layer left beside the borders."""
     from safetensors.torch import load_file, save_file
 
+    from mxmoe_steps.models.identity import fingerprint
+    from mxmoe_steps.models.raw import tensors_of
     from mxmoe_steps.tables import TRAFFIC, write_table
 
     columns: dict[str, list[Any]] = {name: [] for name in TRAFFIC.schema.names}
     routing = {}
     for layer in folder.moe_layers:
+        for tensor in tensors_of(routing_file(borders, layer)).values():
+            tensor.check()
         found = load_file(routing_file(borders, layer))
         for number, text in enumerate(args.texts):
             ids, weights = (found[name].split(args.sequences)[number] for name in ("ids", "weights"))
@@ -90,6 +102,7 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
         "experts": folder.experts,
         "layers": folder.moe_layers,
         "length": args.length,
+        "model": fingerprint(folder),
         "sequences": args.sequences,
         "texts": sorted(args.texts),
         "top_k": ids.shape[-1],
@@ -111,7 +124,7 @@ def trace(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.streaming import StreamedModel
 
     start_torch(args)
-    path = resolve_model(args.model)
+    path = resolve_model(args.model, code=args.trust_remote_code)
     found = read_texts(args, path, args.texts, "calibration")
     tokens = torch.cat([torch.from_numpy(found[text]) for text in args.texts])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
@@ -121,8 +134,10 @@ def trace(args: argparse.Namespace) -> None:
         borders = Borders(model, tokens, "mxmoe_steps.trace", args)
         trace_layers(model, borders, runs, min(args.until or end, end))
         if args.until is None:
-            write_traffic(args, model.folder, borders)
-            borders.remove()
+            try:
+                write_traffic(args, model.folder, borders)
+            finally:  # also what turned out to be damaged
+                borders.remove()
 
 
 def main() -> None:
@@ -132,8 +147,8 @@ def main() -> None:
     add_text(parser, several=True)
     add_runtime(parser)
     add_borders(parser)
-    parser.add_argument("--until", type=int, metavar="K", help="stop when layers 0 ... K-1 are done")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--until", type=positive, metavar="K", help="stop when layers 0 ... K-1 are done")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     args = parser.parse_args()
     outputs = [Path(args.out) / name for name in ("traffic.parquet", "routing.safetensors")]
     with recorded(args.made_from, outputs) if args.until is None else nullcontext():

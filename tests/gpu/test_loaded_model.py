@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from packed import pack
+from transformers import GenerationConfig
 
 import mxmoe_steps
 from mxmoe_steps.inference import gpu
@@ -96,6 +97,85 @@ def test_greedy_text_is_that_of_the_reference_up_to_ties(checkpoints: dict[str, 
     print("same tokens:", (behind == 0).float().mean().item(), "furthest behind:", behind.max().item())
     assert (behind == 0).float().mean() > 0.8
     assert behind.max() < 0.1 * logits.std()
+
+
+def behind(checkpoint: str, text: torch.Tensor, prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far each generated token's logit is behind the largest in the model that is not compiled; all its logits."""
+    model = mxmoe_steps.load_quantized(checkpoint, "cuda", "bfloat16")
+    with torch.no_grad():
+        logits = model(text).logits[:, prompt - 1 : -1].float()
+    return logits.amax(-1) - logits.gather(-1, text[:, prompt:, None])[..., 0], logits
+
+
+def test_generate_with_a_static_cache_compiles_and_gives_the_tokens_of_the_uncompiled_model(
+    checkpoints: dict[str, str], tokens: torch.Tensor
+) -> None:
+    model = mxmoe_steps.load_quantized(checkpoints["fine"], "cuda", "bfloat16")
+    assert model.hf_quantizer.is_compileable
+    torch._dynamo.reset()
+    for batch in (1, 3, 2):  # the first is compiled for one sequence, the second for any number
+        prompt = tokens[:batch, :16].cuda()
+        text = model.generate(
+            prompt, max_new_tokens=24, do_sample=False, eos_token_id=None, cache_implementation="static"
+        )
+        assert text.shape == (batch, 40)
+        late, logits = behind(checkpoints["fine"], text, 16)
+        print(batch, "same tokens:", (late == 0).float().mean().item(), "furthest behind:", late.max().item())
+        assert (late == 0).float().mean() > 0.8
+        assert late.max() < 0.1 * logits.std()
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_a_layer_in_reference_arithmetic_keeps_generate_from_compiling(
+    checkpoints: dict[str, str], tokens: torch.Tensor
+) -> None:
+    model = mxmoe_steps.load_quantized(checkpoints["coarse"], "cuda", "bfloat16")
+    assert not model.hf_quantizer.is_compileable
+    text = model.generate(tokens[:1, :8].cuda(), max_new_tokens=4, do_sample=False, cache_implementation="static")
+    assert text.shape[1] <= 12
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_without_a_graph_break_for_batches_in_any_order(
+    checkpoints: dict[str, str], tokens: torch.Tensor, mode: str
+) -> None:
+    model = mxmoe_steps.load_quantized(checkpoints["fine"], "cuda", "bfloat16")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for rows in (2, 1, 3, 2):
+            inputs = tokens[:rows].cuda()
+            expected = model(inputs, use_cache=False).logits.float()
+            got = compiled(inputs, use_cache=False).logits.float()
+            assert (got - expected).norm() < 0.06 * expected.norm()  # rounded to bfloat16 in other places
+
+
+def test_continuous_batching_gives_the_tokens_of_generate(checkpoints: dict[str, str], tokens: torch.Tensor) -> None:
+    model = mxmoe_steps.load_quantized(checkpoints["fine"], "cuda", "bfloat16")
+    requests = [tokens[row, : 9 + 20 * row].tolist() for row in range(3)]
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    done = model.generate_batch(inputs=requests, generation_config=settings, progress_bar=False)
+    made = {tuple(one.prompt_ids): one.generated_tokens for one in done.values()}
+    for request in requests:
+        text = torch.tensor([request + made[tuple(request)]], device="cuda")
+        assert text.shape[1] == len(request) + 12
+        late, logits = behind(checkpoints["fine"], text, len(request))
+        assert late.max() < 0.1 * logits.std()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_two_gpus_give_the_logits_of_one(checkpoints: dict[str, str], tokens: torch.Tensor) -> None:
+    one = mxmoe_steps.load_quantized(checkpoints["fine"], "cuda", "bfloat16")
+    places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+    places |= {f"model.layers.{layer}": int(layer >= 3) for layer in range(6)}
+    two = mxmoe_steps.load_quantized(checkpoints["fine"], dtype="bfloat16", device_map=places)
+    assert two.get_submodule(moe_path(5)).layer.device == torch.device("cuda", 1)
+    with torch.no_grad():
+        assert torch.equal(two(tokens.cuda()).logits.to("cuda:0"), one(tokens.cuda()).logits)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    prompt = tokens[:2, :16].cuda()
+    assert torch.equal(two.generate(prompt, **settings).to("cuda:0"), one.generate(prompt, **settings))
 
 
 def main() -> None:

@@ -83,11 +83,14 @@ def random_weights(schemes: dict[int, tuple[Scheme, Scheme, Scheme]], sizes: tup
     return weights
 
 
-def make_layer(names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int) -> tuple[MoeLayer, Weights]:
+def make_layer(
+    names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int, gated: bool = False
+) -> tuple[MoeLayer, Weights]:
     torch.manual_seed(seed)
     weights = random_weights(schemes_of(names, experts, sizes[2], seed), sizes)
     plan = layer_plan(names, experts, sizes, seed)
-    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda")), weights
+    gate = (torch.randn(1, sizes[0], device="cuda") * 0.05).bfloat16() if gated else None
+    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0), gate), weights
 
 
 def route(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,15 +102,15 @@ def route(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Te
     return chosen, weights
 
 
-def error_of(layer: MoeLayer, weights: Weights, tokens: int, top_k: int, gated: bool = False) -> float:
+def error_of(layer: MoeLayer, weights: Weights, tokens: int, top_k: int) -> float:
     x = torch.randn(tokens, layer.plan.hidden, device="cuda").bfloat16()
     chosen, mixing = route(tokens, layer.plan.experts, top_k)
     mixing = mixing.bfloat16() if tokens % 2 else mixing
-    gate = torch.randn(tokens, device="cuda").bfloat16() if gated else None
-    out = layer(x, chosen, mixing, gate)
+    logits = None if layer.gate is None else (x.double() @ layer.gate.double().T)[:, 0].bfloat16()
+    out = layer(x, chosen, mixing)
     shared = layer.plan.slices > 0
-    exact = reference.moe_layer(x, chosen, mixing, lambda e, block: weights[e, block], gate, shared)
-    assert torch.equal(out, layer(x, chosen, mixing, gate)), "not the same bits twice"
+    exact = reference.moe_layer(x, chosen, mixing, lambda e, block: weights[e, block], logits, shared)
+    assert torch.equal(out, layer(x, chosen, mixing)), "not the same bits twice"
     return ((out.double() - exact).norm() / exact.norm()).item()
 
 
@@ -122,8 +125,8 @@ def bound_of(names: Sequence[str]) -> float:
 @pytest.mark.parametrize("tokens", [1, 7, 64, 1000])
 @pytest.mark.parametrize("name", UNIFORM)
 def test_one_scheme(name: str, tokens: int) -> None:
-    layer, weights = make_layer([name], 8, QWEN, 1)
-    error = error_of(layer, weights, tokens, 4, gated=True)
+    layer, weights = make_layer([name], 8, QWEN, 1, gated=True)
+    error = error_of(layer, weights, tokens, 4)
     print(name, tokens, error)
     assert error < bound_of([name])
 
@@ -166,18 +169,17 @@ def test_products_in_the_gate_up_launch_are_those_of_swiglu(
     monkeypatch.setattr(plan, "_gated", lambda schemes: False)
     plans.append(plan_layer(schemes, hidden, inner, inner * slices))
     assert [one.gate_up.gated for one in plans] == [True, False]
-    one, other = (MoeLayer(each, lambda *block: weights[block], torch.device("cuda")) for each in plans)
+    one, other = (MoeLayer(each, lambda *block: weights[block], torch.device("cuda", 0)) for each in plans)
     for tokens in (1, 3, 40, 700):  # latency, decode and prefill kernels
         x = torch.randn(tokens, hidden, device="cuda").bfloat16()
         chosen, mixing = route(tokens, 8, 4)
         assert torch.equal(one(x, chosen, mixing), other(x, chosen, mixing)), tokens
 
 
-def test_a_captured_call_follows_its_inputs() -> None:
-    layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5)
+def test_the_first_call_of_a_layer_can_be_captured_and_follows_its_inputs() -> None:
+    layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5, gated=True)
     x = torch.randn(40, 2048, device="cuda").bfloat16()
     chosen, mixing = route(40, 16, 4)
-    layer(x, chosen, mixing)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -207,14 +209,28 @@ def test_launches_that_overlap_give_what_launches_apart_give() -> None:
         assert all(torch.equal(one, two) for one, two in zip(apart, together, strict=True))
 
 
+def test_calls_on_several_streams_do_not_disturb_each_other() -> None:
+    layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5, gated=True)
+    calls = [(torch.randn(tokens, 2048, device="cuda").bfloat16(), *route(tokens, 16, 4)) for tokens in (1, 40, 700)]
+    alone = [layer(*call) for call in calls]
+    streams = [torch.cuda.Stream() for _ in calls]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        together = []
+        for stream, call in zip(streams, calls, strict=True):
+            with torch.cuda.stream(stream):
+                together.append(layer(*call))
+        torch.cuda.synchronize()
+        assert all(torch.equal(one, two) for one, two in zip(alone, together, strict=True))
+
+
 def test_long_inputs_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, _ = make_layer(["w16a16"], 8, QWEN, 7)
+    layer, _ = make_layer(["w16a16"], 8, QWEN, 7, gated=True)
     x = torch.randn(1000, 2048, device="cuda").bfloat16()
     chosen, mixing = route(1000, 8, 4)
-    gate = torch.randn(1000, device="cuda").bfloat16()
-    whole = layer(x, chosen, mixing, gate)
+    whole = layer(x, chosen, mixing)
     monkeypatch.setattr(moe_layer, "MOST_TOKENS", 300)
-    assert torch.equal(layer(x, chosen, mixing, gate), whole)
+    assert torch.equal(layer(x, chosen, mixing), whole)
     assert layer(x[:0], chosen[:0], mixing[:0]).shape == (0, 2048)
 
 

@@ -97,12 +97,30 @@ def test_dispatched_tokens_are_those_of_the_reference_exactly(operands: tuple[st
     x[3] = 0
     routed = route(200, 16, 3, 2)
     needs = torch.randint(1, 8, (18,)) & sum(OPERAND_MASKS[operand] for operand in operands)
-    made = dispatch(x.cuda(), routed, needs.int().cuda(), operands)
+    made, logits = dispatch(x.cuda(), routed, needs.int().cuda(), operands)
     assert set(made) == set(operands)
+    assert logits is None
     expected, mask = torch.empty(routed.rows, features, dtype=x.dtype), torch.empty(routed.rows, dtype=torch.long)
     expected[rows_of(routed)] = x[:, None]
     mask[rows_of(routed)] = needs[experts_of(routed)]
     check_operands(made, expected, mask)
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+@pytest.mark.parametrize("features", [64, 1408, 14336])
+def test_the_gate_of_a_shared_expert_is_multiplied_on_the_way(features: int, tokens: int) -> None:
+    torch.manual_seed(features)
+    x, gate = torch.randn(tokens, features).bfloat16(), torch.randn(1, features).bfloat16()
+    routed = route(tokens, 16, 3, 2)
+    needs = torch.full((18,), OPERAND_MASKS["bf16"] | OPERAND_MASKS["fp8"], dtype=torch.int32)
+    plain, _ = dispatch(x.cuda(), routed, needs.cuda(), ("bf16", "fp8"))
+    made, logits = dispatch(x.cuda(), routed, needs.cuda(), ("bf16", "fp8"), gate.cuda())
+    for operand, tensors in made.items():
+        assert torch.equal(tensors.values, plain[operand].values)
+    exact = (x.double() @ gate.double().T)[:, 0]
+    assert logits is not None
+    size = x.double().abs() @ gate.double().abs()[0]
+    assert ((logits.cpu().double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6 * size).all()
 
 
 @pytest.mark.parametrize("features", [64, 1408, 14336])

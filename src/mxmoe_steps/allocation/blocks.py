@@ -56,30 +56,42 @@ class Losses:
     loss: NDArray[np.float64]
     bits: NDArray[np.int64]
     quantizer: str
+    model: str = ""  # fingerprint, empty if made up
 
 
 def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
     """Read one LOSSES table per scheme; ``original`` adds w16a16, whose loss is zero and needs no table.
 
-    `UserError`: tables of different quantizers or models, a scheme twice, a missing block, a loss that is
-    NaN, infinite or negative.
+    `UserError`: tables of different quantizers or models, a scheme twice, a missing block, no losses of that
+    metric, bits that are not the scheme's.
     """
     tables = {}
-    quantizers = {}
+    quantizers: dict[str, str] = {}
+    models: dict[str, str] = {}
     for path in paths:
         table, facts = read_table(LOSSES, path)
         scheme = parse_scheme(facts["scheme"])
         if scheme in tables:
             raise UserError(f"{path}: a second table of losses for {scheme}; give one table per scheme")
+        if metric == "fisher" and not facts["fisher"]:
+            raise UserError(
+                f"{path}: has no fisher losses: nothing was captured of the gradient; set calibrate.gradient: true, or"
+                " solve.metric: out_sq"
+            )
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        _check_bits(columns, scheme, path)
         kind = np.array([BLOCKS.index(block) for block in columns["block"]], np.int64)
         order = np.lexsort((kind, columns["expert"], columns["layer"]))
         tables[scheme] = {**columns, "kind": kind, "order": order, "path": path}
         quantizers[path] = facts["quantizer"]
+        models[path] = facts["model"]
     if len(set(quantizers.values())) > 1:
         raise UserError(
             f"losses of different quantizers do not compare: {', '.join(f'{p} is {q}' for p, q in quantizers.items())}"
         )
+    for path, model in models.items():
+        if model != models[paths[0]]:
+            raise UserError(f"{path} and {paths[0]} are of different models; calibrate every scheme on the same model")
     first = next(iter(tables.values()))
     blocks = Blocks(
         *(
@@ -96,16 +108,22 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
             continue
         table = tables[scheme]
         _check_same_blocks(blocks, table, first["path"])
-        values = table[metric][table["order"]]
-        bad = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
-        if len(bad):
-            raise UserError(
-                f"{table['path']}: {metric} of {blocks.name(bad[0])} under {scheme} is {values[bad[0]]}; "
-                "losses are finite and not negative"
-            )
-        loss[:, column] = values
+        loss[:, column] = table[metric][table["order"]]
         bits[:, column] = np.rint(table["bits"][table["order"]] * blocks.params)
-    return Losses(blocks, schemes, loss, bits, next(iter(quantizers.values())))
+    return Losses(blocks, schemes, loss, bits, quantizers[paths[0]], models[paths[0]])
+
+
+def _check_bits(columns: dict[str, NDArray[Any]], scheme: Scheme, path: str) -> None:
+    """Raise unless the bits of every block are those of its scheme."""
+    widths, place = np.unique(columns["in_features"], return_inverse=True)
+    expected = np.array([scheme.bits(int(width)) for width in widths])[place]
+    bad = np.flatnonzero(columns["bits"] != expected)
+    if len(bad):
+        layer, expert, block, bits = (columns[name][bad[0]] for name in ("layer", "expert", "block", "bits"))
+        raise UserError(
+            f"{path}: bits of layer {layer} expert {expert} {block} is {bits}, under {scheme} it is {expected[bad[0]]};"
+            " run the calibrate step again"
+        )
 
 
 def _check_whole_experts(blocks: Blocks, path: str) -> None:

@@ -4,6 +4,7 @@
 ``routed``, ``block:down``. Numbers may be a list with ranges, ``layer:0-1,26``; blocks too, ``block:gate,up``.
 """
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
+from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme, parse_scheme
 
 GRAMMAR = "all | layer:0-3 | expert:7 | shared | routed | block:down, joined by '/' (layer:0/block:gate,up)"
 
@@ -30,32 +31,41 @@ class Constraints:
 def select(selector: str, blocks: Blocks) -> NDArray[np.bool_]:
     """Which blocks a selector names, bool [B]; `UserError` when it is malformed or names none."""
     mask = np.ones(len(blocks), bool)
-    for condition in selector.split("/"):
-        key, _, text = condition.partition(":")
-        if key == "shared" and not text:
+    for key, ranges in parse_selector(selector):
+        if key == "shared":
             mask &= blocks.expert == SHARED
-        elif key == "routed" and not text:
+        elif key == "routed":
             mask &= blocks.expert != SHARED
-        elif key in ("layer", "expert") and text:
-            mask &= np.isin(getattr(blocks, key), _numbers(text, selector))
-        elif key == "block" and text and set(text.split(",")) <= set(BLOCKS):
-            mask &= np.isin(blocks.kind, [BLOCKS.index(name) for name in text.split(",")])
-        elif condition != "all":
-            raise UserError(f"selector {selector!r}: cannot read {condition!r}; write {GRAMMAR}")
+        elif key != "all":
+            column = getattr(blocks, "kind" if key == "block" else key)
+            mask &= np.any([(column >= first) & (column <= last) for first, last in ranges], 0)
     if not mask.any():
         raise UserError(f"selector {selector!r} names no block of this model")
     return mask
 
 
-def _numbers(text: str, selector: str) -> list[int]:
-    """``0-3,7`` -> [0, 1, 2, 3, 7]."""
-    numbers: list[int] = []
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdecimal() or (last and not last.isdecimal()):
-            raise UserError(f"selector {selector!r}: cannot read {part!r}; write {GRAMMAR}")
-        numbers += range(int(first), int(last or first) + 1)
-    return numbers
+def parse_selector(selector: str) -> list[tuple[str, list[tuple[int, int]]]]:
+    """The conditions of a selector: a key and ranges of numbers, first and last; blocks by their place in BLOCKS."""
+    conditions = []
+    for condition in selector.split("/"):
+        key, _, text = condition.partition(":")
+        if key in ("all", "shared", "routed") and condition == key:
+            conditions.append((key, [(0, 0)]))
+        elif key in ("layer", "expert") and text:
+            conditions.append((key, [_range(part, selector) for part in text.split(",")]))
+        elif key == "block" and text and set(text.split(",")) <= set(BLOCKS):
+            conditions.append((key, [(BLOCKS.index(name), BLOCKS.index(name)) for name in text.split(",")]))
+        else:
+            raise UserError(f"selector {selector!r}: cannot read {condition!r}; write {GRAMMAR}")
+    return conditions
+
+
+def _range(text: str, selector: str) -> tuple[int, int]:
+    """``0-3`` -> (0, 3), ``7`` -> (7, 7)."""
+    match = re.fullmatch(r"(\d{1,18})(?:-(\d{1,18}))?", text)
+    if match is None:
+        raise UserError(f"selector {selector!r}: cannot read {text!r}; write {GRAMMAR}")
+    return int(match[1]), int(match[2] or match[1])
 
 
 def split_setting(text: str, flag: str) -> tuple[str, str]:
@@ -78,13 +88,19 @@ def parse_constraints(
     for text in min_bits:
         selector, bits = split_setting(text, "--min-bits")
         try:
-            floors.append((selector, float(bits)))
+            floor = float(bits)
         except ValueError:
             raise UserError(f"--min-bits {text!r}: {bits!r} is not a number of bits") from None
+        if not 0 < floor <= ORIGINAL.weight_bits:  # nor NaN
+            raise UserError(f"--min-bits {text!r}: bits lie above 0 and at most at {ORIGINAL.weight_bits}")
+        floors.append((selector, floor))
+    fixed = [(left, parse_scheme(right)) for left, right in (split_setting(text, "--fix") for text in fix)]
+    for selector, _ in (*fixed, *floors):
+        parse_selector(selector)
     if max_schemes is not None and max_schemes < 1:
         raise UserError(f"--max-schemes {max_schemes}: a layer needs at least one scheme")
     return Constraints(
-        tuple((left, parse_scheme(right)) for left, right in (split_setting(text, "--fix") for text in fix)),
+        tuple(fixed),
         tuple(floors),
         max_schemes,
         tie_gate_up,

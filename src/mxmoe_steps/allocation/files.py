@@ -1,29 +1,117 @@
-"""Frontier and allocation files: JSON, read and checked in one place. Stdlib only."""
+"""Frontier and allocation files: JSON, read and checked in one place. No numpy."""
 
-import json
-from pathlib import Path
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any, Literal
 
-from mxmoe_steps.allocation.pick import Part, Vertex
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from mxmoe_steps.allocation.pick import Part, Vertex, corners
 from mxmoe_steps.atomic import write_json
-from mxmoe_steps.errors import UserError
-from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.quantizers.method import QuantizerName
+from mxmoe_steps.records import (
+    STRICT,
+    Count,
+    Expert,
+    Index,
+    Name,
+    Positive,
+    Quantity,
+    SchemeName,
+    Seed,
+    Share,
+    Total,
+    read_record,
+)
+from mxmoe_steps.schemes import BLOCKS
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a scheme's place in "schemes", one character per block
 VERSION = 1
+SLACK = 1e-9  # relative; a budget in a file is rounded to float64
 
 
-def _read(path: str, kind: str) -> dict[str, Any]:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such {kind}; run the step that writes it")
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable JSON ({error})") from error
-    found = (content.get("kind"), content.get("version")) if isinstance(content, dict) else (None, None)
-    if found != (kind, VERSION):
-        raise UserError(f"{path}: is {found[0]} version {found[1]}; expected a {kind} of version {VERSION}")
-    return dict(content)
+class _Constraints(TypedDict):
+    fix: list[str]
+    max_schemes: Count | None
+    min_bits: list[str]
+    shared_tile: bool
+    tie_gate_up: bool
+
+
+class _Traffic(TypedDict):
+    phase: Literal["auto", "prefill", "decode"]
+    seed: Seed
+    steps: Count
+    texts: list[Name]
+
+
+class _Problem(TypedDict):
+    """What was asked for, with what."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    version: Literal[1]
+    budget_bits: Positive
+    candidates: list[SchemeName]
+    constraints: _Constraints
+    device: Name
+    gap_limit: Share
+    granularity: Literal["block", "expert", "layer", "uniform"]
+    metric: Literal["out_sq", "fisher"]
+    model: Name  # fingerprint
+    proved_by: Literal["cp-sat", "states"]
+    quantizer: QuantizerName
+    scope: Literal["layer", "model"]
+    time_is_estimate: bool
+    timed_as: dict[SchemeName, SchemeName]
+    tokens: Count
+    traffic: _Traffic
+
+
+class _Vertex(TypedDict):
+    loss_sum: Quantity
+    time_us: Positive
+    bits: Total
+    price: Quantity
+    schemes: Name
+    tile_tokens: Count | None
+
+
+class _Part(TypedDict):
+    vertices: Annotated[list[_Vertex], Field(min_length=1)]
+    cuts: list[tuple[Quantity, Quantity, float]]
+
+
+class _Frontier(_Problem):
+    kind: Literal["frontier"]
+    experts: Annotated[list[tuple[Index, Annotated[list[Expert], Field(min_length=1)]]], Field(min_length=1)]
+    loss: Literal["root_sum_squares", "sum_of_norms"]
+    params: Total
+    parts: list[_Part]
+    schemes: Annotated[list[SchemeName], Field(min_length=1, max_length=len(DIGITS))]
+
+
+class AllocationSummary(_Problem):
+    """All of an allocation but the assignment."""
+
+    kind: Literal["allocation"]
+    bits: Positive
+    bound: Quantity
+    gap: Share
+    loss: Quantity
+    loss_form: Literal["root_sum_squares", "sum_of_norms"]
+    max_loss: Quantity | None
+    max_time_us: Quantity | None
+    objective: Quantity
+    price: Quantity
+    r: Share | None
+    status: Literal["optimal", "bounded"]
+    tile_tokens: list[Count] | None
+    time_us: Positive
+
+
+class _Allocation(AllocationSummary):
+    assignment: Annotated[list[tuple[Index, Expert, SchemeName, SchemeName, SchemeName]], Field(min_length=1)]
 
 
 def write_frontier(path: str, facts: dict[str, Any], parts: list[Part]) -> None:
@@ -41,13 +129,50 @@ def write_frontier(path: str, facts: dict[str, Any], parts: list[Part]) -> None:
 
 
 def read_frontier(path: str) -> tuple[dict[str, Any], list[Part]]:
-    """The facts and parts of a frontier file."""
-    facts = _read(path, "frontier")
-    parts = [
-        Part([Vertex(**vertex) for vertex in part["vertices"]], [tuple(cut) for cut in part["cuts"]])
-        for part in facts.pop("parts")
-    ]
-    return facts, parts
+    """The facts and parts of a frontier file; `UserError` names what is missing, out of range or at odds."""
+    facts = read_record(path, _Frontier, "run the frontier step again", _check_frontier)
+    return facts, [_part(part) for part in facts.pop("parts")]
+
+
+def _part(content: Any) -> Part:
+    return Part([Vertex(**vertex) for vertex in content["vertices"]], content["cuts"])
+
+
+def _check_frontier(content: Any) -> None:
+    """`ValueError` where keys that are right by themselves contradict each other."""
+    for layer, members in content["experts"]:
+        if len(set(members)) < len(members):
+            raise ValueError(f"experts: layer {layer} names an expert twice")
+    sizes = dict(content["experts"])
+    if len(sizes) < len(content["experts"]):
+        raise ValueError("experts: a layer is named twice")
+    if len(set(content["schemes"])) < len(content["schemes"]):
+        raise ValueError("schemes: a scheme is named twice")
+    whole = content["scope"] == "model" or content["granularity"] == "uniform"
+    experts = [sum(map(len, sizes.values()))] if whole else [len(members) for members in sizes.values()]
+    if len(experts) != len(content["parts"]):
+        raise ValueError(f"parts: {len(content['parts'])}, expected {len(experts)} for these experts and scope")
+    for number, (part, count) in enumerate(zip(content["parts"], experts, strict=True)):
+        _check_part(part, f"parts[{number}]", len(BLOCKS) * count, DIGITS[: len(content["schemes"])])
+    most = sum(max(vertex["bits"] for vertex in part["vertices"]) for part in content["parts"])
+    if most > content["budget_bits"] * content["params"] * (1 + SLACK):
+        raise ValueError(
+            f"parts: {most} bits exceed {content['budget_bits']} bits for each of {content['params']} weights"
+        )
+
+
+def _check_part(part: Any, place: str, blocks: int, digits: str) -> None:
+    for number, vertex in enumerate(part["vertices"]):
+        schemes = vertex["schemes"]
+        if len(schemes) != blocks or not set(schemes) <= set(digits):
+            raise ValueError(f"{place}.vertices[{number}].schemes: expected {blocks} characters among {digits}")
+        if (vertex["tile_tokens"] is None) != (part["vertices"][0]["tile_tokens"] is None):
+            raise ValueError(f"{place}.vertices[{number}].tile_tokens: all vertices have one, or none has")
+    for number, (one, two) in enumerate(pairwise(part["vertices"]), start=1):
+        if not (one["loss_sum"] < two["loss_sum"] and one["time_us"] > two["time_us"]):
+            raise ValueError(f"{place}.vertices[{number}]: loss_sum does not rise, or time_us does not fall")
+    if not corners(part["cuts"]):
+        raise ValueError(f"{place}.cuts: do not bound loss_sum and time_us")
 
 
 def write_allocation(path: str, content: dict[str, Any]) -> None:
@@ -56,16 +181,24 @@ def write_allocation(path: str, content: dict[str, Any]) -> None:
 
 
 def read_allocation(path: str) -> dict[str, Any]:
-    """An allocation; ``assignment`` rows are [layer, expert, gate, up, down] with canonical scheme names."""
-    content = _read(path, "allocation")
+    """An allocation; ``assignment`` rows are (layer, expert, gate, up, down) with canonical scheme names.
+
+    `UserError` names what is missing, out of range or at odds.
+    """
+    return read_record(path, _Allocation, "run the solve step again", _check_allocation)
+
+
+def _check_allocation(content: Any) -> None:
+    """`ValueError` where keys that are right by themselves contradict each other."""
     seen = set()
-    for row in content["assignment"]:
-        if len(row) != 5:
-            raise UserError(f"{path}: {row} is not [layer, expert, gate, up, down]")
-        if tuple(row[:2]) in seen:
-            raise UserError(f"{path}: layer {row[0]} expert {row[1]} is assigned twice")
-        seen.add(tuple(row[:2]))
-        for name in row[2:]:
-            if parse_scheme(name).name != name:
-                raise UserError(f"{path}: scheme {name!r} is not canonical; write {parse_scheme(name).name}")
-    return content
+    for layer, expert, *_ in content["assignment"]:
+        if (layer, expert) in seen:
+            raise ValueError(f"assignment: layer {layer} expert {expert} is assigned twice")
+        seen.add((layer, expert))
+    schemes = {name for row in content["assignment"] for name in row[2:]}
+    if content["granularity"] == "uniform" and len(schemes) > 1:
+        raise ValueError(f"assignment: granularity is uniform, schemes are {', '.join(sorted(schemes))}")
+    if [content["r"], content["max_time_us"], content["max_loss"]].count(None) != 2:
+        raise ValueError("r, max_time_us, max_loss: exactly one of them is the goal, the others are null")
+    if content["bits"] > content["budget_bits"] * (1 + SLACK):
+        raise ValueError(f"bits: {content['bits']} exceed budget_bits, {content['budget_bits']}")

@@ -27,11 +27,7 @@ def lower_left_hull(problem: Problem, gap: float, workers: int = 1, prove: bool 
     ``prove`` has CP-SAT confirm every vertex along the normal that found it.
     """
     relaxation = Relaxation(problem)
-    if relaxation.smallest_bits > problem.budget:
-        raise UserError(
-            f"no allocation meets an average of {problem.budget / problem.params:g} bits per weight: the smallest "
-            f"reachable average is {relaxation.smallest_bits / problem.params:.4f} bits with these candidates"
-        )
+    require_reachable(relaxation)
     cuts: list[tuple[float, float, float]] = []
     fastest = _end(relaxation, 0.0, cuts, gap, workers)
     accurate = _end(relaxation, 1.0, cuts, gap, workers)
@@ -55,6 +51,16 @@ def lower_left_hull(problem: Problem, gap: float, workers: int = 1, prove: bool 
     if prove:
         points = [prove_by_cp_sat(relaxation, point, workers) for point in points]
     return Hull(points, envelope(cuts))
+
+
+def require_reachable(relaxation: Relaxation) -> None:
+    """`UserError` where the smallest allocation is above the budget."""
+    problem = relaxation.problem
+    if relaxation.smallest_bits > problem.budget:
+        raise UserError(
+            f"no allocation meets an average of {problem.budget / problem.params:g} bits per weight: the smallest "
+            f"reachable average is {relaxation.smallest_bits / problem.params:.4f} bits with these candidates"
+        )
 
 
 def _end(

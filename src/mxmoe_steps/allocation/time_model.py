@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import HALF_ROWS, PHASE_ROWS, kernel_format
+from mxmoe_steps.kernels.formats import HALF_ROWS, PHASE_ROWS, PHASES, kernel_format
 from mxmoe_steps.kernels.plan import phase_for
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 from mxmoe_steps.tables import PROFILE, read_table
@@ -88,12 +88,13 @@ def profile_of(columns: dict[str, NDArray[np.generic]], facts: dict[str, object]
 
 
 def read_profile(path: str) -> Profile:
-    """Read a PROFILE table."""
+    """Read a PROFILE table; `UserError` unless every scheme has kernels of all phases."""
     table, facts = read_table(PROFILE, path)
     profile = profile_of({name: np.array(table.column(name).to_pylist()) for name in table.column_names}, facts)
-    for (_, scheme), cells in profile.tiles.items():
-        if not (np.isfinite(cells).all() and (cells >= 0).all()):
-            raise UserError(f"{path}: a time of {scheme} is negative or not finite; profile this GPU again")
+    wrong = set(profile.tiles) ^ {(phase, scheme) for phase in PHASES for scheme in profile.schemes}
+    if wrong:
+        phase, scheme = min(wrong)
+        raise UserError(f"{path}: {scheme} has no times in phase {phase}, or there is no such phase; run profile again")
     return profile
 
 

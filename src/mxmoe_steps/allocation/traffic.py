@@ -1,5 +1,6 @@
 """Sampled inference steps: how many token rows each expert of each layer gets in one forward step."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.raw import expect
 from mxmoe_steps.tables import TRAFFIC, read_table
 
 DECODE_TOKENS = 256  # phase auto: a step of at most this many tokens is one token each of many sequences
 PHASES = ("auto", "prefill", "decode")
+_FIX = "run the trace step again"
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,34 @@ class Traffic:
     tokens: int
     rows: NDArray[np.int64]
     weight: NDArray[np.float64]
+    model: str = ""  # fingerprint, empty if made up
+
+
+class Routing:
+    """The experts of every token that `trace` wrote into ``folder``; `UserError` where its files are damaged."""
+
+    def __init__(self, folder: str) -> None:
+        table, self.facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
+        self.file = Path(folder) / "routing.safetensors"
+        layers, texts, experts = (self.facts[key] for key in ("layers", "texts", "experts"))
+        keys = itertools.product(sorted(set(texts)), sorted(set(layers)), range(experts))
+        if list(zip(*(table.column(name).to_pylist() for name in TRAFFIC.keys), strict=True)) != list(keys):
+            raise UserError(
+                f"{folder}/traffic.parquet: its rows are not those of its texts, layers and experts; {_FIX}"
+            )
+        self._tokens = table.column("tokens").to_numpy().reshape(len(texts), len(layers), experts)
+
+    def ids(self, text: str, layer: int) -> NDArray[np.int16]:
+        """[tokens, k] of one text and layer."""
+        facts = self.facts
+        shape = (facts["sequences"], facts["length"], facts["top_k"])
+        tensor = expect(self.file, f"{text}/{layer}", ["I16"], shape, _FIX)
+        ids = np.frombuffer(tensor.read(), np.int16).reshape(-1, shape[-1])
+        tokens = self._tokens[facts["texts"].index(text), facts["layers"].index(layer)]
+        known = ids.min() >= 0 and ids.max() < len(tokens)
+        if not known or (np.bincount(ids.ravel(), minlength=len(tokens)) != tokens).any():
+            raise UserError(f"{self.file}: {text}/{layer}: the expert ids do not add up to traffic.parquet; {_FIX}")
+        return ids
 
 
 def sample_positions(
@@ -54,9 +85,8 @@ def sample_traffic(
     An expert that no sampled step reaches gets one row in a fraction of a step that follows its traffic in
     the whole trace, so no expert is free.
     """
-    from safetensors.numpy import safe_open
-
-    _, facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
+    routing = Routing(folder)
+    facts = routing.facts
     texts = texts or facts["texts"]
     unknown = sorted(set(texts) - set(facts["texts"]))
     if unknown:
@@ -72,16 +102,15 @@ def sample_traffic(
     positions = [(text, sample_positions(phase, tokens, *shape, generator)) for text in turns]
     rows = np.zeros((len(layers), steps, experts), np.int64)
     seen = np.zeros((len(layers), experts))  # tokens of each expert in all the texts
-    with safe_open(Path(folder) / "routing.safetensors", "numpy") as routing:
-        for index, layer in enumerate(layers):
-            ids = {text: routing.get_tensor(f"{text}/{layer}").reshape(shape[0] * shape[1], -1) for text in texts}
-            for text in texts:
-                seen[index] += np.bincount(ids[text].ravel(), minlength=experts)
-            for step, (text, chosen) in enumerate(positions):
-                rows[index, step] = np.bincount(ids[text][chosen].ravel(), minlength=experts)
+    for index, layer in enumerate(layers):
+        ids = {text: routing.ids(text, layer) for text in texts}
+        for text in texts:
+            seen[index] += np.bincount(ids[text].ravel(), minlength=experts)
+        for step, (text, chosen) in enumerate(positions):
+            rows[index, step] = np.bincount(ids[text][chosen].ravel(), minlength=experts)
     weight = np.full(rows.shape, 1 / steps)
     expected = tokens * np.maximum(seen, 0.5) / (shape[0] * shape[1] * len(texts))
     layer, expert = np.nonzero(rows.sum(1) == 0)
     rows[layer, 0, expert] = 1
     weight[layer, 0, expert] = np.minimum(1 / steps, expected[layer, expert])
-    return Traffic(layers, tokens, rows, weight)
+    return Traffic(layers, tokens, rows, weight, facts["model"])

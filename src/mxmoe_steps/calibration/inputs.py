@@ -8,8 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.facts import CaptureFacts
+from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.models.identity import fingerprint
+from mxmoe_steps.models.raw import FLOATING, expect, facts_of, tensors_of
 from mxmoe_steps.schemes import SHARED
 
+_FIX = "run capture again"
 _BATCH = 1 << 15  # tokens at a time: bounds what intermediate activations take
 
 
@@ -45,15 +51,15 @@ class LayerInputs:
 
     @classmethod
     def read(cls, paths: Sequence[Path], experts: int, device: torch.device) -> "Iterator[LayerInputs]":
-        """From files of `capture`, the next one read while one is in use."""
+        """From files of `capture`, the next one read while one is in use; `UserError` for damaged data."""
         if not paths:
             return
         with ThreadPoolExecutor(max_workers=1) as pool:
-            following = pool.submit(_read, paths[0], device)
+            following = pool.submit(_read, paths[0], experts, device)
             for path in [*paths[1:], None]:
                 tensors = following.result()
                 if path is not None:
-                    following = pool.submit(_read, path, device)
+                    following = pool.submit(_read, path, experts, device)
                 yield cls({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}, experts)
 
     def __len__(self) -> int:
@@ -85,6 +91,42 @@ class LayerInputs:
         return Batch(self.hidden[rows].float(), scale.float(), gradient)
 
 
-def _read(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    """A file's tensors in memory, in pages that a GPU copies from directly."""
-    return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in load_file(path).items()}
+def check_captured(files: dict[int, Path], folder: ModelFolder) -> None:
+    """`UserError` unless the header of every layer's file is that of a capture of this model, all of one text."""
+    model, seen = fingerprint(folder), None
+    for layer, file in files.items():
+        facts = facts_of(file, CaptureFacts, _FIX)
+        tensors = tensors_of(file)
+        if facts["model"] != model or facts["layer"] != layer:
+            raise UserError(f"{file}: was captured of another model or layer; {_FIX} for {folder.path}")
+        tokens, hidden = facts["sequences"] * facts["length"], folder.config["hidden_size"]
+        top_k = tensors["ids"].shape[-1] if "ids" in tensors and tensors["ids"].shape else 0
+        known = [
+            expect(file, "hidden", FLOATING, (tokens, hidden), _FIX),
+            expect(file, "ids", ["I16"], (tokens, top_k), _FIX),
+            expect(file, "weights", ["F32"], (tokens, top_k), _FIX),
+        ]
+        if "gradient" in tensors:
+            known.append(expect(file, "gradient", FLOATING, (tokens, hidden), _FIX))
+        if folder.family.shared is not None:
+            known.append(expect(file, "shared", ["F32"], (tokens,), _FIX))
+        if len(known) < len(tensors):
+            raise UserError(f"{file}: holds {', '.join(sorted(tensors))}, not all of which are of this model; {_FIX}")
+        text = {**facts, "layer": None, "gradient": "gradient" in tensors}
+        if text != (seen := seen or text):
+            raise UserError(f"{file} and the file of layer {next(iter(files))} are not of one capture; {_FIX}")
+
+
+def _read(path: Path, experts: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A file's tensors in memory, in pages that a GPU copies from directly; `UserError` for data that is damaged."""
+    for raw in tensors_of(path).values():
+        raw.check()
+    tensors = load_file(path)
+    for name, tensor in tensors.items():
+        if not (_in_range(tensor, experts) if name == "ids" else tensor.isfinite().all()):
+            raise UserError(f"{path}: {name} holds what no expert or number is; {_FIX}")
+    return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in tensors.items()}
+
+
+def _in_range(ids: torch.Tensor, experts: int) -> bool:
+    return bool((ids >= 0).all() and (ids < experts).all())

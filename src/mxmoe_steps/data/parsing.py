@@ -4,11 +4,12 @@ import json
 from dataclasses import fields
 from typing import Any
 
-from mxmoe_steps.data.sources import FileText, HubText, MixText, PackageText, Source
+from mxmoe_steps.data.sources import PACKAGES, FileText, HubText, MixText, PackageText, Source
 from mxmoe_steps.errors import UserError
 
 _KINDS: dict[str, type[Source]] = {"package": PackageText, "files": FileText, "mix": MixText}
 _LISTS = {"files": "a.txt, b.txt", "test_files": "c.txt", "mix": "english, code"}  # keys that take a list, an example
+_MAY_BE_EMPTY = ("join", "separator")  # nothing between rows, an empty line between documents
 
 
 def parse_source(name: str, value: dict[str, Any]) -> Source:
@@ -30,9 +31,20 @@ def parse_source(name: str, value: dict[str, Any]) -> Source:
             if not isinstance(entry, list) or not entry or not all(isinstance(item, str) for item in entry):
                 raise UserError(f"texts.{name}.{key}: must be a list of strings, e.g. {key}: [{_LISTS[key]}]")
             entry = tuple(entry)
-        elif not isinstance(entry, str):
+        elif not isinstance(entry, str) or "\0" in entry:
             raise UserError(f"texts.{name}.{key}: must be a string, found {entry!r}")
+        elif not entry and key not in _MAY_BE_EMPTY:
+            raise UserError(f"texts.{name}.{key}: is empty; name one, or leave out the key")
+        elif key == "separator" and "\n" in entry:
+            raise UserError(f"texts.{name}.separator: is a whole line, so it holds no line break; found {entry!r}")
+        elif key == "package" and entry not in PACKAGES:
+            raise UserError(f"texts.{name}.package: {entry!r} is not known; known are {', '.join(sorted(PACKAGES))}")
         given["path" if key == "hub" else key] = entry
+    if kind is FileText and "separator" in given and "column" in given:
+        raise UserError(f"texts.{name}: separator divides texts and column names a part of records; give one of them")
+    for key in _LISTS.keys() & given.keys():
+        if len(set(given[key])) < len(given[key]):
+            raise UserError(f"texts.{name}.{key}: lists something twice; every entry counts once")
     return kind(**given)
 
 

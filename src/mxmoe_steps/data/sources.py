@@ -9,11 +9,13 @@ never evaluation text.
 import gzip
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.data.files import Document, as_document, check_apart, read_files
 from mxmoe_steps.errors import UserError
 
 SPLITS = ("train", "calibration", "test")
@@ -30,7 +32,8 @@ class PackageText:
 
 @dataclass(frozen=True)
 class FileText:
-    """Local UTF-8 files. A document is a whole file, or a block between lines equal to ``separator``.
+    """Local UTF-8 files. A document is a whole file, or a block between lines equal to ``separator``, or the ``column``
+    of a record in JSON lines, a JSON list, CSV, TSV or Parquet: a text, or the messages of a chat.
 
     ``test_files`` are the test split and ``files`` the calibration split; without ``test_files`` the
     documents of ``files`` are divided by the hash of their text, half and half.
@@ -39,11 +42,12 @@ class FileText:
     files: tuple[str, ...]
     separator: str | None = None
     test_files: tuple[str, ...] = ()
+    column: str | None = None
 
 
 @dataclass(frozen=True)
 class HubText:
-    """A text column of a hub dataset, read through ``datasets`` (its cache serves offline runs).
+    """A column of a hub dataset, texts or chats, read through ``datasets`` (its cache serves offline runs).
 
     ``split`` is the dataset split to calibrate on and ``test_split`` the one to test on; without
     ``test_split`` the rows of ``split`` are divided by the hash of their text, half and half. Each row
@@ -77,13 +81,14 @@ def split_of(key: str, shares: tuple[int, int] = WIKI_SHARES) -> str:
     return "calibration" if bucket < test + calibration else "train"
 
 
-def documents(source: Source, split: str) -> list[str]:
-    """Documents of one split, in the source's order, without empty ones.
+def documents(source: Source, split: str) -> list[Document]:
+    """Documents of one split, in the source's order, without empty ones: texts, or the messages of chats.
 
     `UserError` for missing packages, files or columns and for a split that has no document.
     """
     if split not in SPLITS:
         raise UserError(f"split {split!r}: known are {', '.join(SPLITS)}")
+    found: Sequence[Document]
     if isinstance(source, PackageText):
         found = _package_documents(source, split)
     elif isinstance(source, FileText):
@@ -92,10 +97,10 @@ def documents(source: Source, split: str) -> list[str]:
         found = _hub_documents(source, split)
     else:
         raise UserError(f"a mix of {', '.join(source.mix)} has sequences, not documents; name one of its parts")
-    found = [text for text in found if text.strip()]
-    if not found:
+    kept = [document for document in found if not isinstance(document, str) or document.strip()]
+    if not kept:
         raise UserError(f"{source}: no document in the {split} split; {_remedy(source)}")
-    return found
+    return kept
 
 
 def _remedy(source: Source) -> str:
@@ -106,9 +111,14 @@ def _remedy(source: Source) -> str:
     return "code has no training text"
 
 
-def _keep(texts: list[str], split: str) -> list[str]:
-    """The part of texts that come without a split of their own, by the hash of the text."""
-    return [text for text in texts if split_of(text, NO_TRAIN_SHARES) == split]
+def _keep(documents: Sequence[Document], split: str) -> list[Document]:
+    """The part of documents that come without a split of their own, by the hash of the text."""
+    return [document for document in documents if split_of(key_of(document), NO_TRAIN_SHARES) == split]
+
+
+def key_of(document: Document) -> str:
+    """A text that is the document."""
+    return document if isinstance(document, str) else canonical_json(document)
 
 
 # Packages
@@ -167,55 +177,25 @@ def _package_documents(source: PackageText, split: str) -> list[str]:
 # Local files
 
 
-def _file_documents(source: FileText, split: str) -> list[str]:
+def _file_documents(source: FileText, split: str) -> list[Document]:
+    check_apart(source.files, source.test_files)
     if not source.test_files:
-        return _keep(_read_files(source.files, source.separator), split)
+        return _keep(read_files(source.files, source.separator, source.column), split)
     chosen = {"calibration": source.files, "test": source.test_files}.get(split, ())
-    return _read_files(chosen, source.separator)
-
-
-def _read_files(files: tuple[str, ...], separator: str | None) -> list[str]:
-    texts = []
-    for file in files:
-        text = _read_file(file)
-        if separator is None:
-            texts.append(text)
-            continue
-        block: list[str] = []
-        for line in [*text.split("\n"), separator]:
-            if line == separator:
-                texts.append("\n".join(block))
-                block = []
-            else:
-                block.append(line)
-    return texts
-
-
-def _read_file(file: str) -> str:
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")  # universal newlines, no byte-order mark
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file}: not UTF-8 at byte {error.start}; convert it, e.g. iconv -f latin1 -t utf-8 {file}"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); correct the path in `files`") from None
-    if not text.strip():
-        raise UserError(f"{file}: the text file is empty; remove it from `files` or put text in it")
-    return text
+    return read_files(chosen, source.separator, source.column)
 
 
 # Hub datasets
 
 
-def _hub_documents(source: HubText, split: str) -> list[str]:
+def _hub_documents(source: HubText, split: str) -> list[Document]:
     if source.test_split is None:
         return _keep(_read_hub(source, source.split), split)
     chosen = {"calibration": source.split, "test": source.test_split}.get(split)
     return [] if chosen is None else _read_hub(source, chosen)
 
 
-def _read_hub(source: HubText, split: str) -> list[str]:
+def _read_hub(source: HubText, split: str) -> list[Document]:
     from datasets import load_dataset
 
     try:
@@ -227,7 +207,11 @@ def _read_hub(source: HubText, split: str) -> list[str]:
         ) from error
     if source.column not in rows.column_names:
         raise UserError(f"dataset {source.path!r}: no column {source.column!r}; it has {', '.join(rows.column_names)}")
-    texts = [text for text in rows[source.column] if text is not None]
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"dataset {source.path!r}: column {source.column!r} is not text; name another `column`")
-    return texts if source.join is None else [source.join.join(texts)]
+    where = f"dataset {source.path!r}: column {source.column!r}"
+    found = [as_document(value, where) for value in rows[source.column] if value is not None]
+    texts = [document for document in found if isinstance(document, str)]
+    if source.join is None:
+        return found
+    if len(texts) < len(found):
+        raise UserError(f"{where} holds chats, which cannot be joined; leave out `join`")
+    return [source.join.join(texts)]

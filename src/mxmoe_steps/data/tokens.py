@@ -1,11 +1,13 @@
 """Documents to token sequences of one length, packed without padding."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from mxmoe_steps.data.files import Document
 from mxmoe_steps.data.sources import MixText, Source, documents
 from mxmoe_steps.errors import UserError
 
@@ -13,36 +15,93 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 256  # documents tokenized at a time: a few sequences of a large set never cost the whole set
+_CHARACTERS = 8  # of a document's beginning that are tokenized per token that is needed; more if they are too few
+_LEAST_CHARACTERS = 4096
+_UNSETTLED = 64  # last tokens of such a beginning, which the rest of the document could change
+# Before chat templates that tell the date: the same text gives the same tokens on any day
+_SAME_DAY = "{%- macro strftime_now(format) %}2026-01-01{% endmacro -%}"
+
+
+def leading_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The special tokens that the tokenizer itself puts before a text, such as BOS; often none."""
+    bare, full = (
+        tokenizer(["a"], add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"][0]
+        for special in (False, True)
+    )
+    starts = range(len(full) - len(bare) + 1)
+    return next((list(full[:start]) for start in starts if full[start : start + len(bare)] == bare), [])
 
 
 def sequences(
-    texts: list[str], tokenizer: "PreTrainedTokenizerBase", length: int, count: int | None, seed: int
+    texts: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", length: int, count: int | None, seed: int
 ) -> npt.NDArray[np.int64]:
-    """Token ids [count, length]: documents shuffled by ``seed``, each ended by EOS, cut every ``length``.
+    """Token ids [count, length]: documents shuffled by ``seed``, each ended by EOS, cut to fill sequences.
 
-    The tokenizer adds no special tokens of its own. ``count`` None takes every whole sequence there
+    A sequence begins with the special tokens that the tokenizer puts before a text (BOS), where it does; inside
+    there are none. Chats pass through the tokenizer's chat template. ``count`` None takes every whole sequence there
     is. `UserError` if the text is too short.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
+    if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no EOS token to put between documents; set eos_token in its config")
+    leading = leading_tokens(tokenizer)
+    body = length - len(leading)
+    if body < 1:
+        raise UserError(f"sequences of {length} tokens have no room beside {leading} at their start; raise `length`")
     order = np.random.default_rng(seed).permutation(len(texts))
-    needed = None if count is None else count * length
-    stream: list[int] = []
-    for start in range(0, len(order), _BATCH):
-        batch = [texts[i] for i in order[start : start + _BATCH]]
-        for ids in tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]:
-            stream += ids
-            stream.append(end)
-        if needed is not None and len(stream) >= needed:
-            break
-    whole = len(stream) // length if count is None else count
-    if whole == 0 or len(stream) < whole * length:
-        wanted = f"{whole or 1} sequences of {length} need {(whole or 1) * length:,}"
+    stream = _stream([texts[i] for i in order], tokenizer, leading, sys.maxsize if count is None else count * body)
+    whole = len(stream) // body if count is None else count
+    if whole == 0 or len(stream) < whole * body:
+        wanted = f"{whole or 1} sequences of {length} need {(whole or 1) * body:,}"
         raise UserError(
             f"the text has {len(stream):,} tokens and {wanted}; lower `sequences` or `length`, or name more text"
         )
-    return np.asarray(stream[: whole * length], dtype=np.int64).reshape(whole, length)
+    rows = np.asarray(stream[: whole * body], dtype=np.int64).reshape(whole, body)
+    return np.concatenate([np.tile(np.asarray(leading, np.int64), (whole, 1)), rows], axis=1)
+
+
+def _stream(found: list[Document], tokenizer: "PreTrainedTokenizerBase", leading: list[int], needed: int) -> list[int]:
+    """Token ids of documents one after the other: at least ``needed``, if there are so many."""
+    end = tokenizer.eos_token_id
+    stream: list[int] = []
+    position = 0
+    while position < len(found) and len(stream) < needed:
+        missing = needed - len(stream)
+        limit = max(_CHARACTERS * missing, _LEAST_CHARACTERS)
+        start = position
+        batch: list[str] = []
+        while position < len(found) and len(batch) < _BATCH and sum(map(len, batch)) < limit:
+            batch.append(_text(found[position], tokenizer))
+            position += 1
+        encoded = _encode([text[:limit] for text in batch], tokenizer)
+        while limit < len(batch[-1]) and len(encoded[-1]) < missing + _UNSETTLED:  # the others are shorter
+            limit *= 2
+            encoded[-1:] = _encode([batch[-1][:limit]], tokenizer)
+        if limit < len(batch[-1]):
+            del encoded[-1][-_UNSETTLED:]
+        for document, ids in zip(found[start:position], encoded, strict=True):
+            stream += ids[len(leading) :] if ids[: len(leading)] == leading else ids
+            closed = ids[-1:] == [end] if isinstance(document, str) else end in ids  # a template may go on after EOS
+            if not closed:
+                stream.append(end)
+    return stream
+
+
+def _encode(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return list(encoded["input_ids"])
+
+
+def _text(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """A document as text; `UserError` for a chat that the tokenizer's template does not take."""
+    if isinstance(document, str):
+        return document
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template for chats; name a column of text, or add the template")
+    try:
+        template = _SAME_DAY + tokenizer.get_chat_template()
+        return str(tokenizer.apply_chat_template(document, chat_template=template, tokenize=False))
+    except Exception as error:  # whatever the template's code raises
+        raise UserError(f"the tokenizer's chat template does not take a chat: {error}") from error
 
 
 def load_sequences(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.moe_layer import MoeLayer
+from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.models.families import FAMILIES, Family, moe_path
 from mxmoe_steps.models.operators import define, register
@@ -26,23 +26,22 @@ HOPPER = (9, 0)
 log = logging.getLogger("mxmoe_steps")
 
 
-# Routed and shared experts: hidden states [T, H], experts and weights [T, k], the shared expert's gate [T]
+# Routed and shared experts of hidden states [T, H], chosen experts and their weights [T, k]
 _experts_on_kernels = define(
-    "experts_on_kernels(Tensor hidden, Tensor chosen, Tensor weights, Tensor? gate, int number) -> Tensor",
-    operator.call,
+    "experts_on_kernels(Tensor hidden, Tensor chosen, Tensor weights, int number) -> Tensor", operator.call
 )
 
 
 class KernelMoe(nn.Module):
-    """A MoE module whose experts, routed and shared, are a `MoeLayer`; the router and the shared expert's gate stay
-    the model's own. Computes on bfloat16 hidden states.
+    """A MoE module whose experts, routed and shared, are a `MoeLayer`; the router stays the model's own. Computes on
+    bfloat16 hidden states.
     """
 
     def __init__(self, moe: nn.Module, family: Family, layer: MoeLayer) -> None:
         super().__init__()
         self.layer, self.number = layer, register(layer)
-        self.router_name, self.gate_name = _router_name(moe), family.shared_gate
-        for name in (self.router_name, self.gate_name):
+        self.router_name = _router_name(moe)
+        for name in (self.router_name, family.shared_gate):
             if name is not None:
                 self.add_module(name, moe.get_submodule(name))
 
@@ -55,12 +54,11 @@ class KernelMoe(nn.Module):
             )
         tokens = hidden.reshape(-1, hidden.shape[-1])
         _, weights, chosen = getattr(self, self.router_name)(tokens)
-        gate = None if self.gate_name is None else getattr(self, self.gate_name)(tokens).squeeze(-1).bfloat16()
-        out = _experts_on_kernels(tokens.bfloat16(), chosen, weights, gate, self.number)
+        out = _experts_on_kernels(self.layer, tokens.bfloat16(), chosen, weights, number=self.number)
         return out.to(hidden.dtype).view(hidden.shape)
 
     def _save_to_state_dict(self, *_: Any) -> None:
-        raise UserError("the experts are in kernel order; copy the checkpoint, or load it on the CPU to save it")
+        raise UserError(IN_KERNEL_ORDER)
 
 
 def _router_name(moe: nn.Module) -> str:
@@ -121,7 +119,9 @@ def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
         linear: Any = experts[expert].get_submodule(f"{block}_proj")
         return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
 
-    return KernelMoe(moe, family, MoeLayer(plan_of(moe, family, activation), read, device))
+    gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate)
+    gate_weight = None if gate is None else gate.weight.detach()
+    return KernelMoe(moe, family, MoeLayer(plan_of(moe, family, activation), read, device, gate_weight))
 
 
 def use_kernels(model: Any, layers: Iterable[int]) -> bool:

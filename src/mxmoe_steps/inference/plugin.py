@@ -14,6 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import log, use_kernels
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.packed import bad_numbers
+from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig, MixedPrecisionQuantizer
 
 register_quantization_config(METHOD)(MixedPrecisionConfig)
@@ -26,6 +29,8 @@ class Plugin(MixedPrecisionQuantizer):
     _compileable = True
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        if (bad := bad_numbers(model)) is not None:
+            raise UserError(f"{model.name_or_path}: {bad} holds NaN or infinity; run the quantize step again")
         model.mxmoe = Arrangement(model)
         self.arrange(model)
 
@@ -66,10 +71,17 @@ def load_quantized(
     ``dtype`` is the precision of activations and of everything that is not an expert. ``device_map``: as in
     ``from_pretrained``, instead of ``device``.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise UserError(f"{path}: no config.json; give a folder that the quantize step wrote")
+    folder = open_model(path)
+    if not folder.is_packed:
+        raise UserError(f"{path}/config.json: no quantization_config; give a folder that the quantize step wrote")
+    checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, device_map=device_map, output_loading_info=True
+    )
+    model, info = loaded
+    for name in sorted(info["missing_keys"]):
+        raise UserError(f"{path}: the checkpoint holds no weights for {name}; run the quantize step again")
     if device_map is None:
         model = model.to(device)
     if model.device.type != "cuda":

@@ -29,7 +29,9 @@ ARCHITECTURE = "sm_90a"
 COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refused
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
-TOKEN_KERNELS = ("sort_1", "sort_8", "dispatch", "swiglu", "quantize", "combine_bf16", "combine_float32")
+TOKEN_KERNELS = (
+    "sort_1", "sort_8", "dispatch", "dispatch_gated", "swiglu", "quantize", "combine_bf16", "combine_float32",
+)  # fmt: skip
 
 _GEMM_SOURCES = (
     "formats", "decode", "rounding", "ring", "schedule", "producer", "main_loops", "consumer", "group_gemm", "build",
@@ -154,7 +156,10 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     codes = [_fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16) for operand in ("fp8", "int8")]
     scales = [_fake(Float32, (sym_int(),), 4) for _ in range(2)]
     outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
-    made = {"dispatch": DispatchTokens, "swiglu": SwiGlu, "quantize": Quantize}[kind]()
+    if kind == "dispatch":
+        gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
+        return DispatchTokens(variant == "gated"), [bf16[0], chosen, row, needs, outputs, gating, count]
+    made = {"swiglu": SwiGlu, "quantize": Quantize}[kind]()
     return made, [bf16[0], chosen, row, needs, outputs, count]
 
 

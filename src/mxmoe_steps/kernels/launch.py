@@ -56,8 +56,31 @@ def problem_table(
     return torch.tensor(problems, dtype=torch.int32).reshape(-1, 4).to(device)
 
 
+class TileCounters:
+    """Tile counters of one kernel on one device: a pair for every stream, whose launches follow one another.
+
+    They are made when a kernel gets its weights: inside a CUDA graph their making would be replayed with it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = torch.cuda.current_device() if device.index is None else device.index
+        self._free = list(torch.zeros(MAX_STREAMS, 2, dtype=torch.int32, device=device).unbind())
+        self._of_stream: dict[int, torch.Tensor] = {}
+        torch.cuda.synchronize(device)  # once: other streams may launch next
+
+    def of_current_stream(self) -> torch.Tensor:
+        """int32 [2]."""
+        stream = torch._C._cuda_getCurrentRawStream(self._device)  # a tenth of the time of torch.cuda.current_stream
+        counters = self._of_stream.get(stream)
+        if counters is None:
+            if not self._free:
+                raise UserError(f"one kernel was launched on more than {MAX_STREAMS} streams; use fewer")
+            counters = self._of_stream[stream] = self._free.pop()
+        return counters
+
+
 class GroupGemmKernel:
-    """A compiled `KernelConfig`. Launches go to the current stream and, after the first, never wait for the GPU.
+    """A compiled `KernelConfig`. Launches go to the current stream and never wait for the GPU.
 
     A launch reads problems, row offsets and weights while the launch before it on the stream ends, and the rest after
     it. So they must be older than that launch: `routing.dispatch`, or a kernel from elsewhere, has to run after what
@@ -69,9 +92,8 @@ class GroupGemmKernel:
     def __init__(self, config: KernelConfig) -> None:
         """Load ``config`` from the kernel cache, or build it there first."""
         self.config = config
-        self._function = load_kernel(config)
-        self._made: dict[torch.device, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._streams: dict[torch.device, dict[int, int]] = {}
+        self.function = load_kernel(config)
+        self._counters: dict[torch.device, TileCounters] = {}
 
     def __call__(
         self,
@@ -82,7 +104,7 @@ class GroupGemmKernel:
         out: torch.Tensor,
         blocks: int | None = None,
     ) -> torch.Tensor:
-        """Write every problem's product into ``out``, bfloat16 [rows, columns], and return it.
+        """Write every problem's product into ``out``, bfloat16 [rows, columns], and return it; all is checked.
 
         ``activations`` by operand type, one for each of ``config.operands``; ``weights`` in the order of
         ``config.formats``; ``problems`` from `problem_table`; ``offsets`` int32 [experts + 1] on the GPU.
@@ -90,39 +112,15 @@ class GroupGemmKernel:
         are left alone.
         """
         self._check(activations, weights, problems, offsets, out)
-        one_scale, one_by_one, counters = self._owned(out.device)
-        tensors: list[torch.Tensor] = []
-        for operand in self.config.operands:
-            given = activations[operand]
-            tensors += [given.values, one_scale if given.scales is None else given.scales]
-        for weight in weights:
-            tensors += [weight.data, one_by_one if weight.channel_scales is None else weight.channel_scales]
-        if out.shape[0] and problems.shape[0]:
-            grid = blocks or processors(out.device) * self.config.blocks_per_sm
-            grid -= grid % self.config.cluster
-            self._function(tuple(tensors), problems, offsets, out, counters, weights[0].out_features, grid)
-        return out
+        return GroupGemm(self, weights, problems)(activations, offsets, out, blocks)
 
-    def _owned(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Stand-ins for the scales that a format does not have, and the current stream's tile counters.
-
-        Launches on one stream follow one another, so they can share counters. All are made at once, at the first
-        launch: inside a CUDA graph their making would be replayed with it.
-        """
-        if device not in self._made:
+    def counters(self, device: torch.device) -> TileCounters:
+        """The kernel's on ``device``; `UserError` if they would be made inside a CUDA graph."""
+        if device not in self._counters:
             if torch.cuda.is_current_stream_capturing():
-                raise UserError(
-                    "launch a kernel once before capturing it in a CUDA graph: it sets up its tile counters"
-                )
-            counters = torch.zeros(MAX_STREAMS, 2, dtype=torch.int32, device=device)
-            self._made[device] = (torch.ones(1, device=device), torch.ones(1, 1, device=device), counters)
-            torch.cuda.synchronize(device)  # once: other streams may launch next
-        one_scale, one_by_one, counters = self._made[device]
-        streams = self._streams.setdefault(device, {})
-        number = streams.setdefault(torch.cuda.current_stream(device).cuda_stream, len(streams))
-        if number >= MAX_STREAMS:
-            raise UserError(f"one kernel object was launched on more than {MAX_STREAMS} streams; use another object")
-        return one_scale, one_by_one, counters[number]
+                raise UserError("launch a kernel once before capturing it in a CUDA graph: it makes its tile counters")
+            self._counters[device] = TileCounters(device)
+        return self._counters[device]
 
     def _check(
         self,
@@ -168,6 +166,42 @@ class GroupGemmKernel:
             )
 
 
+class GroupGemm:
+    """A kernel with its weights and problems: what does not change between launches is arranged once."""
+
+    def __init__(self, kernel: GroupGemmKernel, weights: Sequence[KernelWeights], problems: torch.Tensor) -> None:
+        """``weights`` and ``problems`` as for `GroupGemmKernel`, whose checks are not repeated."""
+        device = problems.device
+        config = kernel.config
+        self._function, self._operands = kernel.function, config.operands
+        self._counters, self._problems = kernel.counters(device), problems
+        self._one_scale, one_by_one = _ones(device)
+        scales = [one_by_one if weight.channel_scales is None else weight.channel_scales for weight in weights]
+        self._weights = [tensor for pair in zip((w.data for w in weights), scales, strict=True) for tensor in pair]
+        self._features = weights[0].out_features
+        grid = processors(device) * config.blocks_per_sm
+        self._grid, self._cluster = grid - grid % config.cluster, config.cluster
+
+    def __call__(
+        self,
+        activations: Mapping[str, Activations],
+        offsets: torch.Tensor,
+        out: torch.Tensor,
+        blocks: int | None = None,
+    ) -> torch.Tensor:
+        """As `GroupGemmKernel`; nothing is checked."""
+        if not out.shape[0] or not self._problems.shape[0]:
+            return out
+        tensors: list[torch.Tensor] = []
+        for operand in self._operands:
+            given = activations[operand]
+            tensors += [given.values, self._one_scale if given.scales is None else given.scales]
+        grid = self._grid if blocks is None else blocks - blocks % self._cluster
+        counters = self._counters.of_current_stream()
+        self._function((*tensors, *self._weights), self._problems, offsets, out, counters, self._features, grid)
+        return out
+
+
 def _check_weights(weight: KernelWeights, device: torch.device) -> None:
     kind = torch.bfloat16 if weight.format.bits == 16 else torch.uint8
     check_tensor(f"{weight.format.name} weights", weight.data, kind, 1 if weight.format.decoded else 3, device)
@@ -194,6 +228,12 @@ def check_tensor(
         raise UserError(f"{name}: strides {tensor.stride()}; expected a contiguous tensor")
     if tensor.data_ptr() % 16 and kind != torch.float32 and dimensions > 1:
         raise UserError(f"{name}: starts at an address that is not a multiple of 16 bytes")
+
+
+@cache
+def _ones(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands in for the scales that a format does not have: of tokens [1], of weights [1, 1]."""
+    return torch.ones(1, device=device), torch.ones(1, 1, device=device)
 
 
 @cache

@@ -4,8 +4,10 @@
 
 Six launches, whatever the mixture; the router stays the model's own. Where gate and up have the same scheme in every
 expert, their launch ends with SwiGLU: then the fourth only quantizes, or is left out where down blocks read bfloat16.
+The gate of a shared expert is multiplied where its tokens are dispatched.
 Between launches lie bfloat16 gate and up (if SwiGLU is one), bfloat16 or 8-bit products, and bfloat16 rows of the down
-blocks; sums are float32. Nothing waits for the GPU, and after the first call a call can be captured in a CUDA graph.
+blocks; sums are float32. Nothing waits for the GPU. What launches own is made with the layer, so that its first call
+can be captured in a CUDA graph.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +18,20 @@ from typing import Any
 
 import torch
 
-from mxmoe_steps.kernels.formats import PHASES, KernelConfig
-from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import MAX_ENTRIES, PHASES, KernelConfig
+from mxmoe_steps.kernels.launch import (
+    Activations,
+    GroupGemm,
+    GroupGemmKernel,
+    check_device,
+    check_tensor,
+    problem_table,
+    processors,
+)
 from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, gate_and_up, kernel_weights, original_weights
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
-from mxmoe_steps.kernels.routing import Routed, combine, dispatch, quantize, sort_by_expert, swiglu
+from mxmoe_steps.kernels.routing import Routed, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import QuantizedWeight
 
 Block = QuantizedWeight | torch.Tensor  # [N, K]
@@ -29,17 +40,17 @@ Read = Callable[[int, str], Block]  # expert (`SHARED` for the shared one) and b
 MOST_TOKENS = 32768  # at a time: bounds the intermediates, and 32-bit offsets into them
 MOST_ELEMENTS = 2**30
 
+IN_KERNEL_ORDER = "the experts are in kernel order; copy the checkpoint, or load it on the CPU to save it"
+
 
 @dataclass(frozen=True)
 class LayerGemm:
-    """One of the layer's grouped GEMMs, weights and problems on a GPU; ``columns``: width of a row of its output."""
+    """One of the layer's grouped GEMMs on a GPU; ``columns``: width of a row of its output; ``gemms`` by phase."""
 
     plan: LaunchPlan
     columns: int
-    weights: list[KernelWeights]
-    problems: torch.Tensor
     needs: torch.Tensor
-    kernels: dict[str, GroupGemmKernel]
+    gemms: dict[str, GroupGemm]
 
     def __call__(self, given: dict[str, Activations], routed: Routed) -> torch.Tensor:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
@@ -47,45 +58,62 @@ class LayerGemm:
         experts = routed.offsets.shape[0] - 1 - routed.shared
         phase = self.plan.phase(routed.chosen.numel(), experts, routed.shared, processors(device))
         out = torch.empty(routed.rows, self.columns, dtype=torch.bfloat16, device=device)
-        return self.kernels[phase](given, self.weights, self.problems, routed.offsets, out)
+        return self.gemms[phase](given, routed.offsets, out)
 
 
 class MoeLayer:
     """The experts of one layer in kernel order on ``device``."""
 
-    def __init__(self, plan: LayerPlan, read: Read, device: torch.device) -> None:
-        """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice."""
-        self.plan, self.device = plan, device
-        columns = plan.intermediate if plan.gate_up.gated else 2 * plan.intermediate
-        self.gate_up = _prepare(plan, plan.gate_up, columns, read, device)
-        self.down = _prepare(plan, plan.down, plan.hidden, read, device)
+    def __init__(self, plan: LayerPlan, read: Read, device: torch.device, gate: torch.Tensor | None = None) -> None:
+        """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice.
 
-    def __call__(
-        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        ``gate``: weight of the shared expert's gate, bfloat16 [1, hidden] on ``device``, if it has one.
+        """
+        if gate is not None:
+            check_tensor("the shared expert's gate", gate, torch.bfloat16, 2, device, (1, plan.hidden))
+        self.plan, self.device, self.gate = plan, device, gate
+        columns = plan.intermediate if plan.gate_up.gated else 2 * plan.intermediate
+        with torch.cuda.device(device):
+            prepare(device)
+            self.gate_up = _prepare(plan, plan.gate_up, columns, read, device)
+            self.down = _prepare(plan, plan.down, plan.hidden, read, device)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "MoeLayer":
+        """A copy of a model has the same layer: it never changes."""
+        return self
+
+    def __reduce__(self) -> str:
+        raise UserError(IN_KERNEL_ORDER)
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Routed and shared experts' sum, bfloat16 [tokens, hidden].
 
         ``x``: bfloat16 [tokens, hidden]; ``chosen``: int64 [tokens, top_k]; ``weights``: bfloat16 or float32, the
-        same shape; ``gate``: bfloat16 [tokens], the logit of the shared expert's gate, if it has one.
+        same shape.
         """
-        per_token = (chosen.shape[1] + self.plan.slices) * max(2 * self.plan.intermediate, self.plan.hidden)
-        at_once = min(MOST_TOKENS, MOST_ELEMENTS // per_token)
-        with torch.cuda.device(self.device):  # kernels go to the current device
-            if x.shape[0] <= at_once:
-                return self._run(x, chosen, weights, gate)
-            gates = [None] * len(x) if gate is None else gate.split(at_once)
-            parts = zip(x.split(at_once), chosen.split(at_once), weights.split(at_once), gates, strict=False)
-            return torch.cat([self._run(*part) for part in parts])
+        check_device(x, "x")
+        tokens, top_k = chosen.shape
+        check_tensor("x", x, torch.bfloat16, 2, self.device, (tokens, self.plan.hidden))
+        check_tensor("chosen experts", chosen, torch.int64, 2, self.device)
+        kind = torch.bfloat16 if weights.dtype == torch.bfloat16 else torch.float32
+        check_tensor("weights", weights, kind, 2, self.device, (tokens, top_k))
+        entries = top_k + self.plan.slices
+        if entries > MAX_ENTRIES:
+            raise UserError(f"{entries} experts of a token, slices of a shared one included; at most {MAX_ENTRIES}")
+        at_once = min(MOST_TOKENS, MOST_ELEMENTS // (entries * max(2 * self.plan.intermediate, self.plan.hidden)))
+        if torch.cuda.current_device() != self.device.index:  # kernels go to the current device
+            with torch.cuda.device(self.device):
+                return self(x, chosen, weights)
+        if 0 < tokens <= at_once:
+            return self._run(x, chosen, weights)
+        parts = zip(x.split(at_once), chosen.split(at_once), weights.split(at_once), strict=True)
+        return torch.cat([self._run(*part) for part in parts]) if tokens else torch.empty_like(x)
 
-    def _run(
-        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, gate: torch.Tensor | None
-    ) -> torch.Tensor:
-        if not x.shape[0]:
-            return torch.empty_like(x)
+    def _run(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         up, down = self.gate_up, self.down
         routed = sort_by_expert(chosen, self.plan.experts, self.plan.slices)
-        given = dispatch(x, routed, up.needs, up.plan.operands)
-        return combine(down(self.activate(up(given, routed), routed), routed), routed, weights, gate)
+        given, logits = dispatch(x, routed, up.needs, up.plan.operands, self.gate)
+        return combine(down(self.activate(up(given, routed), routed), routed), routed, weights, logits)
 
     def activate(self, made: torch.Tensor, routed: Routed) -> dict[str, Activations]:
         """The down blocks' operands from what the gate/up launch made: gate and up, or already their product."""
@@ -103,8 +131,8 @@ def _prepare(plan: LayerPlan, launch: LaunchPlan, columns: int, read: Read, devi
     weights = [_stack([_entries(read, source) for source in sources], device) for sources in launch.stacks]
     problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device, launch.gated)
     needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
-    kernels = {phase: _kernel(launch.config(phase)) for phase in PHASES}
-    return LayerGemm(launch, columns, weights, problems, needs, kernels)
+    gemms = {phase: GroupGemm(_kernel(launch.config(phase)), weights, problems) for phase in PHASES}
+    return LayerGemm(launch, columns, needs, gemms)
 
 
 def _entries(read: Read, source: Source) -> KernelWeights:

@@ -8,12 +8,14 @@ so that tiles which wait for memory run beside tiles which compute.
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import (
     EDGE,
     GROUP,
     HALF_ROWS,
+    MAX_EXPERTS,
     OPERAND_MASKS,
     Format,
     KernelConfig,
@@ -61,9 +63,14 @@ class LaunchPlan:
         """Activation types the launch reads."""
         return tuple(sorted({format_.operand for format_ in self.formats}))
 
+    @cached_property
+    def by_warp(self) -> bool:
+        """Whether all formats are `Format.by_warp`."""
+        return all(format_.by_warp for format_ in self.formats)
+
     def phase(self, rows: int, experts: int, slices: int, sms: int) -> str:
         """The phase of the kernel, see `phase_for`."""
-        return phase_for(rows, experts, slices, self.strips, sms, all(format_.by_warp for format_ in self.formats))
+        return phase_for(rows, experts, slices, self.strips, sms, self.by_warp)
 
     def config(self, phase: str) -> KernelConfig:
         """The kernel of ``phase`` that runs it."""
@@ -109,6 +116,8 @@ def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, s
         slices, rest = divmod(shared, intermediate)
         if rest:
             raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
+    if experts + slices > MAX_EXPERTS:
+        raise UserError(f"{experts} experts and {slices} shared; the sort kernel takes {MAX_EXPERTS} together")
     order = [*([SHARED] if slices else []), *range(experts)]
     gated = _gated(schemes)
     gate_up, down = (

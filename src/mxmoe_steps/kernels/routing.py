@@ -1,6 +1,7 @@
 """The steps around the grouped GEMMs of a layer, on torch tensors: sort, dispatch, SwiGLU, combine.
 
-Nothing here waits for the GPU. A token's choices among the routed experts are its first rows; shared experts come
+Nothing here waits for the GPU, and nothing is checked: `moe_layer.MoeLayer` checks what enters it, and what lies
+between its launches is its own. A token's choices among the routed experts are its first rows; shared experts come
 after them and take every token.
 """
 
@@ -10,9 +11,8 @@ from functools import cache
 
 import torch
 
-from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import EDGE, MAX_ENTRIES, MAX_EXPERTS, OPERAND_MASKS
-from mxmoe_steps.kernels.launch import Activations, check_device, check_tensor, load_kernel
+from mxmoe_steps.kernels.formats import EDGE, OPERAND_MASKS
+from mxmoe_steps.kernels.launch import Activations, load_kernel
 
 CLUSTER_ENTRIES = 6144  # more are sorted faster by eight blocks than by one
 
@@ -23,44 +23,46 @@ class Routed:
 
     ``chosen``: int64 [tokens, top_k], the router's choices; ``row``: int32 [tokens, top_k], the row of each.
     ``shared`` experts with the last numbers take every token: token t of the s-th is row ``tokens * (top_k + s) + t``.
-    ``offsets``: int32 [experts + shared + 1], first row of each expert.
+    ``offsets``: int32 [experts + shared + 1], first row of each expert. ``rows``: of all experts.
     """
 
     chosen: torch.Tensor
     row: torch.Tensor
     offsets: torch.Tensor
     shared: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of all experts."""
-        tokens, top_k = self.chosen.shape
-        return tokens * (top_k + self.shared)
+    rows: int
 
 
 def sort_by_expert(chosen: torch.Tensor, experts: int, shared: int = 0) -> Routed:
     """Sort the router's choices, int64 [tokens, top_k] on the GPU with values below ``experts``."""
-    check_device(chosen, "chosen experts")
-    check_tensor("chosen experts", chosen, torch.int64, 2, chosen.device)
-    if not 0 < experts <= MAX_EXPERTS - shared:
-        raise UserError(f"{experts} experts and {shared} shared; the sort kernel takes 1 to {MAX_EXPERTS} together")
-    if chosen.shape[1] + shared > MAX_ENTRIES:
-        raise UserError(f"{chosen.shape[1]} choices and {shared} shared experts of a token; at most {MAX_ENTRIES}")
-    row = torch.empty(chosen.shape, dtype=torch.int32, device=chosen.device)
+    tokens, top_k = chosen.shape
+    row = torch.empty_like(chosen, dtype=torch.int32)
     offsets = torch.empty(experts + shared + 1, dtype=torch.int32, device=chosen.device)
-    load_kernel("sort_8" if chosen.numel() > CLUSTER_ENTRIES else "sort_1")(chosen, row, offsets, shared)
-    return Routed(chosen, row, offsets, shared)
+    load_kernel("sort_8" if tokens * top_k > CLUSTER_ENTRIES else "sort_1")(chosen, row, offsets, shared)
+    return Routed(chosen, row, offsets, shared, tokens * (top_k + shared))
 
 
-def dispatch(x: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]) -> dict[str, Activations]:
+def dispatch(
+    x: torch.Tensor,
+    routed: Routed,
+    needs: torch.Tensor,
+    operands: Collection[str],
+    gate: torch.Tensor | None = None,
+) -> tuple[dict[str, Activations], torch.Tensor | None]:
     """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for 8-bit types.
 
     ``needs``: int32 [experts + shared], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
-    needs and left alone in others. ``operands``: all types that some expert needs.
+    needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
+    experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second.
     """
-    check_device(x, "x")
-    check_tensor("x", x, torch.bfloat16, 2, x.device, (routed.chosen.shape[0], x.shape[1]))
-    return _fill("dispatch", x, x.shape[1], routed, needs, operands)
+    made, outputs = _outputs(x, routed, operands)
+    if gate is None:
+        spare = _spare(x.device)["bf16"].values
+        load_kernel("dispatch")(x, routed.chosen, routed.row, needs, outputs, (spare, spare[0]), routed.shared)
+        return made, None
+    logits = torch.empty(x.shape[0], dtype=torch.bfloat16, device=x.device)
+    load_kernel("dispatch_gated")(x, routed.chosen, routed.row, needs, outputs, (gate, logits), routed.shared)
+    return made, logits
 
 
 def swiglu(
@@ -71,59 +73,50 @@ def swiglu(
     ``needs`` and ``operands`` as for `dispatch`. The ``shared`` rows of a token are slices of one row: they get one
     scale, and the last expert's needs.
     """
-    check_device(gate_up, "gate_up")
-    check_tensor("gate_up", gate_up, torch.bfloat16, 2, gate_up.device, (routed.rows, gate_up.shape[1]))
-    return _fill("swiglu", gate_up, gate_up.shape[1] // 2, routed, needs, operands)
+    made, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
+    load_kernel("swiglu")(gate_up, routed.chosen, routed.row, needs, outputs, routed.shared)
+    return made
 
 
 def quantize(
     products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
 ) -> dict[str, Activations]:
     """``silu(gate) * up``, bfloat16 [rows, K], as the operands of the down blocks; otherwise as `swiglu`."""
-    check_device(products, "products")
-    check_tensor("products", products, torch.bfloat16, 2, products.device, (routed.rows, products.shape[1]))
-    made = {"bf16": Activations(products)} if "bf16" in operands else {}
+    given = {"bf16": Activations(products)} if "bf16" in operands else {}
     eight_bits = [operand for operand in operands if operand != "bf16"]
-    return made | _fill("quantize", products, products.shape[1], routed, needs, eight_bits) if eight_bits else made
+    if not eight_bits:
+        return given
+    made, outputs = _outputs(products, routed, eight_bits)
+    load_kernel("quantize")(products, routed.chosen, routed.row, needs, outputs, routed.shared)
+    return given | made
 
 
 def combine(
-    given: torch.Tensor, routed: Routed, weights: torch.Tensor, gate: torch.Tensor | None = None
+    given: torch.Tensor, routed: Routed, weights: torch.Tensor, logits: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Weighted sum of each token's rows of ``given``, bfloat16 [rows, N], in float32; bfloat16 [tokens, N].
 
-    ``weights``: bfloat16 or float32 [tokens, top_k]. Shared rows count once, times the sigmoid of ``gate``, bfloat16
-    [tokens], if there is one.
+    ``weights``: bfloat16 or float32 [tokens, top_k]. Shared rows count once, times the sigmoid of ``logits``, bfloat16
+    [tokens], if there are any.
     """
-    tokens, device = routed.chosen.shape[0], given.device
-    check_device(given, "given")
-    check_tensor("given", given, torch.bfloat16, 2, device, (routed.rows, given.shape[1]))
-    kind = torch.bfloat16 if weights.dtype == torch.bfloat16 else torch.float32
-    check_tensor("weights", weights, kind, 2, device, tuple(routed.chosen.shape))
-    if gate is not None:
-        check_tensor("gate", gate, torch.bfloat16, 1, device, (tokens,))
-    out = torch.empty(tokens, given.shape[1], dtype=torch.bfloat16, device=device)
-    logits = _nothing(device)["bf16"].values[0] if gate is None else gate
-    function = load_kernel("combine_bf16" if kind == torch.bfloat16 else "combine_float32")
-    function(given, routed.row, weights, logits, out, routed.shared, int(gate is not None))
+    out = torch.empty(routed.chosen.shape[0], given.shape[1], dtype=torch.bfloat16, device=given.device)
+    gates = _spare(given.device)["bf16"].values[0] if logits is None else logits
+    function = load_kernel("combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32")
+    function(given, routed.row, weights, gates, out, routed.shared, int(logits is not None))
     return out
 
 
-def _fill(
-    kernel: str, given: torch.Tensor, features: int, routed: Routed, needs: torch.Tensor, operands: Collection[str]
-) -> dict[str, Activations]:
-    """Run ``kernel`` into new [rows, features] operands."""
-    device = given.device
-    experts = routed.offsets.shape[0] - 1
-    check_tensor("needs", needs, torch.int32, 1, device, (experts,))
-    if features % EDGE:
-        raise UserError(f"{kernel}: rows have {features} features; need a multiple of {EDGE}")
-    made = {operand: _empty(operand, routed.rows, features, device) for operand in operands}
-    full = _nothing(device) | made
-    bf16, fp8, int8 = (full[operand] for operand in ("bf16", "fp8", "int8"))
-    outputs = (bf16.values, fp8.values, fp8.scales, int8.values, int8.scales)
-    load_kernel(kernel)(given, routed.chosen, routed.row, needs, outputs, routed.shared)
-    return made
+Outputs = tuple[torch.Tensor, ...]  # bfloat16, fp8, its scales, int8, its scales
+
+
+def _outputs(
+    given: torch.Tensor, routed: Routed, operands: Collection[str], features: int | None = None
+) -> tuple[dict[str, Activations], Outputs]:
+    """New operands of [rows, features], and the arguments of a kernel that fills them."""
+    made = {operand: _empty(operand, routed.rows, features or given.shape[1], given.device) for operand in operands}
+    full = _spare(given.device) | made
+    bf16, fp8, int8 = full["bf16"], full["fp8"], full["int8"]
+    return made, (bf16.values, fp8.values, fp8.scales, int8.values, int8.scales)  # type: ignore[return-value]
 
 
 def _empty(operand: str, rows: int, features: int, device: torch.device) -> Activations:
@@ -134,6 +127,15 @@ def _empty(operand: str, rows: int, features: int, device: torch.device) -> Acti
 
 
 @cache
-def _nothing(device: torch.device) -> dict[str, Activations]:
+def _spare(device: torch.device) -> dict[str, Activations]:
     """Stand-ins for the operands that nobody needs."""
     return {operand: _empty(operand, 1, EDGE, device) for operand in OPERAND_MASKS}
+
+
+def prepare(device: torch.device) -> None:
+    """Load the kernels and make what all calls on a device share."""
+    from mxmoe_steps.kernels.build import TOKEN_KERNELS
+
+    for name in TOKEN_KERNELS:
+        load_kernel(name)
+    _spare(device)

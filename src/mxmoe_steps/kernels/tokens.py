@@ -5,7 +5,8 @@ from their shared memory, and hands every entry its row. The order of rows insid
 result depends on it.
 
 `DispatchTokens` gives one block a token: a first pass over it finds the largest magnitude (unless all its experts read
-bfloat16), a second one, from L1, rounds it to the types that its experts read and stores it to all their rows.
+bfloat16), a second one, from L1, rounds it to the types that its experts read and stores it to all their rows. Where a
+shared expert has a gate, the second pass multiplies it too.
 
 Launches overlap, see `group_gemm`: sorting lets dispatching start at once, which waits for it and only then lets the
 next one start, because a grouped GEMM reads row offsets before it waits.
@@ -14,7 +15,7 @@ next one start, because a grouped GEMM reads row offsets before it waits.
 from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute
+from cutlass import BFloat16, Float32, Int32, const_expr, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
@@ -136,7 +137,12 @@ class DispatchTokens:
     ``chosen`` and ``row`` as in `SortByExpert`; then ``shared`` experts that take every token, token t in row
     ``tokens * (top_k + s) + t`` of expert ``experts + s``. ``needs``: int32 [experts + shared], mask of the operand
     types that an expert reads; no others are written. An 8-bit type gets one float32 scale per row.
+    ``gating``: the weight [1, K] of the shared expert's gate and its logits [tokens], both bfloat16; they are written
+    where it is ``gated``, and nobody looks at either otherwise.
     """
+
+    def __init__(self, gated: bool) -> None:
+        self.gated = gated
 
     @cute.jit
     def __call__(
@@ -146,17 +152,19 @@ class DispatchTokens:
         row: cute.Tensor,
         needs: cute.Tensor,
         outputs: tuple,
+        gating: tuple,
         shared: Int32,
         stream: Any,
     ) -> None:
         @cute.struct
         class Shared:
             largest: cute.struct.MemRange[Int32, THREADS // 32]
+            sums: cute.struct.MemRange[Float32, THREADS // 32]
             rows: cute.struct.MemRange[Int32, MAX_ENTRIES]
             masks: cute.struct.MemRange[Int32, MAX_ENTRIES]
 
         self.Shared = Shared
-        self.kernel(x, chosen, row, needs, outputs, shared).launch(
+        self.kernel(x, chosen, row, needs, outputs, gating, shared).launch(
             grid=(x.shape[0], 1, 1), block=(THREADS, 1, 1), use_pdl=True, stream=stream
         )
 
@@ -168,6 +176,7 @@ class DispatchTokens:
         row: cute.Tensor,
         needs: cute.Tensor,
         outputs: tuple,
+        gating: tuple,
         shared: Int32,
     ) -> None:
         token, _, _ = cute.arch.block_idx()
@@ -205,8 +214,38 @@ class DispatchTokens:
         scales = rounding.Scales.of(largest)
         if thread < entries:
             rounding.store_scales(scales, masks[thread], written, rows[thread])
+        logit = Float32(0.0)
         for i in cutlass.range(thread, steps, THREADS, unroll=1):
             cute.autovec_copy(given[None, i], vector.bf16)
             rounding.encode(vector, wanted, scales)
             for j in cutlass.range(entries, unroll=2):
                 rounding.store(vector, masks[j], written, rows[j], i)
+            if const_expr(self.gated):
+                logit += self.product(vector.bf16, rounding.vectors(gating[0], Int32(0))[None, i])
+        if const_expr(self.gated):
+            self.store_logit(logit, memory.sums.get_tensor(cute.make_layout(THREADS // 32)), gating[1], token)
+
+    @cute.jit
+    def product(self, eight: cute.Tensor, stored: cute.Tensor) -> Float32:
+        """Inner product of eight bfloat16 in registers and eight in memory."""
+        weights = cute.make_rmem_tensor((rounding.VECTOR,), BFloat16)
+        cute.autovec_copy(stored, weights)
+        total = Float32(0.0)
+        for e in cutlass.range_constexpr(rounding.VECTOR):
+            total += Float32(eight[e]) * Float32(weights[e])
+        return total
+
+    @cute.jit
+    def store_logit(self, part: Float32, sums: cute.Tensor, logits: cute.Tensor, token: Int32) -> None:
+        """The sum of all threads' parts, bfloat16, into ``logits[token]``."""
+        for step in (16, 8, 4, 2, 1):
+            part += cute.arch.shuffle_sync_bfly(part, step)
+        warp = cute.arch.warp_idx()
+        if cute.arch.lane_idx() == 0:
+            sums[warp] = part
+        cute.arch.sync_threads()
+        if cute.arch.thread_idx()[0] == 0:
+            total = Float32(0.0)
+            for i in cutlass.range_constexpr(THREADS // 32):
+                total += sums[i]
+            logits[token] = BFloat16(total)

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,8 @@ from torch import nn
 from mxmoe_steps.atomic import working_in, write_json
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import PACKED_MODULES
-from mxmoe_steps.models.rows import read_rows, write_rows
+from mxmoe_steps.models.raw import tensors_of
+from mxmoe_steps.models.rows import is_whole, read_rows, write_rows
 from mxmoe_steps.models.streaming import StreamedModel, layer_path
 from mxmoe_steps.provenance import file_marks, stamps
 
@@ -33,7 +35,8 @@ _PLACES = ("out", "borders", "until", "down_to", "save_reference", "made_from") 
 class Borders:
     """A folder of border files for one text, tokens int64 [S, L], one model and one ``step`` with its options.
 
-    What an earlier run with another text, model, code or option left there is removed.
+    What an earlier run with another text, model, code or option left there is removed, and so is what is damaged.
+    ``layout``: of a border's file.
     """
 
     def __init__(self, model: StreamedModel, tokens: torch.Tensor, step: str, args: argparse.Namespace) -> None:
@@ -44,11 +47,28 @@ class Borders:
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
             "checkpoint": vars(args).get("made_from") or file_marks(model.folder.sources),
         }
-        marker = self.folder / "key.json"
-        if not marker.is_file() or json.loads(marker.read_text(encoding="utf-8")) != key:
-            for file in (marker, *self.folder.glob("*.safetensors")):
+        self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "hidden": (model.dtype, (*tokens.shape, model.model.config.hidden_size))
+        }
+        if not self._fits(key):
+            for file in (self.folder / "key.json", *self.folder.glob("*.safetensors")):
                 file.unlink(missing_ok=True)
-            write_json(marker, key)
+            write_json(self.folder / "key.json", key)
+
+    def _fits(self, key: Any) -> bool:
+        """Whether an earlier run left this key, and what it learned of the layers behind it can be read."""
+        try:
+            known = json.loads((self.folder / "key.json").read_text(encoding="utf-8"))
+            for file in self.folder.glob("*-*.safetensors"):
+                if not file.name.startswith(("hidden-", "gradient-")):
+                    tensors_of(file)
+        except (OSError, ValueError, UserError):
+            return False
+        return bool(known == key)
+
+    def has(self, path: Path) -> bool:
+        """Whether a border's file, `hidden` or `gradient`, is there and undamaged."""
+        return path.is_file() and is_whole(path, self.layout)
 
     @staticmethod
     def locked(args: argparse.Namespace) -> AbstractContextManager[None]:
@@ -62,10 +82,6 @@ class Borders:
     def gradient(self, border: int) -> Path:
         """File of the loss's gradient with respect to them, ``hidden`` [S, L, H]."""
         return self.folder / f"gradient-{border:03d}.safetensors"
-
-    def layout(self, model: StreamedModel) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Layout of a border file."""
-        return {"hidden": (model.dtype, (*self.tokens.shape, model.model.config.hidden_size))}
 
     def remove(self) -> None:
         """Remove the folder."""
@@ -112,11 +128,11 @@ def forward(
     are complete before the next border appears. ``keep`` borders for a backward pass.
     Raises `UserError` naming layer and experts where an output is NaN or infinite.
     """
-    reached = next((border for border in range(last, -1, -1) if borders.hidden(border).is_file()), None)
+    reached = next((border for border in range(last, -1, -1) if borders.has(borders.hidden(border))), None)
     if reached is None:
         with (
             model.loaded("model.embed_tokens"),
-            write_rows(borders.hidden(0), borders.layout(model), {"border": 0}) as writer,
+            write_rows(borders.hidden(0), borders.layout, {"border": 0}) as writer,
         ):
             for run in runs:
                 writer.append("hidden", model.embed(borders.tokens[run]))
@@ -125,7 +141,7 @@ def forward(
         has_experts = layer in model.folder.moe_layers
         with (
             model.loaded(layer_path(layer)),
-            write_rows(borders.hidden(layer + 1), borders.layout(model), {"border": layer + 1}) as writer,
+            write_rows(borders.hidden(layer + 1), borders.layout, {"border": layer + 1}) as writer,
             (watch if has_experts else unwatched)(layer) as seen,
         ):
             for run in runs:

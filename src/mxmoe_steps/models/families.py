@@ -5,7 +5,7 @@ safetensors and never build a model. A checkpoint has one tensor per expert and 
 save it, one per layer for gate and up of all experts and one for down.
 """
 
-import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, read_index
 from mxmoe_steps.models.raw import RawColumns, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
@@ -40,16 +41,16 @@ PACKED_MODULES = ("mxmoe_steps.models.quantizer",)  # what a model that is not p
 
 Part = Literal["weight", "bias"]
 
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors -> PyTorch
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # `mxmoe_steps.models.gating` computes them
+
 # In config.json of our checkpoints; transformers quotes it where it is not registered (`models.quantizer`)
 EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe_steps before loading the model"
-
-_DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # method -> its transformers configuration
 
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
 _W123 = ("w1", "w3", "w2")
 FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family(shared="shared_expert", shared_gate="shared_expert_gate"),
@@ -129,10 +130,15 @@ class ModelFolder:
     @property
     def experts(self) -> int:
         """Routed experts per layer."""
-        for key in _EXPERT_COUNTS:
-            if key in self.config:
-                return int(self.config[key])
-        raise UserError(f"{self.path}/config.json: none of the keys {', '.join(_EXPERT_COUNTS)} says how many experts")
+        return int(next(self.config[key] for key in EXPERT_COUNTS if key in self.config))
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids are below it."""
+        name = "model.embed_tokens.weight"
+        if name not in self.files:
+            raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
+        return tensors_of(self.files[name])[name].shape[0]
 
     @property
     def is_packed(self) -> bool:
@@ -146,32 +152,53 @@ class ModelFolder:
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> safetensors file."""
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            for file in sorted(set(weight_map.values())):
-                if not (self.path / file).is_file():
-                    raise UserError(f"{self.path / file}: missing, though the checkpoint's index names it; download it")
-            return {name: self.path / file for name, file in weight_map.items()}
+        """Tensor name -> safetensors file: as for transformers, ``model.safetensors`` comes before an index."""
         single = self.path / "model.safetensors"
-        if not single.is_file():
-            raise UserError(f"{self.path}: holds neither model.safetensors nor model.safetensors.index.json")
-        return dict.fromkeys(tensors_of(single), single)
+        if single.is_file():
+            return dict.fromkeys(tensors_of(single), single)
+        weight_map = read_index(self.path)
+        for file in sorted(set(weight_map.values())):
+            if not (self.path / file).is_file():
+                raise UserError(f"{self.path / file}: missing, though the checkpoint's index names it; download it")
+        return {name: self.path / file for name, file in weight_map.items()}
+
+    @property
+    def dtype(self) -> str:
+        """The checkpoint's own precision, which is dtype ``auto`` of transformers, e.g. ``bfloat16``.
+
+        That of the first tensor of a floating type where ``config.json`` names none.
+        """
+        stated = self.config.get("dtype", self.config.get("torch_dtype"))
+        if stated is not None:
+            return str(stated)
+        stored = tensors_of(min(self.files.values()))
+        return next((FLOATS[stored[name].dtype] for name in sorted(stored) if stored[name].dtype in FLOATS), "float32")
 
     @cached_property
     def moe_layers(self) -> list[int]:
         """Indices of the decoder layers that have experts."""
         if self.is_packed:
             return sorted(map(int, self.config["quantization_config"]["blocks"]))
-        found = [
-            layer
-            for layer in range(int(self.config["num_hidden_layers"]))
-            if self.place(layer, 0, "gate").tensor in self.files
-        ]
+        inside = re.compile(rf"model\.layers\.(\d+)\.(?:mlp|{self.family.moe})\.experts\.")
+        layers = {int(match[1]) for match in map(inside.match, self.files) if match}
+        found = sorted(layers & set(range(int(self.config["num_hidden_layers"]))))
         if not found:
-            raise UserError(f"{self.path}: no tensor named like {self.place(0, 0, 'gate').tensor}; is it an MoE model?")
+            raise UserError(self._no_experts())
         return found
+
+    def _no_experts(self) -> str:
+        """What to say of a checkpoint without the expected names: perhaps it has them under another prefix."""
+        inner = self.block_name(0, 0, "gate").removeprefix("model.layers.0")
+        stacked = self.place(0, 0, "gate").tensor.removeprefix("model.layers.0")
+        for name in self.files:
+            prefix, layers, rest = name.partition("layers.")
+            if layers and prefix != "model." and rest.lstrip("0123456789") in (inner, stacked):
+                return (
+                    f"{self.path}: its tensors are named like {name}, without the prefix 'model.layers.' of a causal"
+                    " language model: load it with AutoModelForCausalLM.from_pretrained, save_pretrained it to"
+                    " another folder, and give that"
+                )
+        return f"{self.path}: no tensor named like {self.place(0, 0, 'gate').tensor}; is it an MoE model?"
 
     def block_name(self, layer: int, expert: int, block: str) -> str:
         """Checkpoint name of one linear block's weight, [out_features, in_features]."""
@@ -191,7 +218,14 @@ class ModelFolder:
     def raw_block(self, layer: int, expert: int, block: str, part: Part = "weight") -> RawTensor:
         """The block's weight or bias as bytes of its file."""
         place = self.place(layer, expert, block, part)
-        return place.raw(tensors_of(self.files[place.tensor])[place.tensor])
+        return place.raw(self.raw(place.tensor))
+
+    def raw(self, name: str) -> RawTensor:
+        """A tensor as bytes of its file; `UserError` unless it is there."""
+        tensor = tensors_of(self.files[name]).get(name)
+        if tensor is None:
+            raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
+        return tensor
 
     @property
     def sources(self) -> list[Path]:
@@ -204,9 +238,17 @@ class ModelFolder:
         return sorted(file for pattern in _TOKENIZER_FILES for file in self.path.glob(pattern) if file.is_file())
 
     @property
-    def copied_files(self) -> list[Path]:
-        """What `quantize` copies as it is."""
-        return [*self.tokenizer_files, *self.path.glob("generation_config.json")]
+    def code_files(self) -> list[Path]:
+        """Python files that come with the model."""
+        return sorted(self.path.glob("*.py"))
+
+    def copied_files(self, code: bool) -> list[Path]:
+        """What `quantize` copies as it is, with or without `code_files`."""
+        return [
+            *self.tokenizer_files,
+            *self.path.glob("generation_config.json"),
+            *(self.code_files if code else []),
+        ]
 
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""
@@ -215,34 +257,34 @@ class ModelFolder:
 
 
 def open_model(path: str | Path) -> ModelFolder:
-    """Read a local model folder's ``config.json``; `UserError` for a missing or unsupported model."""
+    """Read a local model folder's ``config.json``; `UserError` for a missing, broken or unsupported model."""
     folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist; set model.path to a local folder or a hub id")
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise UserError(f"{folder}: no config.json; set model.path to a transformers checkpoint folder")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
-    family = FAMILIES.get(config.get("model_type"))
+    config = read_config(folder)
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise UserError(
-            f"{config_file}: model_type {config.get('model_type')!r} is not supported;"
+            f"{folder}/config.json: model_type {config.get('model_type')!r} is not supported;"
             f" supported are {', '.join(sorted(FAMILIES))}"
         )
-    method = (config.get("quantization_config") or {}).get("quant_method", "mxmoe")
-    if method != "mxmoe":
-        fix = "take a release that has them"
-        if method in _DEQUANTIZING:
-            fix += (
-                f", or dequantize it with transformers: from_pretrained({str(folder)!r},"
-                f" quantization_config={_DEQUANTIZING[method]}(dequantize=True)), then"
-                " save_pretrained(FOLDER, save_original_format=False), and give that folder"
-            )
+    check_precision(folder, config)
+    check_sizes(folder, config)
+    activation = config.get("hidden_act", "silu")
+    if activation not in ACTIVATIONS and not family.clamped:
         raise UserError(
-            f"{config_file}: the weights are quantized already ({method}); this tool starts from 16- or 32-bit weights:"
-            f" {fix}"
+            f"{folder}/config.json: hidden_act {activation!r} is not supported; known: {', '.join(ACTIVATIONS)}"
         )
     return ModelFolder(folder, family, config)
+
+
+def open_original(path: str | Path) -> ModelFolder:
+    """`open_model` of a model to quantize; `UserError` also for one that `quantize` wrote."""
+    folder = open_model(path)
+    if folder.is_packed:
+        raise UserError(
+            f"{folder.path}/config.json: the weights are quantized already (mxmoe, by this tool); set model.path to the"
+            " original model"
+        )
+    return folder
 
 
 def moe_path(layer: int) -> str:
@@ -252,21 +294,18 @@ def moe_path(layer: int) -> str:
 
 def is_local(path: str) -> bool:
     """Whether ``path`` means a folder rather than a hub id, also when the folder is misspelt."""
-    return path.startswith((".", "/")) or path.count("/") != 1 or Path(path).parent.is_dir()
+    return path.startswith((".", "/")) or path.partition("@")[0].count("/") != 1 or Path(path).parent.is_dir()
 
 
-def resolve_model(path: str) -> Path:
-    """A local folder as it is; a hub id becomes its downloaded snapshot. Raises `UserError` as `open_model` does."""
+def resolve_model(path: str, packed: bool = False, code: bool = False) -> Path:
+    """A local folder as it is; a hub id, or id@revision, becomes its downloaded snapshot.
+
+    ``code``: with the Python files that come with the model. Raises `UserError` as `open_model` does, and, unless
+    ``packed`` says that they will do, for weights that `quantize` wrote.
+    """
+    check = open_model if packed else open_original
     if is_local(path):
-        return open_model(path).path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        return check(path).path
+    from mxmoe_steps.models.hub import download
 
-    try:
-        open_model(snapshot_download(path, allow_patterns=["config.json"]))  # what is refused is not downloaded
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError) as error:
-        raise UserError(
-            f"model.path {path!r} is neither a folder nor a hub model that can be downloaded ({type(error).__name__});"
-            " log in for a gated model, or download it elsewhere and give the folder"
-        ) from error
+    return download(path, check, code)

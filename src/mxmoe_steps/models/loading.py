@@ -15,8 +15,11 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer that transformers can load ({error})") from error
+    except Exception as error:  # whatever a broken file leads to inside transformers and tokenizers
+        raise UserError(
+            f"{path}: no tokenizer that transformers can load ({type(error).__name__}: {error}); copy tokenizer.json,"
+            " tokenizer_config.json and whatever else belongs to it from the original model"
+        ) from error
 
 
 def resolve_device(device: str) -> torch.device:
@@ -25,7 +28,12 @@ def resolve_device(device: str) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"runtime.device is {device!r} but PyTorch sees no CUDA GPU; set runtime.device to cpu or auto")
-    return torch.device(device)
+    found = torch.device(device)
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"runtime.device is {device!r} but PyTorch sees {torch.cuda.device_count()} GPUs; they count from cuda:0"
+        )
+    return found
 
 
 def start_torch(args: argparse.Namespace) -> None:

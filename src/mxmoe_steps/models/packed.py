@@ -64,6 +64,23 @@ def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bo
     return PackedLinear(scheme, out_features, in_features, rotated, biased)
 
 
+def bad_numbers(root: nn.Module) -> str | None:
+    """Name of the first tensor below ``root`` that holds NaN or infinity, or a scale that is not positive."""
+    for path, module in root.named_modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if not tensor.is_meta and _is_bad(module, name, tensor):
+                return f"{path}.{name}" if path else name
+    return None
+
+
+def _is_bad(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
+    if isinstance(module, PackedLinear) and name == "qweight":
+        return module.scheme.e4m3_weights and bool((tensor & 0x7F == 0x7F).any())  # e4m3 NaN
+    if isinstance(module, PackedLinear) and name == "scales":
+        return not bool((tensor.isfinite() & (tensor > 0)).all())
+    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
+
+
 class MixedExpert(nn.Module):
     """One expert: three blocks, each under its own scheme, those that are packed with or without rotation.
 
@@ -105,7 +122,7 @@ class MixedExperts(nn.ModuleList):
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """[T, H], expert ids [T, k] and router weights [T, k] to the routed sum [T, H]."""
-        return _packed_experts(hidden, top_k_index, top_k_weights, self.number)
+        return _packed_experts(self, hidden, top_k_index, top_k_weights, number=self.number)
 
     def routed_sum(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the operator computes: one expert after another, each on its tokens."""

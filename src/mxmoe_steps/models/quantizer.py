@@ -1,17 +1,12 @@
 """Packed modules in place of a transformers model's experts, as ``config.json`` describes them.
 
-``config.json`` carries ``quantization_config``::
-
-    {"quant_method": "mxmoe", "version": 1, "schemes": ["w2a16_g128_asym", ...],
-     "blocks": {"0": {"-1": [1, 1, 2], "0": [0, 0, 1], ...}, ...}, "rotation": "hadamard"}
-
-``blocks[layer][expert]`` are the scheme numbers of gate, up and down; expert -1 is the shared expert. Where there is
-a ``rotation``, every packed block multiplies inputs that `mxmoe_steps.quantizers.hadamard.rotate` has rotated.
-
-Beside it stands an ``experts_implementation`` (`EXPERTS_IMPLEMENTATION`) that is defined here alone. transformers loads
-a model whose ``quant_method`` it does not know without its experts, but refuses an unknown experts implementation.
+Beside the ``quantization_config`` (`mxmoe_steps.models.quantization`) stands an ``experts_implementation``
+(`EXPERTS_IMPLEMENTATION`) that is defined here alone. transformers loads a model whose ``quant_method`` it does not
+know without its experts, but refuses an unknown experts implementation.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +14,14 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, FAMILIES, moe_path
 from mxmoe_steps.models.gating import gating_of
 from mxmoe_steps.models.packed import MixedExpert, MixedExperts
+from mxmoe_steps.models.packed_files import check_experts, check_tensors
+from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 
 METHOD = "mxmoe"
-VERSION = 1
 
 # Experts modules that are not packed compute as they would anyway
 ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
@@ -35,20 +30,13 @@ ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, ALL_EXPERTS_FUNCTIONS["gr
 class MixedPrecisionConfig(QuantizationConfigMixin):
     """Scheme of every expert block, as stored in ``config.json``."""
 
-    def __init__(
-        self,
-        schemes: list[str],
-        blocks: dict[str, dict[str, list[int]]],
-        version: int,
-        rotation: str | None = None,
-        **_: Any,
-    ) -> None:
-        if version != VERSION:
-            raise UserError(f"the checkpoint has mxmoe format version {version}; this release reads version {VERSION}")
-        if rotation not in (None, "hadamard"):
-            raise UserError(f"the checkpoint rotates inputs by {rotation!r}, which this release does not know")
+    def __init__(self, **stated: Any) -> None:
+        checked = checked_quantization(stated)
         self.quant_method = METHOD  # type: ignore[assignment]  # transformers knows its own methods only
-        self.schemes, self.blocks, self.version, self.rotation = schemes, blocks, version, rotation
+        self.version: int = checked["version"]
+        self.schemes: list[str] = checked["schemes"]
+        self.blocks: dict[str, dict[str, list[int]]] = checked["blocks"]
+        self.rotation: str | None = checked.get("rotation")
 
     def of(self, layer: int, expert: int) -> list[Scheme]:
         """Schemes of gate, up and down."""
@@ -61,13 +49,16 @@ class MixedPrecisionQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: MixedPrecisionConfig
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **_: Any
+    ) -> None:
         config = model.config
         config.experts_implementation = EXPERTS_IMPLEMENTATION  # `save_pretrained` writes attributes
         family = FAMILIES[config.model_type]
         gating = gating_of(family, config.to_dict())
         quantization = self.quantization_config
         rotated = quantization.rotation is not None
+        check_experts(model, family, quantization.blocks)
         with torch.device("meta"):
             for layer, experts in quantization.blocks.items():
                 moe = model.get_submodule(moe_path(int(layer)))
@@ -78,11 +69,13 @@ class MixedPrecisionQuantizer(HfQuantizer):
                     )
                     for expert in range(len(experts) - (str(SHARED) in experts))
                 )
-                if family.shared is not None and str(SHARED) in experts:
+                if family.shared is not None:
                     old = getattr(moe, family.shared)
                     schemes = quantization.of(int(layer), SHARED)
                     new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, gating, rotated)
                     setattr(moe, family.shared, new)
+        if checkpoint_files:
+            check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Drop the converters that stack experts: ours stay apart."""

@@ -5,7 +5,7 @@ the head, its weights from safetensors through transformers' own converters, and
 through a layer in runs of a few sequences, and what leaves it waits in a file (`mxmoe_steps.models.rows`). Memory is
 one part of the model and one run, whatever the size of the checkpoint and of the text.
 
-The functions imported from transformers' loading code are internal to it; nothing else of ours touches them.
+The functions imported from transformers' loading code are internal to it; only this module and `audit` touch them.
 """
 
 import copy
@@ -19,8 +19,11 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
 from mxmoe_steps.models.loading import resolve_device
+from mxmoe_steps.models.packed import bad_numbers
+from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.weights import check_block_weights, open_tensors
 from mxmoe_steps.schemes import BLOCKS
 
@@ -31,6 +34,7 @@ class StreamedModel:
     """The causal LM of a checkpoint folder, original or packed by `quantize`; in evaluation mode, without gradients.
 
     ``dtype`` is the precision of activations and of everything that is not packed; ``auto`` is the checkpoint's own.
+    Raises `UserError` for a checkpoint that is not what the model class expects (`mxmoe_steps.models.audit`).
     """
 
     def __init__(self, path: str | Path, dtype: str, device: str, trust_remote_code: bool = False) -> None:
@@ -41,19 +45,29 @@ class StreamedModel:
         disable_progress_bar()
         self.folder: ModelFolder = open_model(path)
         self.device = resolve_device(device)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        self.dtype: torch.dtype = (config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype)
-        with torch.device("meta"):
-            self.model: Any = AutoModelForCausalLM.from_config(
-                config, dtype=self.dtype, trust_remote_code=trust_remote_code
-            )
+        self.dtype = self._precision(self.folder.dtype if dtype == "auto" else dtype)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+            with torch.device("meta"):
+                self.model: Any = AutoModelForCausalLM.from_config(
+                    config, dtype=self.dtype, trust_remote_code=trust_remote_code
+                )
+        except Exception as error:  # whatever a wrong value leads to inside transformers
+            raise UserError(f"{path}/config.json: transformers builds no model from it: {error}") from error
         self._quantizer = self._replace_packed_modules()
         self._conversions: Any = get_model_conversion_mapping(self.model, None, self._quantizer)
+        audit(self.folder, self.model, self._conversions, self._quantizer)
         self.model.eval().requires_grad_(False)
         self.decoder: Any = self.model.model
         self.layers = len(self.decoder.layers)
         self._make_buffers(self.decoder.rotary_emb)
         self.arguments = cache(self._arguments)
+
+    def _precision(self, name: str) -> torch.dtype:
+        dtype = getattr(torch, name, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise UserError(f"{self.folder.path}/config.json: dtype {name!r} is no floating type; set model.dtype")
+        return dtype
 
     def _replace_packed_modules(self) -> Any:
         """The quantizer of a packed checkpoint, after it gave the model its packed modules; None for an original."""
@@ -61,8 +75,9 @@ class StreamedModel:
             return None
         from mxmoe_steps.models.quantizer import MixedPrecisionConfig, MixedPrecisionQuantizer
 
-        quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**self.folder.config["quantization_config"]))
-        quantizer.preprocess_model(self.model)
+        stated = checked_quantization(self.folder.config["quantization_config"], self.folder.path / "config.json")
+        quantizer = MixedPrecisionQuantizer(MixedPrecisionConfig(**stated))
+        quantizer.preprocess_model(self.model, checkpoint_files=sorted(set(self.folder.files.values())))
         return quantizer
 
     @contextmanager
@@ -114,8 +129,8 @@ class StreamedModel:
         for name, parameter in (*target.named_parameters(), *target.named_buffers()):
             if parameter.is_meta:
                 raise UserError(f"{self.folder.path}: the checkpoint holds no weights for {module}.{name}")
-            if parameter.is_floating_point() and not parameter.isfinite().all():
-                self._refuse_not_finite(module, name)
+        if (bad := bad_numbers(target)) is not None:
+            self._refuse_not_finite(module, bad)
 
     def _refuse_not_finite(self, module: str, name: str) -> None:
         """`UserError` that names layer, expert and block where an expert's weights are to blame."""

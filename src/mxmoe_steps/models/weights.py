@@ -59,6 +59,11 @@ def read_block(
     places = [model.place(layer, expert, block, part) for expert in experts]
     with open_tensors(model.files, sorted({place.tensor for place in places})) as slices:
         parts = [place.read(slices[place.tensor]) for place in places]
+    if not all(tensor.is_floating_point() and tensor.element_size() > 1 for tensor in parts):
+        raise UserError(
+            f"{model.path}: layer {layer}, {block}: the weights are stored as {parts[0].dtype}, so they are quantized"
+            " already; take a release in 16 or 32 bits"
+        )
     stacked = torch.stack(parts).to(device)
     for expert, place, finite in zip(experts, places, stacked.isfinite().flatten(1).all(1).tolist(), strict=True):
         if not finite:

@@ -49,7 +49,7 @@ class Grid:
 
     def round(self, values: torch.Tensor, at: Any = ...) -> torch.Tensor:
         """Codes of ``values``, laid out as the scales or as ``scales[at]``: uint8, or e4m3 for fp8 weights."""
-        if _is_float(self.scheme):
+        if self.scheme.e4m3_weights:
             return (values / self.scales[at]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
         return self.nearest(values, at).to(torch.uint8)
 
@@ -86,7 +86,7 @@ class QuantizedWeight:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What a checkpoint stores: packed ``qweight``, ``scales`` and, if asymmetric, ``zeros``."""
-        if _is_float(self.scheme):
+        if self.scheme.e4m3_weights:
             codes = self.codes.view(torch.uint8)  # loaders that cast floating tensors leave bytes alone
         else:
             codes = packing.pack(self.codes, self.scheme.weight_bits)
@@ -104,7 +104,7 @@ def concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:
 def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:
     """Inverse of `QuantizedWeight.tensors`."""
     codes = tensors["qweight"]
-    codes = codes.view(E4M3) if _is_float(scheme) else packing.unpack(codes, scheme.weight_bits, in_features)
+    codes = codes.view(E4M3) if scheme.e4m3_weights else packing.unpack(codes, scheme.weight_bits, in_features)
     return QuantizedWeight(scheme, codes, tensors["scales"], tensors.get("zeros"))
 
 
@@ -128,7 +128,7 @@ def find_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | N
     filling = -weight.shape[-1] % scheme.group_size(weight.shape[-1])
     mass = _grouped(torch.nn.functional.pad(weights, (0, filling)), scheme)  # what fills a ragged group has no weight
     mass = mass / mass.sum(-1, keepdim=True).clamp_min(1e-30) + 1e-6  # no feature is worthless
-    if _is_float(scheme):
+    if scheme.e4m3_weights:
         scales = values.abs().amax(-1) / E4M3_MAX
         return Grid(scheme, _to_bf16(_nonzero(scales)), torch.zeros_like(scales))
     low, high = values.amin(-1), values.amax(-1)
@@ -181,12 +181,8 @@ def quantize_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return codes.mul_(scale)
 
 
-def _is_float(scheme: Scheme) -> bool:
-    return scheme.fp8 and scheme.weight_bits == 8
-
-
 def _fixed_zeros(scheme: Scheme, scales: torch.Tensor) -> torch.Tensor:
-    value = 0.0 if _is_float(scheme) else float(2 ** (scheme.weight_bits - 1))
+    value = 0.0 if scheme.e4m3_weights else float(2 ** (scheme.weight_bits - 1))
     return torch.full_like(scales, value, dtype=torch.float32)
 
 

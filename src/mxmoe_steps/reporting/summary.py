@@ -1,13 +1,10 @@
 """The summary table: one row per evaluated checkpoint, and what it says in a few lines."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from mxmoe_steps.errors import UserError
 from mxmoe_steps.quantizers.method import QUANTIZERS
 
 
@@ -34,14 +31,6 @@ class Checkpoint:
         if self.allocation is None:
             return "w16a16"
         return str(self.allocation["assignment"][0][2]) if self.allocation["granularity"] == "uniform" else "mixed"
-
-
-def read_json(path: str | Path) -> Any:
-    """A JSON file; `UserError` when it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); run the step that writes it again") from error
 
 
 def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, float]], estimate: bool) -> pd.DataFrame:

@@ -1,11 +1,13 @@
-"""Tile times from a GPU's data sheet, for GPUs that nothing was measured on. Stdlib only."""
+"""Tile times from a GPU's data sheet, for GPUs that nothing was measured on."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
+from mxmoe_steps.records import STRICT, Count, Name, Positive, Quantity, read_record
 from mxmoe_steps.schemes import Scheme
 
 HARDWARE = Path(__file__).parent / "profiles" / "hardware.json"
@@ -13,12 +15,32 @@ TILE_TOKENS = (8, 16, 32, 64, 128, 256)
 MIN_TENSOR_TOKENS = 16  # a narrower product keeps the tensor cores busy just as long
 
 
+class _DataSheet(TypedDict):
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    arch: Name
+    bandwidth_gbs: Positive
+    device: Name
+    l2_gbs: Positive
+    launch_us: Quantity
+    peak_tflops: dict[Literal["bf16", "fp8", "int8"], Positive]
+    sms: Count
+    source: Name
+    tile_us: Positive
+
+
+def data_sheets() -> dict[str, Any]:
+    """Name -> data sheet of the GPUs in `HARDWARE`."""
+    return read_record(HARDWARE, dict[Name, _DataSheet], "correct it")
+
+
 def read_hardware(name: str) -> dict[str, Any]:
     """Data sheet of a known GPU; `UserError` lists the known ones."""
-    known: dict[str, dict[str, Any]] = json.loads(HARDWARE.read_text(encoding="utf-8"))
+    known = data_sheets()
     if name not in known:
         raise UserError(f"hardware {name!r} is not known; known are {', '.join(sorted(known))} (see {HARDWARE})")
-    return known[name]
+    sheet: dict[str, Any] = known[name]
+    return sheet
 
 
 def measured_file(name: str) -> Path | None:

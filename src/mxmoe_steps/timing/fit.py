@@ -139,6 +139,8 @@ def fit_constants(data: Features) -> dict[str, float]:
             if error < best[0]:
                 best = (error, found, float(loop_tile_us))
     _, (launch, loop, tail, per_megabyte, exposed), loop_tile_us = best
+    if per_megabyte <= 0:
+        raise UserError("the measurements show no launch that waits for memory: run measure again")
     values = (launch, loop, loop_tile_us, tail, exposed, 1e3 / per_megabyte)
     return dict(zip(CONSTANTS, map(float, values), strict=True))
 
@@ -238,6 +240,8 @@ def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     predicted = held_out(data)
     wide = np.array([spread(row) for row in chosen])
     measured = {(_problem(row), row["phase"], row["apart"]): median_us(row) for row in rows if row["kind"] == "problem"}
+    if not all((_problem(row), phase, False) in measured for row in chosen for phase in PHASES):
+        raise UserError("the measurements hold a problem without one of its phases: run measure again")
     apart = [(row["tokens"], median_us(row) / measured[_problem(row), row["phase"], True]) for row in chosen
              if (_problem(row), row["phase"], True) in measured]  # fmt: skip
     lost = [median_us(row) / min(measured[_problem(row), phase, False] for phase in PHASES) - 1

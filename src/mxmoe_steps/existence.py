@@ -1,0 +1,84 @@
+"""Whether what a configuration names exists: kernels on the chosen hardware, blocks of the model. No PyTorch."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mxmoe_steps.allocation.blocks import Blocks
+from mxmoe_steps.allocation.constraints import parse_constraints, select
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.schemes import BLOCKS, ORIGINAL, parse_scheme
+from mxmoe_steps.timing.estimate import measured_file, read_hardware
+
+if TYPE_CHECKING:
+    from mxmoe_steps.config import Config, Solve
+
+
+def timed_as(config: "Config") -> dict[str, str]:
+    """Scheme -> the scheme whose kernel counts for it, by canonical names."""
+    pairs = (text.split("=", 1) for text in config.solve.time_as)
+    return {parse_scheme(scheme).name: parse_scheme(kernel).name for scheme, kernel in pairs}
+
+
+def check_kernels(config: "Config") -> None:
+    """`UserError` for a candidate without a kernel on the chosen hardware, its own or one that counts for it."""
+    hardware = config.profile.hardware
+    measured = hardware == "local" or measured_file(hardware) is not None
+    types = [] if measured else list(read_hardware(hardware)["peak_tflops"])
+    for scheme in config.calibrate.schemes:
+        kernel = parse_scheme(timed_as(config).get(scheme, scheme))
+        try:
+            if measured:
+                kernel_format(kernel)
+            elif kernel.compute_type not in types:
+                raise UserError(f"scheme {kernel}: {hardware} has no {kernel.compute_type} tensor cores")
+        except UserError as error:
+            raise UserError(
+                f"calibrate.schemes: {error}; take it out, or count another one's kernel, e.g."
+                f" solve.time_as: [{scheme}=w4a16]"
+            ) from None
+
+
+def check_constraints(config: "Config") -> None:
+    """`UserError` for a setting of ``solve`` that `frontier` could not read, or that no candidate meets."""
+    solve, nothing = config.solve, {key: list[str]() for key in ("fix", "min_bits", "time_as")}
+    for key in nothing:
+        try:
+            parse_constraints(**(nothing | {key: getattr(solve, key)}), max_schemes=None, tie_gate_up=False)
+        except UserError as error:
+            raise UserError(f"solve.{key}: {error}") from None
+    constraints = parse_constraints(solve.fix, solve.min_bits, [], None, False)
+    candidates = [*map(parse_scheme, config.calibrate.schemes), *([ORIGINAL] if solve.keep_original else [])]
+    for selector, scheme in constraints.fixed:
+        if scheme not in {*candidates, ORIGINAL}:
+            raise UserError(f"solve.fix: {selector}={scheme}: {scheme} is not in calibrate.schemes; add it there")
+    for selector, floor in constraints.min_bits:
+        if max(scheme.bits(1) for scheme in candidates) < floor:  # more than in any real block
+            raise UserError(f"solve.min_bits: {selector}={floor:g}: no scheme of calibrate.schemes has as many bits")
+
+
+def check_selectors(solve: "Solve", folder: ModelFolder) -> None:
+    """`UserError` for a selector that names no block of the model."""
+    blocks = blocks_of(folder)
+    constraints = parse_constraints(solve.fix, solve.min_bits, [], None, False)
+    for key, settings in (("fix", constraints.fixed), ("min_bits", constraints.min_bits)):
+        for selector, _ in settings:
+            try:
+                select(selector, blocks)
+            except UserError as error:
+                raise UserError(f"solve.{key}: {error}") from None
+
+
+def blocks_of(folder: ModelFolder, sizes: bool = False) -> Blocks:
+    """The linear blocks that are allocated, in the order of `allocation.blocks`; ``sizes`` opens all files."""
+    keys = [
+        (layer, expert, block)
+        for layer in folder.moe_layers
+        for expert in sorted(folder.expert_ids())
+        for block in BLOCKS
+    ]
+    shapes = [folder.raw_block(*key).shape if sizes else (0, 0) for key in keys]
+    rows = [(layer, expert, BLOCKS.index(block)) for layer, expert, block in keys]
+    return Blocks(*np.array(rows, np.int64).T, *np.array(shapes, np.int64).T)  # type: ignore[call-arg]

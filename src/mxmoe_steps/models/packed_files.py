@@ -1,0 +1,78 @@
+"""Whether a packed checkpoint is whole: the experts that ``config.json`` names and the headers of its files.
+
+transformers warns of tensors that are missing and leaves memory as it finds it in their place. Here every part of
+every block has to be in the files, in its shape and type.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import Family, moe_path
+from mxmoe_steps.models.packed import PackedLinear
+from mxmoe_steps.models.raw import FLOATING, RawTensor, tensors_of
+from mxmoe_steps.schemes import BLOCKS, SHARED
+
+_FIX = "run the quantize step again"
+_STORED = {torch.uint8: ("U8",), torch.bfloat16: ("BF16",)}  # of packed parts; others are floating
+
+
+def check_experts(model: Any, family: Family, blocks: Mapping[str, Mapping[str, Any]]) -> None:
+    """`UserError` unless ``blocks`` names the MoE layers of ``model`` and their experts, each once."""
+    place = f"{model.name_or_path}/config.json: quantization_config"
+    for layer in range(len(model.model.layers)):
+        moe = model.get_submodule(moe_path(layer))
+        experts = {str(expert) for expert in range(len(moe.experts.down_proj))} if hasattr(moe, "experts") else set()
+        if experts and family.shared is not None:
+            experts.add(str(SHARED))
+        differing = experts ^ set(blocks.get(str(layer), ()))
+        if differing:
+            expert = min(differing, key=int)
+            verb = "lacks" if expert in experts else "names"
+            raise UserError(
+                f"{place}: {verb} layer {layer}, expert {expert}, which the model"
+                f" {'has' if expert in experts else 'does not have'}; {_FIX}"
+            )
+    unknown = sorted(set(blocks) - {str(layer) for layer in range(len(model.model.layers))}, key=int)
+    if unknown:
+        raise UserError(f"{place}: names layer {unknown[0]}, which the model does not have; {_FIX}")
+
+
+def packed_blocks(model: Any, family: Family, layers: Iterable[int]) -> Iterator[tuple[int, int, str, str, Any]]:
+    """(layer, expert, block, path, module) of every linear block of the expert modules."""
+    for layer in layers:
+        moe = model.get_submodule(moe_path(layer))
+        experts = [(expert, f"experts.{expert}") for expert in range(len(moe.experts))]
+        for expert, name in [*experts, *([(SHARED, family.shared)] if family.shared is not None else [])]:
+            for block in BLOCKS:
+                path = f"{name}.{block}_proj"
+                yield layer, expert, block, f"{moe_path(layer)}.{path}", moe.get_submodule(path)
+
+
+def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequence[str | Path]) -> None:
+    """`UserError` unless the headers of ``files`` hold every part of every expert block, and no other part."""
+    found: dict[str, RawTensor] = {}
+    for file in files:
+        found |= tensors_of(Path(file))
+    folder = Path(files[0]).parent
+    known = set()
+    for layer, expert, block, path, module in packed_blocks(model, family, layers):
+        for part, expected in module.state_dict().items():
+            where = f"{folder}: layer {layer}, expert {expert}, {block}: {part}"
+            stored = found.get(f"{path}.{part}")
+            if stored is None:
+                raise UserError(f"{where} is missing, no tensor {path}.{part}; {_FIX}")
+            dtypes = _STORED[expected.dtype] if isinstance(module, PackedLinear) and part != "bias" else FLOATING
+            if stored.shape != tuple(expected.shape) or stored.dtype not in dtypes:
+                raise UserError(
+                    f"{where} is {stored.dtype} {list(stored.shape)} in {stored.file.name}, expected"
+                    f" {' or '.join(dtypes)} {list(expected.shape)}; {_FIX}"
+                )
+            known.add(f"{path}.{part}")
+    inside = tuple(f"{moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner)
+    for name in sorted(set(found) - known):
+        if name.startswith(inside):
+            raise UserError(f"{found[name].file}: {name} belongs to no block of quantization_config; {_FIX}")
