@@ -26,7 +26,7 @@ def check_flags():
 
     return flags(
         **allocation_flags(),
-        model=CONFIG.model.path,
+        model=MODEL_PATH,
         dtype=CONFIG.model.dtype,
         trust_remote_code=CONFIG.model.trust_remote_code,
         device=CONFIG.runtime.device if workflow.local_exec else "cpu",

@@ -9,6 +9,7 @@ Times of files decide nothing. Whether a result that Snakemake does not remember
 what is asked for is told by the record beside it (`mxmoe_steps.made_from`).
 """
 
+import json
 import re
 import shlex
 import sys
@@ -19,14 +20,14 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import update_config
 
-from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.config import decoder_layers, load_config, points
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.existence import timed_as
 from mxmoe_steps.job_memory import Sizes, job_memory
 from mxmoe_steps.made_from import Hashes, Results
 from mxmoe_steps.measure import has_gpu
-from mxmoe_steps.models.families import PACKED_MODULES, is_local, open_model
+from mxmoe_steps.models.families import PACKED_MODULES, describe_model, is_local
 from mxmoe_steps.provenance import stamps
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
@@ -34,8 +35,16 @@ from mxmoe_steps.timing.launches import kernel_hashes
 from mxmoe_steps.values import exact, typed
 
 update_config(config, typed(workflow.config_settings.config))
+STATE = Path(".snakemake/mxmoe")
+PINNED = STATE / "model.json"  # one commit of a hub model for all jobs of a run
 try:
     CONFIG = load_config(config, " and ".join(map(str, workflow.configfiles)))
+    asked = CONFIG.model.path
+    if not workflow.is_main_process:
+        asked = json.loads(PINNED.read_text(encoding="utf-8")).get(asked, asked)
+    MODEL_PATH, DESCRIBED = describe_model(asked)
+    if workflow.is_main_process:
+        write_json(PINNED, {CONFIG.model.path: MODEL_PATH})
 except UserError as error:
     raise WorkflowError(str(error))
 
@@ -55,7 +64,7 @@ PROFILED = sorted(
     {*(timed_as(CONFIG).get(scheme, scheme) for scheme in SCHEMES), "w16a16"}
 )
 
-HASHES = Hashes(".snakemake/mxmoe/hashes.json")
+HASHES = Hashes(STATE / "hashes.json")
 RESULTS = Results(HASHES)
 
 
@@ -74,13 +83,9 @@ def reasons():
     Snakemake takes a file whose content it has seen for unchanged, so the first one acts only on results that it does
     not remember; for those that it does it compares params, and says which have changed.
     """
-    folder = Path(".snakemake/mxmoe")
-    other, changed = (
-        folder / "made_from_something_else",
-        folder / "not_as_its_step_wrote_it",
-    )
+    other = STATE / "made_from_something_else"
+    changed = STATE / "not_as_its_step_wrote_it"
     if workflow.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
         other.write_text("touched" if workflow.touch else "made")
         changed.write_text(str(time.time_ns()))
     return {"other": str(other), "changed": str(changed)}
@@ -148,10 +153,9 @@ def copied_contents():
 
 def contents_of_model(name, files_of):
     """Hash of some files of a local model; a model of the hub has a revision."""
-    model = CONFIG.model.path
-    if not is_local(model):
-        return model
-    return f"{name}@{HASHES.of_inputs(files_of(open_model(model)))}"
+    if not is_local(MODEL_PATH):
+        return MODEL_PATH
+    return f"{name}@{HASHES.of_inputs(files_of(DESCRIBED))}"
 
 
 def text_contents(names):
@@ -193,7 +197,7 @@ def memory_of_steps():
     """Step -> MiB of memory that one of its jobs needs."""
     sections = (CONFIG.trace, CONFIG.calibrate, CONFIG.evaluate)
     return job_memory(
-        Sizes.of(open_model(CONFIG.model.path)),
+        Sizes.of(DESCRIBED),
         element=4 if CONFIG.model.dtype == "float32" else 2,
         run_tokens=CONFIG.runtime.batch * max(section.length for section in sections),
         calibration_tokens=CONFIG.calibrate.sequences * CONFIG.calibrate.length,
@@ -234,7 +238,7 @@ def model_flags():
     """Which model and how to run it."""
     runtime = CONFIG.runtime
     return {
-        "model": CONFIG.model.path,
+        "model": MODEL_PATH,
         "dtype": CONFIG.model.dtype,
         "trust_remote_code": CONFIG.model.trust_remote_code,
         "device": runtime.device,
@@ -273,7 +277,7 @@ def allocation_flags():
 def calibrate_flags(quantizer):
     """How weights are quantized."""
     return flags(
-        model=CONFIG.model.path,
+        model=MODEL_PATH,
         damping=CONFIG.calibrate.damping if Method(quantizer).gptq else None,
         device=CONFIG.runtime.device,
         threads=CONFIG.runtime.threads,

@@ -11,7 +11,7 @@ QUANTIZE_PARAMS = {
     "copied": copied_contents(),
 }
 QUANTIZE_FLAGS = flags(
-    model=CONFIG.model.path, trust_remote_code=CONFIG.model.trust_remote_code
+    model=MODEL_PATH, trust_remote_code=CONFIG.model.trust_remote_code
 )
 for name, point in POINTS.items():
     RESULTS.add(

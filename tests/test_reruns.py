@@ -333,3 +333,21 @@ def test_two_models_keep_their_results_apart(project: Path) -> None:
     assert planned(project) == {"report": 1}
     snakemake(project)
     assert (project / "results" / "summary.csv").read_bytes() == first
+
+
+def test_a_hub_model_is_one_commit_and_another_commit_another_model(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = project / "hub" / "models--org--tiny"
+    monkeypatch.setenv("HF_HUB_CACHE", str(repository.parent))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    edit(project, changed("model", "path", value="org/tiny"))
+    (repository / "refs").mkdir(parents=True)
+    for commit in ("a" * 40, "b" * 40):
+        shutil.copytree(project / "model", repository / "snapshots" / commit)
+        (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+        assert planned(project) == EVERYTHING
+        assert f"--model org/tiny@{commit} " in snakemake(project, "--dry-run", "--printshellcmds")
+        if commit[0] == "a":
+            snakemake(project, "results/tiny/trace/traffic.parquet")
+            assert "trace" not in planned(project)

@@ -297,6 +297,20 @@ def is_local(path: str) -> bool:
     return path.startswith((".", "/")) or path.partition("@")[0].count("/") != 1 or Path(path).parent.is_dir()
 
 
+def describe_model(path: str) -> tuple[str, ModelFolder]:
+    """A model to quantize as far as its ``config.json``, and how to name it so that it stays the same.
+
+    That is a hub id with the commit that it is at now, and the path of a local folder. Raises `UserError` as
+    `open_original` does, and for what cannot be downloaded.
+    """
+    if is_local(path):
+        return path, open_original(path)
+    from mxmoe_steps.models.hub import described
+
+    folder = described(path, open_original)
+    return f"{path.partition('@')[0]}@{folder.name}", open_original(folder)
+
+
 def resolve_model(path: str, packed: bool = False, code: bool = False) -> Path:
     """A local folder as it is; a hub id, or id@revision, becomes its downloaded snapshot.
 
