@@ -85,7 +85,6 @@ def test_an_edit_is_seen_in_results_that_were_copied(project: Path) -> None:
     (project / "other").symlink_to("model")
     for change, jobs in (
         (damp, DAMPED),
-        (changed("trace", "sequences", value=7), {"trace": 1, **AFTER_CALIBRATE}),
         (changed("model", "path", value="other"), EVERYTHING),
     ):
         edit(project, change)
@@ -155,11 +154,8 @@ def test_what_is_copied_into_checkpoints_makes_them_again(project: Path) -> None
 
 
 def test_a_tokenizer_file_runs_what_reads_text(project: Path) -> None:
-    for name in ("merges.txt", "chat_template.jinja"):
-        file = project / "model" / name
-        file.write_text("{}", encoding="utf-8")
-        assert planned(project) == EVERYTHING, name
-        file.unlink()
+    (project / "model" / "merges.txt").write_text("a b", encoding="utf-8")
+    assert planned(project) == EVERYTHING
 
 
 def test_shards_in_a_folder_of_their_own_are_inputs(project: Path) -> None:
@@ -183,7 +179,6 @@ LOST = {  # every second one is damaged instead
     "frontier/b4.5_t64_block_gptq.json": {"frontier": 1, "solve": 1, "quantize": 1, "evaluate": 1, "report": 1},
     "evaluate/original.safetensors": {"evaluate_original": 1, "evaluate": 2, "report": 1},
     f"quantize/{POINT}/model.safetensors": {"quantize": 1, "evaluate": 1, "report": 1},
-    "figures/quality.svg": {"report": 1},
 }
 
 
@@ -300,7 +295,6 @@ def test_code_runs_again_what_runs_it(project: Path) -> None:
     package = project / "src" / "mxmoe_steps"
     for module, jobs in {
         "quantizers/gptq": DAMPED,
-        "packing": AFTER_CAPTURE,
         "calibration/__init__": AFTER_CAPTURE,
         "models/quantizer": {"evaluate": 2, "report": 1},
     }.items():
@@ -312,27 +306,17 @@ def test_code_runs_again_what_runs_it(project: Path) -> None:
 
 
 def test_another_version_of_a_package_runs_what_uses_it(project: Path) -> None:
-    for name, jobs in {"tokenizers": EVERYTHING, "ortools": AFTER_CALIBRATE}.items():
-        folder = project / "src" / f"{name}-99.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99\n", encoding="utf-8")
-        assert planned(project) == jobs, name
-        shutil.rmtree(folder)
+    folder = project / "src" / "tokenizers-99.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: tokenizers\nVersion: 99\n", encoding="utf-8")
+    assert planned(project) == EVERYTHING
 
 
 def test_two_models_keep_their_results_apart(project: Path) -> None:
-    first = (project / "results" / "summary.csv").read_bytes()
-    second = SETTINGS | {
-        "model": SETTINGS["model"] | {"name": "second"},
-        "calibrate": SETTINGS["calibrate"] | {"schemes": ["w4a16_g32"], "quantizers": ["rtn"]},
-        "sweep": [{"budget_bits": [5.0], "tokens": [64], "quantizer": "rtn"}],
-    }
-    write_settings(project, second)
-    snakemake(project)
+    edit(project, changed("model", "name", value="second"), changed("calibrate", "schemes", value=["w4a16_g32"]))
+    snakemake(project, "results/second/profile/h200.parquet")
     edit(project)
-    assert planned(project) == {"report": 1}
-    snakemake(project)
-    assert (project / "results" / "summary.csv").read_bytes() == first
+    assert planned(project) == {}
 
 
 def test_a_hub_model_is_one_commit_and_another_commit_another_model(
@@ -346,8 +330,5 @@ def test_a_hub_model_is_one_commit_and_another_commit_another_model(
     for commit in ("a" * 40, "b" * 40):
         shutil.copytree(project / "model", repository / "snapshots" / commit)
         (repository / "refs" / "main").write_text(commit, encoding="utf-8")
-        assert planned(project) == EVERYTHING
         assert f"--model org/tiny@{commit} " in snakemake(project, "--dry-run", "--printshellcmds")
-        if commit[0] == "a":
-            snakemake(project, "results/tiny/trace/traffic.parquet")
-            assert "trace" not in planned(project)
+    assert planned(project) == EVERYTHING
