@@ -1,7 +1,8 @@
 """Mixed-precision quantization of MoE models: what can be asked for. The rules live in rules/."""
 
+if not workflow.configfiles:
 
-configfile: "config/config.yaml"
+    configfile: "config/config.yaml"
 
 
 include: "rules/common.smk"
@@ -19,7 +20,11 @@ include: "rules/evaluate.smk"
 include: "rules/report.smk"
 
 
+if workflow.is_main_process:
+    HASHES.save()
+
+
 rule all:
     default_target: True
     input:
-        rules.report.output,
+        list(RESULTS),

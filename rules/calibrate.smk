@@ -7,24 +7,30 @@ With runtime.layers_per_job, jobs that need not wait for each other leave their 
 output; the last one puts them together and removes it.
 """
 
-CALIBRATE_PARAMS = {
-    **stamps("mxmoe_steps.calibrate", "torch"),
-    "flags": flags(
-        model=CONFIG.model.path,
-        damping=CONFIG.calibrate.damping,
-        device=CONFIG.runtime.device,
-        threads=CONFIG.runtime.threads,
-        seed=CONFIG.runtime.seed,
-    ),
-    "out": lambda wildcards: f"{OUT}/calibrate/{wildcards.quantizer}",
+CALIBRATE = f"{OUT}/calibrate/{{quantizer}}"
+LOSSES = f"{CALIBRATE}/{{scheme}}.parquet"
+PACKED = f"{CALIBRATE}/{{scheme}}.safetensors"
+CALIBRATE_CODE = {
+    quantizer: stamps("mxmoe_steps.calibrate", without=Method(quantizer).unused_modules)
+    for quantizer in CALIBRATED
 }
+for quantizer in CALIBRATED:
+    for scheme in SCHEMES:
+        RESULTS.add(
+            expand([LOSSES, PACKED], quantizer=quantizer, scheme=scheme),
+            reads=[CAPTURE],
+            **CALIBRATE_CODE[quantizer],
+            flags=calibrate_flags(quantizer),
+            quantizer=quantizer,
+            scheme=scheme,
+            model=model_contents(),
+        )
 CALIBRATE_MARK = f"{OUT}/parts/calibrate-{{quantizer}}-{{scheme}}-{{border}}"
 
 
 rule calibrate_part:
     input:
-        model_files(),
-        captured=rules.capture.output,
+        captured=upstream(CAPTURE),
     output:
         temp(touch(CALIBRATE_MARK)),
     log:
@@ -32,34 +38,44 @@ rule calibrate_part:
     benchmark:
         f"{OUT}/benchmarks/calibrate/{{quantizer}}-{{scheme}}-{{border}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("calibrate"),
     params:
-        **CALIBRATE_PARAMS,
+        flags=lambda wildcards: calibrate_flags(wildcards.quantizer),
+        made_from=made_from(LOSSES),
         end=lambda wildcards: int(wildcards.border) + CONFIG.runtime.layers_per_job,
+        out=lambda wildcards: CALIBRATE.format(quantizer=wildcards.quantizer),
     shell:
-        "python -m mxmoe_steps.calibrate {params.flags} --capture {input.captured:q}"
+        "python -m mxmoe_steps.calibrate {params.flags} --made-from {params.made_from} --capture {input.captured:q}"
         " --quantizer {wildcards.quantizer} --scheme {wildcards.scheme}"
         " --layers {wildcards.border} {params.end} --out {params.out:q} 2> {log:q}"
 
 
 rule calibrate:
     input:
-        model_files(),
-        captured=rules.capture.output,
+        captured=upstream(CAPTURE),
         parts=expand(
             CALIBRATE_MARK,
             border=[0, *part_borders()] if part_borders() else [],
             allow_missing=True,
         ),
+        remade_if_wrong=remade_if_wrong(LOSSES),
     output:
-        losses=f"{OUT}/calibrate/{{quantizer}}/{{scheme}}.parquet",
-        packed=f"{OUT}/calibrate/{{quantizer}}/{{scheme}}.safetensors",
+        losses=LOSSES,
+        packed=PACKED,
     log:
         f"{OUT}/logs/calibrate/{{quantizer}}-{{scheme}}.log",
     benchmark:
         f"{OUT}/benchmarks/calibrate/{{quantizer}}-{{scheme}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("calibrate"),
     params:
-        **CALIBRATE_PARAMS,
+        code=lambda wildcards: CALIBRATE_CODE[wildcards.quantizer],
+        model=model_contents(),
+        flags=lambda wildcards: calibrate_flags(wildcards.quantizer),
+        made_from=made_from(LOSSES),
+        out=lambda wildcards: CALIBRATE.format(quantizer=wildcards.quantizer),
     shell:
-        "python -m mxmoe_steps.calibrate {params.flags} --capture {input.captured:q}"
+        "python -m mxmoe_steps.calibrate {params.flags} --made-from {params.made_from} --capture {input.captured:q}"
         " --quantizer {wildcards.quantizer} --scheme {wildcards.scheme} --out {params.out:q} 2> {log:q}"

@@ -7,17 +7,20 @@ With runtime.layers_per_job, jobs take the text up through the layers, then its 
 in capture.borders; the last one finishes and removes it.
 """
 
-CAPTURE_INPUTS = [*model_files(), *text_files([CONFIG.calibrate.text])]
-CAPTURE_PARAMS = {
-    **stamps("mxmoe_steps.capture", "torch", "transformers"),
-    "flags": flags(
-        text=CONFIG.calibrate.text,
-        no_gradient=not CONFIG.calibrate.gradient,
-        **model_flags(),
-        **text_flags([CONFIG.calibrate.text], CONFIG.calibrate),
-    ),
-    "out": f"{OUT}/capture",
+CAPTURE = f"{OUT}/capture"
+CAPTURE_CODE = stamps("mxmoe_steps.capture", without=PACKED_MODULES)
+CAPTURE_FLAGS = flags(
+    text=CONFIG.calibrate.text,
+    no_gradient=not CONFIG.calibrate.gradient,
+    **model_flags(),
+    **text_flags([CONFIG.calibrate.text], CONFIG.calibrate),
+)
+CAPTURE_CONTENTS = {
+    "model": model_contents(),
+    "tokenizer": tokenizer_contents(),
+    "texts": text_contents([CONFIG.calibrate.text]),
 }
+RESULTS.add([CAPTURE], **CAPTURE_CODE, flags=CAPTURE_FLAGS, **CAPTURE_CONTENTS)
 CAPTURE_MARK = f"{OUT}/parts/capture-{{way}}-{{border}}"
 CAPTURE_PARTS = expand(CAPTURE_MARK, way="until", border=part_borders())
 if CONFIG.calibrate.gradient:
@@ -26,7 +29,6 @@ if CONFIG.calibrate.gradient:
 
 rule capture_part:
     input:
-        CAPTURE_INPUTS,
         before=lambda wildcards: CAPTURE_PARTS[
             : CAPTURE_PARTS.index(CAPTURE_MARK.format(**wildcards))
         ][-1:],
@@ -39,25 +41,34 @@ rule capture_part:
     wildcard_constraints:
         way="until|down-to",
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("capture"),
     params:
-        **CAPTURE_PARAMS,
+        flags=just(CAPTURE_FLAGS),
+        made_from=made_from(CAPTURE),
+        out=just(CAPTURE),
     shell:
-        "python -m mxmoe_steps.capture {params.flags} --{wildcards.way} {wildcards.border}"
-        " --out {params.out:q} 2> {log:q}"
+        "python -m mxmoe_steps.capture {params.flags} --made-from {params.made_from}"
+        " --{wildcards.way} {wildcards.border} --out {params.out:q} 2> {log:q}"
 
 
 rule capture:
     input:
-        CAPTURE_INPUTS,
         before=CAPTURE_PARTS[-1:],
+        remade_if_wrong=remade_if_wrong(CAPTURE),
     output:
-        directory(CAPTURE_PARAMS["out"]),
+        directory(CAPTURE),
     log:
         f"{OUT}/logs/capture.log",
     benchmark:
         f"{OUT}/benchmarks/capture.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("capture"),
     params:
-        **CAPTURE_PARAMS,
+        **CAPTURE_CODE,
+        **CAPTURE_CONTENTS,
+        flags=just(CAPTURE_FLAGS),
+        made_from=made_from(CAPTURE),
     shell:
-        "python -m mxmoe_steps.capture {params.flags} --out {output:q} 2> {log:q}"
+        "python -m mxmoe_steps.capture {params.flags} --made-from {params.made_from} --out {output:q} 2> {log:q}"

@@ -26,7 +26,7 @@ def check_flags():
 
     return flags(
         **allocation_flags(),
-        model=CONFIG.model.path,
+        model=MODEL_PATH,
         dtype=CONFIG.model.dtype,
         trust_remote_code=CONFIG.model.trust_remote_code,
         device=CONFIG.runtime.device if workflow.local_exec else "cpu",
@@ -40,6 +40,12 @@ def check_flags():
 
 
 onstart:
+    # Jobs of a cluster find their GPU elsewhere.
+    if CONFIG.profile.hardware == "local" and workflow.local_exec and not has_gpu():
+        raise WorkflowError(
+            "profile.hardware: local measures this machine's GPU, and it has none:"
+            " name a known GPU instead, e.g. h100"
+        )
     if READERS & {job.rule.name for job in workflow.dag.needrun_jobs()}:
         command = [sys.executable, "-m", "mxmoe_steps.check"]
         if subprocess.run(command + shlex.split(check_flags())).returncode:

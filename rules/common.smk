@@ -1,42 +1,71 @@
-"""The checked configuration, its points, and the params that decide when a job runs again.
+"""The checked configuration, its points, and what decides whether a job runs again.
 
-Each rule has two kinds of params. `flags` holds the step's options as one canonical text: the command
-line and the record that Snakemake compares are the same thing. `stamps` name the code the step uses.
+Everything that decides a result's bytes stands in the params of its job: `stamps` name the code that the step uses,
+`flags` is the step's options as one canonical text (the command line and the record are the same thing), `model` and
+`texts` are hashes of contents, and `made_from` is a digest of all that and of the results that the step reads.
 Nothing else of the configuration reaches a step.
+
+Times of files decide nothing. Whether a result that Snakemake does not remember, or that was replaced or damaged, is
+what is asked for is told by the record beside it (`mxmoe_steps.made_from`).
 """
 
+import json
 import re
 import shlex
+import sys
+import time
+from functools import cache
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import update_config
 
-from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.config import decoder_layers, load_config, points
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.existence import timed_as
+from mxmoe_steps.job_memory import Sizes, job_memory
+from mxmoe_steps.made_from import Hashes, Results
+from mxmoe_steps.measure import has_gpu
+from mxmoe_steps.models.families import PACKED_MODULES, describe_model, is_local
 from mxmoe_steps.provenance import stamps
+from mxmoe_steps.quantizers.method import QUANTIZERS, Method
+from mxmoe_steps.timing.estimate import measured_file, read_hardware
 from mxmoe_steps.timing.launches import kernel_hashes
 from mxmoe_steps.values import exact, typed
-from mxmoe_steps.quantizers.method import QUANTIZERS
 
 update_config(config, typed(workflow.config_settings.config))
+STATE = Path(".snakemake/mxmoe")
+PINNED = STATE / "model.json"  # one commit of a hub model for all jobs of a run
 try:
-    CONFIG = load_config(config, "the configuration")
+    CONFIG = load_config(config, " and ".join(map(str, workflow.configfiles)))
+    asked = CONFIG.model.path
+    if not workflow.is_main_process:
+        asked = json.loads(PINNED.read_text(encoding="utf-8")).get(asked, asked)
+    MODEL_PATH, DESCRIBED = describe_model(asked)
+    if workflow.is_main_process:
+        write_json(PINNED, {CONFIG.model.path: MODEL_PATH})
 except UserError as error:
     raise WorkflowError(str(error))
 
+# Steps run with the interpreter that runs Snakemake, whatever the PATH of a shell or of a cluster's node.
+shell.prefix(
+    f'set -euo pipefail; python() {{{{ {shlex.quote(sys.executable)} "$@"; }}}}; '
+)
+
 MODEL = CONFIG.model.name
+OUT = f"results/{MODEL}"
+SCHEMES = sorted(CONFIG.calibrate.schemes)
 POINTS = {point.name: point for point in points(CONFIG)}
 FRONTIERS = {point.frontier: point for point in POINTS.values()}
-OUT = f"results/{MODEL}"
+CALIBRATED = sorted({point.quantizer for point in POINTS.values()})
+DRAWN = CONFIG.sweep[0].quantizer[0]
 PROFILED = sorted(
-    {
-        *(timed_as(CONFIG).get(scheme, scheme) for scheme in CONFIG.calibrate.schemes),
-        "w16a16",
-    }
+    {*(timed_as(CONFIG).get(scheme, scheme) for scheme in SCHEMES), "w16a16"}
 )
+
+HASHES = Hashes(STATE / "hashes.json")
+RESULTS = Results(HASHES)
 
 
 wildcard_constraints:
@@ -47,42 +76,98 @@ wildcard_constraints:
     border=r"\d+",
 
 
-def model_files():
-    """What a local model is made of; nothing for a model of the hub."""
-    folder = Path(CONFIG.model.path)
-    return [
-        str(file)
-        for pattern in ("*.json", "*.safetensors")
-        for file in sorted(folder.glob(pattern))
+@cache
+def reasons():
+    """Two inputs of every job, which is older than neither, so that each makes it run unless it is `ancient`.
+
+    Snakemake takes a file whose content it has seen for unchanged, so the first one acts only on results that it does
+    not remember; for those that it does it compares params, and says which have changed.
+    """
+    other = STATE / "made_from_something_else"
+    changed = STATE / "not_as_its_step_wrote_it"
+    if workflow.is_main_process:
+        other.write_text("touched" if workflow.touch else "made")
+        changed.write_text(str(time.time_ns()))
+    return {"other": str(other), "changed": str(changed)}
+
+
+def remade_if_wrong(output):
+    """Input function of a job: what makes it run where its result is not the one that is asked for."""
+    return lambda wildcards: [
+        file if RESULTS.state(output.format(**wildcards)) == state else ancient(file)
+        for state, file in reasons().items()
     ]
 
 
-def measurements_of(hardware):
-    """Shipped measurements of a named GPU; nothing where only its data sheet is known."""
+def kept(*outputs):
+    """Results as inputs: their times count only where they are made again, or where a run is told to make some."""
+    forced = workflow.dag_settings.forcerun
     return [
-        str(file)
-        for file in sorted(Path("resources/profiles").glob(f"{hardware}.parquet"))
+        ancient(output) if RESULTS.settled(output) and not forced else output
+        for output in outputs
     ]
 
 
-def require_gpu():
-    """Stop before any job if this machine is to be measured and has no GPU; cluster jobs find theirs."""
-    if not list(Path("/dev").glob("nvidia[0-9]*")) and workflow.local_exec:
-        raise WorkflowError(
-            "profile.hardware: local measures this machine's GPU, and it has none:"
-            " name a GPU of resources/profiles instead, e.g. h100"
-        )
+def upstream(*outputs):
+    """Input function: `kept` of the same results for every job."""
+    return lambda wildcards: kept(*outputs)
 
 
-def text_files(names):
-    """Local files among the text sources that ``names`` need."""
+def made_from(output):
+    """Param function of a job: digest of all that its result is made from."""
+    return lambda wildcards: RESULTS.key(output.format(**wildcards))
+
+
+def just(value):
+    """Param function for a text whose braces are no wildcards."""
+    return lambda wildcards: value
+
+
+def folder_of(name):
+    """Param function: the folder of input files."""
+    return lambda wildcards, input: str(Path(input[name][0]).parent)
+
+
+def model_contents():
+    """What the model computes with."""
+    return contents_of_model(
+        "weights",
+        lambda folder: [
+            *folder.sources,
+            *(folder.code_files if CONFIG.model.trust_remote_code else []),
+        ],
+    )
+
+
+def tokenizer_contents():
+    """What makes tokens of text."""
+    return contents_of_model("tokenizer", lambda folder: folder.tokenizer_files)
+
+
+def copied_contents():
+    """What a packed checkpoint takes over from the original besides weights."""
+    return contents_of_model(
+        "copied", lambda folder: folder.copied_files(CONFIG.model.trust_remote_code)
+    )
+
+
+def contents_of_model(name, files_of):
+    """Hash of some files of a local model; a model of the hub has a revision."""
+    if not is_local(MODEL_PATH):
+        return MODEL_PATH
+    return f"{name}@{HASHES.of_inputs(files_of(DESCRIBED))}"
+
+
+def text_contents(names):
+    """Hash of the local files among the text sources that ``names`` need."""
     sources = [CONFIG.texts[name] for name in sources_of(names)]
-    return [
-        file
+    files = [
+        Path(file)
         for source in sources
         for key in ("files", "test_files")
         for file in source.get(key, [])
     ]
+    return f"texts@{HASHES.of_inputs(files)}"
 
 
 def sources_of(names):
@@ -93,6 +178,35 @@ def sources_of(names):
             *(part for name in names for part in CONFIG.texts[name].get("mix", [])),
         }
     )
+
+
+def hardware_contents(name):
+    """What is known of a GPU: hash of its measurements, or its data sheet; nothing of this machine's."""
+    if name == "local":
+        return None
+    file = measured_file(name)
+    return (
+        f"measurements@{HASHES.whole(file)}"
+        if file
+        else canonical_json(read_hardware(name))
+    )
+
+
+@cache
+def memory_of_steps():
+    """Step -> MiB of memory that one of its jobs needs."""
+    sections = (CONFIG.trace, CONFIG.calibrate, CONFIG.evaluate)
+    return job_memory(
+        Sizes.of(DESCRIBED),
+        element=4 if CONFIG.model.dtype == "float32" else 2,
+        run_tokens=CONFIG.runtime.batch * max(section.length for section in sections),
+        calibration_tokens=CONFIG.calibrate.sequences * CONFIG.calibrate.length,
+    )
+
+
+def memory(step):
+    """Resource function of a job: its memory, and as much again at each new attempt."""
+    return lambda wildcards, attempt: attempt * memory_of_steps()[step]
 
 
 def part_borders():
@@ -112,7 +226,7 @@ def flags(**options):
         if value is None or value is False or value == []:
             continue
         for one in value if isinstance(value, tuple) else (value,):
-            words.append("--" + name.replace("_", "-"))
+            words.append(f"--{name}".replace("_", "-"))
             if one is not True:
                 words += [
                     str(word) for word in (one if isinstance(one, list) else [one])
@@ -124,7 +238,7 @@ def model_flags():
     """Which model and how to run it."""
     runtime = CONFIG.runtime
     return {
-        "model": CONFIG.model.path,
+        "model": MODEL_PATH,
         "dtype": CONFIG.model.dtype,
         "trust_remote_code": CONFIG.model.trust_remote_code,
         "device": runtime.device,
@@ -149,7 +263,7 @@ def allocation_flags():
     solve = CONFIG.solve
     return {
         "candidates": [
-            *CONFIG.calibrate.schemes,
+            *SCHEMES,
             *(["w16a16"] if solve.keep_original else []),
         ],
         "scope": solve.scope,
@@ -158,6 +272,17 @@ def allocation_flags():
         "max_schemes": solve.max_schemes,
         "tie_gate_up": solve.tie_gate_up,
     }
+
+
+def calibrate_flags(quantizer):
+    """How weights are quantized."""
+    return flags(
+        model=MODEL_PATH,
+        damping=CONFIG.calibrate.damping if Method(quantizer).gptq else None,
+        device=CONFIG.runtime.device,
+        threads=CONFIG.runtime.threads,
+        seed=CONFIG.runtime.seed,
+    )
 
 
 def frontier_flags(point):
@@ -173,3 +298,17 @@ def frontier_flags(point):
         time_as=tuple(solve.time_as),
         seed=CONFIG.runtime.seed,
     )
+
+
+def solve_flags(point):
+    """What one point asks of its frontier."""
+    return flags(**{point.goal: point.value})
+
+
+def drawn_frontiers():
+    """Frontiers of the report that a solver had to find: a uniform one is a list of schemes."""
+    return [
+        name
+        for name, point in FRONTIERS.items()
+        if point.quantizer == DRAWN and point.granularity != "uniform"
+    ]

@@ -4,17 +4,29 @@ input    nothing; needs the extra [cuda] and gcc, no GPU
 output   a folder of libraries named by hashes of source and configuration, and the run-time library
 """
 
+COMPILED = f"{OUT}/compile"
+COMPILE_CODE = stamps("mxmoe_steps.compile")
+COMPILE_FLAGS = flags(schemes=PROFILED)
+if CONFIG.profile.hardware == "local":
+    RESULTS.add([COMPILED], **COMPILE_CODE, flags=COMPILE_FLAGS)
+
 
 rule compile:
+    input:
+        remade_if_wrong=remade_if_wrong(COMPILED),
     output:
-        directory("results/compile"),
+        directory(COMPILED),
     log:
-        "results/logs/compile.log",
+        f"{OUT}/logs/compile.log",
     benchmark:
-        "results/benchmarks/compile.tsv"
+        f"{OUT}/benchmarks/compile.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("compile"),
     params:
-        **stamps("mxmoe_steps.compile"),
-        flags=flags(schemes=PROFILED),
+        **COMPILE_CODE,
+        flags=just(COMPILE_FLAGS),
+        made_from=made_from(COMPILED),
     shell:
-        "python -m mxmoe_steps.compile {params.flags} --threads {threads} --out {output:q} 2> {log:q}"
+        "python -m mxmoe_steps.compile {params.flags} --made-from {params.made_from} --threads {threads}"
+        " --out {output:q} 2> {log:q}"

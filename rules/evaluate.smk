@@ -4,47 +4,74 @@ input    a packed checkpoint, and the original's text and final hidden states
 output   one JSON file of metrics; for the original also its text and those hidden states
 """
 
-EVALUATE_STAMPS = stamps("mxmoe_steps.evaluate", "torch", "transformers")
+EVALUATED = sorted(CONFIG.evaluate.texts)
+EVALUATION = f"{OUT}/evaluate/{{point}}.json"
+ORIGINAL = {
+    "metrics": f"{OUT}/evaluate/original.json",
+    "reference": f"{OUT}/evaluate/original.safetensors",
+}
+ORIGINAL_PARAMS = {
+    **stamps("mxmoe_steps.evaluate", without=PACKED_MODULES),
+    "model": model_contents(),
+    "tokenizer": tokenizer_contents(),
+    "texts": text_contents(EVALUATED),
+}
+ORIGINAL_FLAGS = flags(
+    texts=EVALUATED,
+    **model_flags(),
+    **text_flags(EVALUATED, CONFIG.evaluate),
+)
+EVALUATE_CODE = stamps("mxmoe_steps.evaluate")
+EVALUATE_FLAGS = flags(**(model_flags() | {"model": None}))
+RESULTS.add(list(ORIGINAL.values()), **ORIGINAL_PARAMS, flags=ORIGINAL_FLAGS)
+for name in POINTS:
+    RESULTS.add(
+        [EVALUATION.format(point=name)],
+        reads=[CHECKPOINT.format(point=name), ORIGINAL["reference"]],
+        **EVALUATE_CODE,
+        flags=EVALUATE_FLAGS,
+    )
 
 
 rule evaluate_original:
     input:
-        model_files(),
-        text_files(CONFIG.evaluate.texts),
+        remade_if_wrong=remade_if_wrong(ORIGINAL["metrics"]),
     output:
-        metrics=f"{OUT}/evaluate/original.json",
-        reference=f"{OUT}/evaluate/original.safetensors",
+        **ORIGINAL,
     log:
         f"{OUT}/logs/evaluate/original.log",
     benchmark:
         f"{OUT}/benchmarks/evaluate/original.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("evaluate"),
     params:
-        **EVALUATE_STAMPS,
-        flags=flags(
-            texts=CONFIG.evaluate.texts,
-            **model_flags(),
-            **text_flags(CONFIG.evaluate.texts, CONFIG.evaluate),
-        ),
+        **ORIGINAL_PARAMS,
+        flags=just(ORIGINAL_FLAGS),
+        made_from=made_from(ORIGINAL["metrics"]),
     shell:
-        "python -m mxmoe_steps.evaluate {params.flags}"
+        "python -m mxmoe_steps.evaluate {params.flags} --made-from {params.made_from}"
         " --save-reference {output.reference:q} --out {output.metrics:q} 2> {log:q}"
 
 
 rule evaluate:
     input:
-        checkpoint=rules.quantize.output,
-        reference=rules.evaluate_original.output.reference,
+        checkpoint=lambda wildcards: kept(CHECKPOINT.format(point=wildcards.point)),
+        reference=upstream(ORIGINAL["reference"]),
+        remade_if_wrong=remade_if_wrong(EVALUATION),
     output:
-        f"{OUT}/evaluate/{{point}}.json",
+        EVALUATION,
     log:
         f"{OUT}/logs/evaluate/{{point}}.log",
     benchmark:
         f"{OUT}/benchmarks/evaluate/{{point}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("evaluate"),
     params:
-        **EVALUATE_STAMPS,
-        flags=flags(**(model_flags() | {"model": None})),
+        **EVALUATE_CODE,
+        flags=just(EVALUATE_FLAGS),
+        made_from=made_from(EVALUATION),
     shell:
-        "python -m mxmoe_steps.evaluate {params.flags} --model {input.checkpoint:q}"
+        "python -m mxmoe_steps.evaluate {params.flags} --made-from {params.made_from} --model {input.checkpoint:q}"
         " --reference {input.reference:q} --out {output:q} 2> {log:q}"

@@ -4,26 +4,47 @@ input    the losses of every candidate scheme, the trace, the profile
 output   every allocation that is optimal for some r
 """
 
+FRONTIER = f"{OUT}/frontier/{{frontier}}.json"
+FRONTIER_CODE = stamps("mxmoe_steps.frontier")
+for name, point in FRONTIERS.items():
+    RESULTS.add(
+        [FRONTIER.format(frontier=name)],
+        reads=[
+            *expand(LOSSES, quantizer=point.quantizer, scheme=SCHEMES),
+            *TRACE_FILES.values(),
+            PROFILE,
+        ],
+        **FRONTIER_CODE,
+        flags=frontier_flags(point),
+    )
+
 
 rule frontier:
     input:
-        losses=lambda wildcards: expand(
-            rules.calibrate.output.losses,
-            quantizer=FRONTIERS[wildcards.frontier].quantizer,
-            scheme=CONFIG.calibrate.schemes,
+        losses=lambda wildcards: kept(
+            *expand(
+                LOSSES,
+                quantizer=FRONTIERS[wildcards.frontier].quantizer,
+                scheme=SCHEMES,
+            )
         ),
-        trace=rules.trace.output,
-        profile=rules.profile.output,
+        traffic=upstream(TRACE_FILES["traffic"]),
+        routing=upstream(TRACE_FILES["routing"]),
+        profile=upstream(PROFILE),
+        remade_if_wrong=remade_if_wrong(FRONTIER),
     output:
-        f"{OUT}/frontier/{{frontier}}.json",
+        FRONTIER,
     log:
         f"{OUT}/logs/frontier/{{frontier}}.log",
     benchmark:
         f"{OUT}/benchmarks/frontier/{{frontier}}.tsv"
+    resources:
+        mem_mb=memory("frontier"),
     params:
-        **stamps("mxmoe_steps.frontier", "ortools"),
+        **FRONTIER_CODE,
         flags=lambda wildcards: frontier_flags(FRONTIERS[wildcards.frontier]),
-        trace=f"{OUT}/trace",
+        made_from=made_from(FRONTIER),
+        trace=folder_of("traffic"),
     shell:
-        "python -m mxmoe_steps.frontier {params.flags} --losses {input.losses:q} --trace {params.trace:q}"
-        " --profile {input.profile:q} --out {output:q} 2> {log:q}"
+        "python -m mxmoe_steps.frontier {params.flags} --made-from {params.made_from} --losses {input.losses:q}"
+        " --trace {params.trace:q} --profile {input.profile:q} --out {output:q} 2> {log:q}"

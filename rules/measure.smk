@@ -4,24 +4,29 @@ input    what `compile` wrote
 output   one row per launch: tiles at full occupancy, random whole problems
 """
 
+MEASURED = f"{OUT}/measure/local.parquet"
+MEASURE_CODE = stamps("mxmoe_steps.measure")
+MEASURE_FLAGS = flags(schemes=PROFILED)
+if CONFIG.profile.hardware == "local":
+    RESULTS.add([MEASURED], reads=[COMPILED], **MEASURE_CODE, flags=MEASURE_FLAGS)
+
 
 rule measure:
     input:
-        rules.compile.output,
+        kernels=upstream(COMPILED),
+        remade_if_wrong=remade_if_wrong(MEASURED),
     output:
-        "results/measure/local.parquet",
+        MEASURED,
     log:
-        "results/logs/measure.log",
+        f"{OUT}/logs/measure.log",
     benchmark:
-        "results/benchmarks/measure.tsv"
+        f"{OUT}/benchmarks/measure.tsv"
+    resources:
+        mem_mb=memory("measure"),
     params:
-        **stamps("mxmoe_steps.measure", "torch"),
-        flags=flags(schemes=PROFILED),
+        **MEASURE_CODE,
+        flags=just(MEASURE_FLAGS),
+        made_from=made_from(MEASURED),
     shell:
-        "python -m mxmoe_steps.measure {params.flags} --kernels {input:q} --out {output:q} 2> {log:q}"
-
-
-if CONFIG.profile.hardware == "local":
-
-    onstart:
-        require_gpu()
+        "python -m mxmoe_steps.measure {params.flags} --made-from {params.made_from} --kernels {input.kernels:q}"
+        " --out {output:q} 2> {log:q}"

@@ -1,29 +1,44 @@
 """profile: measurements or a data sheet -> the time model of a GPU.
 
-input    resources/profiles, or what `measure` wrote
+input    what `measure` wrote; for a named GPU nothing: what is known of it comes with the package
 output   one table for every candidate scheme; an estimate is labelled as one inside
 """
 
 HARDWARE = CONFIG.profile.hardware
+IS_LOCAL = HARDWARE == "local"
+PROFILE = f"{OUT}/profile/{HARDWARE}.parquet"
+PROFILE_PARAMS = {
+    **stamps("mxmoe_steps.profile"),
+    "hardware": hardware_contents(HARDWARE),
+}
+PROFILE_FLAGS = flags(
+    hardware=None if IS_LOCAL else HARDWARE,
+    measurements=MEASURED if IS_LOCAL else None,
+    schemes=PROFILED,
+)
+RESULTS.add(
+    [PROFILE],
+    reads=[MEASURED] if IS_LOCAL else [],
+    **PROFILE_PARAMS,
+    flags=PROFILE_FLAGS,
+)
 
 
 rule profile:
     input:
-        "resources/profiles/hardware.json",
-        rules.measure.output if HARDWARE == "local" else measurements_of(HARDWARE),
+        measurements=upstream(MEASURED) if IS_LOCAL else [],
+        remade_if_wrong=remade_if_wrong(PROFILE),
     output:
-        f"results/profile/{HARDWARE}.parquet",
+        PROFILE,
     log:
-        f"results/profile/{HARDWARE}.log",
+        f"{OUT}/logs/profile.log",
     benchmark:
-        f"results/profile/{HARDWARE}.tsv"
+        f"{OUT}/benchmarks/profile.tsv"
+    resources:
+        mem_mb=memory("profile"),
     params:
-        **stamps("mxmoe_steps.profile"),
-        kernels=canonical_json(kernel_hashes()),
-        flags=flags(
-            hardware=None if HARDWARE == "local" else HARDWARE,
-            measurements=rules.measure.output if HARDWARE == "local" else None,
-            schemes=PROFILED,
-        ),
+        **{name: just(value) for name, value in PROFILE_PARAMS.items()},
+        flags=just(PROFILE_FLAGS),
+        made_from=made_from(PROFILE),
     shell:
-        "python -m mxmoe_steps.profile {params.flags} --out {output:q} 2> {log:q}"
+        "python -m mxmoe_steps.profile {params.flags} --made-from {params.made_from} --out {output:q} 2> {log:q}"

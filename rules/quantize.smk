@@ -4,29 +4,49 @@ input    the allocation, the packed weights of the candidate schemes, the origin
 output   a checkpoint folder for `mxmoe_steps.load_quantized`
 """
 
+CHECKPOINT = f"{OUT}/quantize/{{point}}"
+QUANTIZE_PARAMS = {
+    **stamps("mxmoe_steps.quantize"),
+    "model": model_contents(),
+    "copied": copied_contents(),
+}
+QUANTIZE_FLAGS = flags(
+    model=MODEL_PATH, trust_remote_code=CONFIG.model.trust_remote_code
+)
+for name, point in POINTS.items():
+    RESULTS.add(
+        [CHECKPOINT.format(point=name)],
+        reads=[
+            ALLOCATION.format(point=name),
+            *expand(PACKED, quantizer=point.quantizer, scheme=SCHEMES),
+        ],
+        **QUANTIZE_PARAMS,
+        flags=QUANTIZE_FLAGS,
+    )
+
 
 rule quantize:
     input:
-        model_files(),
-        allocation=rules.solve.output,
-        packed=lambda wildcards: expand(
-            rules.calibrate.output.packed,
-            quantizer=POINTS[wildcards.point].quantizer,
-            scheme=CONFIG.calibrate.schemes,
+        allocation=lambda wildcards: kept(ALLOCATION.format(point=wildcards.point)),
+        packed=lambda wildcards: kept(
+            *expand(
+                PACKED, quantizer=POINTS[wildcards.point].quantizer, scheme=SCHEMES
+            )
         ),
+        remade_if_wrong=remade_if_wrong(CHECKPOINT),
     output:
-        directory(f"{OUT}/quantize/{{point}}"),
+        directory(CHECKPOINT),
     log:
         f"{OUT}/logs/quantize/{{point}}.log",
     benchmark:
         f"{OUT}/benchmarks/quantize/{{point}}.tsv"
+    resources:
+        mem_mb=memory("quantize"),
     params:
-        **stamps("mxmoe_steps.quantize"),
-        flags=flags(
-            model=CONFIG.model.path,
-            trust_remote_code=CONFIG.model.trust_remote_code,
-        ),
-        packed=lambda wildcards: f"{OUT}/calibrate/{POINTS[wildcards.point].quantizer}",
+        **QUANTIZE_PARAMS,
+        flags=just(QUANTIZE_FLAGS),
+        made_from=made_from(CHECKPOINT),
+        packed=folder_of("packed"),
     shell:
-        "python -m mxmoe_steps.quantize {params.flags} --allocation {input.allocation:q}"
-        " --packed {params.packed:q} --out {output:q} 2> {log:q}"
+        "python -m mxmoe_steps.quantize {params.flags} --made-from {params.made_from}"
+        " --allocation {input.allocation:q} --packed {params.packed:q} --out {output:q} 2> {log:q}"

@@ -5,7 +5,6 @@ input    every evaluation with its allocation, the trace, the profile; of the fi
 output   results/report.html, results/summary.csv, SVG figures
 """
 
-DRAWN = CONFIG.sweep[0].quantizer[0]
 FIGURES = [
     "allocation",
     "frontier",
@@ -15,53 +14,64 @@ FIGURES = [
     "times",
     "traffic",
 ]
-
-
-def drawn_frontiers():
-    """Frontiers that a solver had to find: a uniform one is a list of schemes."""
-    return [
-        name
-        for name, point in FRONTIERS.items()
-        if point.quantizer == DRAWN and point.granularity != "uniform"
-    ]
+REPORT = {
+    "html": "results/report.html",
+    "csv": "results/summary.csv",
+    "figures": expand(f"{OUT}/figures/{{figure}}.svg", figure=FIGURES),
+}
+REPORT_INPUTS = {
+    "evaluations": [ORIGINAL["metrics"], *expand(EVALUATION, point=POINTS)],
+    "allocations": expand(ALLOCATION, point=POINTS),
+    "frontiers": expand(FRONTIER, frontier=drawn_frontiers()),
+    "losses": expand(LOSSES, quantizer=DRAWN, scheme=SCHEMES),
+    "traffic": [TRACE_FILES["traffic"]],
+    "routing": [TRACE_FILES["routing"]],
+    "profile": [PROFILE],
+}
+REPORT_PARAMS = {
+    **stamps("mxmoe_steps.report"),
+    # Of kernels that were measured, the report says whether they are those of today.
+    "kernels": (
+        canonical_json(kernel_hashes())
+        if HARDWARE == "local" or measured_file(HARDWARE)
+        else None
+    ),
+}
+REPORT_FLAGS = flags(
+    title=MODEL,
+    traffic_text=CONFIG.solve.traffic,
+    tokens=sorted({tokens for grid in CONFIG.sweep for tokens in grid.tokens}),
+    metric=CONFIG.solve.metric,
+    seed=CONFIG.runtime.seed,
+)
+RESULTS.add(
+    [REPORT["html"], REPORT["csv"], *REPORT["figures"]],
+    reads=[file for files in REPORT_INPUTS.values() for file in files],
+    **REPORT_PARAMS,
+    flags=REPORT_FLAGS,
+)
 
 
 rule report:
     input:
-        evaluations=[
-            rules.evaluate_original.output.metrics,
-            *expand(rules.evaluate.output, point=POINTS),
-        ],
-        allocations=expand(rules.solve.output, point=POINTS),
-        frontiers=expand(rules.frontier.output, frontier=drawn_frontiers()),
-        losses=expand(
-            rules.calibrate.output.losses,
-            quantizer=DRAWN,
-            scheme=CONFIG.calibrate.schemes,
-        ),
-        trace=rules.trace.output,
-        profile=rules.profile.output,
+        **{name: upstream(*files) for name, files in REPORT_INPUTS.items()},
+        remade_if_wrong=remade_if_wrong(REPORT["html"]),
     output:
-        html="results/report.html",
-        csv="results/summary.csv",
-        figures=expand(f"{OUT}/figures/{{figure}}.svg", figure=FIGURES),
+        **REPORT,
     log:
         f"{OUT}/logs/report.log",
     benchmark:
         f"{OUT}/benchmarks/report.tsv"
+    resources:
+        mem_mb=memory("report"),
     params:
-        **stamps("mxmoe_steps.report", "matplotlib", "pandas"),
-        flags=flags(
-            title=MODEL,
-            traffic_text=CONFIG.solve.traffic,
-            tokens=sorted({tokens for grid in CONFIG.sweep for tokens in grid.tokens}),
-            metric=CONFIG.solve.metric,
-            seed=CONFIG.runtime.seed,
-        ),
-        trace=f"{OUT}/trace",
-        figures=f"{OUT}/figures",
+        **{name: just(value) for name, value in REPORT_PARAMS.items()},
+        flags=just(REPORT_FLAGS),
+        made_from=made_from(REPORT["html"]),
+        trace=folder_of("traffic"),
+        figures=lambda wildcards, output: str(Path(output.figures[0]).parent),
     shell:
-        "python -m mxmoe_steps.report {params.flags} --evaluations {input.evaluations:q}"
-        " --allocations {input.allocations:q} --frontiers {input.frontiers:q} --losses {input.losses:q} --trace {params.trace:q}"
-        " --profile {input.profile:q} --figures {params.figures:q} --csv {output.csv:q} --html {output.html:q}"
-        " 2> {log:q}"
+        "python -m mxmoe_steps.report {params.flags} --made-from {params.made_from} --evaluations {input.evaluations:q}"
+        " --allocations {input.allocations:q} --frontiers {input.frontiers:q} --losses {input.losses:q}"
+        " --trace {params.trace:q} --profile {input.profile:q} --figures {params.figures:q} --csv {output.csv:q}"
+        " --html {output.html:q} 2> {log:q}"

@@ -4,22 +4,35 @@ input    the frontier of the point's budget, token count, granularity and quanti
 output   allocation.json: a scheme for every block, with loss, time, bits, bound and gap
 """
 
+ALLOCATION = f"{OUT}/solve/{{point}}.json"
+SOLVE_CODE = stamps("mxmoe_steps.solve")
+for name, point in POINTS.items():
+    RESULTS.add(
+        [ALLOCATION.format(point=name)],
+        reads=[FRONTIER.format(frontier=point.frontier)],
+        **SOLVE_CODE,
+        flags=solve_flags(point),
+    )
+
 
 rule solve:
     input:
-        lambda wildcards: expand(
-            rules.frontier.output, frontier=POINTS[wildcards.point].frontier
+        frontier=lambda wildcards: kept(
+            FRONTIER.format(frontier=POINTS[wildcards.point].frontier)
         ),
+        remade_if_wrong=remade_if_wrong(ALLOCATION),
     output:
-        f"{OUT}/solve/{{point}}.json",
+        ALLOCATION,
     log:
         f"{OUT}/logs/solve/{{point}}.log",
     benchmark:
         f"{OUT}/benchmarks/solve/{{point}}.tsv"
+    resources:
+        mem_mb=memory("solve"),
     params:
-        **stamps("mxmoe_steps.solve"),
-        flags=lambda wildcards: flags(
-            **{POINTS[wildcards.point].goal: POINTS[wildcards.point].value}
-        ),
+        **SOLVE_CODE,
+        flags=lambda wildcards: solve_flags(POINTS[wildcards.point]),
+        made_from=made_from(ALLOCATION),
     shell:
-        "python -m mxmoe_steps.solve {params.flags} --frontier {input:q} --out {output:q} 2> {log:q}"
+        "python -m mxmoe_steps.solve {params.flags} --made-from {params.made_from} --frontier {input.frontier:q}"
+        " --out {output:q} 2> {log:q}"

@@ -6,22 +6,31 @@ output   traffic.parquet (per text, layer and expert), routing.safetensors (expe
 A job that is not the last leaves hidden states in trace.borders, which the last removes.
 """
 
-TRACE_INPUTS = [*model_files(), *text_files(CONFIG.trace.texts)]
-TRACE_PARAMS = {
-    **stamps("mxmoe_steps.trace", "torch", "transformers"),
-    "flags": flags(
-        texts=CONFIG.trace.texts,
-        **model_flags(),
-        **text_flags(CONFIG.trace.texts, CONFIG.trace),
-    ),
-    "out": f"{OUT}/trace",
+TRACED = sorted(CONFIG.trace.texts)
+TRACE = f"{OUT}/trace"
+TRACE_FILES = {
+    "traffic": f"{TRACE}/traffic.parquet",
+    "routing": f"{TRACE}/routing.safetensors",
 }
+TRACE_CODE = stamps("mxmoe_steps.trace", without=PACKED_MODULES)
+TRACE_FLAGS = flags(
+    texts=TRACED,
+    **model_flags(),
+    **text_flags(TRACED, CONFIG.trace),
+)
+TRACE_CONTENTS = {
+    "model": model_contents(),
+    "tokenizer": tokenizer_contents(),
+    "texts": text_contents(TRACED),
+}
+RESULTS.add(
+    list(TRACE_FILES.values()), **TRACE_CODE, flags=TRACE_FLAGS, **TRACE_CONTENTS
+)
 TRACE_MARK = f"{OUT}/parts/trace-{{border}}"
 
 
 rule trace_part:
     input:
-        TRACE_INPUTS,
         before=lambda wildcards: expand(
             TRACE_MARK,
             border=[k for k in part_borders() if k < int(wildcards.border)][-1:],
@@ -33,26 +42,35 @@ rule trace_part:
     benchmark:
         f"{OUT}/benchmarks/trace-{{border}}.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("trace"),
     params:
-        **TRACE_PARAMS,
+        flags=just(TRACE_FLAGS),
+        made_from=made_from(TRACE_FILES["traffic"]),
+        out=just(TRACE),
     shell:
-        "python -m mxmoe_steps.trace {params.flags} --until {wildcards.border}"
+        "python -m mxmoe_steps.trace {params.flags} --made-from {params.made_from} --until {wildcards.border}"
         " --out {params.out:q} 2> {log:q}"
 
 
 rule trace:
     input:
-        TRACE_INPUTS,
         before=expand(TRACE_MARK, border=part_borders()[-1:]),
+        remade_if_wrong=remade_if_wrong(TRACE_FILES["traffic"]),
     output:
-        traffic=f"{OUT}/trace/traffic.parquet",
-        routing=f"{OUT}/trace/routing.safetensors",
+        **TRACE_FILES,
     log:
         f"{OUT}/logs/trace.log",
     benchmark:
         f"{OUT}/benchmarks/trace.tsv"
     threads: CONFIG.runtime.threads
+    resources:
+        mem_mb=memory("trace"),
     params:
-        **TRACE_PARAMS,
+        **TRACE_CODE,
+        **TRACE_CONTENTS,
+        flags=just(TRACE_FLAGS),
+        made_from=made_from(TRACE_FILES["traffic"]),
+        out=just(TRACE),
     shell:
-        "python -m mxmoe_steps.trace {params.flags} --out {params.out:q} 2> {log:q}"
+        "python -m mxmoe_steps.trace {params.flags} --made-from {params.made_from} --out {params.out:q} 2> {log:q}"

@@ -47,10 +47,10 @@ def test_the_note_says_where_time_does_not_matter() -> None:
     assert "w1a16_g128_asym has no kernel of its own: its time is an estimate, that of w2a16_g128_asym." in note
     error = {"problems": 100, "median": 0.04, "p95": 0.125}
     measured = {"estimate": False, "device": "GPU", "source": "measured on a day", "errors": {"mixed": error},
-                "repeat_spread": {"median": 0.01, "p95": 0.05}}  # fmt: skip
+                "kernels": {}, "repeat_spread": {"median": 0.01, "p95": 0.05}}  # fmt: skip
     note = time_note(times, measured, {})
     assert "fitted to measured kernels" in note
-    assert "measured on a day" in note
+    assert "measured on a day, in an earlier version." in note
     assert "4.0 % (95th percentile 12.5 %) on 100 launches of mixed schemes" in note
 
 
@@ -62,6 +62,24 @@ def test_the_figure_of_kernel_times_shows_held_out_launches() -> None:
     assert "predicted / measured" in measured
     assert measured == figures.times(tiles, facts)
     assert "no launches were measured" in figures.times(tiles, {"sms": 132, "estimate": True})
+
+
+def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:
+    one = allocation("block", "gptq", r=0.5)
+    allocations = [one | {"budget_bits": 2 + number / 200} for number in range(1000)]
+    drawn = figures.allocation(allocations)
+    assert ">2 bits<" in drawn
+    assert "6.995 bits" in drawn
+    assert drawn.count(" bits<") == 12
+    part = SimpleNamespace(vertices=[SimpleNamespace(time_us=1.0, loss_sum=2.0)])
+    fronts = [
+        ({"tokens": tokens, "loss": "root_sum_squares", **{key: one[key] for key in ("granularity", "quantizer")},
+          "budget_bits": 2 + number / 100}, [part])
+        for tokens in range(64, 74) for number in range(100)
+    ]  # fmt: skip
+    page = figures.frontiers(fronts, [], estimate=True)
+    assert page.count("tokens in a step") == 4
+    assert page.count("bits, per block") == 12
 
 
 def allocation(granularity: str, quantizer: str, **goal: Any) -> dict[str, Any]:

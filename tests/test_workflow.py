@@ -1,6 +1,5 @@
 """The whole workflow on a tiny model: it runs, an edit re-runs exactly what it touches, hands get the same bytes."""
 
-import os
 import re
 import shlex
 import shutil
@@ -13,70 +12,16 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-
-ROOT = Path(__file__).parents[1]
-SETTINGS: dict[str, Any] = {
-    "model": {"name": "tiny", "path": "model", "dtype": "float32"},
-    "texts": {"words": {"files": ["words.txt"], "separator": "-----"}},
-    "trace": {"texts": ["words"], "sequences": 8, "length": 64},
-    "calibrate": {
-        "text": "words",
-        "sequences": 8,
-        "length": 64,
-        "schemes": ["w2a16_g32", "w4a16_g32", "w8a8_fp8"],
-        "quantizers": ["rtn", "gptq"],
-    },
-    "profile": {"hardware": "h200"},  # nothing was measured on it: an estimate
-    "solve": {"traffic": "words"},
-    "sweep": [{"budget_bits": [4.5], "tokens": [64]}],
-    "baselines": ["rtn"],
-    "evaluate": {"texts": ["words"], "sequences": 8, "length": 64},
-    "runtime": {"device": "cpu"},
-}
-
-
-def environment(folder: Path) -> dict[str, str]:
-    """The folder's own copy of the package comes first."""
-    bin_ = str(Path(sys.executable).parent)
-    return os.environ | {"PYTHONPATH": str(folder / "src"), "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
-
-
-def snakemake(folder: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def planned(folder: Path) -> dict[str, int]:
-    """Rule -> number of jobs that a run would do."""
-    text = snakemake(folder, "--dry-run")
-    if "Nothing to be done" in text:
-        return {}
-    stats = text[text.index("Job stats") :].split("\n\n")[0]
-    counts = dict(re.findall(r"^(\w+) +(\d+)$", stats, re.M))
-    return {rule: int(count) for rule, count in counts.items() if rule not in ("all", "total")}
+from workflow import SETTINGS, changed, environment, make_project, planned, snakemake, write_settings
 
 
 @pytest.fixture(scope="module")
 def done(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the workflow, run to the end."""
-    folder = tmp_path_factory.mktemp("workflow") / "project"
-    for name in ("rules", "src", "profiles", "resources/profiles"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    shutil.copytree(tiny_moe, folder / "model")
-    shutil.copyfile(text_file, folder / "words.txt")
-    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
-    write_settings(folder, SETTINGS)
+    folder = make_project(tmp_path_factory.mktemp("workflow") / "project", tiny_moe, text_file)
     shutil.copytree(folder / "src", folder.with_name("pristine"))
     snakemake(folder)
     return folder
-
-
-def write_settings(folder: Path, settings: dict[str, Any], header: str = "") -> None:
-    (folder / "config").mkdir(exist_ok=True)
-    text = header + yaml.safe_dump(settings, sort_keys=False)
-    (folder / "config" / "config.yaml").write_text(text, encoding="utf-8")
 
 
 @pytest.fixture
@@ -110,16 +55,6 @@ def test_a_second_run_does_nothing(done: Path) -> None:
 AFTER_SOLVE = {"solve": 2, "quantize": 2, "evaluate": 2, "report": 1}
 
 
-def changed(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    def change(settings: dict[str, Any]) -> None:
-        at: Any = settings
-        for key in path[:-1]:
-            at = at[int(key)] if isinstance(at, list) else at[key]
-        at[path[-1]] = value
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "jobs"),
     [
@@ -129,7 +64,10 @@ def changed(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (changed("evaluate", "sequences", value=7), {"evaluate_original": 1, "evaluate": 2, "report": 1}),
         (changed("profile", "hardware", value="rtx4090"), {"profile": 1, "frontier": 2, **AFTER_SOLVE}),
         (changed("solve", "metric", value="out_sq"), {"frontier": 2, **AFTER_SOLVE}),
-        (changed("calibrate", "damping", value=0.02), {"calibrate": 6, "frontier": 2, **AFTER_SOLVE}),
+        (
+            changed("calibrate", "damping", value=0.02),  # only GPTQ damps
+            {"calibrate": 3, "frontier": 1, "solve": 1, "quantize": 1, "evaluate": 1, "report": 1},
+        ),
         (
             changed("calibrate", "schemes", value=["w2a16_g32", "w4a16_g32", "w8a8_fp8", "w3a16_g32"]),
             {"calibrate": 2, "profile": 1, "frontier": 2, **AFTER_SOLVE},

@@ -8,7 +8,11 @@ from pathlib import Path
 
 def parser_for(doc: str | None) -> argparse.ArgumentParser:
     """A parser whose help is the step's module docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--made-from", metavar="DIGEST", help="what decides the result, for the record beside it (made_from.py)"
+    )
+    return parser
 
 
 def _whole(text: str, least: int, most: int) -> int:
@@ -104,13 +108,3 @@ def add_borders(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of hidden states at layer borders, removed at the end (default: OUT.borders)",
     )
-
-
-def start_torch(args: argparse.Namespace) -> None:
-    """Fix what decides the bytes of a result: thread count, seed, deterministic kernels."""
-    import torch
-
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.matmul.allow_tf32 = False

@@ -14,11 +14,14 @@ at once or one after the other, and then one without it, which does the rest, wr
 import argparse
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_runtime, finite, folder_to_write, natural, parser_for, start_torch
+from mxmoe_steps.arguments import add_runtime, finite, folder_to_write, natural, parser_for
+from mxmoe_steps.atomic import working_in
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
@@ -69,12 +72,16 @@ def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path])
     """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same."""
     from mxmoe_steps.provenance import file_marks, stamps
 
+    method = Method(args.quantizer)
+    ignored = {"out", "layers", "made_from"} | (set() if method.gptq else {"damping"})
     common = {
-        "options": {name: value for name, value in vars(args).items() if name not in ("out", "layers")},
-        "code": stamps("mxmoe_steps.calibrate", "torch"),
-        "checkpoint": file_marks(folder.sources),
+        "options": {name: value for name, value in vars(args).items() if name not in ignored},
+        "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules),
     }
-    return {layer: common | {"captured": file_marks([file])} for layer, file in captured.items()}
+    made_from = vars(args).get("made_from")
+    return {
+        layer: common | {"inputs": made_from or file_marks([*folder.sources, file])} for layer, file in captured.items()
+    }
 
 
 def finished(path: Path, key: Any) -> Any:
@@ -101,7 +108,7 @@ def calibrate(args: argparse.Namespace) -> None:
     from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
-    from mxmoe_steps.models.loading import resolve_device
+    from mxmoe_steps.models.loading import resolve_device, start_torch
     from mxmoe_steps.models.rows import write_rows
 
     scheme = parse_scheme(args.scheme)
@@ -120,28 +127,29 @@ def calibrate(args: argparse.Namespace) -> None:
     keys = layer_keys(args, folder, captured)
     parts = {layer: partial / file.name for layer, file in captured.items()}
     wanted = folder.moe_layers if args.layers is None else range(*args.layers)
-    todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
-    try:
-        reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
-        for layer, inputs in zip(todo, reading, strict=True):
-            rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
-            facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
-            layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()}
-            with write_rows(parts[layer], layout, facts) as writer:
-                for name, tensor in packed.items():
-                    writer.append(name, tensor)
-            note = few_tokens(rows)
-            print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
-    except torch.OutOfMemoryError as error:
-        missing = next(layer for layer in todo if finished(parts[layer], keys[layer]) is None)
-        raise UserError(
-            f"layer {missing} does not fit in the GPU's memory: lower calibrate.sequences, run fewer jobs on the GPU at"
-            " a time, or set runtime.device: cpu"
-        ) from error
-    if args.layers is None:
-        done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
-        write_result(Path(args.out), scheme, method, fingerprint(folder), done)
-        shutil.rmtree(partial)
+    with working_in(partial, shared=args.layers is not None):
+        todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
+        try:
+            reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
+            for layer, inputs in zip(todo, reading, strict=True):
+                rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
+                facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
+                layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()}
+                with write_rows(parts[layer], layout, facts) as writer:
+                    for name, tensor in packed.items():
+                        writer.append(name, tensor)
+                note = few_tokens(rows)
+                print(f"calibrate {method.name} {scheme}: layer {layer}{note}", file=sys.stderr, flush=True)
+        except torch.OutOfMemoryError as error:
+            missing = next(layer for layer in todo if finished(parts[layer], keys[layer]) is None)
+            raise UserError(
+                f"layer {missing} does not fit in the GPU's memory: lower calibrate.sequences, run fewer jobs on the"
+                " GPU at a time, or set runtime.device: cpu"
+            ) from error
+        if args.layers is None:
+            done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
+            write_result(Path(args.out), scheme, method, fingerprint(folder), done)
+            shutil.rmtree(partial)
 
 
 def write_result(out: Path, scheme: Scheme, method: Method, model: str, parts: list[tuple[Path, Any]]) -> None:
@@ -175,7 +183,11 @@ def main() -> None:
         help="only do layers K ... L-1, for a later run without it",
     )
     parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    calibrate(parser.parse_args())
+    args = parser.parse_args()
+    scheme = parse_scheme(args.scheme)
+    outputs = [f"{args.out}/{scheme}.{kind}" for kind in ("parquet", "safetensors")]
+    with recorded(args.made_from, outputs) if args.layers is None else nullcontext():
+        calibrate(args)
 
 
 if __name__ == "__main__":

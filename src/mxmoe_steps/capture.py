@@ -21,6 +21,7 @@ run without either. The bytes are those of one job.
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -37,9 +38,10 @@ from mxmoe_steps.arguments import (
     natural,
     parser_for,
     positive,
-    start_torch,
 )
+from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
 
 
 def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
@@ -180,6 +182,7 @@ def capture(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import resolve_model
     from mxmoe_steps.models.identity import fingerprint
+    from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
     if args.no_gradient and args.down_to is not None:
@@ -188,32 +191,40 @@ def capture(args: argparse.Namespace) -> None:
     path = resolve_model(args.model, code=args.trust_remote_code)
     tokens = torch.from_numpy(read_texts(args, path, [args.text], "calibration")[args.text])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
-    borders = Borders(model, tokens, "mxmoe_steps.capture", args)
     runs = runs_of([args.sequences], args.batch)
     facts = {
         "text": args.text, "sequences": args.sequences, "length": args.length, "model": fingerprint(model.folder)
     }  # fmt: skip
-    if args.no_gradient:
-        capture_forward(model, borders, runs, min(args.until or model.layers, model.layers), facts)
-    elif args.until is not None:
-        forward(model, borders, runs, min(args.until, model.layers), unwatched, keep=True)
-    else:
-        capture_backward(model, borders, runs, args.down_to or 0, facts, args.seed)
-    if args.until is None and args.down_to is None:
-        finish(model, borders, Path(args.out))
+    with Borders.locked(args):
+        borders = Borders(model, tokens, "mxmoe_steps.capture", args)
+        if args.no_gradient:
+            capture_forward(model, borders, runs, min(args.until or model.layers, model.layers), facts)
+        elif args.until is not None:
+            forward(model, borders, runs, min(args.until, model.layers), unwatched, keep=True)
+        else:
+            capture_backward(model, borders, runs, args.down_to or 0, facts, args.seed)
+        if is_last(args):
+            finish(model, borders, Path(args.out))
+
+
+def is_last(args: argparse.Namespace) -> bool:
+    """Whether this is the job that writes the result."""
+    return args.until is None and args.down_to is None
 
 
 def finish(model: Any, borders: Any, out: Path) -> None:
-    """Move the layers' files to their place; `UserError` if an earlier run was killed in the midst of that."""
-    names = [f"layer-{layer:03d}.safetensors" for layer in model.folder.moe_layers]
-    lost = [name for name in names if not ((borders.folder / name).is_file() or (out / name).is_file())]
-    if lost:
-        borders.remove()
-        raise UserError(f"{out}: {lost[0]} was lost when an earlier run was stopped; run capture again from the start")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if (borders.folder / name).is_file():
-            shutil.move(borders.folder / name, out / name)
+    """Put the layers' files in their place, all at once; `UserError` if one of an earlier run is gone."""
+    files = [borders.folder / f"layer-{layer:03d}.safetensors" for layer in model.folder.moe_layers]
+    for file in files:
+        if not file.is_file():
+            borders.remove()
+            raise UserError(f"{file.name} was lost from {borders.folder}; run capture again from the start")
+    with atomic_folder(out) as folder:
+        for file in files:
+            try:
+                os.link(file, folder / file.name)
+            except OSError:  # another disk, or one without hard links
+                shutil.copyfile(file, folder / file.name)
     borders.remove()
 
 
@@ -228,7 +239,9 @@ def main() -> None:
     parser.add_argument("--until", type=positive, metavar="K", help="only bring the text up to layer K")
     parser.add_argument("--down-to", type=natural, metavar="K", help="only bring the gradient down to layer K")
     parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    capture(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [args.out]) if is_last(args) else nullcontext():
+        capture(args)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ import argparse
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 
 from mxmoe_steps.arguments import folder_to_write, parser_for, positive
+from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import run_cli
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.schemes import parse_scheme
 
 
@@ -25,10 +26,9 @@ def compile_kernels(args: argparse.Namespace) -> None:
     runtime = runtime_library()
     with ProcessPoolExecutor(args.threads, get_context("spawn")) as pool:
         libraries = list(pool.map(build, configs))
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in (runtime, *libraries):
-        shutil.copy(file, folder)
+    with atomic_folder(args.out) as folder:
+        for file in (runtime, *libraries):
+            shutil.copy(file, folder)
 
 
 def main() -> None:
@@ -37,7 +37,9 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
     parser.add_argument("--threads", type=positive, default=1, help="kernels compiled at a time (default 1)")
     parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    compile_kernels(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [args.out]):
+        compile_kernels(args)
 
 
 if __name__ == "__main__":

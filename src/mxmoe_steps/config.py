@@ -119,7 +119,9 @@ class Profile(Section):
     """Kernel times."""
 
     hardware: str = Field(
-        "h100", description="a GPU of resources/profiles, or local: compile kernels and measure this machine's GPU"
+        "h100",
+        description="a GPU that the package knows (a100, h100, h200, rtx4090), or local: compile kernels and measure"
+        " this machine's GPU",
     )
 
     @field_validator("hardware")
@@ -390,7 +392,9 @@ def reference() -> str:
         "# Configuration reference",
         "",
         "`config.yaml` beside this file is the demo. Copy it, edit it, and run"
-        " `snakemake --cores N --configfile my.yaml`. Keys that it leaves out keep the values of the demo.",
+        " `snakemake --cores N --configfile my.yaml`. Keys that it leaves out take the defaults below. To change a few"
+        " values of a configuration and keep the rest, name both files:"
+        " `snakemake --cores N --configfile config/config.yaml changes.yaml`.",
         "",
         "This page is generated: `python -m mxmoe_steps.config > config/README.md`.",
         "",

@@ -14,10 +14,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, file_to_write, parser_for, positive, start_torch
+from mxmoe_steps.arguments import add_borders, add_model, add_runtime, file_to_write, parser_for, positive
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.evaluations import read_manifest
+from mxmoe_steps.made_from import recorded
 
 _MOST_NLL = 700.0  # nats; e to the power of more is no float64
 
@@ -133,6 +134,7 @@ def evaluate(args: argparse.Namespace) -> None:
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
     if (args.reference is None) == (args.sources is None or args.texts is None):
@@ -149,14 +151,15 @@ def evaluate(args: argparse.Namespace) -> None:
         texts = {text: torch.from_numpy(tokens) for text, tokens in found.items()}
     else:
         texts = reference.tokens
-    borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", args)
     runs = runs_of([len(tokens) for tokens in texts.values()], args.batch)
-    forward(model, borders, runs, model.layers, unwatched)
-    metrics = measure(model, borders, texts, args.batch, reference, args.save_reference)
-    mean = {key: sum(one[key] for one in metrics.values()) / len(metrics) for key in ("nll", "kl")}
-    overall = mean | {"perplexity": math.exp(mean["nll"])}
-    write_json(args.out, known | {"texts": metrics, "overall": overall})
-    borders.remove()
+    with Borders.locked(args):
+        borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", args)
+        forward(model, borders, runs, model.layers, unwatched)
+        metrics = measure(model, borders, texts, args.batch, reference, args.save_reference)
+        mean = {key: sum(one[key] for one in metrics.values()) / len(metrics) for key in ("nll", "kl")}
+        overall = mean | {"perplexity": math.exp(mean["nll"])}
+        write_json(args.out, known | {"texts": metrics, "overall": overall})
+        borders.remove()
 
 
 def main() -> None:
@@ -174,7 +177,9 @@ def main() -> None:
     add_runtime(parser)
     add_borders(parser)
     parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
-    evaluate(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [file for file in (args.out, args.save_reference) if file is not None]):
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,6 @@ class _Measured(_Gpu):
     fused_over_apart: list[_Ratios]
     held_out: _HeldOut
     kernels: dict[Name, Name]
-    kernels_changed: list[Name]
     phase_loss: Errors
     repeat_spread: Errors
     repeats: Count

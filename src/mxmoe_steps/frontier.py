@@ -12,6 +12,7 @@ from typing import Any
 
 from mxmoe_steps.arguments import file_to_write, natural, parser_for, positive, zero_to_one
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
 
 MOST_BITS = 64  # of a weight
 MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
@@ -136,7 +137,9 @@ def main() -> None:
     add("--prove", action="store_true", help="have CP-SAT confirm every vertex (with --gap 0)")
     add("--threads", type=positive, default=1, help="solver workers; part of the result's bytes (default 1)")
     add("--out", type=file_to_write, required=True, help="JSON file to write")
-    frontier(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [args.out]):
+        frontier(args)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,17 @@ the kernels do not run on, the table is empty and `profile` writes the data-shee
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import file_to_write, parser_for, positive
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
+
+
+def has_gpu() -> bool:
+    """Whether this machine seems to have an NVIDIA GPU; no PyTorch."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def environment() -> dict[str, Any]:
@@ -26,7 +33,7 @@ def environment() -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise UserError(
             "measure needs a CUDA GPU and this machine has none: run it on a machine with one, or set"
-            " profile.hardware to a GPU of resources/profiles, e.g. h100"
+            " profile.hardware to a known GPU, e.g. h100"
         )
     properties = torch.cuda.get_device_properties(0)
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
@@ -105,7 +112,9 @@ def main() -> None:
         "--repeats", type=positive, default=3, help="replays that count at each visit, by their median (default 3)"
     )
     parser.add_argument("--out", type=file_to_write, required=True, help="parquet file to write")
-    measure(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [args.out]):
+        measure(args)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """profile: what launches of the grouped GEMM kernels cost on a GPU, for the time model of `frontier`.
 
-Fits the model to measurements: those that `measure` took on this machine's GPU, or those in resources/profiles of
-a named one. The error on held-out problems goes into the table and to stderr. For a GPU that nothing was measured on
-the times are a roofline estimate from its data sheet, and every result that uses them says so.
+Fits the model to measurements: those that `measure` took on this machine's GPU, or those that come with the package.
+The error on held-out problems goes into the table and to stderr. For a GPU that nothing was measured on the times are
+a roofline estimate from its data sheet, and every result that uses them says so.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from typing import Any
 
 from mxmoe_steps.arguments import file_to_write, parser_for
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.estimate import HARDWARE, data_sheets, estimate_profile, measured_file, read_hardware
 
@@ -20,7 +21,6 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
     """Columns and facts of a PROFILE table from a table of measurements."""
     from mxmoe_steps.kernels.formats import kernel_format
     from mxmoe_steps.timing.fit import fit
-    from mxmoe_steps.timing.launches import kernel_hashes
     from mxmoe_steps.timing.measurements import read_measurements
 
     rows, measured = read_measurements(path)
@@ -41,15 +41,8 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
     for scheme in schemes:
         if (kernel := kernel_format(scheme).name) not in columns["scheme"]:
             raise UserError(f"{path}: no times of {kernel}, which runs {scheme}: measure with it")
-    now = kernel_hashes()
-    changed = sorted(
-        name for name in now.keys() | measured["kernels"] if now.get(name) != measured["kernels"].get(name)
-    )
     source = f"measured on {measured['date']}, {measured['rounds']} rounds"
-    if changed:
-        source += ", with an earlier version of the kernels"
-        print(f"profile: the kernels ({', '.join(changed)}) have changed since {path} was measured", file=sys.stderr)
-    facts = {"arch": "sm_90a", "estimate": False, "kernels_changed": changed, "source": source}
+    facts = {"arch": "sm_90a", "estimate": False, "source": source}
     return columns, measured | fitted | facts
 
 
@@ -93,11 +86,13 @@ def main() -> None:
     """Command line."""
     parser = parser_for(__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hardware", help="a GPU of resources/profiles, e.g. h100")
+    source.add_argument("--hardware", help="a GPU that the package knows, e.g. h100")
     source.add_argument("--measurements", help="table that measure wrote")
     parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
     parser.add_argument("--out", type=file_to_write, required=True, help="parquet file to write")
-    profile(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [args.out]):
+        profile(args)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 Snakemake compares the *values* of a rule's params. A rule therefore carries one stamp per module that
 its step imports, directly or not, and one per package whose version can change results. A stamp is the
 hash of the module's syntax tree without docstrings, so comments and layout re-run nothing.
+
+Modules that decide no bytes have no stamp: this one, the records of what results are made from, and `inference`,
+which serves finished checkpoints and which no step runs.
 """
 
 import ast
 import hashlib
-from collections.abc import Iterable
+import itertools
+from collections.abc import Collection, Iterable
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +19,11 @@ from typing import Any
 
 PACKAGE = "mxmoe_steps"
 _ROOT = Path(__file__).parent
+_UNSTAMPED = tuple(f"{PACKAGE}.{name}" for name in ("provenance", "made_from", "inference"))
+_DECIDING = {  # packages whose version can change results, each with those that do its work
+    **dict.fromkeys(("datasets", "matplotlib", "numpy", "ortools", "pandas", "pyarrow", "safetensors", "torch"), ()),
+    "transformers": ("tokenizers",),
+}
 
 
 @cache
@@ -25,7 +34,7 @@ def module_file(module: str) -> Path | None:
         return None
     base = _ROOT.joinpath(*parts[1:])
     for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-        if candidate.is_file() and base != _ROOT:
+        if candidate.is_file():
             return candidate
     return None
 
@@ -38,16 +47,36 @@ def _parse(module: str) -> ast.Module:
 
 
 @cache
-def imported(module: str) -> frozenset[str]:
-    """Our modules that ``module`` imports anywhere, inside functions too."""
+def _imports(module: str) -> frozenset[str]:
+    """Every name that ``module`` imports, inside functions too.
+
+    A package runs what stands outside functions whenever one of its modules is imported, and no more than that.
+    """
+    file = module_file(module)
+    whole = file is None or file.name != "__init__.py"
     names: set[str] = set()
-    for node in ast.walk(_parse(module)):
+    todo: list[ast.AST] = [_parse(module)]
+    while todo:
+        node = todo.pop()
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return frozenset(name for name in names if module_file(name) is not None)
+        elif whole or not isinstance(node, ast.FunctionDef):
+            todo += ast.iter_child_nodes(node)
+    return frozenset(names)
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    """Our modules that run when ``module`` does: those that it imports, and the packages that they are in."""
+    parents = {part for name in (module, *_imports(module)) for part in itertools.accumulate(name.split("."), _join)}
+    return frozenset(name for name in parents if module_file(name) is not None) - {module}
+
+
+def _join(package: str, name: str) -> str:
+    return f"{package}.{name}"
 
 
 def file_marks(files: Iterable[Path]) -> list[list[Any]]:
@@ -55,16 +84,20 @@ def file_marks(files: Iterable[Path]) -> list[list[Any]]:
     return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
-def closure(module: str) -> list[str]:
-    """``module`` and all of our modules that it needs, sorted."""
+def closure(module: str, without: Collection[str] = ()) -> list[str]:
+    """``module`` and all of our modules that it needs, sorted; ``without`` those, and what they alone need."""
     seen: set[str] = set()
     todo = [module]
     while todo:
         current = todo.pop()
-        if current not in seen:
+        if current not in seen and current not in without and not _is_unstamped(current):
             seen.add(current)
             todo += imported(current)
     return sorted(seen)
+
+
+def _is_unstamped(module: str) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in _UNSTAMPED)
 
 
 @cache
@@ -87,8 +120,14 @@ def _plain(node: object) -> object:
     return [_plain(one) for one in node] if isinstance(node, list) else repr(node)
 
 
-def stamps(module: str, *packages: str) -> dict[str, str]:
-    """Params of a rule: ``code_<module>`` for every module used, ``version_<package>`` for ``packages``."""
-    code = {f"code_{name.removeprefix(f'{PACKAGE}.')}": f"{name}@{module_hash(name)}" for name in closure(module)}
-    versions = {f"version_{package}": f"{package} {metadata.version(package)}" for package in packages}
+def stamps(module: str, *packages: str, without: Collection[str] = ()) -> dict[str, str]:
+    """Params of a rule: ``code_<module>`` for every module used, ``version_<package>`` for packages that matter.
+
+    ``packages`` are added to those that the modules import. ``without``: modules that the rule's jobs never run.
+    """
+    modules = closure(module, without)
+    code = {f"code_{name.removeprefix(f'{PACKAGE}.')}": f"{name}@{module_hash(name)}" for name in modules}
+    used = {name.partition(".")[0] for one in modules for name in _imports(one)} & _DECIDING.keys()
+    used |= {other for name in used for other in _DECIDING[name]} | set(packages)
+    versions = {f"version_{package}": f"{package} {metadata.version(package)}" for package in sorted(used)}
     return {key.replace(".", "_").replace("-", "_"): value for key, value in (code | versions).items()}

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.arguments import folder_to_write, parser_for
-from mxmoe_steps.atomic import write_json
+from mxmoe_steps.atomic import atomic_folder, write_json
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
 from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 _SHARD_BYTES = 4 << 30
-_COPIED = ("generation_config.json", "tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*")
 
 Assignment = dict[tuple[int, int], tuple[str, str, str]]
 
@@ -114,10 +114,7 @@ def quantize(args: argparse.Namespace) -> None:
         raise UserError(f"{args.allocation}: was solved for another model than {args.model}; solve again for this one")
     tensors = checkpoint_tensors(folder, assignment, Path(args.packed), allocation["quantizer"], model)
     out = Path(args.out)
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_folder(out) as partial:
         write_shards(tensors, partial)
         packed_config = {
             "dtype": folder.dtype,  # where config.json names none, that of packed tensors would be taken for it
@@ -128,16 +125,12 @@ def quantize(args: argparse.Namespace) -> None:
         if not args.trust_remote_code:
             config.pop("auto_map", None)  # it names code that is not in the new folder, and that nothing was run with
         write_json(partial / "config.json", config)
-        for pattern in (*_COPIED, *(["*.py"] if args.trust_remote_code else [])):
-            for file in sorted(folder.path.glob(pattern)):
-                shutil.copyfile(file, partial / file.name)
+        for file in folder.copied_files(args.trust_remote_code):
+            (partial / file.relative_to(folder.path)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / file.relative_to(folder.path))
         summary = {key: value for key, value in allocation.items() if key != "assignment"}
         weights_bytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
         write_json(partial / "mxmoe.json", {"allocation": summary, "weights_bytes": weights_bytes})
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     print(f"quantize: {weights_bytes / 1e6:.2f} MB of weights in {out}", file=sys.stderr)
 
 
@@ -149,7 +142,9 @@ def main() -> None:
     parser.add_argument("--allocation", required=True, help="allocation.json that solve wrote")
     parser.add_argument("--packed", required=True, help="folder of one quantizer that calibrate wrote")
     parser.add_argument("--out", type=folder_to_write, required=True, help="checkpoint folder to write")
-    quantize(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [args.out]):
+        quantize(args)
 
 
 if __name__ == "__main__":

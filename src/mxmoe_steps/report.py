@@ -12,16 +12,19 @@ from typing import Any
 from mxmoe_steps.arguments import file_to_write, folder_to_write, natural, parser_for, positive
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
 
+_TOKEN_COUNTS = 8  # columns of predicted times; of more, some
 _VARIES = 1.05  # predicted times that differ by less than this factor are called equal
 
 
 def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
     from mxmoe_steps.allocation.blocks import read_losses
-    from mxmoe_steps.allocation.predict import mean_layer_us
+    from mxmoe_steps.allocation.predict import Tables, mean_layer_us
     from mxmoe_steps.allocation.time_model import read_profile
     from mxmoe_steps.allocation.traffic import sample_traffic
+    from mxmoe_steps.reporting.figures import spread
 
     losses = read_losses(args.losses, "out_sq", False)
     blocks = losses.blocks
@@ -32,21 +35,25 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
             raise UserError(f"allocation {name} and {args.losses[0]} are of different models; solve again for this one")
     profile = read_profile(args.profile)
     times: dict[str, dict[int, float]] = {name: {} for name in allocations}
-    for tokens in sorted(args.tokens):
+    for tokens in spread(sorted(args.tokens), _TOKEN_COUNTS):
         traffic = sample_traffic(args.trace, [args.traffic_text], tokens, "auto", args.steps, args.seed)
         if traffic.model != losses.model:
             raise UserError(f"{args.trace} and {args.losses[0]} are of different models; trace and calibrate one model")
+        tables: Tables = {}
         for name, allocation in allocations.items():
-            times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile)
+            times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile, tables)
     return times
 
 
 def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_as: dict[str, str]) -> str:
     """What the predicted times are, and at which token counts they tell checkpoints apart."""
+    from mxmoe_steps.timing.launches import changed_kernels
+
     source = "a roofline estimate from the data sheet" if facts["estimate"] else "a model fitted to measured kernels"
     sentences = [f"Layer times are predicted for {facts['device']} by {source}."]
     if not facts["estimate"]:
-        sentences.append(f"The kernels were {facts['source']}. {held_out_errors(facts)}")
+        earlier = ", in an earlier version" if changed_kernels(facts["kernels"]) else ""
+        sentences.append(f"The kernels were {facts['source']}{earlier}. {held_out_errors(facts)}")
     for scheme, kernel in sorted(timed_as.items()):
         sentences.append(f"{scheme} has no kernel of its own: its time is an estimate, that of {kernel}.")
     for tokens in sorted(next(iter(times.values()))):
@@ -169,8 +176,9 @@ TEXTS = {
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
     "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "
-    "them; dots are the allocations that were chosen.",
-    "allocation": "The scheme of every gate, up and down block; S is the shared expert.",
+    "them; dots are the allocations that were chosen. Of many frontiers, some are drawn.",
+    "allocation": "The scheme of every gate, up and down block; S is the shared expert. Of many allocations, some are "
+    "drawn, from the smallest budget to the largest.",
     "sensitivity": "What quantizing one block alone does to the model, per scheme.",
     "times": "Left: the rate at which tiles of a prefill kernel multiply on a busy GPU. Right, where "
     "the GPU was measured: predicted over measured time of random launches that the model was not fitted to, with "
@@ -199,7 +207,10 @@ def main() -> None:
     parser.add_argument("--html", type=file_to_write, required=True, help="page to write")
     parser.add_argument("--csv", type=file_to_write, required=True, help="table to write")
     parser.add_argument("--figures", type=folder_to_write, required=True, help="folder for the SVG files")
-    report(parser.parse_args())
+    args = parser.parse_args()
+    figures = [f"{args.figures}/{name}.svg" for name in sorted(HEADINGS)]
+    with recorded(args.made_from, [args.html, args.csv, *figures]):
+        report(args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from mxmoe_steps.allocation.files import DIGITS, read_frontier, write_allocation
 from mxmoe_steps.allocation.pick import Part, Vertex, pick_by_r, pick_under_ceiling
 from mxmoe_steps.arguments import file_to_write, finite, parser_for, zero_to_one
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
 
 PROVEN = 1e-6  # gap up to which a choice counts as optimal; beyond it the gap tells what may be missed
 
@@ -85,7 +86,9 @@ def main() -> None:
     goal.add_argument("--max-time-us", type=finite, help="most accurate allocation under this time")
     goal.add_argument("--max-loss", type=finite, help="fastest allocation under this loss")
     parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
-    solve(parser.parse_args())
+    args = parser.parse_args()
+    with recorded(args.made_from, [args.out]):
+        solve(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ rising K and the same --out, the last one without --until, does the work of one:
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from mxmoe_steps.arguments import (
     folder_to_write,
     parser_for,
     positive,
-    start_torch,
 )
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import run_cli
+from mxmoe_steps.made_from import recorded
 
 
 def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None:
@@ -120,6 +120,7 @@ def trace(args: argparse.Namespace) -> None:
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.models.borders import Borders, runs_of
     from mxmoe_steps.models.families import resolve_model
+    from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
     start_torch(args)
@@ -127,15 +128,16 @@ def trace(args: argparse.Namespace) -> None:
     found = read_texts(args, path, args.texts, "calibration")
     tokens = torch.cat([torch.from_numpy(found[text]) for text in args.texts])
     model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
-    borders = Borders(model, tokens, "mxmoe_steps.trace", args)
     runs = runs_of([args.sequences] * len(args.texts), args.batch)
     end = model.folder.moe_layers[-1] + 1
-    trace_layers(model, borders, runs, min(args.until or end, end))
-    if args.until is None:
-        try:
-            write_traffic(args, model.folder, borders)
-        finally:  # also what turned out to be damaged
-            borders.remove()
+    with Borders.locked(args):
+        borders = Borders(model, tokens, "mxmoe_steps.trace", args)
+        trace_layers(model, borders, runs, min(args.until or end, end))
+        if args.until is None:
+            try:
+                write_traffic(args, model.folder, borders)
+            finally:  # also what turned out to be damaged
+                borders.remove()
 
 
 def main() -> None:
@@ -147,7 +149,10 @@ def main() -> None:
     add_borders(parser)
     parser.add_argument("--until", type=positive, metavar="K", help="stop when layers 0 ... K-1 are done")
     parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    trace(parser.parse_args())
+    args = parser.parse_args()
+    outputs = [Path(args.out) / name for name in ("traffic.parquet", "routing.safetensors")]
+    with recorded(args.made_from, outputs) if args.until is None else nullcontext():
+        trace(args)
 
 
 if __name__ == "__main__":

@@ -131,6 +131,10 @@ class Times:
     memory: NDArray[np.float64]
     launch_us: NDArray[np.float64]
 
+    def of(self, blocks: NDArray[np.bool_]) -> "Times":
+        """Times of some of the blocks."""
+        return Times(self.compute[blocks], self.longest[blocks], self.memory[blocks], self.launch_us)
+
 
 def tile_counts(rows: NDArray[np.int64], sizes: NDArray[np.float64]) -> NDArray[np.int64]:
     """Token tiles of each size, [..., C], that the kernels cut ``rows`` [...] into: as many of the largest as fit, and

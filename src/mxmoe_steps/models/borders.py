@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxmoe_steps.atomic import write_json
+from mxmoe_steps.atomic import working_in, write_json
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.families import PACKED_MODULES
 from mxmoe_steps.models.raw import tensors_of
 from mxmoe_steps.models.rows import is_whole, read_rows, write_rows
 from mxmoe_steps.models.streaming import StreamedModel, layer_path
@@ -28,7 +29,7 @@ Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], expe
 Seen = Callable[[Routing], None]
 Watch = Callable[[int], AbstractContextManager[Seen]]
 
-_PLACES = ("out", "borders", "until", "down_to", "save_reference")  # options that do not decide bytes
+_PLACES = ("out", "borders", "until", "down_to", "save_reference", "made_from")  # options that do not decide bytes
 
 
 class Borders:
@@ -39,18 +40,19 @@ class Borders:
     """
 
     def __init__(self, model: StreamedModel, tokens: torch.Tensor, step: str, args: argparse.Namespace) -> None:
-        self.folder, self.tokens = Path(args.borders or f"{args.out}.borders"), tokens
+        self.folder, self.tokens = _folder(args), tokens
         key = {
             "options": {name: value for name, value in vars(args).items() if name not in _PLACES},
-            "code": stamps(step, "torch", "transformers"),
+            "code": stamps(step, without=() if model.folder.is_packed else PACKED_MODULES),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "checkpoint": file_marks(model.folder.sources),
+            "checkpoint": vars(args).get("made_from") or file_marks(model.folder.sources),
         }
         self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "hidden": (model.dtype, (*tokens.shape, model.model.config.hidden_size))
         }
         if not self._fits(key):
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for file in (self.folder / "key.json", *self.folder.glob("*.safetensors")):
+                file.unlink(missing_ok=True)
             write_json(self.folder / "key.json", key)
 
     def _fits(self, key: Any) -> bool:
@@ -68,6 +70,11 @@ class Borders:
         """Whether a border's file, `hidden` or `gradient`, is there and undamaged."""
         return path.is_file() and is_whole(path, self.layout)
 
+    @staticmethod
+    def locked(args: argparse.Namespace) -> AbstractContextManager[None]:
+        """Within the block no other process works in the same folder."""
+        return working_in(_folder(args))
+
     def hidden(self, border: int) -> Path:
         """File of hidden states ``hidden`` [S, L, H]."""
         return self.folder / f"hidden-{border:03d}.safetensors"
@@ -79,6 +86,10 @@ class Borders:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    return Path(args.borders or f"{args.out}.borders")
 
 
 def runs_of(sequences: Sequence[int], batch: int) -> list[slice]:

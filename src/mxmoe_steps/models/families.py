@@ -37,6 +37,8 @@ class Family:
     clamped: bool = False
 
 
+PACKED_MODULES = ("mxmoe_steps.models.quantizer",)  # what a model that is not packed never runs
+
 Part = Literal["weight", "bias"]
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # `mxmoe_steps.models.gating` computes them
@@ -44,6 +46,10 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # `mxmoe_s
 # In config.json of our checkpoints; transformers quotes it where it is not registered (`models.quantizer`)
 EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe_steps before loading the model"
 
+_TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
 _W123 = ("w1", "w3", "w2")
 FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": Family(shared="shared_expert", shared_gate="shared_expert_gate"),
@@ -232,6 +238,24 @@ class ModelFolder:
         """The files that decide what the model computes."""
         return sorted({*self.files.values(), self.path / "config.json"})
 
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The files that decide how text becomes tokens, and conversations text."""
+        return sorted(file for pattern in _TOKENIZER_FILES for file in self.path.glob(pattern) if file.is_file())
+
+    @property
+    def code_files(self) -> list[Path]:
+        """Python files that come with the model."""
+        return sorted(self.path.glob("*.py"))
+
+    def copied_files(self, code: bool) -> list[Path]:
+        """What `quantize` copies as it is, with or without `code_files`."""
+        return [
+            *self.tokenizer_files,
+            *self.path.glob("generation_config.json"),
+            *(self.code_files if code else []),
+        ]
+
     def expert_ids(self) -> list[int]:
         """Routed experts, then the shared one (`SHARED`) where the family has it."""
         shared = [SHARED] if self.family.shared is not None else []
@@ -277,6 +301,20 @@ def moe_path(layer: int) -> str:
 def is_local(path: str) -> bool:
     """Whether ``path`` means a folder rather than a hub id, also when the folder is misspelt."""
     return path.startswith((".", "/")) or path.partition("@")[0].count("/") != 1 or Path(path).parent.is_dir()
+
+
+def describe_model(path: str) -> tuple[str, ModelFolder]:
+    """A model to quantize as far as its ``config.json``, and how to name it so that it stays the same.
+
+    That is a hub id with the commit that it is at now, and the path of a local folder. Raises `UserError` as
+    `open_original` does, and for what cannot be downloaded.
+    """
+    if is_local(path):
+        return path, open_original(path)
+    from mxmoe_steps.models.hub import described
+
+    folder = described(path, open_original)
+    return f"{path.partition('@')[0]}@{folder.name}", open_original(folder)
 
 
 def resolve_model(path: str, packed: bool = False, code: bool = False) -> Path:

@@ -10,28 +10,41 @@ _SMALL = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")  # configuratio
 _FOLDERS = "*/*"  # patterns match across folders: onnx/ and original/ hold the weights once more
 
 
+def described(path: str, check: Callable[[Path], object]) -> Path:
+    """The snapshot of a hub id, or id@revision, as far as ``config.json``, which ``check`` sees.
+
+    Its name is the commit that the revision, or the main branch, is at now. `UserError` for what cannot be downloaded.
+    """
+    name, _, revision = path.partition("@")
+    folder = _fetch(path, name, revision or None, allow_patterns=["config.json"])
+    check(folder)
+    return folder
+
+
 def download(path: str, check: Callable[[Path], object], code: bool) -> Path:
     """The snapshot of a hub id, or id@revision; ``check`` sees its ``config.json`` before weights are downloaded.
 
     ``code``: with the Python files that come with the model. `UserError` for what cannot be downloaded.
     """
+    folder = described(path, check)
+    name, commit = path.partition("@")[0], folder.name  # the branch may move meanwhile
+    patterns = [*_SMALL, *(["*.py"] if code else []), "model.safetensors"]
+    _fetch(path, name, commit, allow_patterns=patterns, ignore_patterns=[_FOLDERS])
+    if not (folder / "model.safetensors").is_file() and (folder / INDEX).is_file():
+        _fetch(path, name, commit, allow_patterns=sorted(set(read_index(folder).values())))
+    return folder
+
+
+def _fetch(path: str, name: str, revision: str | None, **patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     fetch: Callable[..., str] = snapshot_download
-    name, _, revision = path.partition("@")
+    asked = {"revision": revision} if revision else {}
     try:
-        asked = {"revision": revision} if revision else {}
-        folder = Path(fetch(name, allow_patterns=["config.json"], **asked))
-        check(folder)
-        pinned = {"revision": folder.name}  # the branch may move meanwhile
-        patterns = [*_SMALL, *(["*.py"] if code else []), "model.safetensors"]
-        fetch(name, allow_patterns=patterns, ignore_patterns=[_FOLDERS], **pinned)
-        if not (folder / "model.safetensors").is_file() and (folder / INDEX).is_file():
-            fetch(name, allow_patterns=sorted(set(read_index(folder).values())), **pinned)
+        return Path(fetch(name, **asked, **patterns))
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.path {path!r} is neither a folder nor a hub model that can be downloaded ({type(error).__name__});"
             " write it as organisation/name or organisation/name@revision, log in for a gated model, or download it"
             " elsewhere and give the folder"
         ) from error
-    return folder

@@ -1,5 +1,6 @@
-"""The tokenizer of a checkpoint, its model without weights, and the device to compute on."""
+"""The tokenizer of a checkpoint, its model without weights, the device to compute on, and PyTorch's settings."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +50,11 @@ def resolve_device(device: str) -> torch.device:
             f"runtime.device is {device!r} but PyTorch sees {torch.cuda.device_count()} GPUs; they count from cuda:0"
         )
     return found
+
+
+def start_torch(args: argparse.Namespace) -> None:
+    """Fix what decides the bytes of a result: thread count, seed, deterministic kernels."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False

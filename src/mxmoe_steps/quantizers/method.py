@@ -23,6 +23,12 @@ class Method:
         return self.name.startswith("gptq")
 
     @property
+    def unused_modules(self) -> tuple[str, ...]:
+        """Modules that `calibrate` imports and this method never runs."""
+        unused = {"gptq": not self.gptq, "hadamard": not self.rotated}
+        return tuple(f"{__package__}.{module}" for module, is_unused in unused.items() if is_unused)
+
+    @property
     def rotated(self) -> bool:
         """Whether weights and activations are rotated before they are quantized (`hadamard.rotate`)."""
         return self.name.endswith("+hadamard")

@@ -28,8 +28,16 @@ STYLE = {  # kind or granularity -> colour, marker
     "expert": ("#4c9f70", "^"),
     "block": ("#c0392b", "*"),
 }
+_MAPS, _PANELS, _CURVES = 12, 4, 12  # of allocations, of token counts, and of frontiers in a panel, as can be read
 _LINES = {"block": "-", "expert": "--", "layer": "-."}
 _BITS_COLOURS = {1: "#8e1b3d", 2: "#d1495b", 3: "#edae49", 4: "#66a182", 8: "#2e6f95", 16: "#13293d"}
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` of the items, in order, evenly spread from the first to the last."""
+    if len(items) <= most:
+        return list(items)
+    return [items[number * (len(items) - 1) // (most - 1)] for number in range(most)]
 
 
 def to_svg(figure: Figure) -> str:
@@ -69,8 +77,8 @@ def _series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def speed(table: pd.DataFrame, estimate: bool) -> str:
-    """KL divergence over the predicted time of an MoE layer, one panel per token count."""
-    columns = time_columns(table)
+    """KL divergence over the predicted time of an MoE layer, a panel per token count, or per some of many."""
+    columns = dict(spread(list(time_columns(table).items()), _PANELS))
     figure = Figure(figsize=(max(4.8 * len(columns), 5), 3.4))
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     original = table[table["kind"] == "original"].iloc[0]
@@ -175,14 +183,18 @@ def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
 
 
 def frontiers(fronts: Sequence[Frontier], chosen: Sequence[dict[str, Any]], estimate: bool) -> str:
-    """Predicted loss over predicted time: a hull per frontier, its allocations as markers, a panel per token count."""
-    tokens = sorted({facts["tokens"] for facts, _ in fronts})
+    """Predicted loss over predicted time: a hull per frontier, its allocations as markers, a panel per token count.
+
+    Of many frontiers or token counts, some.
+    """
+    tokens = spread(sorted({facts["tokens"] for facts, _ in fronts}), _PANELS)
+    curves = spread(sorted({_curve(facts) for facts, _ in fronts}), _CURVES)
     figure = Figure(figsize=(max(4.8 * len(tokens), 5), 3.6))
     axes = figure.subplots(1, len(tokens), squeeze=False)[0]
-    budgets = sorted({facts["budget_bits"] for facts, _ in fronts})
+    budgets = sorted({budget for budget, _ in curves})
     for axis, count in zip(axes, tokens, strict=True):
         for facts, parts in fronts:
-            if facts["tokens"] != count:
+            if facts["tokens"] != count or _curve(facts) not in curves:
                 continue
             power = 0.5 if facts["loss"] == "root_sum_squares" else 1.0
             times, losses = model_hull(parts)
@@ -190,17 +202,23 @@ def frontiers(fronts: Sequence[Frontier], chosen: Sequence[dict[str, Any]], esti
             label = f"{facts['budget_bits']:g} bits, per {facts['granularity']}"
             axis.plot(times, losses**power, line, color=colour, lw=1, label=label)
             key = ("tokens", "budget_bits", "granularity", "quantizer")
-            for one in chosen:
-                if all(one[name] == facts[name] for name in key):
-                    axis.plot(one["time_us"], one["loss"], "o", color=colour, ms=5)
+            own = [one for one in chosen if all(one[name] == facts[name] for name in key)]
+            axis.plot([one["time_us"] for one in own], [one["loss"] for one in own], "o", color=colour, ms=5)
         label = "estimated" if estimate else "predicted"
         axis.set(title=f"{count} tokens in a step", xlabel=f"{label} time of all expert layers, µs")
         axis.locator_params(axis="x", nbins=6)
         _plain_log(axis)
     axes[0].set_ylabel("predicted loss")
-    handles = dict(zip(*reversed(axes[-1].get_legend_handles_labels()), strict=True))
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     return to_svg(figure)
+
+
+def _curve(facts: dict[str, Any]) -> tuple[float, str]:
+    """What a frontier is called in a panel."""
+    return facts["budget_bits"], facts["granularity"]
 
 
 def model_hull(parts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -219,7 +237,8 @@ def model_hull(parts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def allocation(allocations: Sequence[dict[str, Any]]) -> str:
-    """The chosen scheme of every block; one row of panels per allocation, columns gate, up and down."""
+    """The chosen scheme of every block; a row of panels per allocation, or per some of many; columns gate, up, down."""
+    allocations = spread(allocations, _MAPS)
     schemes = sorted({name for one in allocations for row in one["assignment"] for name in row[2:]}, key=parse_scheme)
     colours, seen = [], dict.fromkeys(_BITS_COLOURS, 0)
     for name in schemes:  # one hue per width, lighter for a second scheme of the same width

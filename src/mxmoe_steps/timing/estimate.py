@@ -10,7 +10,7 @@ from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
 from mxmoe_steps.records import STRICT, Count, Name, Positive, Quantity, read_record
 from mxmoe_steps.schemes import Scheme
 
-HARDWARE = Path(__file__).parents[3] / "resources" / "profiles" / "hardware.json"
+HARDWARE = Path(__file__).parent / "profiles" / "hardware.json"
 TILE_TOKENS = (8, 16, 32, 64, 128, 256)
 MIN_TENSOR_TOKENS = 16  # a narrower product keeps the tensor cores busy just as long
 

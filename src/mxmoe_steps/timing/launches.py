@@ -119,6 +119,12 @@ def kernel_hashes() -> dict[str, str]:
     return {name.rpartition(".")[2]: module_hash(name) for name in modules}
 
 
+def changed_kernels(measured: dict[str, str]) -> list[str]:
+    """Modules whose hash is no longer that of the kernels that were measured."""
+    now = kernel_hashes()
+    return sorted(name for name in now.keys() | measured if now.get(name) != measured.get(name))
+
+
 def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
     """The formats of ``schemes`` that have kernels, in a kernel's order; `UserError` for one without."""
     return tuple(sorted({kernel_format(scheme) for scheme in schemes}))

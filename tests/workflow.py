@@ -1,0 +1,84 @@
+"""A project folder with the whole workflow on a tiny model: made, run, edited."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SETTINGS: dict[str, Any] = {
+    "model": {"name": "tiny", "path": "model", "dtype": "float32"},
+    "texts": {"words": {"files": ["words.txt"], "separator": "-----"}},
+    "trace": {"texts": ["words"], "sequences": 8, "length": 64},
+    "calibrate": {
+        "text": "words",
+        "sequences": 8,
+        "length": 64,
+        "schemes": ["w2a16_g32", "w4a16_g32", "w8a8_fp8"],
+        "quantizers": ["rtn", "gptq"],
+    },
+    "profile": {"hardware": "h200"},  # nothing was measured on it: an estimate
+    "solve": {"traffic": "words"},
+    "sweep": [{"budget_bits": [4.5], "tokens": [64]}],
+    "baselines": ["rtn"],
+    "evaluate": {"texts": ["words"], "sequences": 8, "length": 64},
+    "runtime": {"device": "cpu"},
+}
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The folder's own copy of the package comes first."""
+    bin_ = str(Path(sys.executable).parent)
+    return os.environ | {"PYTHONPATH": str(folder / "src"), "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}"}
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def planned(folder: Path) -> dict[str, int]:
+    """Rule -> number of jobs that a run would do."""
+    text = snakemake(folder, "--dry-run")
+    if "Nothing to be done" in text:
+        return {}
+    stats = text[text.index("Job stats") :].split("\n\n")[0]
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", stats, re.M))
+    return {rule: int(count) for rule, count in counts.items() if rule not in ("all", "total")}
+
+
+def make_project(folder: Path, model: Path, text: Path) -> Path:
+    """A folder with the workflow and a copy of the package, the model and the text; nothing has run."""
+    for name in ("rules", "src", "profiles"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copytree(model, folder / "model")
+    shutil.copyfile(text, folder / "words.txt")
+    shutil.copyfile(ROOT / "Snakefile", folder / "Snakefile")
+    write_settings(folder, SETTINGS)
+    return folder
+
+
+def write_settings(folder: Path, settings: dict[str, Any], header: str = "") -> None:
+    (folder / "config").mkdir(exist_ok=True)
+    text = header + yaml.safe_dump(settings, sort_keys=False)
+    (folder / "config" / "config.yaml").write_text(text, encoding="utf-8")
+
+
+def changed(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of settings at a path of keys."""
+
+    def change(settings: dict[str, Any]) -> None:
+        at: Any = settings
+        for key in path[:-1]:
+            at = at[int(key)] if isinstance(at, list) else at[key]
+        at[path[-1]] = value
+
+    return change
