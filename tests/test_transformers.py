@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,10 @@ import torch
 from checkpoints import make_checkpoint
 from packed import pack
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import mxmoe_steps
+from mxmoe_steps.inference import serve
 
 SCHEMES = ["w4a16", "w2a16", "w8a8", "w16a16", "w4a8_fp8", "w3a16", "w8a8_fp8"]
 FAMILIES = ("qwen2_moe", "deepseek_v3", "gpt_oss")  # a gated shared expert, an ungated one, biases
@@ -108,3 +111,12 @@ def test_copies_compute_the_same_and_are_models_of_their_own(
         for buffer in model.model.layers.buffers():
             buffer.zero_()
         assert torch.equal(again(tokens).logits, expected)
+
+
+def test_the_server_is_that_of_transformers_with_our_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    cli = SimpleNamespace(main=lambda: seen.append((sys.argv, "mxmoe" in AUTO_QUANTIZER_MAPPING)))
+    monkeypatch.setitem(sys.modules, "transformers.cli.transformers", cli)
+    monkeypatch.setattr(sys, "argv", ["serve.py", "folder", "--port", "1"])
+    serve.main()
+    assert seen == [(["transformers", "serve", "folder", "--port", "1"], True)]
