@@ -292,13 +292,17 @@ def reader_of(model: Path, file: Path | str) -> TextReader:
     return TextReader(model, canonical_json({"t": source}), 0, False)
 
 
-@pytest.mark.parametrize("damage", ["all", "empty", "list", "garbage"])
+@pytest.mark.parametrize("damage", ["all", "empty", "list", "garbage", "odd"])
 def test_a_model_without_its_tokenizer_is_refused(tiny_moe: Path, text_file: Path, tmp_path: Path, damage: str) -> None:
     """transformers makes an empty tokenizer of nothing, and every document one EOS."""
     shutil.copytree(tiny_moe, tmp_path / "model")
-    for file in (tmp_path / "model").glob("tokenizer*"):
-        file.unlink()
-    if damage != "all":
+    if damage == "odd":
+        settings = json.loads((tiny_moe / "tokenizer_config.json").read_text()) | {"model_max_length": "x"}
+        (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    else:
+        for file in (tmp_path / "model").glob("tokenizer*"):
+            file.unlink()
+    if damage in ("empty", "list", "garbage"):
         text = {"empty": "", "list": "[]", "garbage": "{"}[damage]
         (tmp_path / "model" / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"model: (the tokenizer has no vocabulary|no tokenizer that .*); copy "):

@@ -15,7 +15,9 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # an odd value may show here only
+        return tokenizer
     except Exception as error:  # whatever a broken file leads to inside transformers and tokenizers
         raise UserError(
             f"{path}: no tokenizer that transformers can load ({type(error).__name__}: {error}); copy tokenizer.json,"
