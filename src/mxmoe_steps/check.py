@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from mxmoe_steps.arguments import add_model, parser_for
+from mxmoe_steps.arguments import add_model, natural, parser_for, positive
 from mxmoe_steps.errors import UserError, run_cli
 
 if TYPE_CHECKING:
@@ -89,14 +89,14 @@ def main() -> None:
             f"--{step}", nargs="+", required=True, metavar="N", help=f"what {step} reads: SEQUENCES LENGTH NAME ..."
         )
     add = parser.add_argument
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--device", default="cpu", help="where the steps will compute; must be there (default cpu)")
     add("--candidates", nargs="+", required=True, metavar="SCHEME", help="schemes that blocks may take")
     add("--problem", action="append", nargs=2, required=True, metavar=("GRANULARITY", "BITS"), help="of the sweep")
     add("--scope", default="model", choices=["layer", "model"], help="whether the budget holds in each layer")
     add("--fix", action="append", default=[], metavar="SELECTOR=SCHEME", help="as of frontier")
     add("--min-bits", action="append", default=[], metavar="SELECTOR=BITS", help="as of frontier")
-    add("--max-schemes", type=int, metavar="K", help="different schemes per layer")
+    add("--max-schemes", type=positive, metavar="K", help="different schemes per layer")
     add("--tie-gate-up", action="store_true", help="gate and up of an expert take the same scheme")
     check(parser.parse_args())
 

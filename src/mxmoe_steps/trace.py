@@ -25,7 +25,6 @@ from mxmoe_steps.arguments import (
     parser_for,
     positive,
 )
-from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import run_cli
 from mxmoe_steps.made_from import recorded
 
@@ -81,10 +80,11 @@ def traffic_rows(text: str, layer: int, ids: Any, weights: Any, experts: int) ->
 
 def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
     """Both files of the step from what every layer left beside the borders."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.raw import tensors_of
+    from mxmoe_steps.models.rows import write_rows
     from mxmoe_steps.tables import TRAFFIC, write_table
 
     columns: dict[str, list[Any]] = {name: [] for name in TRAFFIC.schema.names}
@@ -95,7 +95,7 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
         found = load_file(routing_file(borders, layer))
         for number, text in enumerate(args.texts):
             ids, weights = (found[name].split(args.sequences)[number] for name in ("ids", "weights"))
-            routing[f"{text}/{layer}"] = ids.clone()
+            routing[f"{text}/{layer}"] = ids
             for name, values in traffic_rows(text, layer, ids, weights, folder.experts).items():
                 columns[name] += values
     facts = {
@@ -109,8 +109,10 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
     }
     out = Path(args.out)
     write_table(TRAFFIC, out / "traffic.parquet", columns, facts)
-    with atomic_path(out / "routing.safetensors") as temporary:
-        save_file(routing, temporary, metadata={"mxmoe": canonical_json(facts)})
+    layout = {name: (ids.dtype, tuple(ids.shape)) for name, ids in routing.items()}
+    with write_rows(out / "routing.safetensors", layout, facts) as writer:
+        for name, ids in routing.items():
+            writer.append(name, ids)
 
 
 def trace(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.facts import TrafficFacts
 from mxmoe_steps.models.raw import TensorFile
 from mxmoe_steps.tables import TRAFFIC, read_table
 
@@ -37,6 +38,8 @@ class Routing:
     def __init__(self, folder: str) -> None:
         table, self.facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
         self._file = TensorFile(Path(folder) / "routing.safetensors", _FIX)
+        if self._file.facts(TrafficFacts) != self.facts:
+            raise self._file.error("is of another trace than traffic.parquet")
         layers, texts, experts = (self.facts[key] for key in ("layers", "texts", "experts"))
         keys = itertools.product(sorted(set(texts)), sorted(set(layers)), range(experts))
         if list(zip(*(table.column(name).to_pylist() for name in TRAFFIC.keys), strict=True)) != list(keys):

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from mxmoe_steps.arguments import parser_for
+from mxmoe_steps.arguments import folder_to_write, parser_for, positive
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.build import TOKEN_KERNELS, build, runtime_library
 from mxmoe_steps.kernels.formats import PHASES, KernelConfig
@@ -49,8 +49,8 @@ def main() -> None:
     """Command line."""
     parser = parser_for(__doc__)
     parser.add_argument("--checkpoint", required=True, help="folder that the quantize step wrote")
-    parser.add_argument("--threads", type=int, default=1, help="kernels compiled at a time (default 1)")
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--threads", type=positive, default=1, help="kernels compiled at a time (default 1)")
+    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
     build_checkpoint(parser.parse_args())
 
 
