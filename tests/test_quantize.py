@@ -310,6 +310,8 @@ def test_code_that_comes_with_the_model_goes_with_it_if_it_is_trusted(
     model = StreamedModel(tmp_path / "out", "float32", "cpu", trusted)
     assert type(model.model).__name__ == ("Doubled" if trusted else "Qwen2MoeForCausalLM")
     assert model.decoder.norm.variance_epsilon == (1.0 if trusted else 1e-6)
+    loaded = mxmoe_steps.load_quantized(str(tmp_path / "out"), trust_remote_code=trusted)
+    assert type(loaded).__name__ == type(model.model).__name__
 
 
 def test_a_packed_checkpoint_keeps_the_dtype_of_the_weights(

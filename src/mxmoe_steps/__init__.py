@@ -12,8 +12,10 @@ __version__ = "0.1.0"
 register_with_transformers()
 
 
-def load_quantized(path: str, device: str = "cpu", dtype: Any = "auto", device_map: Any = None) -> Any:
+def load_quantized(
+    path: str, device: str = "cpu", dtype: Any = "auto", device_map: Any = None, trust_remote_code: bool = False
+) -> Any:
     """A transformers causal LM from a folder that ``quantize`` wrote; see `mxmoe_steps.inference.plugin`."""
     from mxmoe_steps.inference import plugin
 
-    return plugin.load_quantized(path, device, dtype, device_map)
+    return plugin.load_quantized(path, device, dtype, device_map, trust_remote_code)

@@ -72,7 +72,11 @@ class Arrangement(nn.Module):
 
 
 def load_quantized(
-    path: str | Path, device: str = "cpu", dtype: torch.dtype | str = "auto", device_map: Any = None
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | str = "auto",
+    device_map: Any = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """A transformers causal LM with packed experts from a folder that ``quantize`` wrote.
 
@@ -81,15 +85,17 @@ def load_quantized(
     ``mxmoe_steps`` says which layers run what, and why.
 
     ``dtype`` is the precision of activations and of everything that is not an expert. ``device_map``: as in
-    ``from_pretrained``, instead of ``device``.
+    ``from_pretrained``, instead of ``device``. ``trust_remote_code``: run the model's own code that `quantize` copied.
     """
     folder = open_model(path)
     if not folder.is_packed:
         raise UserError(f"{path}/config.json: no quantization_config; give a folder that the quantize step wrote")
     checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
-    empty_model(folder, folder.dtype)  # refuses what transformers would trip over
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map)
+    empty_model(folder, folder.dtype, trust_remote_code)  # refuses what transformers would trip over
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
     if device_map is None:
         model = model.to(device)
     if model.device.type != "cuda":
