@@ -347,9 +347,10 @@ def measure(
     if "host" in parts:
         for batch in batches:
             rounds("host", f"{batch}", each(host, batch))
+    if "prefill" in parts:
+        for sequences, tokens in PREFILLS:
+            rounds("prefill", f"{sequences} x {tokens}", each(prefill, sequences, tokens))
     for batch in batches:
-        if "generate" in parts:
-            rounds("generate", f"{batch}", each(generate, batch))
         if "graph" in parts:
             rounds("graph", f"{batch}", {name: captured(model, batch) for name, model in models.items()})
             gc.collect()
@@ -366,11 +367,11 @@ def measure(
             rounds("static", f"{batch}", runs)
         if "profile" in parts and batch == 1:
             save("profile", "w4a16", profile(models["w4a16"]))
-    if "prefill" in parts:
-        for sequences, tokens in PREFILLS:
-            rounds("prefill", f"{sequences} x {tokens}", each(prefill, sequences, tokens))
     if "batching" in parts:
         rounds("batching", f"{REQUESTS} requests", each(batching))
+    if "generate" in parts:  # the host decides, and takes longest
+        for batch in batches:
+            rounds("generate", f"{batch}", each(generate, batch))
 
 
 def show(results: dict[str, Cells]) -> None:
