@@ -10,7 +10,13 @@ from mxmoe_steps import provenance
 
 @pytest.fixture(autouse=True)
 def _fresh_caches() -> None:
-    for function in (provenance.module_file, provenance._parse, provenance.imported, provenance.module_hash):
+    for function in (
+        provenance.module_file,
+        provenance._parse,
+        provenance._imports,
+        provenance.imported,
+        provenance.module_hash,
+    ):
         function.cache_clear()
 
 
@@ -63,3 +69,53 @@ def test_stamps_name_modules_and_versions() -> None:
     assert "code_models_loading" in found
     assert "code_quantizers_gptq" not in found
     assert found["version_torch"].startswith("torch ")
+
+
+def test_packages_run_when_their_modules_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_ROOT", tmp_path)
+    (tmp_path / "inner").mkdir()
+    write(
+        tmp_path,
+        __init__="from mxmoe_steps import used\ndef f():\n    from mxmoe_steps import unused\n    return unused\n",
+        step="from mxmoe_steps.inner import deep\n",
+        used="",
+        unused="",
+    )
+    write(tmp_path / "inner", __init__="LIMIT = 3\n", deep="")
+    assert provenance.closure("mxmoe_steps.step") == [
+        "mxmoe_steps", "mxmoe_steps.inner", "mxmoe_steps.inner.deep", "mxmoe_steps.step", "mxmoe_steps.used"
+    ]  # fmt: skip
+    assert "mxmoe_steps.used" not in provenance.closure("mxmoe_steps.step", without=["mxmoe_steps"])
+
+
+def test_steps_are_stamped_with_what_they_run_and_no_more() -> None:
+    packed = ("mxmoe_steps.models.quantizer",)
+    for step in ("trace", "capture", "calibrate", "evaluate", "quantize", "frontier", "solve"):
+        modules = provenance.closure(f"mxmoe_steps.{step}", packed if step in ("trace", "capture") else ())
+        kernels = {"kernels.formats", "kernels.plan", "kernels"} if step == "frontier" else set()
+        assert {name for name in modules if name.startswith("mxmoe_steps.kernels")} <= {
+            f"mxmoe_steps.{name}" for name in kernels
+        }, step
+        assert not {name for name in modules if name.startswith("mxmoe_steps.inference")}, step
+        assert not {"mxmoe_steps.provenance", "mxmoe_steps.made_from"} & set(modules), step
+        assert "mxmoe_steps" in modules
+    assert "code_packing" not in provenance.stamps("mxmoe_steps.trace", without=packed)
+    assert "code_packing" in provenance.stamps("mxmoe_steps.evaluate")
+
+
+@pytest.mark.parametrize(
+    ("step", "used", "unused"),
+    [
+        ("trace", {"torch", "transformers", "tokenizers", "numpy", "pyarrow"}, {"ortools", "matplotlib"}),
+        ("calibrate", {"torch", "numpy", "pyarrow"}, {"ortools"}),
+        ("frontier", {"ortools", "numpy", "pyarrow"}, {"torch", "transformers"}),
+        ("solve", set(), {"torch", "numpy"}),
+        ("report", {"matplotlib", "pandas"}, {"torch", "ortools"}),
+    ],
+)
+def test_versions_of_the_packages_that_decide(step: str, used: set[str], unused: set[str]) -> None:
+    found = {
+        name.removeprefix("version_") for name in provenance.stamps(f"mxmoe_steps.{step}") if name.startswith("version")
+    }
+    assert used <= found
+    assert not unused & found

@@ -18,8 +18,8 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.finite import bad_numbers
 from mxmoe_steps.models.loading import empty_model
-from mxmoe_steps.models.packed import bad_numbers
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig, MixedPrecisionQuantizer
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mxmoe_steps.models.finite import is_not_finite
 from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.packing import packed_width
@@ -51,6 +52,12 @@ class PackedLinear(nn.Module):
         seen = quantize_activations(rotate(x.float()) if self.rotated else x, self.scheme).to(x.dtype)
         return nn.functional.linear(seen, self.dequantize().to(x.dtype), self.bias)
 
+    def is_bad(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether one of its tensors holds what is no number, or a scale that is not positive."""
+        if name == "qweight":
+            return self.scheme.e4m3_weights and bool((tensor & 0x7F == 0x7F).any())  # e4m3 NaN
+        return is_not_finite(name, tensor) or (name == "scales" and not bool((tensor > 0).all()))
+
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         rotated = ", rotated" if self.rotated else ""
@@ -62,23 +69,6 @@ def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bo
     if scheme.is_original:
         return nn.Linear(in_features, out_features, bias=biased)
     return PackedLinear(scheme, out_features, in_features, rotated, biased)
-
-
-def bad_numbers(root: nn.Module) -> str | None:
-    """Name of the first tensor below ``root`` that holds NaN or infinity, or a scale that is not positive."""
-    for path, module in root.named_modules():
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if not tensor.is_meta and _is_bad(module, name, tensor):
-                return f"{path}.{name}" if path else name
-    return None
-
-
-def _is_bad(module: nn.Module, name: str, tensor: torch.Tensor) -> bool:
-    if isinstance(module, PackedLinear) and name == "qweight":
-        return module.scheme.e4m3_weights and bool((tensor & 0x7F == 0x7F).any())  # e4m3 NaN
-    if isinstance(module, PackedLinear) and name == "scales":
-        return not bool((tensor.isfinite() & (tensor > 0)).all())
-    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
 
 
 class MixedExpert(nn.Module):

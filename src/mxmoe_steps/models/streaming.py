@@ -21,8 +21,8 @@ from torch import nn
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
+from mxmoe_steps.models.finite import bad_numbers
 from mxmoe_steps.models.loading import empty_model, resolve_device
-from mxmoe_steps.models.packed import bad_numbers
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.weights import check_block_weights, open_tensors
 from mxmoe_steps.schemes import BLOCKS
