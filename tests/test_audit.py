@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import make_checkpoint, make_model
+from packed import pack
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -89,8 +90,8 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
         (lambda tensors: tensors | {UP: torch.zeros(7, 7)}, r"layers\.1\.mlp\.experts\.gate_up_proj do not fit"),
         (lambda tensors: tensors | {"lm_head.weight": torch.ones(9, 64)}, r"lm_head\.weight is \[9, 64\].*\[96, 64\]"),
         (added("model.layers.0.mlp.experts.4.gate_proj.weight", 96, 64), r"experts\.gate_up_proj do not fit"),
-        (renamed("model.", "model.language_model."), r"named like model\.language_model\.layers\.0.*save_pretrained"),
-        (renamed("model.", ""), r"named like layers\.0\.mlp\.experts.*save_pretrained it to another folder"),
+        (renamed("model.", "model.language_model."), r"named like model\.language_model\.layers\.0.*rename them"),
+        (renamed("model.", "language_model.model."), r"named like language_model\.model\.layers\.0.*rename them"),
     ],
 )
 def test_what_would_be_computed_with_other_weights_is_refused(
@@ -114,6 +115,26 @@ def test_tensors_that_the_model_does_not_use_are_harmless(
     qwen: Path, tmp_path: Path, change: Callable[[Tensors], Tensors]
 ) -> None:
     StreamedModel(rewritten(qwen, tmp_path / "model", change), "float32", "cpu")
+
+
+def test_names_of_a_decoder_without_its_head_are_taken_as_transformers_takes_them(qwen: Path, tmp_path: Path) -> None:
+    bare = rewritten(qwen, tmp_path / "bare", renamed("model.", ""))
+    tokens = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        expected, loaded = (AutoModelForCausalLM.from_pretrained(path)(tokens).logits for path in (qwen, bare))
+    assert torch.equal(loaded, expected)
+    models = [StreamedModel(path, "float32", "cpu") for path in (qwen, bare)]
+    assert set(models[0].folder.files) == set(models[1].folder.files)
+    outputs = []
+    for model in models:
+        with model.loaded("model.embed_tokens", "model.layers.0"):
+            outputs.append(model.run_layer(0, model.embed(tokens)))
+    assert torch.equal(*outputs)
+    schemes = ("w4a16", "w16a16", "w8a8")
+    packed = [pack(path, tmp_path / f"of-{path.name}", lambda *_: schemes) for path in (qwen, bare)]
+    first, second = (load_file(path / "model.safetensors") for path in packed)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_tied_head_may_be_absent(tied: Path, tmp_path: Path) -> None:

@@ -151,8 +151,8 @@ class ModelFolder:
         return str(self.config.get("hidden_act", "silu"))
 
     @cached_property
-    def files(self) -> dict[str, Path]:
-        """Tensor name -> safetensors file: as for transformers, ``model.safetensors`` comes before an index."""
+    def _stored(self) -> dict[str, Path]:
+        """Tensor name in the checkpoint -> file: as for transformers, ``model.safetensors`` comes before an index."""
         single = self.path / "model.safetensors"
         if single.is_file():
             return dict.fromkeys(tensors_of(single), single)
@@ -161,6 +161,21 @@ class ModelFolder:
             if not (self.path / file).is_file():
                 raise UserError(f"{self.path / file}: missing, though the checkpoint's index names it; download it")
         return {name: self.path / file for name, file in weight_map.items()}
+
+    @cached_property
+    def _bare(self) -> bool:
+        """Whether names lack ``model.``, as where the decoder was saved without its head; transformers adds it, too."""
+        return not any(name.startswith("model.") for name in self._stored)
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's own name of a tensor in `files`."""
+        return name.removeprefix("model.") if self._bare else name
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name in the causal language model -> safetensors file."""
+        bare = {name for name in self._stored if self._bare and not name.startswith("lm_head.")}
+        return {f"model.{name}" if name in bare else name: file for name, file in self._stored.items()}
 
     @property
     def dtype(self) -> str:
@@ -190,13 +205,12 @@ class ModelFolder:
         """What to say of a checkpoint without the expected names: perhaps it has them under another prefix."""
         inner = self.block_name(0, 0, "gate").removeprefix("model.layers.0")
         stacked = self.place(0, 0, "gate").tensor.removeprefix("model.layers.0")
-        for name in self.files:
+        for name in self._stored:
             prefix, layers, rest = name.partition("layers.")
-            if layers and prefix != "model." and rest.lstrip("0123456789") in (inner, stacked):
+            if layers and prefix not in ("model.", "") and rest.lstrip("0123456789") in (inner, stacked):
                 return (
-                    f"{self.path}: its tensors are named like {name}, without the prefix 'model.layers.' of a causal"
-                    " language model: load it with AutoModelForCausalLM.from_pretrained, save_pretrained it to"
-                    " another folder, and give that"
+                    f"{self.path}: its tensors are named like {name}, but transformers' model of this model_type takes"
+                    " the names model.layers.* or layers.*; take a release of the text model, or rename them"
                 )
         return f"{self.path}: no tensor named like {self.place(0, 0, 'gate').tensor}; is it an MoE model?"
 
@@ -228,7 +242,7 @@ class ModelFolder:
         """A tensor as bytes of its file; `UserError` unless it is there."""
         if name not in self.files:
             raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
-        tensor = self._headers[self.files[name]].get(name)
+        tensor = self._headers[self.files[name]].get(self.stored_name(name))
         if tensor is None:
             raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
         return tensor

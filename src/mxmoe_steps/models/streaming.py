@@ -105,7 +105,7 @@ class StreamedModel:
             hf_quantizer=self._quantizer,
             weight_mapping=copy.deepcopy(self._conversions),
         )
-        with open_tensors(self.folder.files, names) as slices:
+        with open_tensors(self.folder, names) as slices:
             info, _ = convert_and_load_state_dict_in_model(self.model, slices, loading)
         for problems in (info.mismatched_keys, info.conversion_errors, info.error_msgs):
             for problem in problems:

@@ -3,7 +3,6 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,15 @@ from mxmoe_steps.schemes import BLOCKS
 
 
 @contextlib.contextmanager
-def open_tensors(files: dict[str, Path], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def open_tensors(model: ModelFolder, names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Unread slices of the named tensors (safetensors' ``get_slice``); each file is opened once.
 
     `UserError` names a tensor that is missing, or a file that is missing, truncated or not safetensors.
     """
+    files = model.files
     for name in names:
         if name not in files:
-            raise UserError(f"tensor {name} is missing from the checkpoint {next(iter(files.values())).parent}")
+            raise UserError(f"tensor {name} is missing from the checkpoint {model.path}")
     with contextlib.ExitStack() as stack:
         opened = {}
         for file in sorted({files[name] for name in names}):
@@ -36,7 +36,7 @@ def open_tensors(files: dict[str, Path], names: Sequence[str]) -> Iterator[dict[
         slices = {}
         for name in names:
             try:
-                slices[name] = opened[files[name]].get_slice(name)
+                slices[name] = opened[files[name]].get_slice(model.stored_name(name))
             except SafetensorError as error:
                 raise UserError(
                     f"{files[name]}: holds no tensor {name}, which the checkpoint's index says it does"
@@ -57,7 +57,7 @@ def read_block(
     In the checkpoint's precision. Raises `UserError` naming layer, expert and block where one is NaN or infinite.
     """
     places = [model.place(layer, expert, block, part) for expert in experts]
-    with open_tensors(model.files, sorted({place.tensor for place in places})) as slices:
+    with open_tensors(model, sorted({place.tensor for place in places})) as slices:
         parts = [place.read(slices[place.tensor]) for place in places]
     if not all(tensor.is_floating_point() and tensor.element_size() > 1 for tensor in parts):
         raise UserError(
