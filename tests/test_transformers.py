@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import mxmoe_steps
+from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference import serve
 
 SCHEMES = ["w4a16", "w2a16", "w8a8", "w16a16", "w4a8_fp8", "w3a16", "w8a8_fp8"]
@@ -77,6 +78,19 @@ def test_a_saved_copy_refuses_too(checkpoint: Path, tmp_path: Path) -> None:
     saved, original = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path, checkpoint))
     assert saved[key] == original[key]
     assert saved["quantization_config"] == original["quantization_config"] | {"rotation": None}
+
+
+def test_a_checkpoint_that_lost_its_configuration_computes_nothing(tmp_path: Path) -> None:
+    make_checkpoint("qwen2_moe", tmp_path / "model")
+    path = pack(tmp_path / "model", tmp_path / "packed", lambda *_: ("w4a16",) * 3)
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="no quantization_config"):
+        mxmoe_steps.load_quantized(str(path))
+    model = AutoModelForCausalLM.from_pretrained(path)  # transformers goes on with random experts
+    with pytest.raises(UserError, match="lost the quantization_config"):
+        model(torch.tensor([[3, 4]]))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

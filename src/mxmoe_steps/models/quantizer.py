@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, FAMILIES, moe_path
 from mxmoe_steps.models.gating import gating_of
 from mxmoe_steps.models.packed import MixedExpert, MixedExperts
@@ -23,8 +24,13 @@ from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 
 METHOD = "mxmoe"
 
-# Experts modules that are not packed compute as they would anyway
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+
+def _not_packed(*_: Any) -> torch.Tensor:
+    """What an experts module runs that nothing has replaced: its weights are random."""
+    raise UserError("config.json has lost the quantization_config of its packed experts; run the quantize step again")
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _not_packed)
 
 
 class MixedPrecisionConfig(QuantizationConfigMixin):
