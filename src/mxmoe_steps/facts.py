@@ -26,15 +26,20 @@ class TrafficFacts(TypedDict):
     top_k: Count
 
 
-class LossFacts(TypedDict):
-    """Of what `calibrate` wrote."""
+class StoreFacts(TypedDict):
+    """Of packed weights that `calibrate` wrote."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
-    fisher: bool  # whether gradients were captured
     model: Name
     quantizer: QuantizerName
     scheme: SchemeName
+
+
+class LossFacts(StoreFacts):
+    """Of losses that `calibrate` wrote."""
+
+    fisher: bool  # whether gradients were captured
 
 
 class MeasurementFacts(TypedDict):
@@ -135,16 +140,6 @@ class CaptureFacts(TypedDict):
     model: Name
     sequences: Count
     text: Name
-
-
-class StoreFacts(TypedDict):
-    """Of packed weights that `calibrate` wrote."""
-
-    __pydantic_config__ = STRICT  # type: ignore[misc]
-
-    model: Name
-    quantizer: QuantizerName
-    scheme: SchemeName
 
 
 class PartFacts(TypedDict):
