@@ -395,8 +395,8 @@ def show(results: dict[str, Cells]) -> None:
 
 def build_kernels() -> None:
     """Compile what the runs load."""
-    from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
-    from mxmoe_steps.kernels.formats import PHASES
+    from mxmoe_steps.kernels.architectures import DEFAULT
+    from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
     from mxmoe_steps.kernels.plan import plan_layer
     from mxmoe_steps.schemes import SHARED, parse_scheme
 
@@ -409,10 +409,10 @@ def build_kernels() -> None:
             SHAPE["moe_intermediate_size"],
             SHAPE["shared_expert_intermediate_size"],
         )
-        for config in {launch.config(phase) for launch in (plan.gate_up, plan.down) for phase in PHASES}:
+        for config in {config for launch in (plan.gate_up, plan.down) for config in launch.kernels(DEFAULT).values()}:
             print(build(config), config.name, flush=True)
     for name in TOKEN_KERNELS:
-        print(build(name), name)
+        print(build(TokenKernel(name)), name)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_marks import needs_kernels
 from packed import pack
 from transformers import GenerationConfig
 
@@ -14,12 +15,7 @@ import mxmoe_steps
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.models.families import moe_path
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = needs_kernels
 
 MODEL = Path(__file__).parents[2] / "resources" / "demo-moe"
 LAYERS = {  # schemes dealt to the blocks of a layer

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.architectures import NAMES, for_capability
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.models.families import FAMILIES, Family, moe_path
@@ -20,8 +21,6 @@ from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.quantizers.grid import QuantizedWeight
 from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme
-
-HOPPER = (9, 0)
 
 log = logging.getLogger("mxmoe_steps")
 
@@ -102,8 +101,8 @@ def _device_for_kernels(moe: nn.Module) -> torch.device:
     router = next(moe.get_submodule(_router_name(moe)).parameters())
     if router.device.type != "cuda":
         raise UserError(f"on the {router.device.type}")
-    if torch.cuda.get_device_capability(router.device) != HOPPER:
-        raise UserError(f"the kernels are for Hopper GPUs, not for {torch.cuda.get_device_name(router.device)}")
+    if for_capability(torch.cuda.get_device_capability(router.device)) is None:
+        raise UserError(f"the kernels are for {NAMES} GPUs, not for {torch.cuda.get_device_name(router.device)}")
     if router.dtype != torch.bfloat16:
         raise UserError(f"the kernels compute in bfloat16, not in {str(router.dtype).removeprefix('torch.')}")
     if importlib.util.find_spec("tvm_ffi") is None:
