@@ -12,6 +12,8 @@ w8a8_fp8 and the others in w4a16; ``w8a8_fp8``.
 host       microseconds that the host needs to launch a MoE layer
 generate   milliseconds a step of model.generate(tokens)
 static     the same with cache_implementation="static", where transformers compiles the step
+deferred   static, where transformers looks for the end of the text one token late and never waits for the GPU: it does
+           so on MPS only, here on CUDA
 graph      the eager step with a static cache, captured in a CUDA graph by hand and replayed
 prefill    milliseconds of a forward pass over prompts
 batching   tokens a second of model.generate_batch for requests of mixed lengths
@@ -55,7 +57,7 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 RUNS = ("original", "w4a16", "hot", "w8a8_fp8")
-PARTS = ("host", "generate", "static", "graph", "prefill", "batching", "profile")
+PARTS = ("host", "generate", "static", "deferred", "graph", "prefill", "batching", "profile")
 BATCHES = (1, 16, 64)
 PROMPT, NEW = 64, 32  # tokens
 SKIPPED = 8  # first steps of a call
@@ -217,6 +219,19 @@ def generate(model: Any, batch: int, **options: Any) -> float:
     return statistics.median(1e3 * (after - before) for before, after in steps)
 
 
+@contextmanager
+def deferred_stop() -> Iterator[None]:
+    """Lets ``generate`` look for the end of a text one step late on CUDA, as it does on MPS."""
+    from transformers.generation.utils import DeferredStopCheck
+
+    supported = DeferredStopCheck.is_supported
+    DeferredStopCheck.is_supported = staticmethod(lambda *_, **__: True)
+    try:
+        yield
+    finally:
+        DeferredStopCheck.is_supported = staticmethod(supported)
+
+
 def captured(model: Any, batch: int) -> Callable[[], float]:
     """Captures a step in a CUDA graph; returns what times it, in milliseconds."""
     from transformers import StaticCache
@@ -365,6 +380,9 @@ def measure(
                 models[name].__dict__.pop("_compiled_call", None)
                 print(f"static {batch} {name}: first call {wall(run) / 1e3:.0f} s", flush=True)
             rounds("static", f"{batch}", runs)
+            if "deferred" in parts:
+                with deferred_stop():
+                    rounds("deferred", f"{batch}", runs)
         if "profile" in parts and batch == 1:
             save("profile", "w4a16", profile(models["w4a16"]))
     if "batching" in parts:
