@@ -12,8 +12,8 @@ w8a8_fp8 and the others in w4a16; ``w8a8_fp8``.
 host       microseconds that the host needs to launch a MoE layer in a decode step
 generate   milliseconds a step of model.generate(tokens)
 static     the same with cache_implementation="static", where transformers compiles the step
-deferred   as static, and measured with it only, but transformers looks for the end of a text one token late and never
-           waits for the GPU; it does so on MPS by itself
+deferred   as static, and measured with it only, where the original too looks for the end of a text one step late, as
+           our models do (`mxmoe_steps.inference.deferred_stop`)
 graph      the eager step with a static cache, captured in a CUDA graph by hand and replayed
 prefill    milliseconds of a forward pass over prompts
 batching   tokens a second of model.generate_batch for requests of mixed lengths
@@ -212,7 +212,7 @@ def clock(model: Any) -> Iterator[list[float]]:
 
 
 def generate(model: Any, batch: int, **options: Any) -> float:
-    """Median milliseconds a step; a step ends with waiting for the GPU."""
+    """Median milliseconds from step to step."""
     with clock(model) as times:
         model.generate(prompts(batch), max_new_tokens=NEW, do_sample=False, **options)
     steps = zip(times[SKIPPED:], times[SKIPPED + 1 :], strict=False)
@@ -221,7 +221,7 @@ def generate(model: Any, batch: int, **options: Any) -> float:
 
 @contextmanager
 def deferred_stop() -> Iterator[None]:
-    """Lets ``generate`` look for the end of a text one step late on CUDA, as it does on MPS."""
+    """Lets ``generate`` of all models look for the end of a text one step late."""
     from transformers.generation.utils import DeferredStopCheck
 
     supported = DeferredStopCheck.is_supported
