@@ -9,15 +9,18 @@ that all of them do the same work, the router's logits are replaced by fixed noi
 ``original``, transformers' own experts in bfloat16; ``w4a16``; ``hot``, the shared expert and every fourth expert in
 w8a8_fp8 and the others in w4a16; ``w8a8_fp8``.
 
-host       microseconds that the host needs to launch a MoE layer
+host       microseconds that the host needs to launch a MoE layer in a decode step
 generate   milliseconds a step of model.generate(tokens)
 static     the same with cache_implementation="static", where transformers compiles the step
+deferred   as static, and measured with it only, where the original too looks for the end of a text one step late, as
+           our models do (`mxmoe_steps.inference.deferred_stop`)
 graph      the eager step with a static cache, captured in a CUDA graph by hand and replayed
 prefill    milliseconds of a forward pass over prompts
 batching   tokens a second of model.generate_batch for requests of mixed lengths
 profile    kernels of a compiled step of one sequence, w4a16
 
-Runs of a cell take turns in rounds; a figure is the median over rounds of the median step, or of the call.
+Runs of a cell take turns in rounds; a figure is the median over rounds of the median step, or of the call. The host
+decides some of them: ``--rounds`` more of them, and the log has every round.
 """
 
 import argparse
@@ -55,14 +58,13 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 RUNS = ("original", "w4a16", "hot", "w8a8_fp8")
-PARTS = ("host", "generate", "static", "graph", "prefill", "batching", "profile")
+PARTS = ("host", "generate", "static", "deferred", "graph", "prefill", "batching", "profile")
 BATCHES = (1, 16, 64)
 PROMPT, NEW = 64, 32  # tokens
 SKIPPED = 8  # first steps of a call
 PREFILLS = ((1, 512), (1, 2048), (4, 2048))  # sequences, tokens
 MOST_TOKENS = 8192
 REQUESTS, LONGEST = 64, 512
-ROUNDS = 5
 
 Cells = dict[str, dict[str, float]]  # cell -> run -> figure
 
@@ -210,11 +212,24 @@ def clock(model: Any) -> Iterator[list[float]]:
 
 
 def generate(model: Any, batch: int, **options: Any) -> float:
-    """Median milliseconds a step; a step ends with waiting for the GPU."""
+    """Median milliseconds from step to step."""
     with clock(model) as times:
         model.generate(prompts(batch), max_new_tokens=NEW, do_sample=False, **options)
     steps = zip(times[SKIPPED:], times[SKIPPED + 1 :], strict=False)
     return statistics.median(1e3 * (after - before) for before, after in steps)
+
+
+@contextmanager
+def deferred_stop() -> Iterator[None]:
+    """Lets ``generate`` of all models look for the end of a text one step late."""
+    from transformers.generation.utils import DeferredStopCheck
+
+    supported = DeferredStopCheck.is_supported
+    DeferredStopCheck.is_supported = staticmethod(lambda *_, **__: True)
+    try:
+        yield
+    finally:
+        DeferredStopCheck.is_supported = staticmethod(supported)
 
 
 def captured(model: Any, batch: int) -> Callable[[], float]:
@@ -272,7 +287,7 @@ def host(model: Any, batch: int, calls: int = 20) -> float:
     hidden = torch.randn(batch, 1, SHAPE["hidden_size"], device="cuda").bfloat16()
 
     times = []
-    with torch.no_grad():
+    with torch.no_grad(), model._optimize_model_for_decode():  # the original's experts are others in a prefill
         for _ in range(10):
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -324,13 +339,14 @@ def measure(
     models: dict[str, Any],
     batches: list[int],
     skipped: set[tuple[str, ...]],
+    count: int,
     save: Callable[[str, str, dict[str, float]], None],
 ) -> None:
     """Every part, cell by cell, but for ``skipped``, (part, batch, run)."""
 
     def rounds(part: str, cell: str, runs: dict[str, Callable[[], float]]) -> None:
         found: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(ROUNDS + 1):  # the first warms up
+        for number in range(count + 1):  # the first warms up
             for name, run in runs.items():
                 try:
                     figure = run()
@@ -339,6 +355,8 @@ def measure(
                     figure = float("nan")
                 if number:
                     found[name].append(figure)
+        for name, figures in found.items():
+            print(f"{part} {cell} {name}:", *(f"{figure:.2f}" for figure in figures), flush=True)
         save(part, cell, {name: statistics.median(figures) for name, figures in found.items()})
 
     def each(run: Callable[..., float], *arguments: Any, **options: Any) -> dict[str, Callable[[], float]]:
@@ -365,6 +383,9 @@ def measure(
                 models[name].__dict__.pop("_compiled_call", None)
                 print(f"static {batch} {name}: first call {wall(run) / 1e3:.0f} s", flush=True)
             rounds("static", f"{batch}", runs)
+            if "deferred" in parts:
+                with deferred_stop():
+                    rounds("deferred", f"{batch}", runs)
         if "profile" in parts and batch == 1:
             save("profile", "w4a16", profile(models["w4a16"]))
     if "batching" in parts:
@@ -385,7 +406,9 @@ def show(results: dict[str, Cells]) -> None:
                 print(f"{part:<9} {cell:<12}" + "".join(f"  {run} {value:9.2f}" for run, value in figures.items()))
     for batch in results.get("static", {}):
         fastest = min(
-            results[part][batch]["original"] for part in ("static", "graph") if batch in results.get(part, {})
+            results[part][batch]["original"]
+            for part in ("static", "graph")
+            if "original" in results.get(part, {}).get(batch, {})
         )
         ratios = {run: value / fastest for run, value in results["static"][batch].items()}
         print(
@@ -423,6 +446,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument("--skip", nargs="*", default=[], metavar="PART:BATCH:RUN", help="e.g. static:64:original")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept, by default nowhere")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -449,7 +473,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         models = {run: load(run, folder, arguments.layers) for run in arguments.runs}
         skipped = {tuple(text.split(":")) for text in arguments.skip}
-        measure(arguments.parts, models, arguments.batches, skipped, save)
+        measure(arguments.parts, models, arguments.batches, skipped, arguments.rounds, save)
     show(results)
 
 

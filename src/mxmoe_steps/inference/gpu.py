@@ -5,14 +5,15 @@ The others keep the reference arithmetic of `mxmoe_steps.models.packed`, and one
 
 import importlib.util
 import logging
-import operator
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.top_k import TopKByMaxima
 from mxmoe_steps.kernels.architectures import NAMES, for_capability
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
@@ -25,9 +26,18 @@ from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme
 log = logging.getLogger("mxmoe_steps")
 
 
-# Routed and shared experts of hidden states [T, H], chosen experts and their weights [T, k]
+def _experts(layer: MoeLayer, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Routed and shared experts of hidden states [T, H], chosen experts and their weights [T, k]."""
+    if hidden.device != layer.device:
+        raise UserError(
+            f"the experts are in kernel order on {layer.device}, their input is on {hidden.device};"
+            " load the checkpoint again for that device"
+        )
+    return layer(hidden, chosen, weights)
+
+
 _experts_on_kernels = define(
-    "experts_on_kernels(Tensor hidden, Tensor chosen, Tensor weights, int number) -> Tensor", operator.call
+    "experts_on_kernels(Tensor hidden, Tensor chosen, Tensor weights, int number) -> Tensor", _experts
 )
 
 
@@ -46,13 +56,9 @@ class KernelMoe(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., H]."""
-        if hidden.device != self.layer.device:
-            raise UserError(
-                f"the experts are in kernel order on {self.layer.device}, their input is on {hidden.device};"
-                " load the checkpoint again for that device"
-            )
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        _, weights, chosen = getattr(self, self.router_name)(tokens)
+        with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
+            _, weights, chosen = getattr(self, self.router_name)(tokens)
         out = _experts_on_kernels(self.layer, tokens.bfloat16(), chosen, weights, number=self.number)
         return out.to(hidden.dtype).view(hidden.shape)
 
@@ -64,7 +70,7 @@ def _router_name(moe: nn.Module) -> str:
     return "router" if hasattr(moe, "router") else "gate"
 
 
-def _experts(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
+def _expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     """Number -> module of gate_proj, up_proj and down_proj."""
     routed = dict(enumerate(moe.get_submodule("experts").children()))
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
@@ -76,7 +82,7 @@ def plan_of(moe: nn.Module, family: Family, activation: str) -> LayerPlan:
         raise UserError(f"the kernels have no activation {activation}")
     if family.clamped:
         raise UserError("the kernels do not clamp gate and up")
-    experts = _experts(moe, family)
+    experts = _expert_modules(moe, family)
     schemes = {}
     for number, expert in experts.items():
         gate, up, down = (_scheme(expert.get_submodule(f"{block}_proj")) for block in BLOCKS)
@@ -112,7 +118,7 @@ def _device_for_kernels(moe: nn.Module) -> torch.device:
 
 def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
     device = _device_for_kernels(moe)
-    experts = _experts(moe, family)
+    experts = _expert_modules(moe, family)
 
     def read(expert: int, block: str) -> QuantizedWeight | torch.Tensor:
         linear: Any = experts[expert].get_submodule(f"{block}_proj")

@@ -9,6 +9,9 @@ Where gate and up were multiplied in their own launch, `Quantize` makes 8-bit op
 
 `Combine` sums the rows of a token in float32, in the order of the router's choices: no atomics, the same bits
 every time.
+
+A launch may begin while the one before it runs. What an older launch has written, the router's choices and their rows,
+is read before the wait for the launch before.
 """
 
 from typing import Any
@@ -18,12 +21,14 @@ from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
+from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.rounding import VECTOR
 
 THREADS = 192  # of a block that makes rows: 1408 features, eight a thread, leave few idle
 WARPS = THREADS // 32
 WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
+AT_ONCE = 8  # rows that a thread of `Combine` waits for together
 
 
 def as_it_is(pair: Int32) -> Int32:
@@ -130,7 +135,6 @@ class SwiGlu(Rows):
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
         cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
-        cute.arch.griddepcontrol_wait()
         tokens, top_k = chosen.shape[0], chosen.shape[1]
         first, mask, slices = Int32(0), Int32(0), Int32(1)
         if entry < top_k:
@@ -140,6 +144,7 @@ class SwiGlu(Rows):
             first = tokens * top_k + token
             mask = needs[needs.shape[0] - 1]
             slices = shared
+        cute.arch.griddepcontrol_wait()
         largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
         self.by_block(
             given, first, mask, given.shape[1] // (2 * VECTOR), slices, tokens, rounding.Outputs(*outputs),
@@ -191,7 +196,6 @@ class Quantize(Rows):
         memory = SmemAllocator().allocate(self.Shared)
         written = rounding.Outputs(*outputs)
         cute.arch.griddepcontrol_launch_dependents()
-        cute.arch.griddepcontrol_wait()
         tokens = chosen.shape[0]
         entries, steps = tokens * chosen.shape[1], given.shape[1] // VECTOR
         experts = cute.make_tensor(chosen.iterator, cute.make_layout(entries))
@@ -199,7 +203,9 @@ class Quantize(Rows):
         if (block < routed_blocks) & (steps <= WARP_VECTORS):
             entry = block * WARPS + cute.arch.warp_idx()
             if entry < entries:
-                self.by_warp(given, rows[entry], needs, Int32(experts[entry]), steps, written)
+                target, mask = rows[entry], needs[Int32(experts[entry])] & rounding.EIGHT_BITS
+                cute.arch.griddepcontrol_wait()
+                self.by_warp(given, target, mask, steps, written)
         else:
             first, mask, slices = Int32(0), Int32(0), Int32(1)
             if block < routed_blocks:
@@ -207,21 +213,14 @@ class Quantize(Rows):
             else:
                 first, mask, slices = entries + block - routed_blocks, needs[needs.shape[0] - 1], shared
             mask = mask & rounding.EIGHT_BITS
+            cute.arch.griddepcontrol_wait()
             if mask != 0:
                 largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
                 self.by_block(given, first, mask, steps, slices, tokens, written, largest_of_warps, thread)
 
     @cute.jit
-    def by_warp(
-        self,
-        given: cute.Tensor,
-        row: Int32,
-        needs: cute.Tensor,
-        expert: Int32,
-        steps: Int32,
-        written: rounding.Outputs,
-    ) -> None:
-        """Make the types that the expert needs of one row."""
+    def by_warp(self, given: cute.Tensor, row: Int32, mask: Int32, steps: Int32, written: rounding.Outputs) -> None:
+        """Make the types of ``mask`` of one row."""
         lane = cute.arch.lane_idx()
         vectors = rounding.vectors(given, row)
         held = cute.make_rmem_tensor((VECTOR // 2, WARP_VECTORS // 32), Int32)
@@ -230,7 +229,6 @@ class Quantize(Rows):
             if lane + 32 * j < steps:
                 source = cute.recast_ptr(vectors[None, lane + 32 * j].iterator, dtype=Int32)
                 cute.autovec_copy(cute.make_tensor(source, cute.make_layout(VECTOR // 2)), held[None, j])
-        mask = needs[expert] & rounding.EIGHT_BITS
         pair = Int32(0)
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
             for i in cutlass.range_constexpr(VECTOR // 2):
@@ -274,6 +272,12 @@ class Combine:
         gated: Int32,
         stream: Any,
     ) -> None:
+        @cute.struct
+        class Shared:
+            rows: cute.struct.MemRange[Int32, MAX_ENTRIES]
+            factors: cute.struct.MemRange[Float32, MAX_ENTRIES]
+
+        self.Shared = Shared
         span = COMBINE_THREADS * VECTOR
         self.kernel(given, row, weights, gate, out, shared, gated).launch(
             grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1),
@@ -295,28 +299,52 @@ class Combine:
     ) -> None:
         part, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
+        memory = SmemAllocator().allocate(self.Shared)
+        rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES))
+        factors = memory.factors.get_tensor(cute.make_layout(MAX_ENTRIES))
+        top_k = row.shape[1]
+        entries = top_k + shared
+        if thread < entries:
+            rows[thread] = out.shape[0] * thread + token
+            if thread < top_k:
+                rows[thread] = row[token, thread]
+                factors[thread] = Float32(weights[token, thread])
+        cute.arch.sync_threads()
         cute.arch.griddepcontrol_wait()
         at = part * COMBINE_THREADS + thread
         if at * VECTOR < out.shape[1]:
-            top_k = row.shape[1]
-            total = cute.make_rmem_tensor((VECTOR,), Float32)
-            total.fill(0.0)
-            for j in cutlass.range(shared, unroll=4):
-                self.add(given, out.shape[0] * (top_k + j) + token, at, Float32(1.0), total)
+            logit = Float32(0.0)
             if gated != 0:
-                factor = rounding.sigmoid(Float32(gate[token]))
-                for e in cutlass.range_constexpr(VECTOR):
-                    total[e] = total[e] * factor
-            for j in cutlass.range(top_k, unroll=4):
-                self.add(given, row[token, j], at, Float32(weights[token, j]), total)
+                logit = Float32(gate[token])
+            routed, common = (cute.make_rmem_tensor((VECTOR,), Float32) for _ in range(2))
+            routed.fill(0.0)
+            common.fill(0.0)
+            for first in cutlass.range(0, entries, AT_ONCE, unroll=1):
+                self.add(given, (rows, factors), (first, top_k, entries), at, (routed, common))
+            factor = Float32(1.0)
+            if gated != 0:
+                factor = rounding.sigmoid(logit)
             rounded = cute.make_rmem_tensor((VECTOR,), BFloat16)
-            rounded.store(total.load().to(BFloat16))
+            for e in cutlass.range_constexpr(VECTOR):
+                rounded[e] = BFloat16(common[e] * factor + routed[e])
             cute.autovec_copy(rounded, rounding.vectors(out, token)[None, at])
 
     @cute.jit
-    def add(self, given: cute.Tensor, row: Int32, at: Int32, factor: Float32, total: cute.Tensor) -> None:
-        """total += factor * vector ``at`` of row ``row``."""
-        eight = cute.make_rmem_tensor((VECTOR,), BFloat16)
-        cute.autovec_copy(rounding.vectors(given, row)[None, at], eight)
-        for e in cutlass.range_constexpr(VECTOR):
-            total[e] = total[e] + factor * Float32(eight[e])
+    def add(self, given: cute.Tensor, listed: tuple, span: tuple, at: Int32, sums: tuple) -> None:
+        """Add vector ``at`` of the next rows, at most `AT_ONCE`, which are loaded together.
+
+        ``listed``: rows and their factors; ``span``: the next one, the first shared one and their end; ``sums``: of
+        routed and of shared rows.
+        """
+        (rows, factors), (first, top_k, end), (routed, common) = listed, span, sums
+        loaded = cute.make_rmem_tensor((VECTOR, AT_ONCE), BFloat16)
+        for j in cutlass.range_constexpr(AT_ONCE):
+            entry = cutlass.min(first + j, end - 1)  # no branches between loads
+            cute.autovec_copy(rounding.vectors(given, rows[entry])[None, at], loaded[None, j])
+        for j in cutlass.range_constexpr(AT_ONCE):
+            if first + j < top_k:
+                for e in cutlass.range_constexpr(VECTOR):
+                    routed[e] = routed[e] + factors[first + j] * Float32(loaded[e, j])
+            elif first + j < end:
+                for e in cutlass.range_constexpr(VECTOR):
+                    common[e] = common[e] + Float32(loaded[e, j])

@@ -1,8 +1,9 @@
 """The steps around the grouped GEMMs of a layer, on torch tensors: sort, dispatch, SwiGLU, combine.
 
 Nothing here waits for the GPU, and nothing is checked: `moe_layer.MoeLayer` checks what enters it, and what lies
-between its launches is its own. A token's choices among the routed experts are its first rows; shared experts come
-after them and take every token.
+between its launches is its own. Launches after `dispatch` read what the sort wrote before they wait for the launch
+before them, which must not be the sort. A token's choices among the routed experts are its first rows; shared experts
+come after them and take every token.
 """
 
 from collections.abc import Collection

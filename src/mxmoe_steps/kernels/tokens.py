@@ -5,11 +5,11 @@ from their shared memory, and hands every entry its row. The order of rows insid
 result depends on it.
 
 `DispatchTokens` gives one block a token: a first pass over it finds the largest magnitude (unless all its experts read
-bfloat16), a second one, from L1, rounds it to the types that its experts read and stores it to all their rows. Where a
-shared expert has a gate, the second pass multiplies it too.
+bfloat16) and multiplies the gate of a shared expert, a second one, from L1, rounds it to the types that its experts
+read and stores it to all their rows.
 
-Launches overlap, see `group_gemm`: sorting lets dispatching start at once, which waits for it and only then lets the
-next one start, because a grouped GEMM reads row offsets before it waits.
+Launches overlap, see `group_gemm`: sorting lets dispatching start at once, which has the first pass behind it when the
+rows are known, waits for them and only then lets the next launch start, because that reads row offsets before it waits.
 """
 
 from typing import Any
@@ -185,17 +185,13 @@ class DispatchTokens:
         rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES))
         masks = memory.masks.get_tensor(cute.make_layout(MAX_ENTRIES))
         written = rounding.Outputs(*outputs)
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
         tokens, top_k = x.shape[0], chosen.shape[1]
         entries = top_k + shared
         if thread < entries:
+            expert = needs.shape[0] - entries + thread
             if thread < top_k:
-                rows[thread] = row[token, thread]
-                masks[thread] = needs[Int32(chosen[token, thread])]
-            else:
-                rows[thread] = tokens * thread + token
-                masks[thread] = needs[needs.shape[0] - entries + thread]
+                expert = Int32(chosen[token, thread])
+            masks[thread] = needs[expert]
         cute.arch.sync_threads()
         wanted = Int32(0)
         for j in cutlass.range(entries, unroll=1):
@@ -203,27 +199,39 @@ class DispatchTokens:
 
         given = rounding.vectors(x, token)
         steps = given.shape[1]
+        looked_at = Int32(steps)
+        if const_expr(not self.gated):
+            looked_at *= Int32((wanted & rounding.EIGHT_BITS) != 0)
         vector = rounding.Vector.make()
-        largest = Float32(1.0)
-        if (wanted & rounding.EIGHT_BITS) != 0:
-            pair = Int32(0)
-            for i in cutlass.range(thread, steps, THREADS, unroll=1):
-                cute.autovec_copy(given[None, i], vector.bf16)
-                pair = rounding.larger_of(pair, vector.bf16)
-            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
-        scales = rounding.Scales.of(largest)
-        if thread < entries:
-            rounding.store_scales(scales, masks[thread], written, rows[thread])
-        logit = Float32(0.0)
-        for i in cutlass.range(thread, steps, THREADS, unroll=1):
+        pair, logit = Int32(0), Float32(0.0)
+        for i in cutlass.range(thread, looked_at, THREADS, unroll=1):
             cute.autovec_copy(given[None, i], vector.bf16)
-            rounding.encode(vector, wanted, scales)
-            for j in cutlass.range(entries, unroll=2):
-                rounding.store(vector, masks[j], written, rows[j], i)
+            pair = rounding.larger_of(pair, vector.bf16)
             if const_expr(self.gated):
                 logit += self.product(vector.bf16, rounding.vectors(gating[0], Int32(0))[None, i])
         if const_expr(self.gated):
             self.store_logit(logit, memory.sums.get_tensor(cute.make_layout(THREADS // 32)), gating[1], token)
+        largest = Float32(1.0)
+        if (wanted & rounding.EIGHT_BITS) != 0:
+            largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
+        scales = rounding.Scales.of(largest)
+        cute.autovec_copy(given[None, cutlass.min(thread, steps - 1)], vector.bf16)
+
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        if thread < entries:
+            target = tokens * thread + token
+            if thread < top_k:
+                target = row[token, thread]
+            rows[thread] = target
+            rounding.store_scales(scales, masks[thread], written, target)
+        cute.arch.sync_threads()
+        for i in cutlass.range(thread, steps, THREADS, unroll=1):
+            if i != thread:
+                cute.autovec_copy(given[None, i], vector.bf16)
+            rounding.encode(vector, wanted, scales)
+            for j in cutlass.range(entries, unroll=2):
+                rounding.store(vector, masks[j], written, rows[j], i)
 
     @cute.jit
     def product(self, eight: cute.Tensor, stored: cute.Tensor) -> Float32:
