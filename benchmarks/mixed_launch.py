@@ -34,13 +34,13 @@ import torch
 from group_gemm import REPEATS, ROUNDS, Step, kernel_of, random_weights, torch_runs
 from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation, Case, read_allocations, solve
 
-from mxmoe_steps.allocation.time_model import block_work
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.formats import PHASES, TILE_ROWS, Format, default_config, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import KernelWeights
 from mxmoe_steps.schemes import Scheme
+from mxmoe_steps.timing.model import block_work
 from mxmoe_steps.timing.timer import Timer
 
 VARIANTS = ("fused", "heaviest first", "apart", "streams", "streams, SMs split")

@@ -1,15 +1,18 @@
 """The solver against enumeration on small random problems."""
 
 import itertools
+import pkgutil
 
 import numpy as np
 import pytest
 
+from mxmoe_steps import allocation
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.minimize import minimize, prove_by_cp_sat
 from mxmoe_steps.allocation.pick import Part, Vertex, objective, pick_by_r, pick_under_ceiling
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation
+from mxmoe_steps.provenance import closure
 
 R_VALUES = (0.0, 0.2, 0.5, 0.75, 0.9, 1.0)
 
@@ -163,3 +166,9 @@ def test_costs_need_no_wall_clock():
     hulls = [lower_left_hull(problem, 0.0) for _ in range(2)]
     assert [p.choice.tobytes() for p in hulls[0].points] == [p.choice.tobytes() for p in hulls[1].points]
     assert hulls[0].cuts == hulls[1].cuts
+
+
+def test_the_allocation_knows_no_kernels_and_no_time_model():
+    for module in pkgutil.iter_modules(allocation.__path__, "mxmoe_steps.allocation."):
+        needed = {name.split(".")[1] for name in closure(module.name) if "." in name}
+        assert not needed & {"kernels", "timing", "inference"}, module.name

@@ -7,20 +7,16 @@ import pytest
 from synthetic import write_trace
 
 from mxmoe_steps.allocation.blocks import Blocks
-from mxmoe_steps.allocation.predict import mean_layer_us
-from mxmoe_steps.allocation.time_model import (
-    Profile,
-    block_times,
-    by_warp,
-    layer_times,
-    step_phases,
-    tile_counts,
-    timing_schemes,
-)
-from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
+from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import FORMATS, PHASES
 from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.timing.layer import step_phases
+from mxmoe_steps.timing.model import tile_counts
+from mxmoe_steps.timing.predict import block_times, mean_layer_us
+from mxmoe_steps.timing.profile import Profile, timing_schemes
+from mxmoe_steps.timing.shapes import by_warp
+from mxmoe_steps.timing.traffic import Traffic, sample_positions, sample_traffic
 
 W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
 
@@ -92,9 +88,9 @@ def test_gate_up_and_down_may_run_kernels_of_different_phases():
     profile = replace(gpu(), sms=22, tiles=one_tile)
     times = block_times(wide, [W8], traffic, profile)
     assert times.compute[3:6, 0].tolist() == [pytest.approx(each) for each in (2 / 22, 2 / 22, 4 * 3 / 22)]
-    assert profile.shared_tiles(("latency", "decode"), [W8]) == [8]
+    assert profile.common_tiles(("latency", "decode"), [W8]) == [8]
     with pytest.raises(UserError, match="latency and decode kernels of these schemes have no token tile in common"):
-        replace(profile, tiles=one_tile | {("decode", W8): np.array([[16, 1, 1]])}).shared_tiles(
+        replace(profile, tiles=one_tile | {("decode", W8): np.array([[16, 1, 1]])}).common_tiles(
             ("latency", "decode"), [W8]
         )
 

@@ -9,7 +9,7 @@ from mxmoe_steps.allocation.files import DIGITS
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.pick import Part, Vertex, corners, envelope
 from mxmoe_steps.allocation.problem import build_problem
-from mxmoe_steps.allocation.time_model import Times
+from mxmoe_steps.allocation.times import Times
 from mxmoe_steps.schemes import Scheme
 
 

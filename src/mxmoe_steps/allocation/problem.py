@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.blocks import Blocks, Losses, budget_in_bits
 from mxmoe_steps.allocation.constraints import Constraints, select
-from mxmoe_steps.allocation.time_model import LAUNCHES, Times
+from mxmoe_steps.allocation.times import LAUNCHES, Times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import Scheme
 

@@ -6,7 +6,7 @@ so that tiles which wait for memory run beside tiles which compute.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -104,6 +104,17 @@ def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, by_wa
     return "decode" if rows <= MOST_DECODE * experts else "prefill"
 
 
+def shared_slices(shared: int, routed: int) -> int:
+    """Experts of the routed size that a shared expert runs as, widths or weights given; 0 if it is no multiple."""
+    slices, rest = divmod(shared, routed)
+    return 0 if rest else slices
+
+
+def strips(out_features: Iterable[int]) -> int:
+    """Strips of 64 weight rows in blocks of so many output features."""
+    return sum(-(-features // HALF_ROWS) for features in out_features)
+
+
 def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0) -> LayerPlan:
     """Plan a layer from the schemes of its experts, numbered from 0, and of `SHARED` if it has that.
 
@@ -113,8 +124,8 @@ def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, s
     experts = len(schemes) - (SHARED in schemes)
     slices = 0
     if SHARED in schemes:
-        slices, rest = divmod(shared, intermediate)
-        if rest:
+        slices = shared_slices(shared, intermediate)
+        if not slices:
             raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
     if experts + slices > MAX_EXPERTS:
         raise UserError(f"{experts} experts and {slices} shared; the sort kernel takes {MAX_EXPERTS} together")
@@ -176,6 +187,6 @@ def _plan_launch(
             counts[number] += 1
     order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
     gated = "gate_up" in columns
-    strips = len(columns) * (1 + gated) * (n // HALF_ROWS)
     in_order = tuple(problems[i] for i in order)
-    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), strips, gated)
+    in_strips = strips([n] * len(columns) * (1 + gated))
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), in_strips, gated)
