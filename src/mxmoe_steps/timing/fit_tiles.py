@@ -30,7 +30,7 @@ def fit_tiles(measurements: Iterable[Measurement], sms: int) -> Tiles:
         error = 0.0
         for us, matrix in equations.values():
             target = 1 - launch / us
-            times = np.linalg.lstsq(matrix, target, rcond=None)[0]
+            times = np.asarray(np.linalg.lstsq(matrix, target, rcond=None)[0], np.float64)
             if times[0] < 0:
                 times = np.array([0.0, matrix[:, 1] @ target / (matrix[:, 1] @ matrix[:, 1])])
             solutions.append(times)
