@@ -18,8 +18,8 @@ CP_SAT_RAISE = 8.0
 
 
 @dataclass(frozen=True)
-class Point:
-    """An assignment [U, G] with its loss, time (microseconds), bits and the proven bound of its direction."""
+class Solution:
+    """An assignment [U, N] with its loss, time (microseconds), bits and the proven bound of its direction."""
 
     choice: NDArray[np.int64]
     loss: float
@@ -60,7 +60,7 @@ def _raise_shift(core: Core, assignment: NDArray[np.int64], known: list[int], ne
     return [int(unit) for unit in flipped]
 
 
-def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, workers: int = 1) -> Point:
+def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, workers: int = 1) -> Solution:
     """The assignment of least a x loss + b x time within the budget.
 
     ``gap``: relative distance to the bound at which the search may stop; 0 asks for the optimum.
@@ -102,18 +102,18 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
         bound = max(bound, dual.bound + float(shift.sum()))
         limit = first_limit if by_states else limit
     loss, time_us, bits = problem.evaluate(choice)
-    return Point(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)
+    return Solution(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)
 
 
-def prove_by_cp_sat(relaxation: Relaxation, point: Point, workers: int = 1) -> Point:
-    """``point`` with the bound that CP-SAT proves on the core up to its value; a better one is a `RuntimeError`."""
+def prove_by_cp_sat(relaxation: Relaxation, solution: Solution, workers: int = 1) -> Solution:
+    """``solution`` with the bound that CP-SAT proves on the core up to its value; a better one is a `RuntimeError`."""
     problem = relaxation.problem
-    dual = relaxation.solve(point.a, point.b)
-    constant = point.b * problem.constant_us
-    above = point.value - constant - dual.bound
+    dual = relaxation.solve(solution.a, solution.b)
+    constant = solution.b * problem.constant_us
+    above = solution.value - constant - dual.bound
     limit = above + EXACT * (abs(dual.bound) + constant)
     proven, found = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers=workers)
-    if found is not None and _value(problem, dual, found) + constant < point.value * (1 - 1e-9):
-        raise RuntimeError(f"CP-SAT found {_value(problem, dual, found) + constant!r}, the states {point.value!r}")
+    if found is not None and _value(problem, dual, found) + constant < solution.value * (1 - 1e-9):
+        raise RuntimeError(f"CP-SAT found {_value(problem, dual, found) + constant!r}, the states {solution.value!r}")
     bound = dual.bound + proven + constant
-    return replace(point, bound=min(point.value, max(bound, dual.bound + constant)))
+    return replace(solution, bound=min(solution.value, max(bound, dual.bound + constant)))

@@ -30,10 +30,10 @@ def check_reachable(
     times = Times.zeros(*shape)
     for granularity, budget in problems:
         whole = scope == "model" or granularity == "uniform"
-        layers = [np.ones(len(blocks), bool)] if whole else [blocks.layer == n for n in np.unique(blocks.layer)]
-        for part in layers:
+        masks = [np.ones(len(blocks), bool)] if whole else [blocks.layer == n for n in np.unique(blocks.layer)]
+        for mask in masks:
             try:
-                problem, *_ = build_problem(losses, candidates, times, granularity, budget, constraints, part)
+                problem, *_ = build_problem(losses, candidates, times, granularity, budget, constraints, mask)
                 require_reachable(Relaxation(problem))
             except UserError as error:
                 raise UserError(f"sweep, granularity {granularity}, budget_bits {budget}: {error}") from None
