@@ -68,8 +68,8 @@ class Scheme:
         """Input features per scale for a row of ``in_features`` weights."""
         return in_features if self.group == -1 else min(self.group, in_features)
 
-    def tensors(self, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, int]]]:
-        """Name -> type, as safetensors names it, and shape of the stored block [out_features, in_features]."""
+    def parts(self, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, int]]]:
+        """Part -> type, as safetensors names it, and shape of the stored block [out_features, in_features]."""
         groups = math.ceil(in_features / self.group_size(in_features))
         stored = {
             "qweight": ("U8", (out_features, packed_width(in_features, self.weight_bits))),

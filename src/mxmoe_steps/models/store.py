@@ -1,6 +1,6 @@
 """Packed weights of every block under one scheme, as `calibrate` stores them: what `quantize` picks from.
 
-The file SCHEME.safetensors holds, for every block, LAYER.EXPERT.BLOCK.TENSOR with the names of `Scheme.tensors`.
+The file SCHEME.safetensors holds, for every block, LAYER.EXPERT.BLOCK.PART with the parts of `Scheme.parts`.
 """
 
 from pathlib import Path
@@ -26,20 +26,20 @@ class PackedStore:
                 raise self._file.error(f"{name} is {facts[name]}, expected {wanted}")
 
     def block(self, layer: int, expert: int, block: str, shape: tuple[int, int]) -> dict[str, RawTensor]:
-        """Name -> tensor of a block [N, K]; `UserError` unless all are there and mean finite numbers."""
-        tensors = {}
-        for name, (dtype, stored_shape) in self.scheme.tensors(*shape).items():
-            path = f"{layer}.{expert}.{block}.{name}"
-            tensor = self._file.tensor(path, [dtype], stored_shape)
-            if not self._is_finite(name, tensor):
-                raise self._file.error(f"{path} holds NaN, infinity or a scale that is not positive")
-            tensors[name] = tensor
-        return tensors
+        """Part -> tensor of a block [N, K]; `UserError` unless all parts are there and mean finite numbers."""
+        parts = {}
+        for part, (dtype, stored_shape) in self.scheme.parts(*shape).items():
+            name = f"{layer}.{expert}.{block}.{part}"
+            tensor = self._file.tensor(name, [dtype], stored_shape)
+            if not self._is_finite(part, tensor):
+                raise self._file.error(f"{name} holds NaN, infinity or a scale that is not positive")
+            parts[part] = tensor
+        return parts
 
-    def _is_finite(self, name: str, tensor: RawTensor) -> bool:
-        if name == "qweight":  # every integer code is a number, of e4m3 codes two are NaN
+    def _is_finite(self, part: str, tensor: RawTensor) -> bool:
+        if part == "qweight":  # every integer code is a number, of e4m3 codes two are NaN
             return not self.scheme.e4m3_weights or not np.isin(np.frombuffer(tensor.read(), np.uint8), _NAN).any()
         values = np.frombuffer(tensor.read(), np.uint16)  # bfloat16: sign, 8 bits of exponent, 7 of fraction
         finite = values & 0x7F80 != 0x7F80
         positive = (values < 0x8000) & (values > 0)
-        return bool((finite & positive if name == "scales" else finite).all())
+        return bool((finite & positive if part == "scales" else finite).all())

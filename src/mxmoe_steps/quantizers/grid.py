@@ -94,11 +94,11 @@ class QuantizedWeight:
         return stored if self.zeros is None else stored | {"zeros": self.zeros}
 
 
-def concatenate(weights: list[QuantizedWeight]) -> QuantizedWeight:
+def concatenate(parts: list[QuantizedWeight]) -> QuantizedWeight:
     """One stack of stacks under one scheme."""
-    codes = torch.cat([one.codes.view(torch.uint8) for one in weights]).view(weights[0].codes.dtype)  # no e4m3 cat
-    zeros = None if weights[0].zeros is None else torch.cat([one.zeros for one in weights if one.zeros is not None])
-    return QuantizedWeight(weights[0].scheme, codes, torch.cat([one.scales for one in weights]), zeros)
+    codes = torch.cat([part.codes.view(torch.uint8) for part in parts]).view(parts[0].codes.dtype)  # no e4m3 cat
+    zeros = None if parts[0].zeros is None else torch.cat([part.zeros for part in parts if part.zeros is not None])
+    return QuantizedWeight(parts[0].scheme, codes, torch.cat([part.scales for part in parts]), zeros)
 
 
 def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tensor]) -> QuantizedWeight:
