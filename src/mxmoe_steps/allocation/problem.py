@@ -24,9 +24,6 @@ from mxmoe_steps.allocation.times import LAUNCHES, Times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import Scheme
 
-GRANULARITIES = ("block", "expert", "layer", "uniform")
-SCOPES = ("layer", "model")
-
 
 @dataclass(frozen=True)
 class Problem:
