@@ -82,21 +82,21 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
         core = Core(problem, dual, min(limit, value - base), shift)
         if by_states:
             whole = {unit: whole_stage(core, unit) for unit in balanced}
-            proven, found = solve_by_states(core, whole)
+            proven, assignment = solve_by_states(core, whole)
         else:
-            proven, found = solve_by_cp_sat(core, near / 2, BRIEF_WORK if gap else WORK, workers)
+            proven, assignment = solve_by_cp_sat(core, near / 2, BRIEF_WORK if gap else WORK, workers)
         bound = max(bound, base + proven)
-        if found is None:
+        if assignment is None:
             if proven < core.limit:  # out of work
                 break
             limit *= RAISE if by_states else CP_SAT_RAISE
             continue
         relaxation.distance = proven / scale if scale else 0.0
-        if _value(problem, dual, found) < value:
-            value, choice = _value(problem, dual, found), found
+        if _value(problem, dual, assignment) < value:
+            value, choice = _value(problem, dual, assignment), assignment
         if not by_states:
             break
-        flipped = _raise_shift(core, found, balanced, near)
+        flipped = _raise_shift(core, assignment, balanced, near)
         by_states = bool(flipped)
         balanced += flipped
         bound = max(bound, dual.bound + float(shift.sum()))
@@ -112,8 +112,9 @@ def prove_by_cp_sat(relaxation: Relaxation, solution: Solution, workers: int = 1
     constant = solution.b * problem.constant_us
     above = solution.value - constant - dual.bound
     limit = above + EXACT * (abs(dual.bound) + constant)
-    proven, found = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers=workers)
-    if found is not None and _value(problem, dual, found) + constant < solution.value * (1 - 1e-9):
-        raise RuntimeError(f"CP-SAT found {_value(problem, dual, found) + constant!r}, the states {solution.value!r}")
+    proven, assignment = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers=workers)
+    value = solution.value if assignment is None else _value(problem, dual, assignment) + constant
+    if value < solution.value * (1 - 1e-9):
+        raise RuntimeError(f"CP-SAT found {value!r}, the states {solution.value!r}")
     bound = dual.bound + proven + constant
     return replace(solution, bound=min(solution.value, max(bound, dual.bound + constant)))
