@@ -35,7 +35,7 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f} %"
 
 
-def time(value: float) -> str:
+def digits(value: float) -> str:
     """Four digits, as the benchmarks print them."""
     return f"{value:.0f}" if value >= 999.95 else f"{value:.1f}"
 
@@ -106,7 +106,7 @@ def layer(workload: str) -> str:
         if cell["workload"] == workload:
             us.setdefault(cell["run"], {})[cell["T"]] = cell["us"]
     tokens = sorted(next(iter(us.values())))
-    rows = [(run, *(time(times[count]) for count in tokens)) for run, times in us.items()]
+    rows = [(run, *(digits(times[count]) for count in tokens)) for run, times in us.items()]
     return markdown((workload, *map(str, tokens)), rows)
 
 

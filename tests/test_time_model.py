@@ -10,12 +10,13 @@ from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import FORMATS, PHASES
-from mxmoe_steps.schemes import parse_scheme
-from mxmoe_steps.timing.layer import step_phases
+from mxmoe_steps.kernels.plan import plan_layer
+from mxmoe_steps.schemes import SHARED, parse_scheme
+from mxmoe_steps.timing.layer import cut_shared, step_phases
 from mxmoe_steps.timing.model import tile_counts
 from mxmoe_steps.timing.predict import block_times, mean_layer_us
 from mxmoe_steps.timing.profile import Profile, timing_schemes
-from mxmoe_steps.timing.shapes import by_warp
+from mxmoe_steps.timing.shapes import MODELS, by_warp
 from mxmoe_steps.timing.traffic import Traffic, sample_positions, sample_traffic
 
 W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
@@ -178,3 +179,26 @@ def test_schemes_and_formats_agree_on_how_split_tiles_multiply() -> None:
     for one in FORMATS:
         for other in FORMATS:
             assert by_warp(parse_scheme(each.name) for each in (one, other)) == (one.by_warp and other.by_warp)
+
+
+@pytest.mark.parametrize("shape", MODELS, ids=[one.model for one in MODELS])
+@pytest.mark.parametrize("scheme", [W4, W8])
+def test_launches_are_those_that_a_layer_plans(shape, scheme) -> None:
+    wide = shape.slices * shape.intermediate
+    experts = [*([SHARED] if shape.slices else []), *range(shape.experts)]
+    plan = plan_layer(dict.fromkeys(experts, (scheme,) * 3), shape.hidden, shape.intermediate, wide)
+    assert plan.slices == shape.slices
+    expert, kind = (each.ravel() for each in np.meshgrid(experts, np.arange(3), indexing="ij"))
+    width = np.where(expert == SHARED, wide, shape.intermediate)
+    out, inner = np.where(kind == 2, shape.hidden, width), np.where(kind == 2, width, shape.hidden)
+    blocks = Blocks(np.zeros(len(expert), np.int64), expert, kind, out, inner)
+    slices, *size = cut_shared(blocks)
+    assert slices.tolist() == np.where(expert == SHARED, max(shape.slices, 1), 1).tolist()
+    assert {tuple(one) for one in np.stack(size, 1)[kind < 2].tolist()} == {shape.size("gate_up")}
+    for tokens in (1, 4, 16, 100, 8192):
+        rows = np.zeros((1, 1, shape.experts), np.int64)
+        rows[0, 0, 0] = tokens * shape.top_k
+        traffic = Traffic((0,), tokens, rows, np.ones(rows.shape))
+        planned = [one.phase(tokens * shape.top_k, plan.experts, plan.slices, 132) for one in (plan.gate_up, plan.down)]
+        shaped = [shape.launch(b).phase(tokens * shape.top_k, 132, by_warp([scheme])) for b in ("gate_up", "down")]
+        assert planned == shaped == [*step_phases(blocks, traffic, [scheme], 132)]
