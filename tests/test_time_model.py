@@ -200,5 +200,5 @@ def test_launches_are_those_that_a_layer_plans(shape, scheme) -> None:
         rows[0, 0, 0] = tokens * shape.top_k
         traffic = Traffic((0,), tokens, rows, np.ones(rows.shape))
         planned = [one.phase(tokens * shape.top_k, plan.experts, plan.slices, 132) for one in (plan.gate_up, plan.down)]
-        shaped = [shape.launch(b).phase(tokens * shape.top_k, 132, by_warp([scheme])) for b in ("gate_up", "down")]
+        shaped = [shape.launch(b).phase(tokens * shape.top_k, 132, [scheme]) for b in ("gate_up", "down")]
         assert planned == shaped == [*step_phases(blocks, traffic, [scheme], 132)]

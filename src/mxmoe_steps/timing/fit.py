@@ -12,7 +12,7 @@ from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.timing.fit_constants import features, fit_constants, held_out
 from mxmoe_steps.timing.fit_tiles import fit_tiles
 from mxmoe_steps.timing.measurements import Measurement, median_us, problem_of, spread
-from mxmoe_steps.timing.shapes import MODELS, by_warp
+from mxmoe_steps.timing.shapes import MODELS
 
 LEAST_PROBLEMS = 20
 TOKEN_RANGES = ((1, 15), (16, 1023), (1024, 1 << 30))
@@ -69,7 +69,7 @@ def _phase(one: Measurement, sms: int) -> str:
     """Phase of the kernel that a layer runs for this problem."""
     layer = next(layer for layer in MODELS if layer.model == one["model"])
     rows = one["tokens"] * layer.top_k
-    return layer.launch(one["block"]).phase(rows, sms, by_warp(map(parse_scheme, one["carried"])))
+    return layer.launch(one["block"]).phase(rows, sms, map(parse_scheme, one["carried"]))
 
 
 def _median_p95(values: Any) -> dict[str, float]:

@@ -18,9 +18,9 @@ class LaunchShape:
     slices: int
     out_features: tuple[int, ...]
 
-    def phase(self, rows: int, sms: int, by_warp: bool) -> str:
-        """Phase of the kernel that runs it on ``sms`` multiprocessors for ``rows`` routed rows, see `phase_for`."""
-        return phase_for(rows, self.experts, self.slices, strips(self.out_features), sms, by_warp)
+    def phase(self, rows: int, sms: int, carried: Iterable[Scheme]) -> str:
+        """Phase of the kernel for ``rows`` routed rows on ``sms`` multiprocessors that carries these schemes."""
+        return phase_for(rows, self.experts, self.slices, strips(self.out_features), sms, by_warp(carried))
 
 
 @dataclass(frozen=True)
