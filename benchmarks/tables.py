@@ -3,8 +3,9 @@
     python benchmarks/tables.py
 
 A region is <!-- table: NAME -->...<!-- end -->: lines of their own for a table, a part of a line for figures in a
-sentence. `TABLES` makes each from `docs/measurements/*.json`, the files that benchmarks write with --out, or from the
-time model fitted to the measurements in `timing/profiles`. A test holds that no region is out of date.
+sentence. `TABLES` makes each from `docs/measurements/*.json`, the files that benchmarks write with --out, from
+`mixed_allocations.json`, or from the time model fitted to the measurements in `timing/profiles`. A test holds that no
+region is out of date.
 """
 
 import json
@@ -95,14 +96,14 @@ def profile_phase() -> str:
 
 
 @cache
-def read(name: str) -> Any:
-    return json.loads((MEASUREMENTS / name).read_text(encoding="utf-8"))
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def layer(workload: str) -> str:
     """Microseconds of a whole layer, by run and tokens."""
     us: dict[str, dict[int, float]] = {}
-    for cell in read("layer.json"):
+    for cell in read(MEASUREMENTS / "layer.json"):
         if cell["workload"] == workload:
             us.setdefault(cell["run"], {})[cell["T"]] = cell["us"]
     tokens = sorted(next(iter(us.values())))
@@ -111,7 +112,8 @@ def layer(workload: str) -> str:
 
 
 def layer_summary() -> str:
-    us = {(cell["run"], cell["T"]): cell["us"] for cell in read("layer.json") if cell["workload"] == "qwen1.5-moe"}
+    cells = read(MEASUREMENTS / "layer.json")
+    us = {(cell["run"], cell["T"]): cell["us"] for cell in cells if cell["workload"] == "qwen1.5-moe"}
     ours, theirs = (
         [f"{us[run, count]:.0f}" for count in (1, 1024, 8192)] for run in ("hot", "transformers grouped_mm")
     )
@@ -119,6 +121,18 @@ def layer_summary() -> str:
         f"{ours[0]}, {ours[1]} and {ours[2]} us for 1, 1024 and 8192 tokens; the bfloat16 experts of transformers take"
         f" {theirs[0]}, {theirs[1]} and {theirs[2]}"
     )
+
+
+def mixtures_predicted(case: str) -> str:
+    """Predicted microseconds of a layer's GEMMs under the allocations of one case, by allocation and tokens."""
+    us: dict[str, dict[int, float]] = {}
+    for entry in read(ROOT / "benchmarks" / "mixed_allocations.json")["allocations"]:
+        if entry["case"] == case:
+            label = f"{entry['name']} bits" if entry["name"][0].isdigit() else entry["name"]
+            us.setdefault(label, {})[entry["tokens"]] = entry["predicted_us"]
+    tokens = sorted(next(iter(us.values())))
+    rows = [(label, *(digits(times[count]) for count in tokens)) for label, times in us.items()]
+    return markdown((case, *map(str, tokens)), rows)
 
 
 def generate_steps() -> str:
@@ -131,14 +145,14 @@ def generate_steps() -> str:
     }
     rows = []
     for part, label in names.items():
-        for batch, times in read("generate.json")[part].items():
+        for batch, times in read(MEASUREMENTS / "generate.json")[part].items():
             figures = [f"{times[run]:#.3g}" if part != "host" else f"{times[run]:.0f}" for run in times]
             rows.append((label if batch == "1" else "", batch, *figures))
     return markdown(("", "sequences", "original", "w4a16", "hot"), rows)
 
 
 def generate_summary() -> str:
-    static = read("generate.json")["static"]["1"]
+    static = read(MEASUREMENTS / "generate.json")["static"]["1"]
     return f"{static['w4a16']:.1f} ms in w4a16, and {static['original']:.1f} ms for the original"
 
 
@@ -153,6 +167,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer-deepseek-v2-lite": lambda: layer("deepseek-v2-lite"),
     "layer-mixtral-8x7b": lambda: layer("mixtral-8x7b"),
     "layer-summary": layer_summary,
+    "mixtures-predicted": lambda: mixtures_predicted("qwen1.5-moe+shared"),
     "generate-steps": generate_steps,
     "generate-summary": generate_summary,
 }
