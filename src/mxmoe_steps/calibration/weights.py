@@ -71,7 +71,7 @@ def _stacks(experts: int, out_features: int, in_features: int) -> Iterator[slice
 
 def _rounded(weight: torch.Tensor, scheme: Scheme, method: Method) -> QuantizedWeight:
     stacks = (weight[stack].float() for stack in _stacks(*weight.shape))
-    return concatenate([round_to_nearest(rotate(stack) if method.rotated else stack, scheme) for stack in stacks])
+    return concatenate([round_to_nearest(rotate(part) if method.rotated else part, scheme) for part in stacks])
 
 
 def _gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, method: Method) -> QuantizedWeight:
@@ -97,5 +97,5 @@ def add_moments(
 
 def _add_second_moment(sums: torch.Tensor, x: torch.Tensor) -> None:
     """Add x^T x to float64 ``sums`` [K, K]; ``x`` [n, K]."""
-    for some in x.split(_SUMMED):
-        sums += some.float().T @ some.float()
+    for part in x.split(_SUMMED):
+        sums += part.float().T @ part.float()

@@ -96,7 +96,7 @@ def documents(source: Source, split: str) -> list[Document]:
     elif isinstance(source, HubText):
         found = _hub_documents(source, split)
     else:
-        raise UserError(f"a mix of {', '.join(source.mix)} has sequences, not documents; name one of its members")
+        raise UserError(f"a mix of {', '.join(source.mix)} has sequences, not documents; name one of its parts")
     kept = [document for document in found if not isinstance(document, str) or document.strip()]
     if not kept:
         raise UserError(f"{source}: no document in the {split} split; {_remedy(source)}")
@@ -181,8 +181,8 @@ def _file_documents(source: FileText, split: str) -> list[Document]:
     check_apart(source.files, source.test_files)
     if not source.test_files:
         return _keep(read_files(source.files, source.separator, source.column), split)
-    named = {"calibration": source.files, "test": source.test_files}.get(split, ())
-    return read_files(named, source.separator, source.column)
+    chosen = {"calibration": source.files, "test": source.test_files}.get(split, ())
+    return read_files(chosen, source.separator, source.column)
 
 
 # Hub datasets
@@ -191,8 +191,8 @@ def _file_documents(source: FileText, split: str) -> list[Document]:
 def _hub_documents(source: HubText, split: str) -> list[Document]:
     if source.test_split is None:
         return _keep(_read_hub(source, source.split), split)
-    named = {"calibration": source.split, "test": source.test_split}.get(split)
-    return [] if named is None else _read_hub(source, named)
+    chosen = {"calibration": source.split, "test": source.test_split}.get(split)
+    return [] if chosen is None else _read_hub(source, chosen)
 
 
 def _read_hub(source: HubText, split: str) -> list[Document]:
