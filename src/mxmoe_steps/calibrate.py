@@ -11,19 +11,42 @@ A run that was stopped goes on at the first layer that is missing. --layers does
 at once or one after the other, and then one without it, which does the rest, write the bytes of one job.
 """
 
-import argparse
 import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mxmoe_steps.arguments import add_runtime, finite, folder_to_write, natural, parser_for
+from pydantic import Field
+
 from mxmoe_steps.atomic import working_in
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.quantizers.method import QUANTIZERS, Method
+from mxmoe_steps.options.base import Flag, InFolder, Natural, Options, OutFolder, SchemeName, StepOptions
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import Compute, OfModel
+from mxmoe_steps.quantizers.method import Method, QuantizerName
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
+
+
+class Quantizing(Options):
+    """How weights are quantized."""
+
+    damping: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.01, description="GPTQ: fraction of the mean Hessian diagonal added to it"
+    )
+
+
+class CalibrateOptions(Quantizing, OfModel, Compute, StepOptions):
+    """Options of the step."""
+
+    capture: InFolder = Field(description="folder that capture wrote")
+    quantizer: QuantizerName = Field(description="how to quantize weights (docs/schemes.md)")
+    scheme: SchemeName = Field(description="how a block is stored and multiplied, e.g. w4a16 or w8a8_fp8")
+    layers: Annotated[tuple[Natural, Natural] | None, Flag("LAYER", decides=False)] = Field(
+        None, description="only do the layers from the first to before the second, for a later run without it"
+    )
+    out: OutFolder = Field(description="folder to write")
 
 
 def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Method) -> tuple[list[Any], Any]:
@@ -68,19 +91,19 @@ def few_tokens(rows: list[Any]) -> str:
     return f"; fewer tokens than input features: experts {named}: their Hessians are mostly the layer's"
 
 
-def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path]) -> dict[int, Any]:
+def layer_keys(options: CalibrateOptions, folder: Any, captured: dict[int, Path]) -> dict[int, Any]:
     """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same."""
     from mxmoe_steps.provenance import file_marks, stamps
 
-    method = Method(args.quantizer)
-    ignored = {"out", "layers", "made_from"} | (set() if method.gptq else {"damping"})
+    method = Method(options.quantizer)
+    deciding = options.deciding()
     common = {
-        "options": {name: value for name, value in vars(args).items() if name not in ignored},
+        "options": deciding if method.gptq else {**deciding, "damping": None},
         "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules),
     }
-    made_from = vars(args).get("made_from")
     return {
-        layer: common | {"inputs": made_from or file_marks([*folder.sources, file])} for layer, file in captured.items()
+        layer: common | {"inputs": options.made_from or file_marks([*folder.sources, file])}
+        for layer, file in captured.items()
     }
 
 
@@ -101,8 +124,8 @@ def finished(path: Path, key: Any) -> Any:
     return facts if facts.pop("key") == key else None
 
 
-def calibrate(args: argparse.Namespace) -> None:
-    """Calibrate the MoE layers among ``args.layers``, or all that are missing, and write the result."""
+def calibrate(options: CalibrateOptions) -> None:
+    """Calibrate the MoE layers among ``options.layers``, or all that are missing, and write the result."""
     import torch
 
     from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
@@ -111,23 +134,23 @@ def calibrate(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.loading import resolve_device, start_torch
     from mxmoe_steps.models.rows import write_rows
 
-    scheme = parse_scheme(args.scheme)
+    scheme = parse_scheme(options.scheme)
     if scheme.is_original:
         raise UserError("w16a16 is the original and has no loss; leave it out of calibration")
-    start_torch(args)
-    folder = open_model(resolve_model(args.model))
-    device = resolve_device(args.device)
-    method = Method(args.quantizer, args.damping)
-    partial = Path(args.out) / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
-    captured = {layer: Path(args.capture) / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
+    start_torch(options)
+    folder = open_model(resolve_model(options.model))
+    device = resolve_device(options.device)
+    method = Method(options.quantizer, options.damping)
+    partial = options.out / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
+    captured = {layer: options.capture / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
     for file in captured.values():
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
     check_captured(captured, folder)
-    keys = layer_keys(args, folder, captured)
+    keys = layer_keys(options, folder, captured)
     parts = {layer: partial / file.name for layer, file in captured.items()}
-    wanted = folder.moe_layers if args.layers is None else range(*args.layers)
-    with working_in(partial, shared=args.layers is not None):
+    wanted = folder.moe_layers if options.layers is None else range(*options.layers)
+    with working_in(partial, shared=options.layers is not None):
         todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
         try:
             reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
@@ -146,9 +169,9 @@ def calibrate(args: argparse.Namespace) -> None:
                 f"layer {missing} does not fit in the GPU's memory: lower calibrate.sequences, run fewer jobs on the"
                 " GPU at a time, or set runtime.device: cpu"
             ) from error
-        if args.layers is None:
+        if options.layers is None:
             done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
-            write_result(Path(args.out), scheme, method, fingerprint(folder), done)
+            write_result(options.out, scheme, method, fingerprint(folder), done)
             shutil.rmtree(partial)
 
 
@@ -168,26 +191,10 @@ def write_result(out: Path, scheme: Scheme, method: Method, model: str, parts: l
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--model", required=True, help="local checkpoint folder or hub id")
-    parser.add_argument("--capture", required=True, help="folder that capture wrote")
-    parser.add_argument("--quantizer", required=True, choices=QUANTIZERS)
-    parser.add_argument("--scheme", required=True, help="for example w4a16 or w8a8_fp8")
-    parser.add_argument("--damping", type=finite, default=0.01, help="GPTQ: fraction of the mean Hessian diagonal")
-    add_runtime(parser)
-    parser.add_argument(
-        "--layers",
-        type=natural,
-        nargs=2,
-        metavar=("K", "L"),
-        help="only do layers K ... L-1, for a later run without it",
-    )
-    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    args = parser.parse_args()
-    scheme = parse_scheme(args.scheme)
-    outputs = [f"{args.out}/{scheme}.{kind}" for kind in ("parquet", "safetensors")]
-    with recorded(args.made_from, outputs) if args.layers is None else nullcontext():
-        calibrate(args)
+    options = parse(CalibrateOptions, __doc__)
+    outputs = [options.out / f"{options.scheme}.{kind}" for kind in ("parquet", "safetensors")]
+    with recorded(options.made_from, outputs) if options.layers is None else nullcontext():
+        calibrate(options)
 
 
 if __name__ == "__main__":

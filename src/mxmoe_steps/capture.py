@@ -20,28 +20,52 @@ with the same --out: --until K with rising K, --down-to K with falling K (not wi
 run without either. The bytes are those of one job.
 """
 
-import argparse
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from mxmoe_steps.arguments import (
-    add_borders,
-    add_model,
-    add_runtime,
-    add_text,
-    folder_to_write,
-    natural,
-    parser_for,
-    positive,
-)
+from pydantic import Field, model_validator
+
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Count, Flag, Natural, Sequences
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import TextAmount, TextThroughModel
+
+
+class CapturedText(TextAmount):
+    """Calibration text."""
+
+    text: Annotated[str, Flag("NAME")] = Field(description="text source to calibrate on")
+    sequences: Sequences = Field(128, description="calibration sequences")
+    gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
+
+
+class CaptureOptions(CapturedText, TextThroughModel):
+    """Options of the step."""
+
+    until: Annotated[Count | None, Flag("LAYER", decides=False)] = Field(
+        None, description="only bring the text up to this layer"
+    )
+    down_to: Annotated[Natural | None, Flag("LAYER", decides=False)] = Field(
+        None, description="only bring the gradient down to this layer"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.down_to is not None and not self.gradient:
+            raise ValueError("--down-to is about gradients; leave it out with --no-gradient")
+        return self
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the job that writes the result."""
+        return self.until is None and self.down_to is None
 
 
 def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
@@ -174,7 +198,7 @@ def capture_backward(model: Any, borders: Any, runs: list[slice], first: int, fa
         borders.gradient(layer + 1).unlink(missing_ok=True)
 
 
-def capture(args: argparse.Namespace) -> None:
+def capture(options: CaptureOptions) -> None:
     """Capture every MoE layer of the model on one text."""
     import torch
 
@@ -185,31 +209,23 @@ def capture(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
-    if args.no_gradient and args.down_to is not None:
-        raise UserError("--down-to is about gradients; leave it out with --no-gradient")
-    start_torch(args)
-    path = resolve_model(args.model, code=args.trust_remote_code)
-    tokens = torch.from_numpy(read_texts(args, path, [args.text], "calibration")[args.text])
-    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
-    runs = runs_of([args.sequences], args.batch)
-    facts = {
-        "text": args.text, "sequences": args.sequences, "length": args.length, "model": fingerprint(model.folder)
-    }  # fmt: skip
-    with Borders.locked(args):
-        borders = Borders(model, tokens, "mxmoe_steps.capture", args)
-        if args.no_gradient:
-            capture_forward(model, borders, runs, min(args.until or model.layers, model.layers), facts)
-        elif args.until is not None:
-            forward(model, borders, runs, min(args.until, model.layers), unwatched, keep=True)
+    start_torch(options)
+    path = resolve_model(options.model, code=options.trust_remote_code)
+    tokens = torch.from_numpy(read_texts(options, path, [options.text], "calibration")[options.text])
+    model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
+    runs = runs_of([options.sequences], options.batch)
+    facts = {"text": options.text, "sequences": options.sequences, "length": options.length}
+    facts |= {"model": fingerprint(model.folder)}
+    with Borders.locked(options):
+        borders = Borders(model, tokens, "mxmoe_steps.capture", options)
+        if not options.gradient:
+            capture_forward(model, borders, runs, min(options.until or model.layers, model.layers), facts)
+        elif options.until is not None:
+            forward(model, borders, runs, min(options.until, model.layers), unwatched, keep=True)
         else:
-            capture_backward(model, borders, runs, args.down_to or 0, facts, args.seed)
-        if is_last(args):
-            finish(model, borders, Path(args.out))
-
-
-def is_last(args: argparse.Namespace) -> bool:
-    """Whether this is the job that writes the result."""
-    return args.until is None and args.down_to is None
+            capture_backward(model, borders, runs, options.down_to or 0, facts, options.seed)
+        if options.is_last:
+            finish(model, borders, options.out)
 
 
 def finish(model: Any, borders: Any, out: Path) -> None:
@@ -230,18 +246,9 @@ def finish(model: Any, borders: Any, out: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    add_model(parser)
-    add_text(parser, several=False)
-    add_runtime(parser)
-    parser.add_argument("--no-gradient", action="store_true", help="skip the backward pass (no fisher losses)")
-    add_borders(parser)
-    parser.add_argument("--until", type=positive, metavar="K", help="only bring the text up to layer K")
-    parser.add_argument("--down-to", type=natural, metavar="K", help="only bring the gradient down to layer K")
-    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [args.out]) if is_last(args) else nullcontext():
-        capture(args)
+    options = parse(CaptureOptions, __doc__)
+    with recorded(options.made_from, [options.out]) if options.is_last else nullcontext():
+        capture(options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ functions. `profile` fits the constants (docs/profile.md). Costs are expectation
 import contextlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +88,7 @@ def profile_of(columns: dict[str, NDArray[np.generic]], facts: dict[str, object]
     return Profile(tiles, **{key: facts[key] for key in ("sms", *CONSTANTS, "estimate", "device")})  # type: ignore[arg-type]
 
 
-def read_profile(path: str) -> Profile:
+def read_profile(path: str | Path) -> Profile:
     """Read a PROFILE table; `UserError` unless every scheme has kernels of all phases."""
     table, facts = read_table(PROFILE, path)
     profile = profile_of({name: np.array(table.column(name).to_pylist()) for name in table.column_names}, facts)

@@ -35,7 +35,7 @@ class Traffic:
 class Routing:
     """The experts of every token that `trace` wrote into ``folder``; `UserError` where its files are damaged."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str | Path) -> None:
         table, self.facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
         self._file = TensorFile(Path(folder) / "routing.safetensors", _FIX)
         if self._file.facts(TrafficFacts) != self.facts:
@@ -81,7 +81,7 @@ def sample_positions(
 
 
 def sample_traffic(
-    folder: str, texts: list[str], tokens: int, phase: str = "auto", steps: int = 16, seed: int = 0
+    folder: str | Path, texts: list[str], tokens: int, phase: str = "auto", steps: int = 16, seed: int = 0
 ) -> Traffic:
     """Sample ``steps`` forward steps from the routing that `trace` wrote; texts (default: all) take turns.
 

@@ -1,6 +1,6 @@
 """Text sources from plain dictionaries, as the config and the command lines give them."""
 
-import json
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -48,13 +48,6 @@ def parse_source(name: str, value: dict[str, Any]) -> Source:
     return kind(**given)
 
 
-def parse_sources(text: str) -> dict[str, Source]:
-    """Named sources from a JSON object; `UserError` for anything else."""
-    try:
-        values = json.loads(text)
-        return {name: parse_source(name, value) for name, value in values.items()}
-    except (json.JSONDecodeError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"--sources is not a JSON object of text sources ({error}); for example"
-            ' \'{"en": {"package": "wiki-en"}, "mine": {"files": ["notes.txt"]}}\''
-        ) from error
+def parse_sources(values: Mapping[str, dict[str, Any]]) -> dict[str, Source]:
+    """Named sources; `UserError` as of `parse_source`."""
+    return {name: parse_source(name, value) for name, value in values.items()}

@@ -13,7 +13,7 @@ from mxmoe_steps.schemes import BLOCKS, ORIGINAL, parse_scheme
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
 
 if TYPE_CHECKING:
-    from mxmoe_steps.config import Config, Solve
+    from mxmoe_steps.config.sections import Config, Solve
 
 
 def timed_as(config: "Config") -> dict[str, str]:
