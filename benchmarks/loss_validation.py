@@ -26,7 +26,7 @@ from mxmoe_steps.allocation.files import read_allocation
 from mxmoe_steps.evaluate import Reference, score
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors
-from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
@@ -188,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="results/demo-moe")
     parser.add_argument("--model", default="resources/demo-moe")
-    parser.add_argument("--quantizer", default="gptq", choices=QUANTIZERS, help="whose weights and losses")
+    parser.add_argument("--quantizer", default="gptq", choices=method_names(), help="whose weights and losses")
     parser.add_argument("--budgets", nargs="+", type=float, default=[2.25, 3.25, 5.0])
     parser.add_argument("--count", type=int, default=50, help="allocations per budget")
     parser.add_argument("--sequences", type=int, default=4, help="sequences per text")

@@ -13,17 +13,27 @@ from mxmoe_steps.quantizers.method import Method
 CALIBRATE = f"{OUT}/calibrate/{{quantizer}}"
 LOSSES = f"{CALIBRATE}/{{scheme}}.parquet"
 PACKED = f"{CALIBRATE}/{{scheme}}.safetensors"
+CALIBRATE_EXTENSIONS = {
+    quantizer: plan.extensions_of_calibration(CONFIG, quantizer)
+    for quantizer in CALIBRATED
+}
 CALIBRATE_FLAGS = {
     quantizer: flags(
         CalibrateOptions,
         CONFIG.runtime,
         model=MODEL_PATH,
-        damping=CONFIG.calibrate.damping if Method(quantizer).gptq else None,
+        extensions=CALIBRATE_EXTENSIONS[quantizer],
+        more_losses=plan.more_losses(CONFIG),
+        damping=CONFIG.calibrate.damping if Method(quantizer).uses_hessians else None,
     )
     for quantizer in CALIBRATED
 }
 CALIBRATE_CODE = {
-    quantizer: stamps("mxmoe_steps.calibrate", without=Method(quantizer).unused_modules)
+    quantizer: stamps(
+        "mxmoe_steps.calibrate",
+        without=Method(quantizer).unused_modules,
+        extensions=modules_of(CALIBRATE_EXTENSIONS[quantizer]),
+    )
     for quantizer in CALIBRATED
 }
 for quantizer in CALIBRATED:

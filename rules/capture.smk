@@ -10,13 +10,19 @@ in capture.borders; the last one finishes and removes it.
 from mxmoe_steps.capture import CaptureOptions
 
 CAPTURE = f"{OUT}/capture"
-CAPTURE_CODE = stamps("mxmoe_steps.capture", without=PACKED_MODULES)
+CAPTURE_EXTENSIONS = plan.extensions_of_texts(CONFIG, [CONFIG.calibrate.text])
+CAPTURE_CODE = stamps(
+    "mxmoe_steps.capture",
+    without=PACKED_MODULES,
+    extensions=modules_of(CAPTURE_EXTENSIONS),
+)
 CAPTURE_FLAGS = flags(
     CaptureOptions,
     CONFIG.model,
     CONFIG.calibrate,
     CONFIG.runtime,
     model=MODEL_PATH,
+    extensions=CAPTURE_EXTENSIONS,
     sources=plan.used_sources(CONFIG, [CONFIG.calibrate.text]),
 )
 CAPTURE_CONTENTS = {

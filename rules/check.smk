@@ -26,6 +26,7 @@ def check_flags():
         CONFIG.solve,
         model=MODEL_PATH,
         device=CONFIG.runtime.device if workflow.local_exec else "cpu",
+        extensions=CONFIG.extensions,
         sources=CONFIG.texts,
         trace=reading(CONFIG.trace, CONFIG.trace.texts),
         calibrate=reading(CONFIG.calibrate, [CONFIG.calibrate.text]),

@@ -22,11 +22,11 @@ from snakemake.utils import update_config
 from mxmoe_steps.config.loading import load_config
 from mxmoe_steps.config.points import points
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.extensions import modules_of
 from mxmoe_steps.made_from import Hashes, Results
 from mxmoe_steps.models.families import PACKED_MODULES
 from mxmoe_steps.options.command_line import flags
 from mxmoe_steps.provenance import stamps
-from mxmoe_steps.quantizers.method import QUANTIZERS
 from mxmoe_steps.values import typed
 from mxmoe_steps.workflow import plan
 from mxmoe_steps.workflow.contents import Contents
@@ -62,7 +62,7 @@ CONTENTS = Contents(CONFIG, MODEL_PATH, MODEL, HASHES)
 
 
 wildcard_constraints:
-    quantizer="|".join(map(re.escape, QUANTIZERS)),
+    quantizer="|".join(map(re.escape, CALIBRATED)),
     scheme=r"w\d+a\d+[a-z0-9_-]*",
     frontier="|".join(map(re.escape, sorted(FRONTIERS))),
     point="|".join(map(re.escape, sorted(POINTS))),

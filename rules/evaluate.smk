@@ -12,8 +12,13 @@ ORIGINAL = {
     "metrics": f"{OUT}/evaluate/original.json",
     "reference": f"{OUT}/evaluate/original.safetensors",
 }
+EVALUATE_EXTENSIONS = plan.extensions_of_texts(CONFIG, EVALUATED)
 ORIGINAL_PARAMS = {
-    **stamps("mxmoe_steps.evaluate", without=PACKED_MODULES),
+    **stamps(
+        "mxmoe_steps.evaluate",
+        without=PACKED_MODULES,
+        extensions=modules_of(EVALUATE_EXTENSIONS),
+    ),
     "model": CONTENTS.model(),
     "tokenizer": CONTENTS.tokenizer(),
     "texts": CONTENTS.texts(EVALUATED),
@@ -25,6 +30,7 @@ ORIGINAL_FLAGS = flags(
     CONFIG.runtime,
     model=MODEL_PATH,
     texts=EVALUATED,
+    extensions=EVALUATE_EXTENSIONS,
     sources=plan.used_sources(CONFIG, EVALUATED),
 )
 EVALUATE_CODE = stamps("mxmoe_steps.evaluate")

@@ -14,7 +14,12 @@ TRACE_FILES = {
     "traffic": f"{TRACE}/traffic.parquet",
     "routing": f"{TRACE}/routing.safetensors",
 }
-TRACE_CODE = stamps("mxmoe_steps.trace", without=PACKED_MODULES)
+TRACE_EXTENSIONS = plan.extensions_of_texts(CONFIG, TRACED)
+TRACE_CODE = stamps(
+    "mxmoe_steps.trace",
+    without=PACKED_MODULES,
+    extensions=modules_of(TRACE_EXTENSIONS),
+)
 TRACE_FLAGS = flags(
     TraceOptions,
     CONFIG.model,
@@ -22,6 +27,7 @@ TRACE_FLAGS = flags(
     CONFIG.runtime,
     model=MODEL_PATH,
     texts=TRACED,
+    extensions=TRACE_EXTENSIONS,
     sources=plan.used_sources(CONFIG, TRACED),
 )
 TRACE_CONTENTS = {

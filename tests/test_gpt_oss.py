@@ -25,7 +25,7 @@ from mxmoe_steps.models.streaming import StreamedModel, layer_path
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
-from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.schemes import BLOCKS, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
@@ -103,7 +103,7 @@ def layer_output(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", method_names())
 def test_losses_equal_differences_of_the_whole_layer(
     model: Any,
     checkpoint: Path,

@@ -331,11 +331,12 @@ def test_degenerate_tokens_are_refused(demo: Any, with_bos: Any) -> None:
 
 
 def checked(model: Path, sources: dict[str, Any], **options: Any) -> None:
-    reads = {"trace": ["4", "32", "a"], "calibrate": ["4", "32", "a"], "evaluate": ["4", "32", "a"]}
+    reads: dict[str, Any] = {"trace": [4, 32, "a"], "calibrate": [4, 32, "a"], "evaluate": [4, 32, "a"]}
     common = {"model": str(model), "dtype": "float32", "device": "cpu"}
     common |= {"candidates": ["w4a16_g32", "w8a16"], "tie_gate_up": False}
     common |= {"problems": ["block=5.5"]}
-    check.check(check.CheckOptions(sources=canonical_json(sources), **(common | reads | options)))
+    words = {name: list(map(str, options.get(name, reading))) for name, reading in reads.items()}
+    check.check(check.CheckOptions(sources=canonical_json(sources), **(common | options | words)))
 
 
 def test_check_reads_everything_that_the_steps_will(tiny_moe: Path, text_file: Path, tmp_path: Path) -> None:
@@ -345,9 +346,9 @@ def test_check_reads_everything_that_the_steps_will(tiny_moe: Path, text_file: P
     zeros = {"files": [str(tmp_path / "zeros.txt")]}
     for step in ("trace", "calibrate", "evaluate"):
         with pytest.raises(UserError, match=r"zeros\.txt: holds a NUL byte"):
-            checked(tiny_moe, {"a": words, "b": zeros}, **{step: ["4", "32", "b"]})
+            checked(tiny_moe, {"a": words, "b": zeros}, **{step: [4, 32, "b"]})
     with pytest.raises(UserError, match=r"text source 'a', test split: the text has [\d,]+ tokens and 9999 sequences"):
-        checked(tiny_moe, {"a": words}, evaluate=["9999", "32", "a"])
+        checked(tiny_moe, {"a": words}, evaluate=[9999, 32, "a"])
     shutil.copytree(tiny_moe, tmp_path / "model")
     config = json.loads((tiny_moe / "config.json").read_text()) | {"tie_word_embeddings": False}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))

@@ -13,44 +13,57 @@ at once or one after the other, and then one without it, which does the rest, wr
 
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from mxmoe_steps.atomic import working_in
+from mxmoe_steps.calibration.loss import BUILTIN, Loss, losses_of
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.extensions import load, modules_of
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.options.base import Flag, InFolder, Natural, Options, OutFolder, SchemeName, StepOptions
+from mxmoe_steps.options.base import Flag, InFolder, LossName, Natural, Options, OutFolder, SchemeName, StepOptions
 from mxmoe_steps.options.command_line import parse
-from mxmoe_steps.options.shared import Compute, OfModel
-from mxmoe_steps.quantizers.method import Method, QuantizerName
+from mxmoe_steps.options.shared import Compute, Extended, OfModel
+from mxmoe_steps.quantizers.method import Method
+from mxmoe_steps.quantizers.names import DAMPING, QuantizerName
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
+from mxmoe_steps.values import distinct
 
 
 class Quantizing(Options):
     """How weights are quantized."""
 
     damping: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.01, description="GPTQ: fraction of the mean Hessian diagonal added to it"
+        DAMPING, description="fraction of its mean diagonal that is added to a Hessian, for quantizers that use them"
     )
 
 
-class CalibrateOptions(Quantizing, OfModel, Compute, StepOptions):
+class CalibrateOptions(Quantizing, OfModel, Extended, Compute, StepOptions):
     """Options of the step."""
 
     capture: InFolder = Field(description="folder that capture wrote")
     quantizer: QuantizerName = Field(description="how to quantize weights (docs/schemes.md)")
     scheme: SchemeName = Field(description="how a block is stored and multiplied, e.g. w4a16 or w8a8_fp8")
+    more_losses: Annotated[list[LossName], AfterValidator(distinct)] = Field(
+        [], description="losses of the user's modules to compute besides fisher and out_sq"
+    )
     layers: Annotated[tuple[Natural, Natural] | None, Flag("LAYER", decides=False)] = Field(
         None, description="only do the layers from the first to before the second, for a later run without it"
     )
     out: OutFolder = Field(description="folder to write")
 
 
-def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Method) -> tuple[list[Any], Any]:
-    """Rows of `tables.LOSSES` (tuples in column order) and packed tensors of one layer."""
+def calibrate_layer(
+    folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Method, losses: Sequence[Loss]
+) -> tuple[list[Any], Any]:
+    """Rows of `tables.LOSSES` and packed tensors of one layer; `UserError` for a loss that is not finite.
+
+    A row is a tuple in the order of the columns, with a list of the losses that are not built in at its end.
+    """
     from mxmoe_steps.calibration.losses import layer_losses
     from mxmoe_steps.calibration.weights import quantize_layer
     from mxmoe_steps.models.weights import read_block, read_gating
@@ -60,16 +73,17 @@ def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method
         weights = [read_block(folder, layer, experts, block, inputs.device) for block in BLOCKS]
         gating = read_gating(folder, layer, experts, inputs.device)
         stacks = quantize_layer(inputs, experts, weights, gating, scheme, method)
-        losses = layer_losses(inputs, experts, weights, stacks, gating, scheme, method)
+        found = layer_losses(inputs, experts, weights, stacks, gating, scheme, method, losses)
         for index, expert in enumerate(experts):
-            if not losses[index].isfinite().all():
+            if not found[index].isfinite().all():
                 raise UserError(f"layer {layer}, expert {expert}: the loss under {scheme} is not finite")
             tokens = inputs.tokens(expert)
             for number, block in enumerate(BLOCKS):
                 out_features, in_features = weights[number].shape[1:]
-                few = method.gptq and tokens < in_features
+                few = method.uses_hessians and tokens < in_features
                 row = (layer, expert, block, out_features, in_features, scheme.bits(in_features), tokens)
-                rows.append((*row, *losses[index, number].tolist(), few))
+                known = found[index, number].tolist()
+                rows.append((*row, *known[: len(BUILTIN)], few, known[len(BUILTIN) :]))
                 for part, tensor in stacks[number][index].tensors().items():
                     packed[f"{layer}.{expert}.{block}.{part}"] = tensor.cpu()
     return rows, packed
@@ -80,7 +94,7 @@ def few_tokens(rows: list[Any]) -> str:
 
     ``rows`` are those of `calibrate_layer`.
     """
-    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, *_, few in rows if few)
+    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, *_, few, _ in rows if few)
     if not found:
         return ""
     counts = {  # of an expert's blocks, the one with most input features stays
@@ -96,10 +110,11 @@ def layer_keys(options: CalibrateOptions, folder: Any, captured: dict[int, Path]
     from mxmoe_steps.provenance import file_marks, stamps
 
     method = Method(options.quantizer)
+    extensions = modules_of(options.extensions)
     deciding = options.deciding()
     common = {
-        "options": deciding if method.gptq else {**deciding, "damping": None},
-        "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules),
+        "options": deciding if method.uses_hessians else {**deciding, "damping": None},
+        "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules, extensions=extensions),
     }
     return {
         layer: common | {"inputs": options.made_from or file_marks([*folder.sources, file])}
@@ -137,10 +152,11 @@ def calibrate(options: CalibrateOptions) -> None:
     scheme = parse_scheme(options.scheme)
     if scheme.is_original:
         raise UserError("w16a16 is the original and has no loss; leave it out of calibration")
+    load(options.extensions)
+    method, losses = Method(options.quantizer, options.damping), losses_of(options.more_losses)
     start_torch(options)
     folder = open_model(resolve_model(options.model))
     device = resolve_device(options.device)
-    method = Method(options.quantizer, options.damping)
     partial = options.out / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
     captured = {layer: options.capture / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
     for file in captured.values():
@@ -155,7 +171,12 @@ def calibrate(options: CalibrateOptions) -> None:
         try:
             reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
             for layer, inputs in zip(todo, reading, strict=True):
-                rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
+                if inputs.gradient is None and any(loss.needs_gradient for loss in losses[len(BUILTIN) :]):
+                    raise UserError(
+                        f"{captured[layer]}: holds no gradient, which {', '.join(options.more_losses)} needs;"
+                        " run capture with --gradient"
+                    )
+                rows, packed = calibrate_layer(folder, layer, inputs, scheme, method, losses)
                 facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
                 layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()}
                 with write_rows(parts[layer], layout, facts) as writer:
@@ -171,22 +192,24 @@ def calibrate(options: CalibrateOptions) -> None:
             ) from error
         if options.layers is None:
             done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
-            write_result(options.out, scheme, method, fingerprint(folder), done)
+            write_result(options, scheme, fingerprint(folder), done)
             shutil.rmtree(partial)
 
 
-def write_result(out: Path, scheme: Scheme, method: Method, model: str, parts: list[tuple[Path, Any]]) -> None:
+def write_result(options: CalibrateOptions, scheme: Scheme, model: str, parts: list[tuple[Path, Any]]) -> None:
     """Both files of the step from those of the layers, each with its key."""
     from mxmoe_steps.models.raw import tensors_of, write_tensors
     from mxmoe_steps.tables import LOSSES, write_table
 
     found = [finished(part, key) for part, key in parts]
-    facts = {"model": model, "quantizer": method.name, "scheme": scheme.name}
+    facts = {"model": model, "quantizer": options.quantizer, "scheme": scheme.name}
     tensors = [item for part, _ in parts for item in tensors_of(part).items()]
-    write_tensors(out / f"{scheme}.safetensors", tensors, facts)
+    write_tensors(options.out / f"{scheme}.safetensors", tensors, facts)
     rows = [row for layer in found for row in layer["rows"]]
-    columns = dict(zip(LOSSES.schema.names, map(list, zip(*rows, strict=True)), strict=True))
-    write_table(LOSSES, out / f"{scheme}.parquet", columns, facts | {"fisher": found[-1]["fisher"]})
+    *known, more = map(list, zip(*rows, strict=True))
+    columns = dict(zip(LOSSES.schema.names, known, strict=True))
+    columns |= dict(zip(options.more_losses, map(list, zip(*more, strict=True)), strict=True))
+    write_table(LOSSES, options.out / f"{scheme}.parquet", columns, facts | {"fisher": found[-1]["fisher"]})
 
 
 def main() -> None:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.extensions import load
 from mxmoe_steps.options.base import Flag, Schemes, StepOptions
 from mxmoe_steps.options.command_line import parse
-from mxmoe_steps.options.shared import Compute, Limits, OfModel, Precision, Texts
+from mxmoe_steps.options.shared import Compute, Extended, Limits, OfModel, Precision, Texts
 
 if TYPE_CHECKING:
-    from mxmoe_steps.data.sources import Source
+    from mxmoe_steps.data.sources import TextSource
     from mxmoe_steps.models.families import ModelFolder
 
 Reading = Annotated[list[str], Field(min_length=3), Flag("SEQUENCES LENGTH NAME")]
@@ -26,7 +27,7 @@ Reading = Annotated[list[str], Field(min_length=3), Flag("SEQUENCES LENGTH NAME"
 _MOST_SHARED = 0.1  # of the characters of a text; short documents, such as headings, may well come twice
 
 
-class CheckOptions(OfModel, Precision, Texts, Limits, Compute, StepOptions):
+class CheckOptions(OfModel, Precision, Extended, Texts, Limits, Compute, StepOptions):
     """Options of the step."""
 
     trace: Reading = Field(description="what trace reads: sequences, length and names of texts")
@@ -46,6 +47,7 @@ def check(options: CheckOptions) -> None:
     resolve_device(options.device)
     path = resolve_model(options.model, code=options.trust_remote_code)
     model = StreamedModel(path, options.dtype, "cpu", options.trust_remote_code)
+    load(options.extensions)
     reader = TextReader(path, options.sources, options.seed, options.trust_remote_code)
     for option, reading, split in (
         ("trace", options.trace, "calibration"),
@@ -62,7 +64,7 @@ def check(options: CheckOptions) -> None:
     print(f"check: {options.model} and its texts are fit for use", file=sys.stderr)
 
 
-def check_apart(sources: Mapping[str, "Source"], calibrate: list[str], evaluate: list[str]) -> None:
+def check_apart(sources: Mapping[str, "TextSource"], calibrate: list[str], evaluate: list[str]) -> None:
     """`UserError` where documents to evaluate on are among those to calibrate on."""
     from mxmoe_steps.data.sources import documents, key_of
 
@@ -90,7 +92,7 @@ def check_budgets(options: CheckOptions, folder: "ModelFolder") -> None:
     check_reachable(blocks_of(folder, sizes=True), candidates, constraints, options.scope, problems)
 
 
-def parts(sources: Mapping[str, "Source"], names: Iterable[str]) -> Iterator[str]:
+def parts(sources: Mapping[str, "TextSource"], names: Iterable[str]) -> Iterator[str]:
     """Names of sources, those of its parts instead of a mix."""
     from mxmoe_steps.data.sources import MixText
 

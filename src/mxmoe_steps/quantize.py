@@ -19,7 +19,7 @@ from mxmoe_steps.made_from import recorded
 from mxmoe_steps.options.base import InFile, InFolder, OutFolder, StepOptions
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import OfModel, RemoteCode
-from mxmoe_steps.quantizers.method import Method
+from mxmoe_steps.quantizers.names import is_rotated
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 
@@ -50,7 +50,7 @@ def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any
     blocks: dict[str, dict[str, list[int]]] = {}
     for (layer, expert), names in sorted(assignment.items()):
         blocks.setdefault(str(layer), {})[str(expert)] = [schemes.index(name) for name in names]
-    rotation = {"rotation": "hadamard"} if Method(quantizer).rotated else {}
+    rotation = {"rotation": "hadamard"} if is_rotated(quantizer) else {}
     return {"quant_method": "mxmoe", "version": 1, "schemes": schemes, "blocks": blocks, **rotation}
 
 

@@ -14,7 +14,7 @@ def distinct(names: list[str]) -> list[str]:
     """The same names; `ValueError` for one that comes twice."""
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name!r} is listed twice; list every text once")
+            raise ValueError(f"{name!r} is listed twice; list everything once")
     return names
 
 

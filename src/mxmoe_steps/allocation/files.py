@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from mxmoe_steps.allocation.pick import Part, Vertex, corners
 from mxmoe_steps.atomic import write_json
-from mxmoe_steps.quantizers.method import QuantizerName
+from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.records import (
     STRICT,
     Count,
@@ -58,7 +58,7 @@ class _Problem(TypedDict):
     device: Name
     gap_limit: Share
     granularity: Literal["block", "expert", "layer", "uniform"]
-    metric: Literal["out_sq", "fisher"]
+    metric: Name
     model: Name  # fingerprint
     proved_by: Literal["cp-sat", "states"]
     quantizer: QuantizerName

@@ -6,7 +6,7 @@ from typing import Literal
 from mxmoe_steps.config.sections import Config
 from mxmoe_steps.frontier import Problem
 from mxmoe_steps.options.base import Granularity
-from mxmoe_steps.quantizers.method import QuantizerName
+from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.values import exact
 
 Goal = Literal["r", "max_time_us", "max_loss"]

@@ -11,12 +11,14 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from mxmoe_steps.calibrate import CalibrateOptions, Quantizing
+from mxmoe_steps.calibration.loss import LOSSES
 from mxmoe_steps.capture import CapturedText
 from mxmoe_steps.config.existence import check_constraints, check_kernels
 from mxmoe_steps.data.parsing import parse_source
-from mxmoe_steps.data.sources import FileText, MixText
+from mxmoe_steps.data.sources import MixText
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.evaluate import EvaluateOptions
+from mxmoe_steps.extensions import load
 from mxmoe_steps.frontier import Counting, Problem
 from mxmoe_steps.models.families import is_local
 from mxmoe_steps.options.base import (
@@ -32,13 +34,14 @@ from mxmoe_steps.options.base import (
     Tokens,
     description_of,
 )
-from mxmoe_steps.options.shared import Forward, OfModel, Precision, TextAmount
-from mxmoe_steps.quantizers.method import QuantizerName
+from mxmoe_steps.options.shared import Extended, Forward, OfModel, Precision, TextAmount
+from mxmoe_steps.quantizers.method import method_names
+from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.solve import SolveOptions
 from mxmoe_steps.timing.estimate import read_hardware
 from mxmoe_steps.trace import TracedTexts
-from mxmoe_steps.values import expand, expand_files
+from mxmoe_steps.values import distinct, expand, expand_files
 
 _NAME = r"^\w[\w .+-]*$"  # of a text: a word on command lines, no part of a path
 _RESERVED = (  # what else stands in results/
@@ -190,10 +193,11 @@ class Runtime(Forward, Section):
 class Config(Section):
     """A whole configuration."""
 
+    extensions: list[str] = Field([], description=description_of(Extended, "extensions"))
     model: Model
     texts: dict[str, dict[str, Any]] = Field(
         description="named text sources: {files: [a.txt]}, {files: [a.jsonl], column: text}, {hub: wikitext, ...},"
-        " {package: wiki-en} or {mix: [a, b]} (docs/texts.md)"
+        " {package: wiki-en} or {mix: [a, b]}, or a kind of your own (docs/texts.md)"
     )
     trace: Trace
     calibrate: Calibrate
@@ -205,6 +209,16 @@ class Config(Section):
     )
     evaluate: Evaluate
     runtime: Runtime = Field(default_factory=lambda: Runtime())
+
+    @field_validator("extensions")
+    @classmethod
+    def _loaded(cls, files: list[str]) -> list[str]:
+        files = distinct([expand(file) for file in files])
+        try:
+            load(files)
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("extensions: ")) from None
+        return files
 
     @field_validator("texts")
     @classmethod
@@ -220,10 +234,13 @@ class Config(Section):
     def _consistent(self) -> "Config":
         check_texts(self)
         known("solve.traffic", [self.solve.traffic], self.trace.texts, "one of trace.texts")
+        known("calibrate.quantizers", self.calibrate.quantizers, method_names(), "a quantizer")
+        known("solve.metric", [self.solve.metric], list(LOSSES), "a loss")
         wanted = {quantizer for grid in self.sweep for quantizer in grid.quantizer} | set(self.baselines)
         known("sweep and baselines: quantizer", sorted(wanted), self.calibrate.quantizers, "in calibrate.quantizers")
-        if self.solve.metric == "fisher" and not self.calibrate.gradient:
-            raise ValueError("solve.metric fisher needs calibrate.gradient: true; or set solve.metric: out_sq")
+        metric = self.solve.metric
+        if LOSSES[metric].needs_gradient and not self.calibrate.gradient:
+            raise ValueError(f"solve.metric {metric} needs calibrate.gradient: true; or set solve.metric: out_sq")
         try:
             check_constraints(self)
             check_kernels(self)
@@ -251,10 +268,9 @@ def check_texts(config: Config) -> None:
     for name, source in sources.items():
         if isinstance(source, MixText):
             used[f"texts.{name}.mix"] = list(source.mix)
-        if isinstance(source, FileText):
-            missing = [file for file in (*source.files, *source.test_files) if not Path(file).is_file()]
-            if missing:
-                raise ValueError(f"texts.{name}.files: no such file {missing[0]}")
+        missing = [file for file in source.local_files() if not Path(file).is_file()]
+        if missing:
+            raise ValueError(f"texts.{name}.files: no such file {missing[0]}")
     for key, names in used.items():
         known(key, names, list(sources), "a text source")
 

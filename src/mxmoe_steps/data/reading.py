@@ -10,6 +10,7 @@ import numpy.typing as npt
 from mxmoe_steps.data.parsing import parse_sources
 from mxmoe_steps.data.tokens import load_sequences
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.extensions import load
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.loading import load_tokenizer
 from mxmoe_steps.options.shared import TextThroughModel
@@ -42,6 +43,7 @@ def read_texts(
     options: TextThroughModel, model: Path, texts: list[str], split: str
 ) -> dict[str, npt.NDArray[np.int64]]:
     """Tokens int64 [sequences, length] of every text that a step asks for."""
+    load(options.extensions)
     reader = TextReader(model, options.sources, options.seed, options.trust_remote_code)
     return {text: reader.read(text, split, options.sequences, options.length) for text in texts}
 

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.registry import NAME
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.values import distinct
 
@@ -135,4 +136,4 @@ Device = Annotated[str, Field(pattern=r"^(cpu|auto|cuda(:\d+)?)$")]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Granularity = Literal["block", "expert", "layer", "uniform"]
 Scope = Literal["model", "layer"]
-Metric = Literal["fisher", "out_sq"]
+LossName = Annotated[str, Field(pattern=rf"^{NAME}$"), Flag("NAME")]

@@ -10,8 +10,9 @@ from mxmoe_steps.options.base import (
     Device,
     Dtype,
     Flag,
+    InFiles,
     Length,
-    Metric,
+    LossName,
     Options,
     OutFolder,
     Scope,
@@ -94,7 +95,15 @@ class Waiting(StepOptions):
         return self.borders or Path(f"{self.out}.borders")
 
 
-class TextThroughModel(Waiting, Texts, TextAmount, OfModel, Precision, Forward):
+class Extended(Options):
+    """Whose code to run besides ours."""
+
+    extensions: InFiles = Field(
+        [], description="Python files whose classes are quantizers, losses or text sources (docs/extending.md)"
+    )
+
+
+class TextThroughModel(Waiting, Extended, Texts, TextAmount, OfModel, Precision, Forward):
     """Of the steps that run text through a model."""
 
 
@@ -113,6 +122,6 @@ class Limits(Options):
 class DrawnLoss(Options):
     """Which loss counts."""
 
-    metric: Metric = Field(
+    metric: LossName = Field(
         "fisher", description="loss: estimated KL divergence (fisher), or squared change of the layer output (out_sq)"
     )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.config.sections import Config
+from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.made_from import Hashes
 from mxmoe_steps.models.families import ModelFolder, is_local
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
@@ -35,8 +36,8 @@ class Contents:
 
     def texts(self, names: Iterable[str]) -> str:
         """The local files among the text sources that ``names`` need."""
-        sources = used_sources(self._config, names).values()
-        files = [file for source in sources for key in ("files", "test_files") for file in source.get(key, [])]
+        sources = used_sources(self._config, names)
+        files = [file for name, value in sources.items() for file in parse_source(name, value).local_files()]
         return f"texts@{self._hashes.of_inputs(map(Path, files))}"
 
     def hardware(self, name: str) -> str | None:

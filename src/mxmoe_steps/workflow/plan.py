@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.atomic import write_json
+from mxmoe_steps.calibration.loss import BUILTIN, LOSSES
 from mxmoe_steps.config.existence import timed_as
 from mxmoe_steps.config.points import Point
 from mxmoe_steps.config.sections import Config
+from mxmoe_steps.data.parsing import parse_source
+from mxmoe_steps.extensions import file_of
 from mxmoe_steps.job_memory import Sizes, job_memory
 from mxmoe_steps.models.families import ModelFolder, describe_model
+from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import ORIGINAL
 from mxmoe_steps.values import exact
 
@@ -61,6 +65,25 @@ def memory_of_steps(config: Config, model: ModelFolder) -> dict[str, int]:
         run_tokens=config.runtime.batch * max(section.length for section in sections),
         calibration_tokens=config.calibrate.sequences * config.calibrate.length,
     )
+
+
+def extensions_of_texts(config: Config, names: Iterable[str]) -> list[str]:
+    """The user's modules that the text sources of ``names`` are from."""
+    return _files(type(parse_source(name, value)) for name, value in used_sources(config, names).items())
+
+
+def extensions_of_calibration(config: Config, quantizer: str) -> list[str]:
+    """The user's modules that a quantizer and the losses are from."""
+    return _files([Method(quantizer).kind, LOSSES[config.solve.metric]])
+
+
+def more_losses(config: Config) -> list[str]:
+    """Losses to compute besides the built-in ones."""
+    return [] if config.solve.metric in BUILTIN else [config.solve.metric]
+
+
+def _files(kinds: Iterable[type]) -> list[str]:
+    return sorted({file for kind in kinds if (file := file_of(kind)) is not None})
 
 
 def used_sources(config: Config, names: Iterable[str]) -> dict[str, dict[str, Any]]:
