@@ -46,7 +46,7 @@ class Bench:
         self.results, self.quantizer = Path(args.results), args.quantizer
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
         self.head = StreamedModel(args.model, "float32", args.device)
-        reference = Reference(str(self.results / "evaluate" / "original.safetensors"), self.head)
+        reference = Reference(self.results / "evaluate" / "original.safetensors", self.head)
         rows = slice(args.sequences)
         self.tokens = {text: values[rows] for text, values in reference.tokens.items()}
         self.hidden = {text: reference.hidden(text, rows) for text in reference.tokens}
@@ -149,6 +149,7 @@ def chosen(bench: Bench, budget: float, **options: str) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         frontier, out = f"{folder}/frontier.json", f"{folder}/allocation.json"
         command = [sys.executable, "-m", "mxmoe_steps.frontier", "--budget-bits", str(budget), "--tokens", "64"]
+        command += ["--no-tie-gate-up"]
         command += ["--trace", f"{bench.results}/trace", "--profile", f"{bench.results}/profile/h100.parquet"]
         command += ["--losses", *(str(bench.table(scheme)) for scheme in SCHEMES), "--out", frontier]
         for name, value in options.items():

@@ -49,7 +49,7 @@ def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path, ca
     write_allocation(str(allocation), UNTIMED | choice)
     step("quantize", model=args.model, allocation=allocation, packed=packed, out=checkpoint)
     common |= {"model": checkpoint, "out": work / "metrics.json"}
-    step("evaluate", reference=f"{args.results}/evaluate/original.safetensors", **common)
+    step("evaluate", dtype="float32", reference=f"{args.results}/evaluate/original.safetensors", **common)
     return dict(read_evaluation(work / "metrics.json")["overall"])
 
 

@@ -1,19 +1,29 @@
 """A user's own quantizer, loss and text source: run by the workflow and by hand, stamped, refused in words."""
 
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
-from workflow import SETTINGS, environment, make_project, planned, snakemake, write_settings
+from workflow import ROOT, SETTINGS, environment, planned, snakemake, write_settings
 
 from mxmoe_steps import provenance
+from mxmoe_steps.calibration import loss
+from mxmoe_steps.calibration.inputs import Batch
 from mxmoe_steps.config.loading import load_config
+from mxmoe_steps.data.parsing import parse_source
+from mxmoe_steps.data.sources import SOURCES, documents
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.quantizers.hessians import Hessians
+from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 QUANTIZER = '''
@@ -71,9 +81,10 @@ BOTH = {"calibrate": 6, "frontier": 2, "solve": 2, "quantize": 2, "evaluate": 2,
 
 
 @pytest.fixture(scope="module")
-def project(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with modules of its own that ran to the end."""
-    folder = make_project(tmp_path_factory.mktemp("extensions") / "project", tiny_moe, text_file)
+def project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that ran to the end, then again with modules of its own."""
+    folder = tmp_path_factory.mktemp("extensions") / "project"
+    shutil.copytree(finished, folder)
     (folder / "own").mkdir()
     for name, text in MODULES.items():
         (folder / "own" / f"{name}.py").write_text(text, encoding="utf-8")
@@ -150,6 +161,31 @@ def test_a_module_that_nothing_uses_runs_nothing(project: Path) -> None:
         assert planned(project) == {}
     finally:
         write_settings(project, SETTINGS | EXTENSIONS)
+
+
+def test_the_examples_of_the_guide_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in turn, with names that are removed again."""
+    page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    for name, registry in (("weighted", QUANTIZERS), ("fourth", loss.LOSSES), ("paragraphs", SOURCES)):
+        registry.pop(name, None)
+    for code in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(code, {"__name__": "guide"})
+    weight, moments = torch.randn(2, 8, 64), torch.randn(2, 64, 64, dtype=torch.float64)
+    hessians = Hessians(moments @ moments.mT, torch.tensor([70, 0]), torch.eye(64, dtype=torch.float64), 0.01)
+    scheme = parse_scheme("w4a16_g32")
+    got = QUANTIZERS.pop("weighted")().quantize(weight, scheme, hessians)
+    assert (got.dequantize() - weight).abs().max() < 0.5
+    change, scale = torch.randn(5, 3), torch.rand(5)
+    expected = (change.double() * scale.double()[:, None]).pow(4).sum()
+    batch = Batch(change, scale, None)
+    assert torch.isclose(loss.LOSSES.pop("fourth")().of(change, batch), expected, rtol=1e-6)
+    (tmp_path / "notes.txt").write_text("\n\n".join(f"{number} " * 60 for number in range(50)), encoding="utf-8")
+    source = parse_source("mine", {"paragraphs": str(tmp_path / "notes.txt"), "least": 120})
+    SOURCES.pop("paragraphs")
+    found = [documents(source, split) for split in ("calibration", "test")]
+    assert min(map(len, found)) > 10
+    assert not set(map(str, found[0])) & set(map(str, found[1]))
+    assert all(len(str(text)) >= 120 for text in found[0])
 
 
 REGISTER = """
