@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -32,6 +32,12 @@ from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.quantizers.names import DAMPING, QuantizerName
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 from mxmoe_steps.values import distinct
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.calibration.inputs import LayerInputs
+    from mxmoe_steps.models.families import ModelFolder
 
 
 class Quantizing(Options):
@@ -58,8 +64,8 @@ class CalibrateOptions(Quantizing, OfModel, Extended, Compute, StepOptions):
 
 
 def calibrate_layer(
-    folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Method, losses: Sequence[Loss]
-) -> tuple[list[Any], Any]:
+    folder: "ModelFolder", layer: int, inputs: "LayerInputs", scheme: Scheme, method: Method, losses: Sequence[Loss]
+) -> "tuple[list[Any], dict[str, Tensor]]":
     """Rows of `tables.LOSSES` and packed tensors of one layer; `UserError` for a loss that is not finite.
 
     A row is a tuple in the order of the columns, with a list of the losses that are not built in at its end.
@@ -105,7 +111,7 @@ def few_tokens(rows: list[Any]) -> str:
     return f"; fewer tokens than input features: experts {named}: their Hessians are mostly the layer's"
 
 
-def layer_keys(options: CalibrateOptions, folder: Any, captured: dict[int, Path]) -> dict[int, Any]:
+def layer_keys(options: CalibrateOptions, folder: "ModelFolder", captured: dict[int, Path]) -> dict[int, Any]:
     """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same."""
     from mxmoe_steps.provenance import file_marks, stamps
 

@@ -23,10 +23,10 @@ run without either. The bytes are those of one job.
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -36,6 +36,12 @@ from mxmoe_steps.made_from import recorded
 from mxmoe_steps.options.base import Count, Flag, Natural, Sequences
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import TextAmount, TextThroughModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.models.borders import Borders, Routing, Seen
+    from mxmoe_steps.models.streaming import StreamedModel
 
 
 class CapturedText(TextAmount):
@@ -68,7 +74,7 @@ class CaptureOptions(CapturedText, TextThroughModel):
         return self.until is None and self.down_to is None
 
 
-def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
+def captured(model: "StreamedModel", layer: int, routing: "Routing") -> "dict[str, Tensor]":
     """What a layer's file says of one run of tokens; within ``model.loaded`` of the layer."""
     import torch
 
@@ -84,14 +90,16 @@ def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def layer_file(borders: Any, layer: int, facts: dict[str, Any]) -> Iterator[Any]:
+def layer_file(
+    borders: "Borders", layer: int, facts: dict[str, Any]
+) -> "Iterator[Callable[[dict[str, Tensor]], None]]":
     """Yields what to call with the tensors of every run; the layer's file waits beside the borders."""
     from mxmoe_steps.models.rows import write_rows
 
     with ExitStack() as stack:
         writer: Any = None
 
-        def write(tensors: dict[str, Any]) -> None:
+        def write(tensors: "dict[str, Tensor]") -> None:
             nonlocal writer
             if writer is None:
                 rows = borders.tokens.numel()
@@ -105,7 +113,7 @@ def layer_file(borders: Any, layer: int, facts: dict[str, Any]) -> Iterator[Any]
     print(f"capture: layer {layer}", file=sys.stderr, flush=True)
 
 
-def head_gradient(model: Any, borders: Any, runs: list[slice], seed: int) -> None:
+def head_gradient(model: "StreamedModel", borders: "Borders", runs: list[slice], seed: int) -> None:
     """Write the loss's gradient at the last border: labels drawn from the model, a few tokens' logits at a time."""
     import torch
 
@@ -125,7 +133,7 @@ def head_gradient(model: Any, borders: Any, runs: list[slice], seed: int) -> Non
             writer.append("hidden", torch.cat(gradients).view(hidden.shape))
 
 
-def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dict[str, Any]) -> None:
+def backward(model: "StreamedModel", borders: "Borders", runs: list[slice], layer: int, facts: dict[str, Any]) -> None:
     """Take the gradient from border ``layer`` + 1 to border ``layer``; writes the layer's file where it has experts."""
     import torch
 
@@ -134,8 +142,8 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
     from mxmoe_steps.models.streaming import layer_path
 
     has_experts = layer in model.folder.moe_layers
-    probes: list[Any] = []
-    found: list[Any] = []
+    probes: list[Tensor] = []
+    found: list[Routing] = []
 
     def add_probe(_module: Any, _args: Any, output: Any) -> Any:
         summed = output[0] if isinstance(output, tuple) else output
@@ -146,7 +154,7 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
         stack.enter_context(model.loaded(layer_path(layer)))
         target = write_rows(borders.gradient(layer), borders.layout, {"border": layer})
         writer = stack.enter_context(target)
-        write = stack.enter_context(layer_file(borders, layer, facts) if has_experts else nullcontext())
+        write = stack.enter_context(layer_file(borders, layer, facts)) if has_experts else None
         if has_experts:
             stack.enter_context(hooked(model.moe(layer).experts, found.append))
             stack.callback(model.moe(layer).register_forward_hook(add_probe).remove)
@@ -164,23 +172,27 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
                     " set model.dtype to bfloat16 or float32, or calibrate.gradient to false"
                 )
             writer.append("hidden", below)
-            if has_experts:
+            if write is not None:
                 write(captured(model, layer, found[0]) | {"gradient": gradient[0].flatten(0, 1)})
 
 
-def capture_forward(model: Any, borders: Any, runs: list[slice], last: int, facts: dict[str, Any]) -> None:
+def capture_forward(
+    model: "StreamedModel", borders: "Borders", runs: list[slice], last: int, facts: dict[str, Any]
+) -> None:
     """Capture layers 0 ... last - 1 without gradients."""
     from mxmoe_steps.models.borders import forward
 
     @contextmanager
-    def watch(layer: int) -> Iterator[Any]:
+    def watch(layer: int) -> "Iterator[Seen]":
         with layer_file(borders, layer, facts) as write:
             yield lambda routing: write(captured(model, layer, routing))
 
     forward(model, borders, runs, last, watch)
 
 
-def capture_backward(model: Any, borders: Any, runs: list[slice], first: int, facts: dict[str, Any], seed: int) -> None:
+def capture_backward(
+    model: "StreamedModel", borders: "Borders", runs: list[slice], first: int, facts: dict[str, Any], seed: int
+) -> None:
     """Capture with gradients, from the last layer, or from where an earlier run stopped, down to layer ``first``."""
     from mxmoe_steps.models.borders import forward, unwatched
 
@@ -228,7 +240,7 @@ def capture(options: CaptureOptions) -> None:
             finish(model, borders, options.out)
 
 
-def finish(model: Any, borders: Any, out: Path) -> None:
+def finish(model: "StreamedModel", borders: "Borders", out: Path) -> None:
     """Put the layers' files in their place, all at once; `UserError` if one of an earlier run is gone."""
     files = [borders.folder / f"layer-{layer:03d}.safetensors" for layer in model.folder.moe_layers]
     for file in files:

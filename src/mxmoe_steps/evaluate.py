@@ -11,7 +11,7 @@ import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -22,6 +22,13 @@ from mxmoe_steps.made_from import recorded
 from mxmoe_steps.options.base import InFile, Names, OutFile
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import Sources, TextThroughModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.models.borders import Borders
+    from mxmoe_steps.models.families import ModelFolder
+    from mxmoe_steps.models.streaming import StreamedModel
 
 
 class EvaluateOptions(TextThroughModel):
@@ -43,7 +50,9 @@ class EvaluateOptions(TextThroughModel):
 _MOST_NLL = 700.0  # nats; e to the power of more is no float64
 
 
-def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[float, float]:
+def score(
+    model: "StreamedModel", hidden: "Tensor", tokens: "Tensor", reference: "Tensor | None"
+) -> tuple[float, float]:
     """Sums of ``nll`` and ``kl`` (original to model), in nats, over the predicted tokens of some sequences.
 
     ``hidden`` final hidden states [B, L, H], ``tokens`` int64 [B, L], ``reference``: hidden states of the original, or
@@ -68,7 +77,7 @@ def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[
 class Reference:
     """What --save-reference kept of the original: its text, and its final hidden states, read as they are needed."""
 
-    def __init__(self, path: Path, model: Any) -> None:
+    def __init__(self, path: Path, model: "StreamedModel") -> None:
         from mxmoe_steps.facts import ReferenceFacts
         from mxmoe_steps.models.raw import FLOATING, TensorFile
         from mxmoe_steps.models.rows import read_rows
@@ -91,7 +100,7 @@ class Reference:
             if shape[1] < 2 or self.tokens[text].min() < 0 or self.tokens[text].max() >= config.vocab_size:
                 raise file.error(f"{name} holds no text of {model.folder.path}")
 
-    def hidden(self, text: str, rows: slice = slice(None)) -> Any:
+    def hidden(self, text: str, rows: slice = slice(None)) -> "Tensor":
         """Final hidden states [S, L, H] of some sequences of a text; `UserError` for NaN or infinity."""
         from mxmoe_steps.models.rows import read_rows
 
@@ -101,7 +110,10 @@ class Reference:
         return hidden
 
 
-def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, reference: Any, keep: Path | None) -> Any:
+def measure(
+    model: "StreamedModel", borders: "Borders", texts: "dict[str, Tensor]", batch: int, reference: Reference | None,
+    keep: Path | None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Metrics of every text, int64 [S, L], whose last border was reached; ``keep``: file for a reference."""
     import torch
 
@@ -140,7 +152,7 @@ def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, referen
     return metrics
 
 
-def known_facts(folder: Any) -> dict[str, Any]:
+def known_facts(folder: "ModelFolder") -> dict[str, Any]:
     """What is known of a checkpoint, original or quantized: allocation summary and size on disk."""
     if folder.is_packed:
         return read_manifest(folder.path)

@@ -9,7 +9,7 @@ Nothing compiled is inside, and no code but, with --trust-remote-code, the Pytho
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -21,6 +21,10 @@ from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import OfModel, RemoteCode
 from mxmoe_steps.quantizers.names import is_rotated
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+
+if TYPE_CHECKING:
+    from mxmoe_steps.models.families import ModelFolder
+    from mxmoe_steps.models.raw import RawTensor
 
 
 class QuantizeOptions(OfModel, RemoteCode, StepOptions):
@@ -36,7 +40,7 @@ _SHARD_BYTES = 4 << 30
 Assignment = dict[tuple[int, int], tuple[str, str, str]]
 
 
-def packed_name(folder: Any, layer: int, expert: int, block: str, part: str) -> str:
+def packed_name(folder: "ModelFolder", layer: int, expert: int, block: str, part: str) -> str:
     """Name of a packed tensor in our checkpoints: the module path in transformers, for every family."""
     from mxmoe_steps.models.families import moe_path
 
@@ -55,14 +59,14 @@ def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any
 
 
 def checkpoint_tensors(
-    folder: Any, assignment: Assignment, packed: Path, quantizer: str, model: str
-) -> list[tuple[str, Any]]:
+    folder: "ModelFolder", assignment: Assignment, packed: Path, quantizer: str, model: str
+) -> "list[tuple[str, RawTensor]]":
     """(name, `RawTensor`) of the whole new checkpoint."""
     from mxmoe_steps.models.store import PackedStore
 
     stores: dict[str, PackedStore] = {}
     original = {name: folder.raw(name) for name in folder.files}
-    replaced: list[tuple[str, Any]] = []
+    replaced: list[tuple[str, RawTensor]] = []
     for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
             original.pop(folder.place(layer, expert, block).tensor, None)  # one of all experts goes with the first
@@ -76,17 +80,17 @@ def checkpoint_tensors(
                 continue
             if scheme not in stores:
                 stores[scheme] = PackedStore(packed, parse_scheme(scheme), quantizer, model)
-            shape = folder.raw_block(layer, expert, block).shape
-            for part, tensor in stores[scheme].block(layer, expert, block, shape).items():
+            rows, columns = folder.raw_block(layer, expert, block).shape
+            for part, tensor in stores[scheme].block(layer, expert, block, (rows, columns)).items():
                 replaced.append((packed_name(folder, layer, expert, block, part), tensor))
     return [*original.items(), *replaced]
 
 
-def write_shards(tensors: list[tuple[str, Any]], out: Path) -> None:
+def write_shards(tensors: "list[tuple[str, RawTensor]]", out: Path) -> None:
     """``model.safetensors``, or numbered shards with an index when the weights exceed one shard."""
     from mxmoe_steps.models.raw import write_tensors
 
-    shards: list[list[tuple[str, Any]]] = [[]]
+    shards: list[list[tuple[str, RawTensor]]] = [[]]
     size = 0
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         size += tensor.nbytes

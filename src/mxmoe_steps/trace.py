@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
@@ -22,6 +22,13 @@ from mxmoe_steps.made_from import recorded
 from mxmoe_steps.options.base import Count, Flag, Names
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import TextAmount, TextThroughModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.models.borders import Borders, Routing, Seen
+    from mxmoe_steps.models.families import ModelFolder
+    from mxmoe_steps.models.streaming import StreamedModel
 
 
 class TracedTexts(TextAmount):
@@ -38,7 +45,7 @@ class TraceOptions(TracedTexts, TextThroughModel):
     )
 
 
-def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None:
+def trace_layers(model: "StreamedModel", borders: "Borders", runs: list[slice], last: int) -> None:
     """Route the borders' text through layers 0 ... last - 1; keeps each layer's routing beside the borders."""
     import torch
 
@@ -46,8 +53,8 @@ def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None
     from mxmoe_steps.models.rows import write_rows
 
     @contextmanager
-    def watch(layer: int) -> Iterator[Any]:
-        found: list[Any] = []
+    def watch(layer: int) -> "Iterator[Seen]":
+        found: list[Routing] = []
         yield found.append
         ids = torch.cat([ids.to("cpu", torch.int16) for _, ids, _ in found]).view(*borders.tokens.shape, -1)
         weights = torch.cat([weights.to("cpu", torch.float32) for _, _, weights in found]).view(ids.shape)
@@ -60,12 +67,12 @@ def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None
     forward(model, borders, runs, last, watch)
 
 
-def routing_file(borders: Any, layer: int) -> Path:
+def routing_file(borders: "Borders", layer: int) -> Path:
     """Where a traced layer waits for the last: ids and weights [S, L, k] of all texts."""
-    return Path(borders.folder / f"routing-{layer:03d}.safetensors")
+    return borders.folder / f"routing-{layer:03d}.safetensors"
 
 
-def traffic_rows(text: str, layer: int, ids: Any, weights: Any, experts: int) -> dict[str, list[Any]]:
+def traffic_rows(text: str, layer: int, ids: "Tensor", weights: "Tensor", experts: int) -> dict[str, list[Any]]:
     """`tables.TRAFFIC` columns of one text and layer from ids and weights [S, L, k]."""
     import torch
 
@@ -87,7 +94,7 @@ def traffic_rows(text: str, layer: int, ids: Any, weights: Any, experts: int) ->
     }
 
 
-def write_traffic(options: TraceOptions, folder: Any, borders: Any) -> None:
+def write_traffic(options: TraceOptions, folder: "ModelFolder", borders: "Borders") -> None:
     """Both files of the step from what every layer left beside the borders."""
     from safetensors.torch import load_file
 

@@ -2,8 +2,6 @@
 
 import difflib
 import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, GetJsonSchemaHandler, field_validator, model_validator
@@ -13,9 +11,7 @@ from pydantic_core import CoreSchema
 from mxmoe_steps.calibrate import CalibrateOptions, Quantizing
 from mxmoe_steps.calibration.loss import LOSSES
 from mxmoe_steps.capture import CapturedText
-from mxmoe_steps.config.existence import check_constraints, check_kernels
-from mxmoe_steps.data.parsing import parse_source
-from mxmoe_steps.data.sources import MixText
+from mxmoe_steps.config.existence import check_budgets, check_constraints, check_kernels, check_texts, known
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.evaluate import EvaluateOptions
 from mxmoe_steps.extensions import load
@@ -37,7 +33,6 @@ from mxmoe_steps.options.base import (
 from mxmoe_steps.options.shared import Extended, Forward, OfModel, Precision, TextAmount
 from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.quantizers.names import QuantizerName
-from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.solve import SolveOptions
 from mxmoe_steps.timing.estimate import read_hardware
 from mxmoe_steps.trace import TracedTexts
@@ -250,48 +245,3 @@ class Config(Section):
         if self.runtime.layers_per_job is not None and not is_local(self.model.path):
             raise ValueError("runtime.layers_per_job needs a local model: download it and set model.path to its folder")
         return self
-
-
-def check_texts(config: Config) -> None:
-    """`ValueError` for a text source that cannot be read or is not there."""
-    sources = {}
-    for name, value in config.texts.items():
-        try:
-            sources[name] = parse_source(name, value)
-        except UserError as error:
-            raise ValueError(str(error)) from None
-    used = {
-        "trace.texts": config.trace.texts,
-        "calibrate.text": [config.calibrate.text],
-        "evaluate.texts": config.evaluate.texts,
-    }
-    for name, source in sources.items():
-        if isinstance(source, MixText):
-            used[f"texts.{name}.mix"] = list(source.mix)
-        missing = [file for file in source.local_files() if not Path(file).is_file()]
-        if missing:
-            raise ValueError(f"texts.{name}.files: no such file {missing[0]}")
-    for key, names in used.items():
-        known(key, names, list(sources), "a text source")
-
-
-def check_budgets(config: Config) -> None:
-    """`ValueError` where no candidate can go as low as a budget; `frontier` knows the exact figure."""
-    wide = 1 << 20  # input features: per-channel overhead vanishes, so this is a lower bound
-    least = min(config.calibrate.schemes, key=lambda name: parse_scheme(name).bits(wide))
-    bits = parse_scheme(least).bits(wide)
-    for grid in config.sweep:
-        if min(grid.budget_bits) < bits:
-            raise ValueError(
-                f"sweep: budget_bits {min(grid.budget_bits):g} is below {bits:g}, what the smallest candidate"
-                f" {least} takes; raise the budget or add a smaller scheme to calibrate.schemes"
-            )
-
-
-def known(key: str, names: Sequence[str], among: Sequence[str], what: str) -> None:
-    """`ValueError` with a likely correction for a name that is not ``among`` those that there are."""
-    for name in names:
-        if name not in among:
-            close = difflib.get_close_matches(name, among, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(among)}"
-            raise ValueError(f"{key}: {name!r} is not {what}; {hint}")
