@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 from workflow import ROOT, SETTINGS, environment, planned, snakemake, write_settings
 
-from mxmoe_steps import provenance
+from mxmoe_steps import calibrate, provenance
 from mxmoe_steps.calibration import loss
 from mxmoe_steps.calibration.inputs import Batch
 from mxmoe_steps.config.loading import load_config
@@ -242,3 +242,12 @@ def test_names_that_nobody_registered(tiny_moe: Path, text_file: Path, change: d
     model = SETTINGS["model"] | {"path": str(tiny_moe)}
     with pytest.raises(UserError, match=says):
         load_config(SETTINGS | {"model": model, "texts": {"words": words}} | change, "my.yaml")
+
+
+def test_a_loss_is_no_other_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(loss.LOSSES, "tokens", loss.Fisher)
+    options = calibrate.CalibrateOptions(
+        model="m", capture=tmp_path, quantizer="rtn", scheme="w4a16", more_losses=["tokens"], out=tmp_path / "out"
+    )
+    with pytest.raises(UserError, match="loss 'tokens': another column has that name"):
+        calibrate.calibrate(options)

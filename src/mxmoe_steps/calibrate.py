@@ -154,12 +154,15 @@ def calibrate(options: CalibrateOptions) -> None:
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import resolve_device, start_torch
     from mxmoe_steps.models.rows import write_rows
+    from mxmoe_steps.tables import NOT_LOSSES
 
     scheme = parse_scheme(options.scheme)
     if scheme.is_original:
         raise UserError("w16a16 is the original and has no loss; leave it out of calibration")
     load(options.extensions)
     method, losses = Method(options.quantizer, options.damping), losses_of(options.more_losses)
+    if clash := NOT_LOSSES.intersection(options.more_losses):
+        raise UserError(f"loss {min(clash)!r}: another column has that name; choose another")
     start_torch(options)
     folder = open_model(resolve_model(options.model))
     device = resolve_device(options.device)

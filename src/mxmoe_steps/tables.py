@@ -130,6 +130,8 @@ LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
     more=True,  # losses that a user's modules add
 )
 
+NOT_LOSSES = frozenset(LOSSES.schema.names) - {"out_sq", "fisher"}  # columns
+
 MEASUREMENTS = TableKind(  # written by measure: one row per timed launch
     "measurements",
     "measure",

@@ -11,11 +11,9 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme, parse_scheme
-from mxmoe_steps.tables import LOSSES, read_table
+from mxmoe_steps.tables import LOSSES, NOT_LOSSES, read_table
 
 METRICS = ("out_sq", "fisher")
-
-_NO_LOSSES = {"layer", "expert", "block", "out_features", "in_features", "bits", "tokens", "fallback"}  # columns
 
 
 @dataclass(frozen=True)
@@ -83,8 +81,8 @@ def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Los
                 " solve.metric: out_sq"
             )
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
-        if metric not in columns.keys() - _NO_LOSSES:
-            others = sorted(columns.keys() - _NO_LOSSES)
+        if metric not in columns.keys() - NOT_LOSSES:
+            others = sorted(columns.keys() - NOT_LOSSES)
             raise UserError(f"{path}: has no losses {metric!r}, but {', '.join(others)}; calibrate with it")
         _check_bits(columns, scheme, path)
         kind = np.array([BLOCKS.index(block) for block in columns["block"]], np.int64)
