@@ -13,8 +13,6 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme, parse_scheme
 from mxmoe_steps.tables import LOSSES, NOT_LOSSES, read_table
 
-METRICS = ("out_sq", "fisher")
-
 
 @dataclass(frozen=True)
 class Blocks:
