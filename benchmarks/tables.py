@@ -135,25 +135,63 @@ def mixtures_predicted(case: str) -> str:
     return markdown((case, *map(str, tokens)), rows)
 
 
+GENERATE_RUNS = ("original", "w4a16", "hot")
+
+
 def generate_steps() -> str:
-    """Milliseconds of a decode step, and microseconds of the host."""
+    """Milliseconds of a decode step and of a prefill, and microseconds of the host."""
     names = {
         "generate": "`generate(...)`",
         "static": '`generate(..., cache_implementation="static")`',
         "graph": "the eager step with a static cache, captured in a CUDA graph by hand",
-        "host": "microseconds of the host for one MoE module, eager",
+        "prefill": "prefill, sequences x tokens",
+        "host": "microseconds of the host for one MoE module in a decode step, eager",
     }
     rows = []
     for part, label in names.items():
-        for batch, times in read(MEASUREMENTS / "generate.json")[part].items():
-            figures = [f"{times[run]:#.3g}" if part != "host" else f"{times[run]:.0f}" for run in times]
-            rows.append((label if batch == "1" else "", batch, *figures))
-    return markdown(("", "sequences", "original", "w4a16", "hot"), rows)
+        cells = read(MEASUREMENTS / "generate.json")[part]
+        for batch, times in cells.items():
+            shape = "#.3g" if part in ("generate", "static", "graph") else ".0f"
+            figures = [f"{times[run]:{shape}}".rstrip(".") if run in times else "-" for run in GENERATE_RUNS]
+            rows.append((label if batch == next(iter(cells)) else "", batch, *figures))
+    return markdown(("", "sequences", *GENERATE_RUNS), rows)
 
 
-def generate_summary() -> str:
-    static = read(MEASUREMENTS / "generate.json")["static"]["1"]
-    return f"{static['w4a16']:.1f} ms in w4a16, and {static['original']:.1f} ms for the original"
+def _fastest(batch: str) -> dict[str, float]:
+    """Milliseconds of a decode step by run, the original's by the fastest of all ways."""
+    measured = read(MEASUREMENTS / "generate.json")
+    ways = [
+        measured[part][batch]["original"]
+        for part in ("generate", "static", "graph")
+        if "original" in measured[part][batch]
+    ]
+    return measured["static"][batch] | {"original": min(ways)}
+
+
+def generate_tokens() -> str:
+    """Tokens a second."""
+    measured = read(MEASUREMENTS / "generate.json")
+    rows = []
+    for batch in measured["static"]:
+        times = _fastest(batch)
+        name = "one sequence" if batch == "1" else f"{batch} sequences"
+        rows.append((name, *(f"{1e3 * int(batch) / times[run]:,.0f}" for run in GENERATE_RUNS)))
+    prompts, times = list(measured["prefill"].items())[-1]
+    sequences, tokens = map(int, prompts.split(" x "))
+    rates = [f"{1e3 * sequences * tokens / times[run]:,.0f}" for run in GENERATE_RUNS]
+    rows.append((f"prefill of {sequences} x {tokens} tokens", *rates))
+    requests, rate = next(iter(measured["batching"].items()))
+    rows.append((f"`generate_batch`, {requests} of mixed lengths", *(f"{rate[run]:,.0f}" for run in GENERATE_RUNS)))
+    return markdown(("tokens a second", "original, bf16", "w4a16", "hot"), rows)
+
+
+def generate_ratios() -> str:
+    """Steps as multiples of the original's fastest."""
+    rows = []
+    for batch in read(MEASUREMENTS / "generate.json")["static"]:
+        times = _fastest(batch)
+        rows.append((batch, *(f"{times[run] / times['original']:.2f}" for run in GENERATE_RUNS[1:])))
+    return markdown(("sequences", *GENERATE_RUNS[1:]), rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -169,7 +207,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "layer-summary": layer_summary,
     "mixtures-predicted": lambda: mixtures_predicted("qwen1.5-moe+shared"),
     "generate-steps": generate_steps,
-    "generate-summary": generate_summary,
+    "generate-tokens": generate_tokens,
+    "generate-ratios": generate_ratios,
 }
 
 
