@@ -28,7 +28,7 @@ THREADS = 192  # of a block that makes rows: 1408 features, eight a thread, leav
 WARPS = THREADS // 32
 WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
-AT_ONCE = 8  # rows that a thread of `Combine` waits for together
+AT_ONCE = 6  # rows that a thread of `Combine` waits for together; more take over 64 registers
 
 
 class Rows:
