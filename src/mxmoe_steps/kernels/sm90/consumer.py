@@ -41,7 +41,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Consumer:
-    """``thread``, ``group``: in the part, and which of its warpgroups; ``staging``, ``shared_scales``: shared memory of
+    """``thread``, ``warpgroup``: their numbers in the part; ``staging``, ``shared_scales``: shared memory of
     the epilogue; ``partials``: barriers of a split's sums, the full one and the free one."""
 
     config: KernelConfig
@@ -50,7 +50,7 @@ class Consumer:
     queue: TileQueue
     part: Int32
     thread: Int32
-    group: Int32
+    warpgroup: Int32
     staging: Any
     shared_scales: cute.Tensor
     partials: Any
@@ -60,7 +60,7 @@ class Consumer:
         """Multiply and store tiles, from the one at ``place`` on, until no tile is left."""
         packed = Int32(0)  # ring slot, its parity, tiles taken from the queue (modulo 4), end of the slot before
         while place.number >= 0:
-            first_row = (place.row_tile + self.queue.rank) * self.config.rows + self.group * HALF_ROWS
+            first_row = (place.row_tile + self.queue.rank) * self.config.rows + self.warpgroup * HALF_ROWS
             output = Output(self.problem.out, first_row < self.problem.out_features)
             readable = self.queue.readable(place, self.problem.row_tiles)
             turn = packed >> 5 & 3
@@ -68,7 +68,7 @@ class Consumer:
             position = self.consume_one_of(0, len(self.config.tiles), readable, turn, output, position)
             place = self.queue.take(turn, Boolean(True))
             # In one register, and all lanes agree: the compiler loses sight of that where configurations join
-            packed = position.stage | position.phase << 4 | (turn + 1 & 3) << 5 | position.end << 8
+            packed = position.stage | position.parity << 4 | (turn + 1 & 3) << 5 | position.end << 8
             packed = cute.arch.make_warp_uniform(packed)
 
     @cute.jit
@@ -107,7 +107,7 @@ class Consumer:
         factors = epilogue.fetch(scales, place)
         mma = tiled_mma(config, format_, tile.tokens)
         mma.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup_mma = mma.get_slice(cute.make_layout(config.rows // HALF_ROWS, stride=128)(self.group))
+        warpgroup_mma = mma.get_slice(cute.make_layout(config.rows // HALF_ROWS, stride=128)(self.warpgroup))
         tokens = mma.make_fragment_B(warpgroup_mma.partition_B(ring.token_blocks(tile)))
         kind = Int32 if format_.operand == "int8" and not format_.decoded else Float32
         acc = cute.make_rmem_tensor(mma.partition_shape_C((config.rows, tile.tokens)), kind)
@@ -126,6 +126,6 @@ class Consumer:
     def epilogue(self, tile: Tile, thread: Int32, turn: Int32) -> Epilogue:
         """Of a tile."""
         if self.config.split == 1:
-            return TileEpilogue(self.config, tile, self.staging, thread, self.group, self.shared_scales)
+            return TileEpilogue(self.config, tile, self.staging, thread, self.warpgroup, self.shared_scales)
         partials = PartialSums(self.partials, self.partials + 1, self.part, turn)
-        return SplitEpilogue(self.config, tile, self.staging, thread, self.group, partials)
+        return SplitEpilogue(self.config, tile, self.staging, thread, self.warpgroup, partials)

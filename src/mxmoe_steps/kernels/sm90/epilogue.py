@@ -92,13 +92,13 @@ class Output:
 @dataclass(frozen=True)
 class Epilogue:
     """Of one tile. ``staging``: shared memory for a tile on its way out, or for the sums of parts; ``thread``: of the
-    part; ``group``: its warpgroup."""
+    part; ``warpgroup``: its number in the part."""
 
     config: KernelConfig
     tile: Tile
     staging: Any
     thread: Int32
-    group: Int32
+    warpgroup: Int32
 
     @property
     def lane(self) -> Int32:
@@ -170,22 +170,22 @@ class TileEpilogue(Epilogue):
         if const_expr(self.tile.format.token_scaled):
             for j in cutlass.range_constexpr(cute.size(factors.tokens)):
                 if in_group + 128 * j < tokens:
-                    shared_scales[in_group + 128 * j, self.group] = factors.tokens[j]
+                    shared_scales[in_group + 128 * j, self.warpgroup] = factors.tokens[j]
         own_rows = HALF_ROWS // 2 if self.config.gated else HALF_ROWS  # columns of the output, of a warpgroup
         lanes = own_rows // 8  # that store a token, 16 bytes each
         at_once = 128 // lanes  # tokens that a warpgroup stores
-        column8 = cute.assume(self.group * own_rows + (in_group & (lanes - 1)) * 8, divby=8)
+        column8 = cute.assume(self.warpgroup * own_rows + (in_group & (lanes - 1)) * 8, divby=8)
         token = in_group >> (lanes.bit_length() - 1)  # the first one
         source = cute.assume(token * pitch + column8, divby=8)
         address = output.address(place, token, place.row_tile * self.stored_rows, column8)
         for start in cutlass.range_constexpr(0, tokens, EPILOGUE_TOKENS):
             staged = min(tokens - start, EPILOGUE_TOKENS)
-            cute.arch.barrier(barrier_id=1 + self.group, number_of_threads=128)
+            cute.arch.barrier(barrier_id=1 + self.warpgroup, number_of_threads=128)
             if const_expr(self.config.gated):
                 self.stage_products(acc, factors, start, staged)
             else:
                 self.stage(acc, factors, start, staged)
-            cute.arch.barrier(barrier_id=1 + self.group, number_of_threads=128)
+            cute.arch.barrier(barrier_id=1 + self.warpgroup, number_of_threads=128)
             words = cute.make_rmem_tensor((4, (staged + at_once - 1) // at_once), Int32)
             for j in cutlass.range_constexpr(cute.size(words, mode=[1])):
                 staged_words = cute.recast_ptr(self.staging + source + at_once * j * pitch, dtype=Int32)
@@ -205,7 +205,7 @@ class TileEpilogue(Epilogue):
             if const_expr(self.tile.format.token_scaled):
                 if const_expr(e % 4 == 0):
                     at = cute.assume(start + 2 * e + 2 * (self.lane & 3), divby=2)
-                    scale_pair = self.shared_scales[None, self.group].iterator + at
+                    scale_pair = self.shared_scales[None, self.warpgroup].iterator + at
                     cute.autovec_copy(cute.make_tensor(scale_pair, cute.make_layout(2)), pair)
                 value = value * pair[e % 2]
             values[e] = value

@@ -255,9 +255,9 @@ class GroupGemm:
             cute.arch.setmaxregister_increase(consumer_registers)
             cute.arch.griddepcontrol_wait()
             consumer = thread - 128
-            warpgroup = cute.arch.make_warp_uniform(consumer >> 7)
-            group = warpgroup & (self.warpgroups_of_part - 1)
-            part = warpgroup >> (self.warpgroups_of_part - 1) if const_expr(config.split > 1) else Int32(0)
+            number = cute.arch.make_warp_uniform(consumer >> 7)
+            warpgroup = number & (self.warpgroups_of_part - 1)
+            part = number >> (self.warpgroups_of_part - 1) if const_expr(config.split > 1) else Int32(0)
             token_scales, channel_scales = scales
             Consumer(
                 config=config,
@@ -265,8 +265,8 @@ class GroupGemm:
                 ring=Ring.of(config, part, ring_base, barriers),
                 queue=queue,
                 part=part,
-                thread=group * 128 + (consumer & 127),
-                group=group,
+                thread=warpgroup * 128 + (consumer & 127),
+                warpgroup=warpgroup,
                 staging=shared.staging.data_ptr(),
                 shared_scales=shared.token_scales.get_tensor(cute.make_layout((config.max_tokens, 2))),
                 partials=queue_full + 4,

@@ -27,7 +27,7 @@ class Filled:
     stage: Int32
     end: Int32
     oldest: Int32
-    phase: Int32
+    parity: Int32
     slots: Int32
     room: Int32
     sizes: Int64
@@ -204,18 +204,18 @@ class Producer:
     def reserve(self, tile: cutlass.Constexpr, filled: Filled) -> tuple[Filled, Int32, Int32]:
         """Take the next slot, when enough slots before it are free again; also its number and its first unit."""
         ring = self.ring
-        oldest, phase, slots, room, sizes = filled.oldest, filled.phase, filled.slots, filled.room, filled.sizes
+        oldest, parity, slots, room, sizes = filled.oldest, filled.parity, filled.slots, filled.room, filled.sizes
         begin = ring.begin(tile, filled.end)
         units = begin + tile.slot_units - filled.end  # with those that are left at the end of the ring
         if begin < filled.end:
             units += self.config.ring_units
         while (slots == self.config.stages) | (room < units):
-            cute.arch.mbarrier_wait(ring.empty + oldest, phase)
+            cute.arch.mbarrier_wait(ring.empty + oldest, parity)
             room += Int32(sizes) & 0xFF
             sizes >>= 8
             slots -= 1
-            oldest, phase = ring.advance(oldest, phase)
+            oldest, parity = ring.advance(oldest, parity)
         sizes |= Int64(units) << Int64(8 * slots)
         following, _ = ring.advance(filled.stage, Int32(0))
         end = begin + tile.slot_units
-        return Filled(following, end, oldest, phase, slots + 1, room - units, sizes), filled.stage, begin
+        return Filled(following, end, oldest, parity, slots + 1, room - units, sizes), filled.stage, begin

@@ -35,7 +35,7 @@ class Position:
     it ends."""
 
     stage: Int32
-    phase: Int32
+    parity: Int32
     end: Int32
 
 
@@ -68,13 +68,13 @@ class Ring:
         return Ring(config, base + start, full, full + config.split * config.stages)
 
     @cute.jit
-    def advance(self, stage: Int32, phase: Int32) -> tuple[Int32, Int32]:
+    def advance(self, stage: Int32, parity: Int32) -> tuple[Int32, Int32]:
         """The next slot, and the parity of its barriers."""
         stage += 1
         if stage == self.config.stages:
             stage = Int32(0)
-            phase ^= 1
-        return stage, phase
+            parity ^= 1
+        return stage, parity
 
     def begin(self, tile: Tile, end: Int32) -> Int32:
         """First unit of a slot of ``tile`` if the slot before it ends at ``end``: there, unless the ring ends too
@@ -83,12 +83,12 @@ class Ring:
 
     def after(self, tile: Tile, begin: Int32, position: Position) -> Position:
         """The position behind a slot of ``tile`` that begins at unit ``begin``."""
-        stage, phase = self.advance(position.stage, position.phase)
-        return Position(stage, phase, begin + tile.slot_units)
+        stage, parity = self.advance(position.stage, position.parity)
+        return Position(stage, parity, begin + tile.slot_units)
 
     def wait_full(self, position: Position) -> None:
         """Until the slot is filled."""
-        cute.arch.mbarrier_wait(self.full + position.stage, position.phase)
+        cute.arch.mbarrier_wait(self.full + position.stage, position.parity)
 
     @cute.jit
     def release(self, stage: Int32, condition: Boolean) -> None:

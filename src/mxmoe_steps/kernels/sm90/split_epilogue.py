@@ -43,8 +43,8 @@ class SplitEpilogue(Epilogue):
         for half of the threads; the others repeat them."""
         thread = self.thread
         if self.config.gated:
-            return self.group * HALF_ROWS + (thread & 6) * GATE_ROWS + (thread & 1) * 4, thread >> 3 & 7
-        return self.group * HALF_ROWS + (thread & 15) * 4, (thread & 127) >> 4
+            return self.warpgroup * HALF_ROWS + (thread & 6) * GATE_ROWS + (thread & 1) * 4, thread >> 3 & 7
+        return self.warpgroup * HALF_ROWS + (thread & 15) * 4, (thread & 127) >> 4
 
     @cute.jit
     def fetch(self, scales: Scales, place: Place) -> Factors:
