@@ -93,7 +93,7 @@ def check_budgets(options: CheckOptions, folder: "ModelFolder") -> None:
 
 
 def parts(sources: Mapping[str, "TextSource"], names: Iterable[str]) -> Iterator[str]:
-    """Names of sources, those of its parts instead of a mix."""
+    """Names of sources, those of its members instead of a mix."""
     from mxmoe_steps.data.sources import MixText
 
     for name in names:

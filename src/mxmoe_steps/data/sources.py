@@ -243,4 +243,4 @@ class MixText(TextSource):
 
     def documents(self, split: str) -> list[Document]:
         """A mix has none: `UserError`."""
-        raise UserError(f"a mix of {', '.join(self.mix)} has sequences, not documents; name one of its parts")
+        raise UserError(f"a mix of {', '.join(self.mix)} has sequences, not documents; name one of its members")
