@@ -59,9 +59,7 @@ class FrontierOptions(Problem, Counting, Seeded, StepOptions):
     candidates: Schemes = Field([], description="schemes that blocks may take (default: all with a table); w16a16 too")
     loss: Literal["root_sum_squares", "sum_of_norms"] = Field("root_sum_squares", description="how losses add up")
     traffic_text: Names = Field([], description="traced texts to sample steps from (default: all)")
-    phase: Literal["auto", "prefill", "decode"] = Field(
-        "auto", description="kind of the steps whose tokens are sampled; auto: by their number"
-    )
+    phase: Literal["auto", "prefill", "decode"] = Field("auto", description="steps to sample; auto: by their tokens")
     steps: Count = Field(16, description="sampled steps that times average over")
     shared_tile: bool = Field(False, description="one token tile for the whole kernel, as in the paper")
     gap: Exponent | None = Field(
