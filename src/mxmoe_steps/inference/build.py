@@ -18,7 +18,7 @@ from mxmoe_steps.kernels.formats import PHASES, KernelConfig
 
 def checkpoint_kernels(path: str) -> list[KernelConfig]:
     """The grouped GEMMs of a checkpoint's layers, each once."""
-    from mxmoe_steps.inference.gpu import plan_of
+    from mxmoe_steps.inference.gpu import expert_modules, plan_of
     from mxmoe_steps.models.families import moe_path
     from mxmoe_steps.models.streaming import StreamedModel
 
@@ -26,7 +26,8 @@ def checkpoint_kernels(path: str) -> list[KernelConfig]:
     configs: dict[str, KernelConfig] = {}
     for layer in model.folder.moe_layers:
         try:
-            plan = plan_of(model.model.get_submodule(moe_path(layer)), model.folder.family, model.folder.activation)
+            experts = expert_modules(model.model.get_submodule(moe_path(layer)), model.folder.family)
+            plan = plan_of(experts, model.folder.family, model.folder.activation)
         except UserError as error:
             print(f"layer {layer}: {error}")
             continue
