@@ -60,7 +60,7 @@ class KernelMoe(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
             _, weights, chosen = getattr(self, self.router_name)(tokens)
-        out = _experts_on_kernels(self.layer, tokens.bfloat16(), chosen, weights, number=self.number)
+        out = _experts_on_kernels(self.layer, tokens.bfloat16(), chosen, weights, key=self.number)
         return out.to(hidden.dtype).view(hidden.shape)
 
     def _save_to_state_dict(self, *_: Any) -> None:
