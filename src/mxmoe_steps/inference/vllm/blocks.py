@@ -1,4 +1,4 @@
-"""A rank's share of the packed blocks of a layer: how it is cut, how it comes out of the checkpoint, whether it is whole.
+"""A rank's share of the packed blocks of a layer: how it is cut, how it is loaded, whether it is whole.
 
 Nothing here knows an engine. An engine hands over whole tensors of the checkpoint, in any order, and those of all
 experts; what another rank keeps is dropped.
@@ -97,7 +97,9 @@ class Blocks:
         found = self._blocks[expert, block]
         if (expert, block, part) not in self._missing:
             stored = ", ".join(found.linear.state_dict())
-            raise UserError(f"{where} is in the checkpoint twice, or no part of a block under {found.scheme} ({stored})")
+            raise UserError(
+                f"{where} is in the checkpoint twice, or no part of a block under {found.scheme} ({stored})"
+            )
         target, shape = getattr(found.linear, part), self._shape(found, part)
         right_type = tensor.is_floating_point() if part in ("weight", "bias") else tensor.dtype == target.dtype
         if tuple(tensor.shape) != shape or not right_type:

@@ -1,4 +1,4 @@
-"""The quantization method ``mxmoe`` of vLLM: what computes each layer of its model, and under what names it is stored."""
+"""The quantization method ``mxmoe`` of vLLM: what computes each layer of its model, and the names of its tensors."""
 
 import re
 from collections.abc import Mapping

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
@@ -36,8 +36,9 @@ class PackedLayer:
         self.number, self.schemes, self.rotated, self.family = number, schemes, rotated, family
         self.activation = str(model.get("hidden_act", "silu"))
         self.gating = gating_of(family, model)
-        self.dtype = get_current_vllm_config().model_config.dtype
-        self.eager = bool(get_current_vllm_config().model_config.enforce_eager)
+        engine = get_current_vllm_config()
+        check_options(engine)
+        self.dtype, self.eager = engine.model_config.dtype, bool(engine.model_config.enforce_eager)
         self.experts: MixedExperts | None = None  # routed ones of this rank, until they are in kernel order
         self.shared: dict[str, nn.Module] = {}  # gate_proj, up_proj, down_proj, likewise
         self.device = torch.device("cpu")
@@ -120,6 +121,16 @@ class SharedExpert(nn.Module):
         chosen = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
         weights = torch.ones_like(chosen, dtype=torch.float32) if self.gate is None else self.gate(hidden)[0].sigmoid()
         return self.layer(hidden, chosen, weights)
+
+
+def check_options(engine: VllmConfig) -> None:
+    """`UserError` for what packed experts cannot do."""
+    for refused, option, why in (
+        (engine.lora_config is not None, "LoRA (--enable-lora)", "they take no adapters"),
+        (engine.parallel_config.enable_eplb, "EPLB (--enable-eplb)", "they are not moved between ranks"),
+    ):
+        if refused:
+            raise UserError(f"{option} does not work with packed experts: {why}; leave it out")
 
 
 def _not_loaded(*_: torch.Tensor) -> torch.Tensor:
