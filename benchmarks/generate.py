@@ -9,17 +9,18 @@ that all of them do the same work, the router's logits are replaced by fixed noi
 ``original``, transformers' own experts in bfloat16; ``w4a16``; ``hot``, the shared expert and every fourth expert in
 w8a8_fp8 and the others in w4a16; ``w8a8_fp8``.
 
-host       microseconds that the host needs to launch a MoE layer
+host       microseconds that the host needs to launch a MoE layer in a decode step
 generate   milliseconds a step of model.generate(tokens)
 static     the same with cache_implementation="static", where transformers compiles the step
-deferred   static, where transformers looks for the end of the text one token late and never waits for the GPU: it does
-           so on MPS only, here on CUDA
+deferred   as static, and measured with it only, where the original too looks for the end of a text one step late, as
+           our models do (`mxmoe_steps.inference.deferred_stop`)
 graph      the eager step with a static cache, captured in a CUDA graph by hand and replayed
 prefill    milliseconds of a forward pass over prompts
 batching   tokens a second of model.generate_batch for requests of mixed lengths
 profile    kernels of a compiled step of one sequence, w4a16
 
-Runs of a cell take turns in rounds; a figure is the median over rounds of the median step, or of the call.
+Runs of a cell take turns in rounds; a figure is the median over rounds of the median step, or of the call. The host
+decides some of them: ``--rounds`` more of them, and the log has every round.
 """
 
 import argparse
@@ -64,7 +65,6 @@ SKIPPED = 8  # first steps of a call
 PREFILLS = ((1, 512), (1, 2048), (4, 2048))  # sequences, tokens
 MOST_TOKENS = 8192
 REQUESTS, LONGEST = 64, 512
-ROUNDS = 5
 
 Cells = dict[str, dict[str, float]]  # cell -> run -> figure
 
@@ -212,7 +212,7 @@ def clock(model: Any) -> Iterator[list[float]]:
 
 
 def generate(model: Any, batch: int, **options: Any) -> float:
-    """Median milliseconds a step; a step ends with waiting for the GPU."""
+    """Median milliseconds from step to step."""
     with clock(model) as times:
         model.generate(prompts(batch), max_new_tokens=NEW, do_sample=False, **options)
     steps = zip(times[SKIPPED:], times[SKIPPED + 1 :], strict=False)
@@ -221,7 +221,7 @@ def generate(model: Any, batch: int, **options: Any) -> float:
 
 @contextmanager
 def deferred_stop() -> Iterator[None]:
-    """Lets ``generate`` look for the end of a text one step late on CUDA, as it does on MPS."""
+    """Lets ``generate`` of all models look for the end of a text one step late."""
     from transformers.generation.utils import DeferredStopCheck
 
     supported = DeferredStopCheck.is_supported
@@ -287,7 +287,7 @@ def host(model: Any, batch: int, calls: int = 20) -> float:
     hidden = torch.randn(batch, 1, SHAPE["hidden_size"], device="cuda").bfloat16()
 
     times = []
-    with torch.no_grad():
+    with torch.no_grad(), model._optimize_model_for_decode():  # the original's experts are others in a prefill
         for _ in range(10):
             torch.cuda.synchronize()
             start = time.perf_counter()
@@ -339,13 +339,14 @@ def measure(
     models: dict[str, Any],
     batches: list[int],
     skipped: set[tuple[str, ...]],
+    count: int,
     save: Callable[[str, str, dict[str, float]], None],
 ) -> None:
     """Every part, cell by cell, but for ``skipped``, (part, batch, run)."""
 
     def rounds(part: str, cell: str, runs: dict[str, Callable[[], float]]) -> None:
         found: dict[str, list[float]] = {name: [] for name in runs}
-        for number in range(ROUNDS + 1):  # the first warms up
+        for number in range(count + 1):  # the first warms up
             for name, run in runs.items():
                 try:
                     figure = run()
@@ -354,6 +355,8 @@ def measure(
                     figure = float("nan")
                 if number:
                     found[name].append(figure)
+        for name, figures in found.items():
+            print(f"{part} {cell} {name}:", *(f"{figure:.2f}" for figure in figures), flush=True)
         save(part, cell, {name: statistics.median(figures) for name, figures in found.items()})
 
     def each(run: Callable[..., float], *arguments: Any, **options: Any) -> dict[str, Callable[[], float]]:
@@ -403,7 +406,9 @@ def show(results: dict[str, Cells]) -> None:
                 print(f"{part:<9} {cell:<12}" + "".join(f"  {run} {value:9.2f}" for run, value in figures.items()))
     for batch in results.get("static", {}):
         fastest = min(
-            results[part][batch]["original"] for part in ("static", "graph") if batch in results.get(part, {})
+            results[part][batch]["original"]
+            for part in ("static", "graph")
+            if "original" in results.get(part, {}).get(batch, {})
         )
         ratios = {run: value / fastest for run, value in results["static"][batch].items()}
         print(
@@ -413,8 +418,8 @@ def show(results: dict[str, Cells]) -> None:
 
 def build_kernels() -> None:
     """Compile what the runs load."""
-    from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
-    from mxmoe_steps.kernels.formats import PHASES
+    from mxmoe_steps.kernels.architectures import DEFAULT
+    from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
     from mxmoe_steps.kernels.plan import plan_layer
     from mxmoe_steps.schemes import SHARED, parse_scheme
 
@@ -427,10 +432,10 @@ def build_kernels() -> None:
             SHAPE["moe_intermediate_size"],
             SHAPE["shared_expert_intermediate_size"],
         )
-        for config in {launch.config(phase) for launch in (plan.gate_up, plan.down) for phase in PHASES}:
+        for config in {config for launch in (plan.gate_up, plan.down) for config in launch.kernels(DEFAULT).values()}:
             print(build(config), config.name, flush=True)
     for name in TOKEN_KERNELS:
-        print(build(name), name)
+        print(build(TokenKernel(name)), name)
 
 
 def main() -> None:
@@ -441,6 +446,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=PARTS)
     parser.add_argument("--batches", nargs="*", type=int, default=list(BATCHES))
     parser.add_argument("--skip", nargs="*", default=[], metavar="PART:BATCH:RUN", help="e.g. static:64:original")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     parser.add_argument("--folder", type=Path, help="where checkpoints are kept, by default nowhere")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
@@ -467,7 +473,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         models = {run: load(run, folder, arguments.layers) for run in arguments.runs}
         skipped = {tuple(text.split(":")) for text in arguments.skip}
-        measure(arguments.parts, models, arguments.batches, skipped, save)
+        measure(arguments.parts, models, arguments.batches, skipped, arguments.rounds, save)
     show(results)
 
 

@@ -25,12 +25,13 @@ from typing import Any
 import torch
 
 from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
 from mxmoe_steps.kernels.build import build
-from mxmoe_steps.kernels.formats import HALF_ROWS, PHASES, Format, default_config, kernel_format
+from mxmoe_steps.kernels.codes.format import GROUP, HALF_ROWS, TILE_ROWS, Format
+from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import KernelWeights, kernel_weights, original_weights
-from mxmoe_steps.kernels.plan import phase_for
-from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, from_e8m0, to_e8m0
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.timer import Timer
 
@@ -83,7 +84,7 @@ def floor_us(formats: list[Format], rows: list[list[int]], n: int, k: int) -> fl
     arithmetic = memory = 0.0
     for format_, counts in zip(formats, rows, strict=True):
         total, active = sum(counts), sum(count > 0 for count in counts)
-        weight_bits = format_.bits + (16 * (1 + format_.zeros) / 128 if format_.grouped else 0)
+        weight_bits = 8 * format_.chunk_bytes / (TILE_ROWS * GROUP)
         token_bytes = 2 if format_.operand == "bf16" else 1
         arithmetic += 2 * total * n * k / RATES[format_.operand]
         memory += (active * n * k * weight_bits / 8 + total * (k * token_bytes + n * 2)) / READ_BYTES
@@ -99,6 +100,8 @@ def random_weights(
         return dense, original_weights(dense)
     groups = k // scheme.group_size(k)
     scales = (torch.rand(entries, n, groups, device="cuda") * 0.01 + 0.005).bfloat16()
+    if scheme.floats is not None:
+        scales = from_e8m0(to_e8m0(scales))
     zeros = None
     if not scheme.symmetric:
         middle = 2 ** (scheme.weight_bits - 1)
@@ -139,7 +142,7 @@ def error_of(
 
 
 def kernel_of(formats: tuple[Format, ...], phase: str) -> GroupGemmKernel:
-    return GroupGemmKernel(default_config(formats, phase))
+    return GroupGemmKernel(DEFAULT.config(formats, phase))
 
 
 class Step:
@@ -178,7 +181,7 @@ def torch_runs(
             part = slice(starts[expert], starts[expert + 1])
             torch.mm(step.x[part], weight[expert].T, out=step.out[part])
 
-    bf16, fp8 = Format("bf16", 16), Format("fp8", 8)
+    bf16, fp8 = (kernel_format(parse_scheme(name)) for name in ("w16a16", "w8a8_fp8"))
     return {
         "torch grouped_mm": (bf16, lambda: torch._grouped_mm(step.x, weight.transpose(1, 2), offs=ends)),
         "cublas loop": (bf16, loop),
@@ -229,7 +232,9 @@ def measure_gemm(
         for name, phase in graphs:
             us = [one[name, phase] for one in taken]
             rows = sum(step.rows)
-            picked = phase_for(rows, workload.experts, 0, n // HALF_ROWS, sms, formats[name].by_warp)
+            picked = DEFAULT.phase_for(
+                rows, workload.experts, 0, n // HALF_ROWS, sms, DEFAULT.by_warp((formats[name],))
+            )
             cells.append({
                 "workload": workload.name, "gemm": gemm, "run": name, "phase": phase, "picked": phase in ("", picked),
                 "T": count, "us": statistics.median(us), "spread": (max(us) - min(us)) / statistics.median(us),
@@ -297,7 +302,7 @@ def main() -> None:
     if arguments.build:
         for scheme in schemes:
             for phase in PHASES:
-                print(build(default_config((kernel_format(scheme),), phase)), scheme, phase)
+                print(build(DEFAULT.config((kernel_format(scheme),), phase)), scheme, phase)
         return
     torch.manual_seed(0)
     timer, tokens = Timer(), tuple(arguments.tokens)

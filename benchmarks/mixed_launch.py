@@ -36,11 +36,13 @@ from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation,
 
 from mxmoe_steps.allocation.time_model import block_work
 from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
 from mxmoe_steps.kernels.build import build
-from mxmoe_steps.kernels.formats import PHASES, TILE_ROWS, Format, default_config, kernel_format
+from mxmoe_steps.kernels.codes.format import TILE_ROWS, Format
+from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import KernelWeights
-from mxmoe_steps.schemes import Scheme
+from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.timer import Timer
 
 VARIANTS = ("fused", "heaviest first", "apart", "streams", "streams, SMs split")
@@ -57,7 +59,7 @@ def build_all(allocations: Sequence[Allocation]) -> None:
     groups = {launch.formats: None for launch in launches}
     groups |= {(format_,): None for group in groups for format_ in group}
     sizes = []
-    for config in (default_config(group, phase) for group in groups for phase in PHASES):
+    for config in (DEFAULT.config(group, phase) for group in groups for phase in PHASES):
         library = build(config)
         sizes.append(library.stat().st_size)
         print(f"{library} {sizes[-1] / 2**20:.2f} MiB {config.name}", flush=True)
@@ -187,7 +189,7 @@ def variants(
 def torch_calls(step: GemmStep) -> dict[str, Callable[[], object]]:
     """torch's grouped GEMMs, gate and up as one matrix."""
     gemm, experts = step.gemm, len(step.rows)
-    dense, fp8 = gemm.stored[Format("bf16", 16)], gemm.stored[Format("fp8", 8)]
+    dense, fp8 = (gemm.stored[kernel_format(parse_scheme(name))] for name in ("w16a16", "w8a8_fp8"))
     weight, weight8 = (each.view(experts, -1, gemm.k) for each in (dense, fp8.codes))
     runs = torch_runs(weight, weight8, fp8.scales.float().view(experts, -1), step)
     return {name: run for name, (_, run) in runs.items() if name.startswith("torch")}

@@ -23,8 +23,8 @@ import torch
 from group_gemm import WORKLOADS, Workload, floor_us, random_weights
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
-from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.kernels.architectures import DEFAULT
+from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
 from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert
@@ -225,10 +225,10 @@ def main() -> None:
     if arguments.build:
         plans = [plan_run(run, workload) for run in arguments.runs for workload in workloads]
         launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
-        for config in {launch.config(phase): None for launch in launches for phase in PHASES}:
+        for config in {config: None for launch in launches for config in launch.kernels(DEFAULT).values()}:
             print(build(config), config.name, flush=True)
         for name in TOKEN_KERNELS:
-            print(build(name), name)
+            print(build(TokenKernel(name)), name)
         return
     torch.manual_seed(0)
     timer, tokens = Timer(), tuple(arguments.tokens)

@@ -31,7 +31,7 @@ from mxmoe_steps.models.families import PACKED_MODULES, describe_model, is_local
 from mxmoe_steps.provenance import stamps
 from mxmoe_steps.quantizers.method import QUANTIZERS, Method
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
-from mxmoe_steps.timing.launches import kernel_hashes
+from mxmoe_steps.timing.sources import kernel_hashes
 from mxmoe_steps.values import exact, typed
 
 update_config(config, typed(workflow.config_settings.config))

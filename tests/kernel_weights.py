@@ -15,6 +15,9 @@ def random_weight(name: str, entries: int, rows: int, features: int, seed: int =
     if scheme.fp8 and scheme.weight_bits == 8:
         codes = torch.randn(entries, rows, features, generator=generator).mul(30).to(E4M3)
     scales = torch.rand(entries, rows, groups, generator=generator).add(0.5).bfloat16()
+    if scheme.floats is not None:
+        scales = 2.0 ** torch.randint(-3, 3, scales.shape, generator=generator)
+        return QuantizedWeight(scheme, codes, scales.bfloat16(), None)
     zeros = None
     if not scheme.symmetric:
         zeros = torch.rand(entries, rows, groups, generator=generator).mul(2**scheme.weight_bits).bfloat16()

@@ -240,6 +240,8 @@ def test_the_reference_page_is_current() -> None:
         ("w8a8", "w8a8_g-1_sym", 8 + 16 / 256),
         ("w8a8_fp8", "w8a8_g-1_sym_fp8", 8 + 16 / 256),
         ("w4a8_fp8", "w4a8_g128_sym_fp8", 4.125),
+        ("w6a16", "w6a16_g128_asym", 6.25),
+        ("w4a16_mxfp4", "w4a16_g32_sym_mxfp4", 4.25),
         ("w16a16", "w16a16", 16),
     ],
 )
@@ -259,6 +261,11 @@ def test_schemes_have_one_name_and_true_bits(text: str, name: str, bits: float) 
         ("w8a8_asym", "symmetric"),
         ("w4a16_g100", "multiple of 32"),
         ("w16a16_g128", "write w16a16"),
+        ("w4a16_g64_mxfp4", "the only one with mxfp4 is w4a16_mxfp4"),
+        ("w4a16_asym_mxfp4", "the only one with mxfp4 is w4a16_mxfp4"),
+        ("w3a16_mxfp4", "the only one with mxfp4 is w4a16_mxfp4"),
+        ("w16a16_mxfp4", "write w16a16"),
+        ("w4a16_mxfp6", "is not of the form"),
     ],
 )
 def test_malformed_schemes_are_explained(text: str, says: str) -> None:

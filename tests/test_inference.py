@@ -19,14 +19,14 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.kernels.architectures import PHASES
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.models.families import FAMILIES, moe_path, open_model
 from mxmoe_steps.schemes import SHARED
 
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
 SHARED_SIZES = {"qwen2_moe": {"shared_expert_intermediate_size": 256}}
-SCHEMES = ["w4a16", "w8a8_fp8", "w16a16", "w2a16", "w8a8", "w4a8_fp8", "w8a16"]
+SCHEMES = ["w4a16", "w8a8_fp8", "w16a16", "w2a16", "w8a8", "w4a8_fp8", "w8a16", "w6a16", "w4a16_mxfp4"]
 
 
 class TorchLayer:

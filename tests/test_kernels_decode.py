@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_weights import random_weight
 
-pytest.importorskip("cutlass")
-
-from mxmoe_steps.kernels import decode
+from mxmoe_steps.kernels import ptx
+from mxmoe_steps.kernels.codes.format import HALF_ROWS, OPERAND_BITS, Format
+from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.layouts import kernel_weights
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
 
@@ -63,7 +63,7 @@ INSTRUCTIONS: dict[str, Callable[..., int]] = {
 
 
 def interpret(text: str, *arguments: int) -> int:
-    """The result of `decode._ptx`."""
+    """The result of `ptx.compute`."""
     registers = {f"{{$r{place}}}": argument & WORD for place, argument in enumerate(arguments)}
     for statement in filter(None, map(str.strip, text.split(";"))):
         if statement.startswith(".reg"):
@@ -77,77 +77,88 @@ def interpret(text: str, *arguments: int) -> int:
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_ptx", interpret)
+    monkeypatch.setattr(ptx, "compute", interpret)
 
 
-def words_of(weight: QuantizedWeight, thread: int) -> list[int]:
-    """A thread's words of rows 64-127 and 128 features, in the order in which it loads them."""
+DECODED = [format_ for format_ in FORMATS if format_.decoded]
+BORROWERS = ["w1a16", "w1a16_g128_sym", "w4a16_g-1_asym", "w4a8_g-1_sym", "w4a8_g-1_sym_fp8"]
+NAMES = [*(format_.name for format_ in DECODED), *BORROWERS]
+SCALES = {"near 1": (-1.0, 1.0), "2**-60 to 2**10.99": (-60.0, 10.99)}
+
+
+def stored(weight: QuantizedWeight, thread: int) -> tuple[Format, list[int], list[int]]:
+    """Of a chunk of rows 64-127: a thread's words, in the order in which it loads them, and its rows' numbers."""
     packed = kernel_weights(weight)
-    bits = packed.format.bits
-    rows_64 = packed.data[: packed.format.chunk_bytes].view(2, -1)[1]
-    loads = [rows_64[: 128 * 16 * max(1, bits // 2)].view(torch.int32).view(-1, 128, 4)]
-    if bits == 3:
-        loads.append(rows_64[128 * 16 : 128 * 24].view(torch.int32).view(1, 128, 2))
-    return [int(word) & WORD for load in loads for part in load for word in part[thread]]
+    format_ = packed.format
+    half = packed.data[: packed.format.chunk_bytes].view(2, -1)[1]
+    words, at = [], 0
+    for load in format_.loads:
+        size = 128 * 4 * load.words
+        words += half[at : at + size].view(torch.int32).view(128, load.words)[thread].tolist()
+        at += size
+    numbers = half[at:].view(torch.int32).view(HALF_ROWS // 2, -1)[thread // 4].tolist()
+    return format_, [word & WORD for word in words], [word & WORD for word in numbers]
 
 
-def registers_of(bits: int, words: list[int], block: int, rows: list[decode.Affine]) -> list[int]:
-    """The decoder's registers for a k16 block."""
-    if bits == 4:
-        return decode.bf16_from_4bit(words[block], rows)
-    if bits == 2:
-        return decode.bf16_from_2bit(words[block // 2], block, rows)
-    return decode.bf16_from_3bit(words[block // 2], words[4 + block // 4], block, rows)
+def elements(word: int, operand: str) -> torch.Tensor:
+    """What a register holds, float64, the lowest first."""
+    if operand == "bf16":
+        return halves(word)
+    data = torch.tensor(list(word.to_bytes(4, "little")), dtype=torch.uint8)
+    return data.view(E4M3 if operand == "fp8" else torch.int8).double()
 
 
-@pytest.mark.parametrize("spread", [1.0, 60.0], ids=["near 1", "2**-60 to 2**11"])
-@pytest.mark.parametrize("name", ["w4a16", "w4a16_g128_sym", "w3a16", "w3a16_g128_sym", "w2a16", "w1a16"])
-def test_words_become_bfloat16_weights(name: str, spread: float) -> None:
-    """Rounded once, and 2**-16 as large, as the epilogue expects."""
+@pytest.mark.parametrize("spread", SCALES.values(), ids=SCALES)
+@pytest.mark.parametrize("name", NAMES)
+def test_words_become_operands(name: str, spread: tuple[float, float]) -> None:
+    """Registers of every block as `Format.operands` says in torch, bit for bit."""
     weight = random_weight(name, 1, 128, 128)
-    scales = 2.0 ** torch.linspace(-spread, 10.99 if spread > 1 else 1.0, 128)
-    weight = QuantizedWeight(weight.scheme, weight.codes, scales.bfloat16().view(1, 128, 1), weight.zeros)
-    bits = kernel_weights(weight).format.bits
-    exact = weight.dequantize()[0].bfloat16().double()
+    exponents = torch.linspace(*spread, weight.scales.numel()).view_as(weight.scales)
+    scales = 2.0 ** (exponents.round() if weight.scheme.floats else exponents)
+    weight = QuantizedWeight(weight.scheme, weight.codes, scales.bfloat16(), weight.zeros)
     for thread in THREADS:
         warp, lane = divmod(thread, 32)
-        words = words_of(weight, thread)
-        both = 64 + 16 * warp + lane // 4 + torch.tensor([0, 8])  # the thread's two rows
-        zeros = None if weight.zeros is None else pair(weight.zeros[0, both, 0].float() * -(2.0**-decode.SHRINK))
-        rows = [decode.affine(bits, row, pair(weight.scales[0, both, 0]), zeros) for row in (0, 1)]
-        for block in range(8):
-            for register, word in enumerate(registers_of(bits, words, block, rows)):
-                column = 16 * block + 8 * (register // 2) + 2 * (lane % 4)
-                expected = exact[both[register % 2], column : column + 2]
-                assert torch.equal(halves(word) * 2.0**decode.SHRINK, expected), (thread, block, register)
-
-
-def test_bytes_become_numbers_around_128() -> None:
-    weight = random_weight("w8a16", 1, 128, 128)
-    for thread in THREADS:
-        warp, lane = divmod(thread, 32)
-        words = words_of(weight, thread)
-        for block in range(8):
-            for register, word in enumerate(decode.bf16_from_8bit((words[2 * block], words[2 * block + 1]))):
+        format_, words, numbers = stored(weight, thread)
+        exact = format_.operands(weight)[0]
+        in_register = 32 // OPERAND_BITS[format_.operand]
+        blocks = 128 // (8 * in_register)
+        terms: list[int] = []
+        for block in range(blocks):
+            if 2 * block % blocks == 0 and 2 * block // blocks in format_.term_halves:
+                terms = format_.terms(numbers, 2 * block // blocks)
+            for register, word in enumerate(format_.decode(words, block, terms)):
                 row = 64 + 16 * warp + 8 * (register % 2) + lane // 4
-                column = 16 * block + 8 * (register // 2) + 2 * (lane % 4)
-                codes = weight.codes[0, row, column : column + 2].double()
-                assert torch.equal(halves(word), (codes - 128) / 64)
+                column = in_register * (8 * block + 4 * (register // 2) + lane % 4)
+                expected = exact[row, column : column + in_register]
+                assert torch.equal(elements(word, format_.operand), expected), (thread, block, register)
 
 
-@pytest.mark.parametrize(
-    ("name", "decoder", "kind", "unit"),
-    [("w4a8_fp8", decode.fp8_from_4bit, E4M3, 2.0**-9), ("w4a8", decode.int8_from_4bit, torch.int8, 1.0)],
-)
-def test_words_become_8_bit_operands(name: str, decoder: Callable, kind: torch.dtype, unit: float) -> None:
-    weight = random_weight(name, 1, 128, 128)
-    for thread in THREADS:
-        warp, lane = divmod(thread, 32)
-        words = words_of(weight, thread)
-        for block in range(4):
-            for register in range(4):
-                word = decoder(words[2 * block + register // 2], register)
-                made = torch.tensor(list(word.to_bytes(4, "little")), dtype=torch.uint8).view(kind).float()
-                row = 64 + 16 * warp + 8 * (register % 2) + lane // 4
-                column = 32 * block + 16 * (register // 2) + 4 * (lane % 4)
-                assert torch.equal(made / unit, weight.codes[0, row, column : column + 4].float() - 8)
+@pytest.mark.parametrize("format_", DECODED, ids=lambda format_: format_.name)
+def test_operands_are_the_weights_but_for_what_the_epilogue_and_the_loops_multiply_by(format_: Format) -> None:
+    weight = random_weight(format_.name, 2, 64, 128)
+    whole = format_.operands(weight) * format_.growth
+    if format_.channel_scaled:
+        whole *= weight.scales.double()
+    elif format_.operand != "bf16":
+        per_row = format_.numbers(weight[0]).double()[..., 0]  # of one group
+        whole = whole[0] * per_row
+        weight = weight[0]
+    exact = weight.dequantize().double()
+    assert ((whole - exact).abs() <= exact.abs() * 2**-8).all()  # rounded to bfloat16 once
+
+
+@pytest.mark.parametrize("format_", DECODED, ids=lambda format_: format_.name)
+def test_what_a_thread_holds_suffices(format_: Format) -> None:
+    """Half a chunk is decoded from words that are loaded for it or the half before."""
+    weight = random_weight(format_.name, 1, 128, 128)
+    _, words, numbers = stored(weight, 0)
+    first, late = 0, []
+    for load in format_.loads:
+        late += [load.half == 1] * load.words
+        first += load.words
+    assert first == format_.words == 2 * format_.bits
+    spoilt = [word ^ WORD if unseen else word for word, unseen in zip(words, late, strict=True)]
+    blocks = 4 * OPERAND_BITS[format_.operand] // 16
+    terms = format_.terms(numbers, 0) if format_.term_halves else []
+    for block in range(blocks):
+        assert format_.decode(words, block, terms) == format_.decode(spoilt, block, terms)

@@ -5,15 +5,15 @@ import torch
 from kernel_weights import random_weight
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.codes.format import Format
+from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.layouts import kernel_weights, original_weights, quantized_weight
 
-SCHEMES = [
-    "w8a8", "w8a8_fp8", "w8a16", "w4a16", "w4a16_g128_sym", "w4a16_g-1_asym", "w4a16_g-1_sym", "w3a16",
-    "w3a16_g128_sym", "w2a16", "w2a16_g128_sym", "w1a16", "w1a16_g128_sym", "w4a8_fp8", "w4a8", "w4a8_g-1_sym",
-]  # fmt: skip
+BORROWERS = ["w4a16_g-1_asym", "w4a16_g-1_sym", "w1a16", "w1a16_g128_sym", "w4a8_g-1_sym"]
+QUANTIZED = [format_ for format_ in FORMATS if not format_.original]
 
 
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*(format_.name for format_ in QUANTIZED), *BORROWERS])
 @pytest.mark.parametrize(("rows", "features"), [(64, 128), (192, 384), (256, 256)])
 def test_kernel_order_is_exactly_invertible(name: str, rows: int, features: int) -> None:
     weight = random_weight(name, 2, rows, features)
@@ -24,11 +24,53 @@ def test_kernel_order_is_exactly_invertible(name: str, rows: int, features: int)
     assert weight.zeros is None or torch.equal(back.zeros, weight.zeros)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w8a8_fp8", "w8a16"])
-def test_per_channel_formats_take_multiples_of_64(name: str) -> None:
-    weight = random_weight(name, 1, 64, 192)
+@pytest.mark.parametrize("format_", [f for f in QUANTIZED if f.group < 64], ids=lambda format_: format_.name)
+def test_formats_of_small_groups_or_none_take_multiples_of_64(format_: Format) -> None:
+    weight = random_weight(format_.name, 1, 64, 192)
     back = quantized_weight(kernel_weights(weight), weight.scheme)
     assert torch.equal(back.codes.view(torch.uint8), weight.codes.view(torch.uint8))
+    assert torch.equal(back.scales, weight.scales)
+
+
+@pytest.mark.parametrize("format_", [f for f in FORMATS if f.decoded], ids=lambda format_: format_.name)
+def test_every_bit_of_a_word_is_a_bit_of_one_code(format_: Format) -> None:
+    elements = 32 // format_.act_bits
+    axes = torch.meshgrid(torch.arange(16 // elements), torch.arange(4), torch.arange(elements), indexing="ij")
+    taken = []
+    for field in format_.fields(*(axis.flatten() for axis in axes)):
+        assert field.low == len(taken)
+        taken += [32 * field.word + field.shift + bit for bit in range(field.width)]
+    assert torch.equal(torch.cat(taken).sort().values, torch.arange(64 * format_.bits))
+
+
+def test_split_six_bit_codes_match_their_diagram() -> None:
+    weight = random_weight("w6a16", 1, 128, 128)
+    half = kernel_weights(weight).data[: 2 * (6144 + 256)].view(2, -1)[1]
+    words = torch.cat([half[:2048].view(torch.int32).view(128, 4), half[2048:3072].view(torch.int32).view(128, 2)], 1)
+    thread = 32 * 2 + 13
+    row, column = 64 + 16 * 2 + 13 // 4, 16 * 3 + 2 * (13 % 4)  # block 3, the second of words 3..5
+    first, second, third = (int(word) & 0xFFFFFFFF for word in words[thread, 3:6])
+    for element in range(2):
+        for register, at in ((2, 0), (3, 8)):
+            code = int(weight.codes[0, row + 8 * (register % 2), column + 8 + element])
+            bits = [first >> at + 6, third >> at + 6, second >> at]
+            assert [bit >> 16 * element & 3 for bit in bits] == [code >> 4, code >> 2 & 3, code & 3]
+        assert third >> 16 * element & 63 == int(weight.codes[0, row, column + element])
+
+
+def test_mxfp4_words_match_their_diagram() -> None:
+    weight = random_weight("w4a16_mxfp4", 1, 128, 128)
+    half = kernel_weights(weight).data[: 2 * (4096 + 256)].view(2, -1)[0]
+    thread, block = 32 + 6, 6
+    row, column = 16 + 6 // 4, 16 * block + 2 * (6 % 4)
+    word = int(half[2048:4096].view(torch.int32).view(128, 4)[thread, block - 4]) & 0xFFFFFFFF
+    for register, (sign, magnitude) in enumerate(((15, 6), (12, 3), (13, 0), (14, 9))):
+        for element in range(2):
+            code = int(weight.codes[0, row + 8 * (register % 2), column + 8 * (register // 2) + element])
+            assert (word >> sign + 16 * element & 1) << 3 | word >> magnitude + 16 * element & 7 == code
+    numbers = half[4096:].view(4, 8, 2, 2, 2)  # warp, row of 8, half of the chunk, r % 2, group of 32
+    exponents = weight.scales[0].float().log2().int() + 127 + 110
+    assert torch.equal(numbers[1, 3, :, 1].flatten().int(), exponents[16 + 8 + 3])
 
 
 def test_four_bit_word_matches_its_diagram() -> None:
@@ -44,10 +86,13 @@ def test_four_bit_word_matches_its_diagram() -> None:
             assert (word >> (4 * register + 16 * element)) & 15 == int(code)
 
 
-def test_scales_that_are_too_large_to_decode_with_are_refused() -> None:
-    weight = random_weight("w4a16", 1, 64, 128)
-    weight.scales[0, 3, 0] = 2048.0
-    with pytest.raises(UserError, match="2048 or more"):
+@pytest.mark.parametrize("format_", [f for f in FORMATS if f.scale_limit < 1e30], ids=lambda format_: format_.name)
+def test_scales_that_are_too_large_to_decode_with_are_refused(format_: Format) -> None:
+    weight = random_weight(format_.name, 1, 64, 128)
+    weight.scales[0, 3, 0] = format_.scale_limit / 2
+    kernel_weights(weight)
+    weight.scales[0, 3, 0] = format_.scale_limit
+    with pytest.raises(UserError, match=f"{format_.scale_limit:.0f} or more"):
         kernel_weights(weight)
 
 
@@ -60,6 +105,7 @@ def test_scales_that_are_too_large_to_decode_with_are_refused() -> None:
         ("w4a16_g64_asym", 128, 128, "no GPU kernel"),
         ("w4a8_g64", 128, 128, "no GPU kernel"),
         ("w4a4", 128, 128, "no GPU kernel"),
+        ("w8a16_g128_sym", 128, 128, "no GPU kernel"),
     ],
 )
 def test_what_no_kernel_takes_is_refused(name: str, rows: int, features: int, said: str) -> None:

@@ -6,15 +6,27 @@ from pathlib import Path
 
 import pytest
 
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, build, default_cache, library_path
-from mxmoe_steps.kernels.formats import FORMATS, PHASES, SHARED_BYTES, UNIT, Format, KernelConfig, Tile, default_config
+from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build, default_cache, library_path
+from mxmoe_steps.kernels.codes.format import Format
+from mxmoe_steps.kernels.formats import FORMATS, kernel_format
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
+from mxmoe_steps.kernels.sm90.config import SHARED_BYTES, UNIT, KernelConfig, Tile, by_warp
+from mxmoe_steps.schemes import parse_scheme
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None or disassembler() is None,
     reason="nvidia-cutlass-dsl or nvidia-cuda-nvdisasm is not installed",
 )
 REGISTERS = {(1, 2): 232, (2, 2): 104, (1, 4): 112}  # a consumer thread may use, by blocks per SM and warpgroups
+MIXTURES = {  # as the solver mixes them
+    phase: [tuple(kernel_format(parse_scheme(name)) for name in names.split()) for names in mixtures]
+    for phase, mixtures in {
+        "prefill": ["w16a16 w4a16 w4a8_fp8 w8a8_fp8", "w16a16 w4a16 w4a8_fp8 w4a8", "w3a16 w4a8_fp8 w8a8_fp8"],
+        "latency": ["w2a16 w4a16 w8a8_fp8", "w2a16 w4a8_fp8 w8a8_fp8"],
+    }.items()
+}
+W16A16, W4A16 = (kernel_format(parse_scheme(name)) for name in ("w16a16", "w4a16"))
 OPCODE = {"bf16": "HGMMA", "fp8": "QGMMA", "int8": "IGMMA"}
 
 
@@ -26,12 +38,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
-@pytest.mark.parametrize("phase", sorted(PHASES))
+@pytest.mark.parametrize("phase", HOPPER.phases)
 @pytest.mark.parametrize("format_", FORMATS, ids=lambda format_: format_.name)
 def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
-    config = default_config((format_,), phase)
+    config = HOPPER.config((format_,), phase)
     code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
-    if config.split > 1 and format_.by_warp:  # 128 features a slot
+    if config.split > 1 and by_warp(format_):  # 128 features a slot
         assert code.matrix == ({"HMMA": 8} if format_.operand == "bf16" else {"IMMA": 4})
         assert code.groups == 0
     else:
@@ -45,27 +57,23 @@ def test_main_loops_are_clean(format_: Format, phase: str, cache: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize(
     "formats",
-    [
-        (Format("bf16", 16), Format("bf16", 4, True, True), Format("fp8", 4, True), Format("fp8", 8)),
-        (Format("bf16", 16), Format("bf16", 4, True, True), Format("fp8", 4, True), Format("int8", 4, True)),
-        (Format("bf16", 3, True, True), Format("fp8", 4, True), Format("fp8", 8)),  # as the solver mixes them
-    ],
+    MIXTURES["prefill"],
     ids=lambda formats: "+".join(format_.name for format_ in formats),
 )
 def test_a_mixture_has_every_matrix_instruction_it_needs(formats: tuple[Format, ...], cache: Path) -> None:
-    code = inspect(disassemble(build(default_config(formats, "prefill"), cache).with_suffix(".cubin")))
+    code = inspect(disassemble(build(HOPPER.config(formats, "prefill"), cache).with_suffix(".cubin")))
     assert set(code.matrix) == {OPCODE[format_.operand] for format_ in formats}
     assert sum(code.matrix.values()) > 2 * code.groups, "serialized"
     assert (code.spills, code.early_reads) == (0, [])
 
 
 @needs_compiler
-@pytest.mark.parametrize("second", [Format("bf16", 4, True, True), Format("fp8", 4, True)], ids=lambda one: one.name)
-def test_a_split_mixture_keeps_its_registers(second: Format, cache: Path) -> None:
+@pytest.mark.parametrize("formats", MIXTURES["latency"], ids=lambda formats: formats[1].name)
+def test_a_split_mixture_keeps_its_registers(formats: tuple[Format, ...], cache: Path) -> None:
     """Fragments that a warpgroup without slots leaves alone must not be kept for every configuration."""
-    config = default_config((Format("bf16", 2, True, True), second, Format("fp8", 8)), "latency")
+    config = HOPPER.config(formats, "latency")
     code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
-    assert code.matrix == ({"HMMA": 16, "QGMMA": 4} if second.by_warp else {"HMMA": 8, "QGMMA": 8})
+    assert code.matrix == ({"HMMA": 16, "QGMMA": 4} if by_warp(formats[1]) else {"HMMA": 8, "QGMMA": 8})
     assert code.matrix["QGMMA"] == code.groups * 4, "serialized"
     assert (code.spills, code.early_reads) == (0, [])
     assert code.registers <= REGISTERS[1, 4]
@@ -75,15 +83,15 @@ def test_a_split_mixture_keeps_its_registers(second: Format, cache: Path) -> Non
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_mixtures_keep_what_all_lanes_share_in_uniform_registers(phase: str, cache: Path) -> None:
     """Four groups of 2-bit weights in a slot made hundreds of copies of addresses to uniform registers."""
-    formats = (Format("bf16", 2, True, True), Format("bf16", 4, True, True), Format("fp8", 8))
-    code = inspect(disassemble(build(default_config(formats, phase), cache).with_suffix(".cubin")))
+    formats = MIXTURES["latency"][0]
+    code = inspect(disassemble(build(HOPPER.config(formats, phase), cache).with_suffix(".cubin")))
     assert (code.spills, code.early_reads) == (0, [])
     assert code.to_uniform < 50
 
 
 @needs_compiler
 def test_a_table_of_512_problems_fits(cache: Path) -> None:
-    config = default_config((Format("bf16", 4, True, True),), "prefill", max_problems=512)
+    config = HOPPER.config((W4A16,), "prefill", max_problems=512)
     assert config.stages >= 3
     code = inspect(disassemble(build(config, cache).with_suffix(".cubin")))
     assert (code.spills, code.early_reads) == (0, [])
@@ -92,7 +100,7 @@ def test_a_table_of_512_problems_fits(cache: Path) -> None:
 @needs_compiler
 @pytest.mark.parametrize("name", TOKEN_KERNELS)
 def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, cache: Path) -> None:
-    sass = disassemble(build(name, cache).with_suffix(".cubin"))
+    sass = disassemble(build(TokenKernel(name), cache).with_suffix(".cubin"))
     code = inspect(sass)
     assert (code.spills, code.early_reads, code.matrix) == (0, [], {})
     assert code.registers <= 64
@@ -103,7 +111,7 @@ def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, 
 
 @needs_compiler
 def test_a_second_build_is_a_file_lookup(cache: Path) -> None:
-    config = KernelConfig((Tile(Format("bf16", 16), 16),))
+    config = KernelConfig((Tile(W16A16, 16),))
     library = build(config, cache)
     before = library.stat().st_mtime_ns
     assert build(config, cache) == library == library_path(config, cache)
@@ -111,12 +119,12 @@ def test_a_second_build_is_a_file_lookup(cache: Path) -> None:
 
 
 def test_every_default_kernel_fits_in_shared_memory() -> None:
-    for phase in PHASES:
+    for phase in HOPPER.phases:
         for format_ in FORMATS:
-            config = default_config((format_,), phase)
+            config = HOPPER.config((format_,), phase)
             assert config.stages >= 3
             assert config.ring_units * UNIT < SHARED_BYTES[config.blocks_per_sm]
-        assert default_config(FORMATS, phase).stages >= 2
+        assert HOPPER.config(FORMATS, phase).stages >= 2
 
 
 def test_an_early_read_is_found() -> None:

@@ -6,15 +6,17 @@ import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import OPERAND_MASKS
 from mxmoe_steps.kernels.launch import problem_table
 from mxmoe_steps.kernels.layouts import quantized_weight
+from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.moe_layer import _entries, _stack
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.quantizers.grid import QuantizedWeight, round_to_nearest
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
-SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w2a16_g-1_sym", "w1a16")
+SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w2a16_g-1_sym", "w1a16",
+           "w6a16", "w4a16_mxfp4")  # fmt: skip
 HIDDEN, INNER, SLICES, EXPERTS = 256, 128, 2, 5
 Weights = dict[tuple[int, str], QuantizedWeight | torch.Tensor]
 
@@ -46,7 +48,7 @@ def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
             _stack([_entries(lambda *block: weights[block], source) for source in sources], torch.device("cpu"))
             for sources in launch.stacks
         ]
-        assert tuple(stack.format for stack in stacks) == launch.formats == launch.config("decode").formats
+        assert tuple(stack.format for stack in stacks) == launch.formats == launch.kernels(HOPPER)["decode"].formats
         problem_table(launch.problems, stacks, EXPERTS + plan.slices, columns, "cpu")  # accepts it
         assert len(set(launch.problems)) == (EXPERTS + plan.slices) * columns // stacks[0].out_features
         needs = [0] * (EXPERTS + plan.slices)
@@ -57,7 +59,7 @@ def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
             whole = dense(weights[owner, block])
             expected = whole.chunk(SLICES if owner == SHARED else 1, dim=int(block == "down"))[piece]
             stack = stacks[number]
-            if stack.format.bits == 16:
+            if stack.format.original:
                 assert torch.equal(stack.data[entry].double(), expected)
                 continue
             original = weights[owner, block]
@@ -81,7 +83,7 @@ def test_gate_and_up_of_one_scheme_take_turns_of_eight_rows(name: str) -> None:
     plan = plan_layer(dict.fromkeys((0, 1, SHARED), (scheme, scheme, down)), HIDDEN, INNER, INNER * SLICES)
     launch = plan.gate_up
     assert launch.gated
-    assert launch.config("prefill").gated
+    assert launch.kernels(HOPPER)["prefill"].gated
     assert not plan.down.gated
     assert launch.strips == 2 * INNER // 64
     assert sorted(launch.problems) == [(expert, 0, (expert + 2) % 4, 0) for expert in range(4)]  # the shared one first
@@ -121,8 +123,8 @@ def test_the_shared_expert_and_the_formats_are_spread_over_the_launch() -> None:
 def test_more_problems_take_a_larger_table() -> None:
     schemes = parse_scheme("w4a16"), parse_scheme("w3a16"), parse_scheme("w4a16")
     plan = plan_layer(dict.fromkeys(range(100), schemes), 256, 128)
-    assert plan.gate_up.config("decode").max_problems == 224
-    assert plan.down.config("decode").max_problems == 128
+    assert plan.gate_up.kernels(HOPPER)["decode"].max_problems == 224
+    assert plan.down.kernels(HOPPER)["decode"].max_problems == 128
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,16 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels import launch, reference
-from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, Tile, default_config, kernel_format
+from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, original_weights
 from mxmoe_steps.kernels.moe_layer import MoeLayer
-from mxmoe_steps.kernels.plan import phase_for
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
+from mxmoe_steps.kernels.sm90.config import KernelConfig, Tile
 from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
 from mxmoe_steps.schemes import parse_scheme
+
+W16A16, W4A16 = (kernel_format(parse_scheme(name)) for name in ("w16a16", "w4a16_g128_sym"))
 
 
 def test_reference_multiplies_each_expert_under_its_own_scheme() -> None:
@@ -72,7 +76,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> launch.GroupGemmKernel:
 
     monkeypatch.setattr(launch, "load_kernel", lambda kernel: fail)
     monkeypatch.setattr(launch, "check_device", lambda tensor, name: None)
-    return launch.GroupGemmKernel(default_config((Format("bf16", 16),), "decode"))
+    return launch.GroupGemmKernel(HOPPER.config((W16A16,), "decode"))
 
 
 def arguments(rows: int = 4, features: int = 64) -> dict:
@@ -98,7 +102,7 @@ def arguments(rows: int = 4, features: int = 64) -> dict:
         ({"activations": {"bf16": launch.Activations(torch.zeros(4, 128, dtype=torch.bfloat16))}}, "expected"),
         ({"weights": []}, "this kernel takes w16a16"),
         (
-            {"weights": [KernelWeights(Format("bf16", 16), 2, 64, 64, torch.zeros(2, 64, 64), None)]},
+            {"weights": [KernelWeights(W16A16, 2, 64, 64, torch.zeros(2, 64, 64), None)]},
             "w16a16 weights: torch.float32",
         ),
     ],
@@ -118,7 +122,7 @@ def test_a_good_launch_reaches_the_kernel(kernel: launch.GroupGemmKernel, monkey
 def test_the_phase_follows_the_rows_of_an_expert() -> None:
     for by_warp in (True, False):
         limits = (4 * 60, 32 * 60)
-        few, some = ([phase_for(limit + more, 60, 0, 44, 132, by_warp) for more in (0, 1)] for limit in limits)
+        few, some = ([HOPPER.phase_for(limit + more, 60, 0, 44, 132, by_warp) for more in (0, 1)] for limit in limits)
         assert (few, some) == (["latency", "decode"], ["decode", "prefill"])
 
 
@@ -131,7 +135,7 @@ def test_decode_kernels_take_launches_that_just_need_a_second_round() -> None:
         (4, 4, False, "latency"),  # 352 tiles
         (5, 0, False, "latency"),  # 220 tiles
     ):
-        assert phase_for(rows, 60, slices, 44, 132, by_warp) == expected
+        assert HOPPER.phase_for(rows, 60, slices, 44, 132, by_warp) == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -139,7 +143,7 @@ def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
     with pytest.raises(UserError, match="run on a Hopper GPU"):
         MoeLayer.__new__(MoeLayer)(*(torch.zeros(3, 2) for _ in range(3)))
     kernel = launch.GroupGemmKernel.__new__(launch.GroupGemmKernel)
-    kernel.config = default_config((Format("bf16", 16),), "decode")
+    kernel.config = HOPPER.config((W16A16,), "decode")
     with pytest.raises(UserError, match="run on a Hopper GPU"):
         kernel(**arguments())
 
@@ -147,20 +151,20 @@ def test_tensors_that_are_not_on_a_gpu_are_refused() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: Tile(Format("bf16", 16), 24), "multiple of 16"),
-        (lambda: Tile(Format("bf16", 4, True), 16, 1), "1 or 2 groups"),
+        (lambda: Tile(W16A16, 24), "multiple of 16"),
+        (lambda: Tile(W4A16, 16, 1), "1 or 2 groups"),
         (lambda: KernelConfig(()), "at least one tile"),
-        (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 100), "multiple of 32"),
-        (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 128, 3), "cluster is 3"),
+        (lambda: KernelConfig((Tile(W16A16, 16),), 100), "multiple of 32"),
+        (lambda: KernelConfig((Tile(W16A16, 16),), 128, 3), "cluster is 3"),
         (
-            lambda: KernelConfig((Tile(Format("bf16", 16), 16), Tile(Format("bf16", 16), 32, 1, 64))),
+            lambda: KernelConfig((Tile(W16A16, 16), Tile(W16A16, 32, 1, 64))),
             "64 in all of them",
         ),
-        (lambda: KernelConfig((Tile(Format("bf16", 16), 16),), 128, 1, 2, 2), "4 warpgroups"),
-        (lambda: KernelConfig((Tile(Format("bf16", 16), 16, 1, 64),), 128, 1, 1, 4), "takes 8 tokens"),
-        (lambda: KernelConfig((Tile(Format("bf16", 4, True), 8, 4, 64),), 128, 1, 1, 4), "one group"),
-        (lambda: KernelConfig((Tile(Format("bf16", 4, True), 16, 4, 64),), 128, 1, 1, 4), "slots of one group"),
-        (lambda: KernelConfig((Tile(Format("bf16", 16), 256, 4),)), "has no room for two slots"),
+        (lambda: KernelConfig((Tile(W16A16, 16),), 128, 1, 2, 2), "4 warpgroups"),
+        (lambda: KernelConfig((Tile(W16A16, 16, 1, 64),), 128, 1, 1, 4), "takes 8 tokens"),
+        (lambda: KernelConfig((Tile(W4A16, 8, 4, 64),), 128, 1, 1, 4), "one group"),
+        (lambda: KernelConfig((Tile(W4A16, 16, 4, 64),), 128, 1, 1, 4), "slots of one group"),
+        (lambda: KernelConfig((Tile(W16A16, 256, 4),)), "has no room for two slots"),
     ],
 )
 def test_configurations_that_cannot_run_are_refused(make, said: str) -> None:
@@ -173,7 +177,7 @@ def test_the_command_compiles_what_a_mixture_needs(tmp_path: Path, monkeypatch: 
 
     asked = []
 
-    def fake(kernel: KernelConfig | str, cache: Path | None) -> Path:
+    def fake(kernel: Configuration | build.TokenKernel, cache: Path | None) -> Path:
         asked.append(kernel)
         return tmp_path / f"{len(asked)}.so"
 
@@ -183,9 +187,9 @@ def test_the_command_compiles_what_a_mixture_needs(tmp_path: Path, monkeypatch: 
     build.main()
     record = json.loads(out.read_text())
     assert record["formats"] == ["w2a16_g128_asym", "w4a16_g128_asym", "w8a8_g-1_sym_fp8"]
-    assert list(record["libraries"]) == sorted([*PHASES, *build.TOKEN_KERNELS])
+    assert list(record["libraries"]) == sorted([*HOPPER.phases, *build.TOKEN_KERNELS])
     formats = tuple(kernel_format(parse_scheme(name)) for name in ("w8a8_fp8", "w4a16", "w1a16"))
-    assert asked[: len(PHASES)] == [default_config(formats, phase) for phase in PHASES]
+    assert asked[: len(HOPPER.phases)] == [HOPPER.config(formats, phase) for phase in HOPPER.phases]
 
 
 def test_importing_the_package_loads_neither_torch_nor_the_compiler() -> None:

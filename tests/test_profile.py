@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES, kernel_format
+from mxmoe_steps.kernels.architectures import PHASE_ROWS, PHASES
+from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.tables import MEASUREMENTS, PROFILE, read_table, write_table
 from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, read_hardware, roofline_kstep_us
 from mxmoe_steps.timing.fit import errors, features, fit, fit_constants, fit_tiles, held_out, predict
-from mxmoe_steps.timing.launches import kernel_configs, kernel_hashes, mixtures, problem_launches, tile_launches
+from mxmoe_steps.timing.launches import kernel_configs, mixtures, problem_launches, tile_launches
+from mxmoe_steps.timing.sources import kernel_hashes
 
 
 def test_every_shipped_gpu_has_a_source_and_all_fields():
@@ -148,7 +150,7 @@ def test_a_known_gpu_without_kernels_gets_its_data_sheet(tmp_path, capsys):
 
 def test_shipped_measurements_meet_the_bar(tmp_path):
     table, measured = read_table(MEASUREMENTS, HARDWARE.with_name("h100.parquet"))
-    assert {"decode", "formats", "group_gemm"} <= set(measured["kernels"]) & set(kernel_hashes())
+    assert {"codes.w4a16", "sm90.config", "sm90.group_gemm"} <= set(measured["kernels"]) & set(kernel_hashes())
     assert {"clocks", "compiler", "cuda", "date", "device", "driver", "torch"} <= set(measured)
     facts = fit(table.to_pylist(), measured["sms"])[1]
     for error in facts["errors"].values():

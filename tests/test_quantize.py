@@ -262,7 +262,8 @@ def test_stacked_experts_give_the_same_checkpoint(
     model = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
     model.save_pretrained(tmp_path / "stacked", save_original_format=False)
     assert "model.layers.0.mlp.experts.gate_up_proj" in tensors_of(tmp_path / "stacked" / "model.safetensors")
-    for options in ({"quantizer": "rtn", "scheme": "w3a16_g128_asym"}, {"quantizer": "gptq", "scheme": "w8a8_fp8"}):
+    for quantizer, scheme in (("rtn", "w3a16_g128_asym"), ("gptq", "w8a8_fp8"), ("gptq", "w4a16_mxfp4")):
+        options = {"quantizer": quantizer, "scheme": scheme}
         for name, folder in (("one", tiny_moe), ("other", tmp_path / "stacked")):
             capture_folder, out = str(packed.parent / "capture"), str(tmp_path / name)
             calibrate.calibrate(

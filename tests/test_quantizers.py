@@ -13,7 +13,11 @@ from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations, roun
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import parse_scheme
 
-SCHEMES = ["w8a16", "w4a16", "w3a16", "w2a16", "w1a16", "w4a16_g32_sym", "w8a8", "w8a8_fp8", "w4a8", "w4a8_fp8", "w4a4"]
+SCHEMES = [
+    "w8a16", "w6a16", "w4a16", "w3a16", "w2a16", "w1a16", "w4a16_g32_sym", "w4a16_mxfp4", "w8a8", "w8a8_fp8", "w4a8",
+    "w4a8_fp8", "w4a4",
+]  # fmt: skip
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]  # OCP Microscaling Formats v1.0, table 5
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -73,6 +77,8 @@ def test_rounding_picks_the_nearest_grid_point(name: str) -> None:
     if scheme.fp8 and scheme.weight_bits == 8:
         values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
         values = values[values.isfinite()]
+    elif scheme.floats is not None:
+        values = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
     else:
         values = torch.arange(2.0**scheme.weight_bits, dtype=torch.float64)
     size = scheme.group_size(256)
@@ -82,13 +88,56 @@ def test_rounding_picks_the_nearest_grid_point(name: str) -> None:
             offset = torch.tensor(2.0 ** (scheme.weight_bits - 1), dtype=torch.float64)
             if quantized.zeros is not None:
                 offset = quantized.zeros[row, group].double()
-            if scheme.fp8 and scheme.weight_bits == 8:
+            if (scheme.fp8 and scheme.weight_bits == 8) or scheme.floats is not None:
                 offset = torch.tensor(0.0, dtype=torch.float64)
             points = values * scale + (-offset * scale).bfloat16().double()  # rounded as in the kernels
             columns = slice(group * size, (group + 1) * size)
             best = (weight[row, columns, None].double() - points).abs().amin(-1)
             got = (weight[row, columns].double() - quantized.dequantize()[row, columns].double()).abs()
             assert torch.allclose(got, best, atol=1e-5)
+
+
+def test_mxfp4_bytes_mean_what_the_specification_says() -> None:
+    """Every code under every scale, decoded by the definition of e2m1 and e8m0: sign, exponent, mantissa."""
+    scheme = parse_scheme("w4a16_mxfp4")
+    scales = torch.arange(255, dtype=torch.uint8).view(255, 1)  # 255 is NaN
+    codes = torch.arange(16, dtype=torch.uint8).repeat(255, 2)
+    weight = from_tensors(scheme, 32, {"qweight": packing.pack(codes, 4), "scales": scales})
+    restored = weight.dequantize().double()
+    for code in range(16):
+        sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
+        value = mantissa * 0.5 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa / 2)
+        expected = (-1.0) ** sign * value * 2.0 ** (torch.arange(255, dtype=torch.float64) - 127)
+        finite = expected.abs() < 2.0**128  # 6 * 2**127 is past float32
+        assert torch.equal(restored[finite, code], expected[finite]), code
+    assert torch.equal(weight.tensors()["scales"], scales)
+
+
+def test_halfway_between_two_e2m1_numbers_goes_to_the_even_code() -> None:
+    """As IEEE 754 and the specification round; the sign survives, what is too large saturates."""
+    floats = parse_scheme("w4a16_mxfp4").floats
+    assert floats is not None
+    halfway = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    assert grids.float_codes(halfway, floats).tolist() == [0, 2, 2, 4, 4, 6, 6]
+    above, below = (torch.nextafter(halfway, torch.tensor(end)) for end in (9.0, 0.0))
+    assert grids.float_codes(above, floats).tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert grids.float_codes(-below, floats).tolist() == [0, 9, 10, 11, 12, 13, 14]
+    assert grids.float_codes(torch.tensor([6.0, 7.9, 1e9, -1e9]), floats).tolist() == [7, 7, 7, 15]
+
+
+def test_mxfp4_scales_are_the_powers_of_two_of_least_error() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(4)) * torch.logspace(-6, 6, 64)[:, None]
+    quantized = round_to_nearest(weight, parse_scheme("w4a16_mxfp4"))
+    numbers = torch.tensor([*E2M1, *(-value for value in E2M1)], dtype=torch.float64)
+    groups = weight.double().view(64, 3, 32)
+    errors = []
+    for exponent in range(-40, 40):
+        points = numbers * 2.0**exponent
+        errors.append((groups[..., None] - points).abs().amin(-1).square().sum(-1))
+    best = torch.stack(errors).amin(0)
+    got = (quantized.dequantize().double().view(64, 3, 32) - groups).square().sum(-1)
+    assert torch.allclose(got, best, rtol=1e-5)
+    assert quantized.scales.float().log2().frac().abs().max() == 0
 
 
 def test_one_bit_grid_is_close_to_exact_two_means() -> None:
@@ -181,7 +230,9 @@ def _gptq_reference(weight: torch.Tensor, hessian: torch.Tensor, grid: grids.Gri
     return result
 
 
-@pytest.mark.parametrize("name", ["w2a16_g64", "w3a16_g32", "w4a8", "w8a8", "w8a8_fp8", "w1a16_g32"])
+@pytest.mark.parametrize(
+    "name", ["w2a16_g64", "w3a16_g32", "w6a16_g32", "w4a16_mxfp4", "w4a8", "w8a8", "w8a8_fp8", "w1a16_g32"]
+)
 def test_gptq_matches_the_definition_and_beats_rounding(name: str) -> None:
     scheme = parse_scheme(name)
     generator = torch.Generator().manual_seed(5)

@@ -281,7 +281,8 @@ def test_order_layout_and_bookkeeping_run_nothing(project: Path) -> None:
 
     edit(project, reorder)
     package = project / "src" / "mxmoe_steps"
-    for module in ("provenance", "made_from", "job_memory", "inference/gpu", "inference/plugin", "kernels/consumer"):
+    kernels = ("kernels/sm90/consumer", "kernels/codes/w4a16", "kernels/formats", "kernels/plan")
+    for module in ("provenance", "made_from", "job_memory", "inference/gpu", "inference/plugin", *kernels):
         append(package / f"{module}.py", "\nCHANGED = True\n")
     file = package / "timing" / "profiles" / "hardware.json"
     sheets = json.loads(file.read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ from mxmoe_steps.allocation.files import read_allocation
 from mxmoe_steps.allocation.time_model import block_times, layer_times, read_profile, timing_schemes
 from mxmoe_steps.allocation.traffic import sample_traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.kernels.architectures import PHASES
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, PROFILE, read_table, write_table
 

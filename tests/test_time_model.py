@@ -19,7 +19,8 @@ from mxmoe_steps.allocation.time_model import (
 )
 from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import FORMATS, PHASES
+from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
+from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.schemes import parse_scheme
 
 W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
@@ -181,4 +182,4 @@ def test_other_models_are_refused(tmp_path):
 def test_schemes_and_formats_agree_on_how_split_tiles_multiply() -> None:
     for one in FORMATS:
         for other in FORMATS:
-            assert by_warp(parse_scheme(each.name) for each in (one, other)) == (one.by_warp and other.by_warp)
+            assert by_warp(parse_scheme(each.name) for each in (one, other)) == DEFAULT.by_warp((one, other))

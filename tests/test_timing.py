@@ -5,14 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
+from gpu_marks import HAS_KERNELS
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.formats import KernelConfig, kernel_format
+from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, quantized_weight
 from mxmoe_steps.kernels.plan import plan_layer
 from mxmoe_steps.schemes import ORIGINAL, SHARED, parse_scheme
 from mxmoe_steps.timing import gpu
-from mxmoe_steps.timing.launches import Launch, kernel_hashes
+from mxmoe_steps.timing.launches import Launch
+from mxmoe_steps.timing.sources import kernel_hashes
 
 NAMES = ("w16a16", "w4a16_g128_asym", "w8a8_g-1_sym_fp8")
 FORMATS = tuple(sorted(kernel_format(parse_scheme(name)) for name in NAMES))
@@ -23,7 +26,7 @@ class ReferenceKernel:
 
     x: torch.Tensor
 
-    def __init__(self, config: KernelConfig) -> None:
+    def __init__(self, config: Configuration) -> None:
         self.config = config
 
     def __call__(self, activations, weights, problems, offsets, out) -> None:
@@ -37,7 +40,7 @@ class ReferenceKernel:
 
 
 def plain(weights: KernelWeights):
-    return weights.data if weights.format.bits == 16 else quantized_weight(weights, parse_scheme(weights.format.name))
+    return weights.data if weights.format.original else quantized_weight(weights, parse_scheme(weights.format.name))
 
 
 def small_launch() -> Launch:
@@ -72,14 +75,12 @@ def test_problems_run_in_the_order_of_a_layer() -> None:
 
 
 def test_kernel_hashes_cover_what_the_generator_imports() -> None:
-    assert {"decode", "formats", "group_gemm"} <= set(kernel_hashes())
+    assert {"codes.w4a16", "sm90.config", "sm90.group_gemm"} <= set(kernel_hashes())
     assert "launch" not in kernel_hashes()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-)
+@pytest.mark.skipif(not HAS_KERNELS, reason="needs a GPU with kernels")
 def test_a_launch_is_measured() -> None:
     jobs = [gpu.Job(small_launch(), "decode"), gpu.Job(small_launch(), "decode", apart=True)]
     times, clocks = gpu.Bench(jobs).measure(rounds=3, repeats=3)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from packed import pack
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.utils import DeferredStopCheck
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import mxmoe_steps
@@ -125,6 +126,29 @@ def test_copies_compute_the_same_and_are_models_of_their_own(
         for buffer in model.model.layers.buffers():
             buffer.zero_()
         assert torch.equal(again(tokens).logits, expected)
+
+
+def test_only_our_models_defer_the_check_for_the_end(checkpoint: Path, tmp_path: Path, tokens: torch.Tensor) -> None:
+    def deferred(device: str) -> bool:
+        return DeferredStopCheck.is_supported(torch.device(device), None, False, is_assistant=False)
+
+    def while_generating(model: Any) -> list[bool]:
+        seen = []
+
+        class Watch(StoppingCriteria):
+            def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+                seen.extend(map(deferred, ("cuda", "cpu")))
+                return torch.zeros(len(ids), dtype=torch.bool)
+
+        model.generate(tokens, max_new_tokens=1, do_sample=False, stopping_criteria=StoppingCriteriaList([Watch()]))
+        return seen
+
+    ours = mxmoe_steps.load_quantized(checkpoint)
+    make_checkpoint("qwen2_moe", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert while_generating(ours) == [True, False]
+    assert while_generating(theirs) == [False, False]
+    assert not deferred("cuda")
 
 
 def test_the_server_is_that_of_transformers_with_our_quantizer(monkeypatch: pytest.MonkeyPatch) -> None:

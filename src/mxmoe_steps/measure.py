@@ -55,17 +55,19 @@ def environment() -> dict[str, Any]:
 
 def measure(args: argparse.Namespace) -> None:
     """Measure and write the table."""
-    from mxmoe_steps.kernels.formats import PHASES
+    from mxmoe_steps.kernels.architectures import CAPABILITIES, for_capability
     from mxmoe_steps.schemes import parse_scheme
     from mxmoe_steps.tables import MEASUREMENTS, write_table
-    from mxmoe_steps.timing.launches import formats_of, kernel_hashes, problem_launches, tile_launches
+    from mxmoe_steps.timing.launches import formats_of, problem_launches, tile_launches
+    from mxmoe_steps.timing.sources import kernel_hashes
 
     facts = environment()
     columns: dict[str, list[Any]] = {name: [] for name in MEASUREMENTS.schema.names}
-    if facts["capability"] != [9, 0]:
+    architecture = for_capability((facts["capability"][0], facts["capability"][1]))
+    if architecture is None:
         print(
             f"measure: no kernels for {facts['device']} (compute capability {'.'.join(map(str, facts['capability']))};"
-            " they are for 9.0), so its times will be the estimate from its data sheet",
+            f" they are for {CAPABILITIES}), so its times will be the estimate from its data sheet",
             file=sys.stderr,
         )
         write_table(MEASUREMENTS, args.out, columns, facts)
@@ -80,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
     formats = formats_of([parse_scheme(text) for text in args.schemes])
     jobs = [Job(launch, phase) for launch, phase in tile_launches(formats, facts["sms"])]
     for launch in problem_launches(formats, args.problems):
-        for phase in PHASES:
+        for phase in architecture.phases:
             jobs.append(Job(launch, phase))
             if launch.mixed:
                 jobs.append(Job(launch, phase, apart=True))
@@ -95,7 +97,12 @@ def measure(args: argparse.Namespace) -> None:
         }  # fmt: skip
         for name, values in columns.items():
             values.append(row[name])
-    facts |= {"clocks": clocks, "kernels": kernel_hashes(), "repeats": args.repeats, "rounds": args.rounds}
+    facts |= {
+        "clocks": clocks,
+        "kernels": kernel_hashes(architecture, formats),
+        "repeats": args.repeats,
+        "rounds": args.rounds,
+    }
     write_table(MEASUREMENTS, args.out, columns, facts)
 
 

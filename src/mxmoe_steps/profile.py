@@ -19,7 +19,7 @@ from mxmoe_steps.timing.estimate import HARDWARE, data_sheets, estimate_profile,
 
 def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Columns and facts of a PROFILE table from a table of measurements."""
-    from mxmoe_steps.kernels.formats import kernel_format
+    from mxmoe_steps.kernels.architectures import for_capability
     from mxmoe_steps.timing.fit import fit
     from mxmoe_steps.timing.measurements import read_measurements
 
@@ -39,10 +39,15 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for scheme in schemes:
-        if (kernel := kernel_format(scheme).name) not in columns["scheme"]:
-            raise UserError(f"{path}: no times of {kernel}, which runs {scheme}: measure with it")
+        if not {one.name for one in scheme.runs_as} & set(columns["scheme"]):
+            raise UserError(
+                f"{path}: no times of a kernel that runs {scheme}: measure with it, or count another one's, e.g."
+                f" solve.time_as: [{scheme}={columns['scheme'][0]}]"
+            )
+    architecture = for_capability(tuple(measured["capability"]))
+    assert architecture is not None  # the table has rows
     source = f"measured on {measured['date']}, {measured['rounds']} rounds"
-    facts = {"arch": "sm_90a", "estimate": False, "source": source}
+    facts = {"arch": architecture.target, "estimate": False, "source": source}
     return columns, measured | fitted | facts
 
 

@@ -47,7 +47,7 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
 
 def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_as: dict[str, str]) -> str:
     """What the predicted times are, and at which token counts they tell checkpoints apart."""
-    from mxmoe_steps.timing.launches import changed_kernels
+    from mxmoe_steps.timing.sources import changed_kernels
 
     source = "a roofline estimate from the data sheet" if facts["estimate"] else "a model fitted to measured kernels"
     sentences = [f"Layer times are predicted for {facts['device']} by {source}."]

@@ -1,13 +1,13 @@
 """The grammar of quantization schemes and their arithmetic: bits, groups, tensor-core type.
 
-``w{bits}a{bits}[_g{group}][_{sym|asym}][_fp8]``, for example ``w4a16``, ``w2a16_g64_sym`` or
-``w8a8_fp8``. Omitted parts take the defaults of `_defaults`; `Scheme.name` is the canonical form,
+``w{bits}a{bits}[_g{group}][_{sym|asym}][_{fp8|mxfp4}]``, for example ``w4a16``, ``w2a16_g64_sym``, ``w8a8_fp8`` or
+``w4a16_mxfp4``. Omitted parts take the defaults of `_defaults`; `Scheme.name` is the canonical form,
 used in file names, tables and checkpoints. Stdlib only: the Snakefile imports this module.
 """
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mxmoe_steps.errors import UserError
 
@@ -20,12 +20,29 @@ ZERO_BITS = 16  # one bfloat16 zero point per asymmetric group
 
 CODES_PER_UNIT = 8  # that fill whole bytes, see `mxmoe_steps.packing`
 
+
+@dataclass(frozen=True)
+class MicroscalingFloat:
+    """Small floats of a sign and a magnitude, and one e8m0 scale, a power of two, for the features of a group (OCP
+    Microscaling Formats v1.0). ``magnitudes``: by the bits of a code below its sign, its highest one."""
+
+    bits: int
+    magnitudes: tuple[float, ...]
+    group: int = 32
+    scale_bits: int = 8
+
+
+ELEMENTS = {"mxfp4": MicroscalingFloat(4, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0))}  # e2m1
+
 _PATTERN = re.compile(
-    r"w(?P<weight>\d{1,2})a(?P<act>\d{1,2})(?:_g(?P<group>-?\d{1,9}))?(?:_(?P<sym>sym|asym))?(?P<fp8>_fp8)?"
+    r"w(?P<weight>\d{1,2})a(?P<act>\d{1,2})(?:_g(?P<group>-?\d{1,9}))?(?:_(?P<sym>sym|asym))?"
+    rf"(?:_(?P<tail>fp8|{'|'.join(ELEMENTS)}))?"
 )
 _SUPPORTED = {  # (weight bits, activation bits) the quantizers and the reference arithmetic implement
-    (16, 16), (8, 16), (4, 16), (3, 16), (2, 16), (1, 16), (8, 8), (4, 8), (4, 4),
+    (16, 16), (8, 16), (6, 16), (4, 16), (3, 16), (2, 16), (1, 16), (8, 8), (4, 8), (4, 4),
 }  # fmt: skip
+KERNEL_GROUP = 128  # input features that share a scale in kernels of groups
+_RUNS_AS = {1: 2}  # weight bits without a kernel of their own, and those whose kernel runs them
 
 
 @dataclass(frozen=True, order=True)
@@ -34,6 +51,7 @@ class Scheme:
 
     ``group`` is the number of consecutive input features that share a scale, -1 for the whole row.
     ``fp8``: 8-bit activations (and 8-bit weights) are e4m3 rather than integers.
+    ``element``: what weight codes are: ``int``, or one of `ELEMENTS`; not looked at where they are e4m3.
     """
 
     weight_bits: int
@@ -41,6 +59,7 @@ class Scheme:
     group: int = -1
     symmetric: bool = True
     fp8: bool = False
+    element: str = "int"
 
     @property
     def name(self) -> str:
@@ -48,7 +67,7 @@ class Scheme:
         if self.is_original:
             return "w16a16"
         sym = "sym" if self.symmetric else "asym"
-        tail = "_fp8" if self.fp8 else ""
+        tail = "_fp8" if self.fp8 else "" if self.floats is None else f"_{self.element}"
         return f"w{self.weight_bits}a{self.act_bits}_g{self.group}_{sym}{tail}"
 
     def __str__(self) -> str:
@@ -64,6 +83,16 @@ class Scheme:
         """Whether weights are e4m3 values rather than integer codes."""
         return self.fp8 and self.weight_bits == 8
 
+    @property
+    def floats(self) -> MicroscalingFloat | None:
+        """What weight codes are, unless they are integers or e4m3."""
+        return ELEMENTS.get(self.element)
+
+    @property
+    def scale_bits(self) -> int:
+        """Stored bits of a group's scale: bfloat16, or e8m0."""
+        return SCALE_BITS if self.floats is None else self.floats.scale_bits
+
     def group_size(self, in_features: int) -> int:
         """Input features per scale for a row of ``in_features`` weights."""
         return in_features if self.group == -1 else min(self.group, in_features)
@@ -73,16 +102,16 @@ class Scheme:
         groups = math.ceil(in_features / self.group_size(in_features))
         stored = {
             "qweight": ("U8", (out_features, packed_width(in_features, self.weight_bits))),
-            "scales": ("BF16", (out_features, groups)),
+            "scales": ("BF16" if self.floats is None else "U8", (out_features, groups)),
         }
         return stored if self.symmetric else stored | {"zeros": ("BF16", (out_features, groups))}
 
     def bits(self, in_features: int) -> float:
-        """True average bits per weight: codes plus 16-bit scales and zero points."""
+        """True average bits per weight: codes, scales and zero points."""
         if self.is_original:
             return 16.0
         groups = math.ceil(in_features / self.group_size(in_features))
-        overhead = SCALE_BITS + (0 if self.symmetric else ZERO_BITS)
+        overhead = self.scale_bits + (0 if self.symmetric else ZERO_BITS)
         return self.weight_bits + groups * overhead / in_features
 
     @property
@@ -96,11 +125,16 @@ class Scheme:
         return "fp8" if self.fp8 else "int8"
 
     @property
+    def runs_as(self) -> tuple["Scheme", ...]:
+        """Schemes whose kernel runs this one, the first that there is: its own, that of wider codes, that of groups
+        with repeated scales."""
+        wider = self.kernel_scheme
+        return self, wider, replace(wider, group=KERNEL_GROUP) if self.group == -1 else wider
+
+    @property
     def kernel_scheme(self) -> "Scheme":
         """The scheme whose kernel runs this one; 1-bit weights run as 2-bit weights."""
-        if self.weight_bits == 1:
-            return Scheme(2, self.act_bits, self.group, self.symmetric, self.fp8)
-        return self
+        return replace(self, weight_bits=_RUNS_AS.get(self.weight_bits, self.weight_bits))
 
 
 ORIGINAL = Scheme(16, 16)
@@ -125,7 +159,8 @@ def parse_scheme(text: str) -> Scheme:
     match = _PATTERN.fullmatch(text)
     if match is None:
         raise UserError(
-            f"scheme {text!r} is not of the form w<bits>a<bits>[_g<group>][_sym|_asym][_fp8], e.g. w4a16 or w8a8_fp8"
+            f"scheme {text!r} is not of the form w<bits>a<bits>[_g<group>][_sym|_asym][_fp8|_mxfp4], e.g. w4a16 or"
+            " w8a8_fp8"
         )
     weight_bits, act_bits = int(match["weight"]), int(match["act"])
     if (weight_bits, act_bits) not in _SUPPORTED:
@@ -136,6 +171,9 @@ def parse_scheme(text: str) -> Scheme:
             raise UserError(f"scheme {text!r}: 16-bit weights take no group, symmetry or fp8; write w16a16")
         return ORIGINAL
     group, symmetric = _defaults(weight_bits, act_bits)
+    element = match["tail"] if match["tail"] in ELEMENTS else "int"
+    if element != "int":
+        group, symmetric = ELEMENTS[element].group, True
     if match["group"] is not None:
         group = int(match["group"])
         if group != -1 and (group < 32 or group % 32 or group > _LARGEST_GROUP):
@@ -144,12 +182,15 @@ def parse_scheme(text: str) -> Scheme:
             )
     if match["sym"] is not None:
         symmetric = match["sym"] == "sym"
-    fp8 = match["fp8"] is not None
+    fp8 = match["tail"] == "fp8"
     if fp8 and act_bits != 8:
         raise UserError(f"scheme {text!r}: fp8 is an 8-bit activation format; use it with a8")
     if act_bits < 16 and not symmetric:
         raise UserError(f"scheme {text!r}: schemes with quantized activations are symmetric; drop _asym")
-    return Scheme(weight_bits, act_bits, group, symmetric, fp8)
+    floats = ELEMENTS.get(element)
+    if floats is not None and (weight_bits, act_bits, group, symmetric) != (floats.bits, 16, floats.group, True):
+        raise UserError(f"scheme {text!r}: the only one with {element} is w{floats.bits}a16_{element}")
+    return Scheme(weight_bits, act_bits, group, symmetric, fp8, element)
 
 
 def is_canonical(text: str | None) -> bool:

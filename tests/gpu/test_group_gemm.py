@@ -2,21 +2,19 @@
 
 import pytest
 import torch
+from gpu_marks import needs_kernels
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, build
-from mxmoe_steps.kernels.formats import FORMATS, PHASES, Format, default_config, kernel_format
+from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
+from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
+from mxmoe_steps.kernels.codes.format import Format
+from mxmoe_steps.kernels.formats import FORMATS, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
 from mxmoe_steps.kernels.layouts import kernel_weights, original_weights
-from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, round_to_nearest
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = needs_kernels
 
 MIXTURE = ("w16a16", "w8a8_fp8", "w4a16", "w4a8_fp8", "w4a8", "w2a16")
 BORROWERS = (
@@ -31,6 +29,8 @@ LONG_FP8_BOUND = 4e-3  # K = 14336: fp8 tensor cores keep about 14 bits of a run
 
 def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
     """Plain round-to-nearest of [E, N, K]: the kernels do not care how well."""
+    if scheme.floats is not None:
+        return round_to_nearest(weight.float(), scheme)
     size = scheme.group_size(weight.shape[-1])
     groups = weight.float().unflatten(-1, (-1, size))
     if scheme.fp8 and scheme.weight_bits == 8:
@@ -95,7 +95,7 @@ def run_mixture(
     offsets = torch.tensor([0, *rows]).cumsum(0).tolist()
     total = offsets[-1]
     x = (torch.randn(total, k, device="cuda") * 0.5 + 0.05).bfloat16()
-    config = default_config(tuple(weight.format for weight in packed), phase)
+    config = DEFAULT.config(tuple(weight.format for weight in packed), phase)
     out = torch.full((total + 70, columns), float("nan"), device="cuda", dtype=torch.bfloat16)
     table = problem_table(problems, packed, experts, columns, "cuda")
     on_gpu = torch.tensor(offsets, dtype=torch.int32, device="cuda")
@@ -176,7 +176,7 @@ def test_int8_sums_at_their_limit(code: int, features: int) -> None:
     problems = [(0, 0, 0, 0)]
     table = problem_table(problems, packed, 1, 128, "cuda")
     offsets = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
-    config = default_config((packed[0].format,), "prefill")
+    config = DEFAULT.config((packed[0].format,), "prefill")
     GroupGemmKernel(config)(activations_of(x, config.operands), packed, table, offsets, out)
     exact = reference.group_gemm(x, [0, rows], problems, [weight], 128, torch.float64)
     assert relative_error(out, exact) < SYMMETRIC_BOUND
@@ -200,7 +200,7 @@ def test_launches_overlap_in_everything_but_tokens(name: str, phase: str) -> Non
     packed = [original_weights(dense) if scheme.is_original else kernel_weights(quantize(dense, scheme))]
     table = problem_table([(e, 0, e, 0) for e in range(experts)], packed, experts, n, "cuda")
     offsets = torch.tensor([0, *rows], device="cuda").cumsum(0).int()
-    kernel = GroupGemmKernel(default_config((packed[0].format,), phase))
+    kernel = GroupGemmKernel(DEFAULT.config((packed[0].format,), phase))
     start = torch.randn(sum(rows), n, device="cuda").bfloat16()
     steps = [start, *(torch.empty_like(start) for _ in range(count))]
 
@@ -228,9 +228,9 @@ def main() -> None:
     mixture = tuple(kernel_format(parse_scheme(name)) for name in MIXTURE)
     for formats in [*((format_,) for format_ in FORMATS), mixture]:
         for phase in PHASES:
-            print(build(default_config(formats, phase)), flush=True)
+            print(build(DEFAULT.config(formats, phase)), flush=True)
     for name in TOKEN_KERNELS:
-        print(build(name), flush=True)
+        print(build(TokenKernel(name)), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_marks import needs_kernels
 from packed import pack
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import DeferredStopCheck
 
 import mxmoe_steps
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.models.families import moe_path
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = needs_kernels
 
 MODEL = Path(__file__).parents[2] / "resources" / "demo-moe"
 LAYERS = {  # schemes dealt to the blocks of a layer
@@ -125,6 +123,49 @@ def test_generate_with_a_static_cache_compiles_and_gives_the_tokens_of_the_uncom
         assert late.max() < 0.1 * logits.std()
     assert torch._dynamo.utils.counters["graph_break"] == {}
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+class Collected(BaseStreamer):
+    """What was streamed."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_the_deferred_check_for_the_end_leaves_no_trace(
+    checkpoints: dict[str, str], tokens: torch.Tensor, cache: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = mxmoe_steps.load_quantized(checkpoints["fine"], "cuda", "bfloat16")
+    torch._dynamo.reset()
+    steps = []
+    finish = DeferredStopCheck.finish
+    monkeypatch.setattr(DeferredStopCheck, "finish", lambda check: steps.append(finish(check)) or steps[-1])
+    settings = {"max_new_tokens": 24, "do_sample": False, "cache_implementation": cache, "pad_token_id": 0}
+    for batch in (3, 1):
+        prompt = tokens[:batch, :16].cuda()
+        endless = model.generate(prompt, eos_token_id=None, **settings)
+        ends = endless[:, 16 + 12].tolist()  # all sequences end before the limit
+
+        def generate(prompt: torch.Tensor = prompt, ends: list[int] = ends) -> tuple[torch.Tensor, list[int]]:
+            streamer = Collected() if len(prompt) == 1 else None
+            text = model.generate(prompt, eos_token_id=ends, streamer=streamer, **settings)
+            return text, streamer.tokens if streamer else []
+
+        deferred, streamed = generate()
+        with monkeypatch.context() as patch:
+            patch.setattr(DeferredStopCheck, "is_supported", staticmethod(lambda *_, **__: False))
+            waiting, streamed_waiting = generate()
+        assert deferred.shape[1] < endless.shape[1]
+        assert torch.equal(deferred, waiting)
+        assert streamed == streamed_waiting
+    assert steps == [0, 1, 0, 1]  # undone: none at the limit of tokens, one at the end of all texts
 
 
 def test_a_layer_in_reference_arithmetic_keeps_generate_from_compiling(

@@ -6,24 +6,21 @@ from dataclasses import replace
 
 import pytest
 import torch
+from gpu_marks import needs_kernels
 
 from mxmoe_steps.kernels import moe_layer, plan, reference
+from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import build
-from mxmoe_steps.kernels.formats import PHASES
+from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
-from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, from_e8m0, to_e8m0
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = needs_kernels
 
 QWEN = (2048, 1408, 4)  # hidden, intermediate, slices of the shared expert: Qwen1.5-MoE with fewer experts
-UNIFORM = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w3a16", "w2a16", "w4a8_fp8", "w4a8")
+UNIFORM = tuple(format_.name for format_ in FORMATS if format_.asymmetric == format_.zeros)
 BY_EXPERT = (("w16a16",), ("w4a16",), ("w8a8",), ("w8a8_fp8", "w4a8", "w2a16"))
 MIXTURES = (("w2a16", "w4a16", "w8a8_fp8"), ("w16a16", "w4a8_fp8", "w8a8", "w4a16"))
 # Relative Frobenius errors. Rounding the rows of the down blocks and the sum to bfloat16 is 2.4e-3; three rounded
@@ -67,6 +64,8 @@ def random_block(scheme: Scheme, n: int, k: int) -> QuantizedWeight | torch.Tens
     else:
         codes = torch.randint(0, 2**scheme.weight_bits, (n, k), device="cuda", dtype=torch.uint8)
     scales = (spread * (1 + torch.rand(n, groups, device="cuda"))).bfloat16()
+    if scheme.floats is not None:
+        scales = from_e8m0(to_e8m0(scales))
     middle = (2**scheme.weight_bits - 1) / 2
     zeros = None if scheme.symmetric else (middle + torch.rand(n, groups, device="cuda") - 0.5).bfloat16()
     return QuantizedWeight(scheme, codes, scales, zeros)
@@ -117,7 +116,7 @@ def error_of(layer: MoeLayer, weights: Weights, tokens: int, top_k: int) -> floa
 def bound_of(names: Sequence[str]) -> float:
     if any(scheme.fp8 for scheme in map(parse_scheme, names)):
         return FP8_BOUND
-    if "w4a8" in names:
+    if parse_scheme("w4a8") in map(parse_scheme, names):
         return RUNNING_BOUND
     return BOUND if all(scheme.symmetric for scheme in map(parse_scheme, names)) else ASYMMETRIC_BOUND
 
@@ -242,7 +241,8 @@ def main() -> None:
     plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
     plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
     plans += [plan_layer(by_expert(names), QWEN[0], QWEN[1], QWEN[1] * QWEN[2]) for names in BY_EXPERT]
-    configs = {launch.config(phase) for plan in plans for launch in (plan.gate_up, plan.down) for phase in PHASES}
+    launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
+    configs = {config for launch in launches for config in launch.kernels(DEFAULT).values()}
     for config in configs | {replace(config, gated=False) for config in configs}:
         print(build(config), config.name, flush=True)
 

@@ -2,19 +2,15 @@
 
 import pytest
 import torch
+from gpu_marks import needs_kernels
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.formats import OPERAND_MASKS
 from mxmoe_steps.kernels.launch import Activations
+from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, quantize, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import E4M3
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+pytestmark = needs_kernels
 
 
 def route(tokens: int, experts: int, top_k: int, shared: int) -> Routed:

@@ -11,7 +11,6 @@ Every term is linear in the choices or a maximum over them, so the time of a mod
 functions. `profile` fits the constants (docs/profile.md). Costs are expectations over sampled steps (`traffic`).
 """
 
-import contextlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
@@ -21,8 +20,8 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import HALF_ROWS, PHASE_ROWS, PHASES, kernel_format
-from mxmoe_steps.kernels.plan import phase_for
+from mxmoe_steps.kernels.architectures import DEFAULT, PHASE_ROWS, PHASES
+from mxmoe_steps.kernels.codes.format import HALF_ROWS
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
 from mxmoe_steps.tables import PROFILE, read_table
 
@@ -102,13 +101,10 @@ def timing_schemes(schemes: tuple[Scheme, ...], profile: Profile, time_as: dict[
     """Whose kernel times each scheme: the one `time_as` names, its own, or the one that runs it."""
     kernels = []
     for scheme in schemes:
-        kernel = time_as.get(scheme, scheme)
-        if kernel not in profile.schemes:
-            kernel = kernel.kernel_scheme
-        if kernel not in profile.schemes and not profile.estimate:
-            with contextlib.suppress(UserError):  # the message below says what to do
-                kernel = parse_scheme(kernel_format(kernel).name)
-        if kernel not in profile.schemes:
+        counted = time_as.get(scheme, scheme)
+        runs_as = (counted, counted.kernel_scheme) if profile.estimate else counted.runs_as
+        kernel = next((one for one in runs_as if one in profile.schemes), None)
+        if kernel is None:
             raise UserError(
                 f"scheme {scheme} has no kernel in the profile of {profile.device}, which times "
                 f"{', '.join(map(str, profile.schemes))}: drop it from the candidates, or say whose kernel to "
@@ -213,7 +209,7 @@ def step_phases(blocks: Blocks, traffic: Traffic, carried: Collection[Scheme], s
     phases = []
     for launch in range(LAUNCHES):
         strips = int((-(-out[one & (blocks.launch == launch)] // HALF_ROWS)).sum())
-        phases.append(phase_for(rows, experts, slices, strips, sms, by_warp(carried)))
+        phases.append(DEFAULT.phase_for(rows, experts, slices, strips, sms, by_warp(carried)))
     return tuple(phases)
 
 

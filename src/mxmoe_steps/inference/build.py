@@ -12,18 +12,19 @@ from pathlib import Path
 
 from mxmoe_steps.arguments import folder_to_write, parser_for, positive
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, build, runtime_library
-from mxmoe_steps.kernels.formats import PHASES, KernelConfig
+from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.architectures import DEFAULT
+from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build, runtime_library
 
 
-def checkpoint_kernels(path: str) -> list[KernelConfig]:
+def checkpoint_kernels(path: str) -> list[Configuration]:
     """The grouped GEMMs of a checkpoint's layers, each once."""
     from mxmoe_steps.inference.gpu import expert_modules, plan_of
     from mxmoe_steps.models.families import moe_path
     from mxmoe_steps.models.streaming import StreamedModel
 
     model = StreamedModel(path, "bfloat16", "cpu")
-    configs: dict[str, KernelConfig] = {}
+    configs: dict[str, Configuration] = {}
     for layer in model.folder.moe_layers:
         try:
             experts = expert_modules(model.model.get_submodule(moe_path(layer)), model.folder.family)
@@ -31,15 +32,15 @@ def checkpoint_kernels(path: str) -> list[KernelConfig]:
         except UserError as error:
             print(f"layer {layer}: {error}")
             continue
-        for config in (launch.config(phase) for launch in (plan.gate_up, plan.down) for phase in PHASES):
-            configs[config.name] = config
+        for launch in (plan.gate_up, plan.down):
+            configs |= {config.name: config for config in launch.kernels(DEFAULT).values()}
     return list(configs.values())
 
 
 def build_checkpoint(args: argparse.Namespace) -> None:
     """Compile what is not in the cache and copy it all to ``args.out``."""
     with ProcessPoolExecutor(args.threads, get_context("spawn")) as pool:
-        libraries = list(pool.map(build, [*checkpoint_kernels(args.checkpoint), *TOKEN_KERNELS]))
+        libraries = list(pool.map(build, [*checkpoint_kernels(args.checkpoint), *map(TokenKernel, TOKEN_KERNELS)]))
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     for file in (runtime_library(), *libraries):

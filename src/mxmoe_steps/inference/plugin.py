@@ -15,6 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.logging import disable_progress_bar
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.deferred_stop import defer_stop_checks
 from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import open_model
@@ -55,6 +56,9 @@ class Plugin(MixedPrecisionQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode step: on a GPU the reference arithmetic waits for it."""
         return self._compileable
+
+
+defer_stop_checks(Plugin)
 
 
 class Arrangement(nn.Module):

@@ -21,7 +21,7 @@ from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
-from mxmoe_steps.kernels.formats import MAX_ENTRIES
+from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.rounding import VECTOR
 
 THREADS = 192  # of a block that makes rows: 1408 features, eight a thread, leave few idle

@@ -1,4 +1,4 @@
-"""Compile kernels ahead of time for sm_90a; needs no GPU.
+"""Compile kernels ahead of time; needs no GPU.
 
 The result is a shared library that tvm_ffi loads, with the machine code beside it for `lint`. It is cached
 under the hash of the configuration and of everything that shapes the code, so a rebuild is a file lookup.
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from typing import Any
 from mxmoe_steps.arguments import parser_for
 from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.kernels.formats import PHASES, Format, KernelConfig, default_config, kernel_format
-from mxmoe_steps.provenance import module_hash
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.architectures import ARCHITECTURES, DEFAULT
+from mxmoe_steps.kernels.codes.format import Format
+from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.provenance import closure, module_hash
 from mxmoe_steps.schemes import parse_scheme
 
-ARCHITECTURE = "sm_90a"
 COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refused
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
@@ -33,10 +36,7 @@ TOKEN_KERNELS = (
     "sort_1", "sort_8", "dispatch", "dispatch_gated", "swiglu", "quantize", "combine_bf16", "combine_float32",
 )  # fmt: skip
 
-_GEMM_SOURCES = (
-    "formats", "decode", "rounding", "ring", "schedule", "producer", "main_loops", "consumer", "group_gemm", "build",
-)  # fmt: skip
-_TOKEN_SOURCES = ("formats", "rounding", "tokens", "activations", "build")
+_TOKENS = (f"{__package__}.tokens", f"{__package__}.activations")
 
 
 def default_cache() -> Path:
@@ -45,20 +45,47 @@ def default_cache() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "mxmoe-steps" / "kernels"
 
 
-def library_path(kernel: KernelConfig | str, cache: Path | None = None) -> Path:
-    """Where a compiled grouped GEMM, or the token kernel of that name, is or would be.
+@dataclass(frozen=True)
+class TokenKernel:
+    """One of `TOKEN_KERNELS`, for GPUs of an architecture."""
 
-    The name is a hash of the configuration, the generator's code and the compiler; the same on every machine.
+    name: str
+    architecture: Architecture = DEFAULT
+
+
+Kernel = Configuration | TokenKernel  # a grouped GEMM, or one of the kernels around it
+
+
+def architecture_of(kernel: Kernel) -> Architecture:
+    """Whose GPUs it is for."""
+    if isinstance(kernel, TokenKernel):
+        return kernel.architecture
+    return next(one for one in ARCHITECTURES if isinstance(kernel, one.configuration))
+
+
+def library_path(kernel: Kernel, cache: Path | None = None) -> Path:
+    """Where a compiled kernel is or would be.
+
+    The name is a hash of the configuration, the generator's code, that of its formats, and the compiler; the same on
+    every machine.
     """
-    sources = _TOKEN_SOURCES if isinstance(kernel, str) else _GEMM_SOURCES
-    parts = [kernel if isinstance(kernel, str) else canonical_json(kernel.spec()), ARCHITECTURE, COMPILER]
-    parts += [module_hash(f"{__package__}.{name}") for name in sources]
+    spec = kernel.name if isinstance(kernel, TokenKernel) else canonical_json(kernel.spec())
+    parts = [spec, architecture_of(kernel).target, COMPILER]
+    parts += [module_hash(module) for module in sorted({__name__, *_sources(kernel)})]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return (cache or default_cache()) / f"{key}.so"
 
 
-def build(kernel: KernelConfig | str, cache: Path | None = None) -> Path:
-    """Compile a grouped GEMM, or a token kernel by name, unless it is in the cache; returns the library.
+def _sources(kernel: Kernel) -> set[str]:
+    """Modules of this package that shape the kernel: its generator, and its own formats."""
+    roots = list(_TOKENS)
+    if not isinstance(kernel, TokenKernel):
+        roots = [architecture_of(kernel).generator, *(type(format_).__module__ for format_ in kernel.formats)]
+    return {module for root in roots for module in closure(root) if module.startswith(f"{__package__}.")}
+
+
+def build(kernel: Kernel, cache: Path | None = None) -> Path:
+    """Compile a kernel unless it is in the cache; returns the library.
 
     Beside it: the machine code (``.cubin``) and what it was made from (``.json``).
     """
@@ -69,9 +96,13 @@ def build(kernel: KernelConfig | str, cache: Path | None = None) -> Path:
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as name:
         folder = Path(name)
-        generator, arguments = _token_kernel(kernel) if isinstance(kernel, str) else _group_gemm(kernel)
-        made = _compile(generator, arguments, folder)
-        record = {"name": kernel} if isinstance(kernel, str) else {"name": kernel.name, "config": kernel.spec()}
+        record: dict[str, Any] = {"name": kernel.name}
+        if isinstance(kernel, TokenKernel):
+            generator, arguments = _token_kernel(kernel.name)
+        else:
+            generator, arguments = _group_gemm(kernel)
+            record["config"] = kernel.spec()
+        made = _compile(generator, arguments, architecture_of(kernel).target, folder)
         write_json(library.with_suffix(".json"), record)
         next(folder.glob("*.cubin")).replace(library.with_suffix(".cubin"))
         made.replace(library)  # last: a library is complete
@@ -99,7 +130,7 @@ def _require_compiler() -> None:
         raise UserError("building GPU kernels links with gcc, which is not on PATH")
 
 
-def _compile(generator: Any, arguments: list[Any], folder: Path) -> Path:
+def _compile(generator: Any, arguments: list[Any], target: str, folder: Path) -> Path:
     """Trace, compile and link in ``folder``; the compiler leaves the cubin there."""
     import tvm_ffi
     from cutlass import cute
@@ -109,7 +140,7 @@ def _compile(generator: Any, arguments: list[Any], folder: Path) -> Path:
         generator,
         *arguments,
         make_fake_stream(use_tvm_ffi_env_stream=True),
-        options=f"--gpu-arch {ARCHITECTURE} --enable-tvm-ffi --keep-cubin --dump-dir={folder}",
+        options=f"--gpu-arch {target} --enable-tvm-ffi --keep-cubin --dump-dir={folder}",
     )
     compiled.export_to_c(str(folder / "kernel.o"), function_name=ENTRY)
     library = folder / "kernel.so"
@@ -120,19 +151,22 @@ def _compile(generator: Any, arguments: list[Any], folder: Path) -> Path:
     return library
 
 
-def _group_gemm(config: KernelConfig) -> tuple[Any, list[Any]]:
+def _group_gemm(config: Configuration) -> tuple[Any, list[Any]]:
     """The generator of a grouped GEMM and stand-ins for its arguments."""
     from cutlass import Int32
     from cutlass.cute import sym_int
 
-    from mxmoe_steps.kernels.group_gemm import GroupGemm
+    from mxmoe_steps.kernels.sm90.config import KernelConfig
+    from mxmoe_steps.kernels.sm90.group_gemm import GroupGemm
+
+    generators: dict[type, Any] = {KernelConfig: GroupGemm}  # of every architecture
 
     tensors = tuple(tensor for pair in _fake_pairs(config) for tensor in pair)
     problems = _fake(Int32, (sym_int(), 4), 16)
     offsets = _fake(Int32, (sym_int(),), 4)
     out = _fake(_boundary_type("bf16"), (sym_int(), sym_int(divisibility=8)), 16)
     counters = _fake(Int32, (2,), 4)
-    return GroupGemm(config), [tensors, problems, offsets, out, counters, Int32(64), Int32(1)]
+    return generators[type(config)](config), [tensors, problems, offsets, out, counters, Int32(64), Int32(1)]
 
 
 def _token_kernel(name: str) -> tuple[Any, list[Any]]:
@@ -178,7 +212,7 @@ def _fake(kind: Any, shape: tuple, align: int) -> Any:
     return make_fake_compact_tensor(kind, shape, stride_order=order, assumed_align=align)
 
 
-def _fake_pairs(config: KernelConfig) -> Iterator[tuple[Any, Any]]:
+def _fake_pairs(config: Configuration) -> Iterator[tuple[Any, Any]]:
     """Stand-ins for `GroupGemm`'s ``tensors``: (activations, scales) pairs, then (weights, scales) pairs."""
     import cutlass
     from cutlass.cute import sym_int
@@ -201,13 +235,11 @@ def _fake_weights(format_: Format) -> Any:
 def build_schemes(args: argparse.Namespace) -> None:
     """Compile the kernels of ``args.schemes`` and write which library is which."""
     formats = tuple(sorted({kernel_format(parse_scheme(text)) for text in args.schemes}))
-    kernels: dict[str, KernelConfig | str] = {
-        phase: default_config(formats, phase, args.max_problems) for phase in PHASES
-    }
-    kernels |= {name: name for name in TOKEN_KERNELS}
+    kernels: dict[str, Kernel] = {phase: DEFAULT.config(formats, phase, args.max_problems) for phase in DEFAULT.phases}
+    kernels |= {name: TokenKernel(name) for name in TOKEN_KERNELS}
     cache = None if args.cache is None else Path(args.cache)
     libraries = {name: build(kernel, cache).name for name, kernel in kernels.items()}
-    record = {"formats": [format_.name for format_ in formats], "architecture": ARCHITECTURE, "libraries": libraries}
+    record = {"formats": [format_.name for format_ in formats], "architecture": DEFAULT.target, "libraries": libraries}
     write_json(args.out, record)
 
 

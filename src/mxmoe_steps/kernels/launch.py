@@ -9,9 +9,12 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.build import ENTRY, RUNTIME, build, runtime_library
-from mxmoe_steps.kernels.formats import MAX_EXPERTS, TILE_ROWS, Format, KernelConfig
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.architectures import CAPABILITIES, NAMES, for_capability
+from mxmoe_steps.kernels.build import ENTRY, RUNTIME, Kernel, TokenKernel, build, runtime_library
+from mxmoe_steps.kernels.codes.format import TILE_ROWS, Format
 from mxmoe_steps.kernels.layouts import KernelWeights
+from mxmoe_steps.kernels.limits import MAX_EXPERTS
 
 COLUMN_MULTIPLE = 8  # 16-byte stores
 MAX_STREAMS = 64  # that one kernel object can be launched on
@@ -80,7 +83,7 @@ class TileCounters:
 
 
 class GroupGemmKernel:
-    """A compiled `KernelConfig`. Launches go to the current stream and never wait for the GPU.
+    """A compiled grouped GEMM. Launches go to the current stream and never wait for the GPU.
 
     A launch reads problems, row offsets and weights while the launch before it on the stream ends, and the rest after
     it. So they must be older than that launch: `routing.dispatch`, or a kernel from elsewhere, has to run after what
@@ -89,7 +92,7 @@ class GroupGemmKernel:
     CUDA graphs that captured launches of one object on the same stream must not be replayed at the same time.
     """
 
-    def __init__(self, config: KernelConfig) -> None:
+    def __init__(self, config: Configuration) -> None:
         """Load ``config`` from the kernel cache, or build it there first."""
         self.config = config
         self.function = load_kernel(config)
@@ -203,7 +206,7 @@ class GroupGemm:
 
 
 def _check_weights(weight: KernelWeights, device: torch.device) -> None:
-    kind = torch.bfloat16 if weight.format.bits == 16 else torch.uint8
+    kind = torch.bfloat16 if weight.format.original else torch.uint8
     check_tensor(f"{weight.format.name} weights", weight.data, kind, 1 if weight.format.decoded else 3, device)
     if weight.channel_scales is not None:
         shape = (weight.entries, -(-weight.out_features // TILE_ROWS) * TILE_ROWS)
@@ -237,8 +240,14 @@ def _ones(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def architecture_of(device: torch.device) -> Architecture:
+    """That of a GPU; `UserError` if there are no kernels for it."""
+    capability = torch.cuda.get_device_capability(device)
+    architecture = for_capability(capability)
+    if architecture is None:
+        major, minor = capability
+        raise UserError(f"{device} has compute capability {major}.{minor}; the kernels are for {CAPABILITIES}")
+    return architecture
 
 
 @cache
@@ -248,16 +257,22 @@ def processors(device: torch.device) -> int:
 
 
 def check_device(tensor: torch.Tensor, name: str) -> None:
-    """`UserError` unless ``tensor`` is on a Hopper GPU."""
+    """`UserError` unless ``tensor`` is on a GPU that there are kernels for."""
     if tensor.device.type != "cuda":
-        raise UserError(f"{name}: on {tensor.device}; the kernels run on a Hopper GPU, kernels.reference runs anywhere")
-    if _capability(tensor.device) != (9, 0):
-        major, minor = _capability(tensor.device)
-        raise UserError(f"{tensor.device} has compute capability {major}.{minor}; the kernels are for 9.0 (H100, H200)")
+        raise UserError(
+            f"{name}: on {tensor.device}; the kernels run on a {NAMES} GPU, kernels.reference runs anywhere"
+        )
+    architecture_of(tensor.device)
 
 
 @cache
-def load_kernel(kernel: KernelConfig | str) -> Any:
+def token_kernel(name: str, device: torch.device) -> Any:
+    """The function of one of `TOKEN_KERNELS` for a GPU."""
+    return load_kernel(TokenKernel(name, architecture_of(device)))
+
+
+@cache
+def load_kernel(kernel: Kernel) -> Any:
     """The function of a compiled kernel, built first unless it is in the kernel cache.
 
     The compiler's run-time library is taken from beside it, or from the compiler.

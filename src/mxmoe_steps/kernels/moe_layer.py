@@ -19,17 +19,19 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import MAX_ENTRIES, PHASES, KernelConfig
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.launch import (
     Activations,
     GroupGemm,
     GroupGemmKernel,
+    architecture_of,
     check_device,
     check_tensor,
     problem_table,
     processors,
 )
 from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, gate_and_up, kernel_weights, original_weights
+from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import QuantizedWeight
@@ -48,6 +50,8 @@ class LayerGemm:
     """One of the layer's grouped GEMMs on a GPU; ``columns``: width of a row of its output; ``gemms`` by phase."""
 
     plan: LaunchPlan
+    architecture: Architecture
+    by_warp: bool
     columns: int
     needs: torch.Tensor
     gemms: dict[str, GroupGemm]
@@ -56,7 +60,9 @@ class LayerGemm:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
         device = routed.offsets.device
         experts = routed.offsets.shape[0] - 1 - routed.shared
-        phase = self.plan.phase(routed.chosen.numel(), experts, routed.shared, processors(device))
+        phase = self.architecture.phase_for(
+            routed.chosen.numel(), experts, routed.shared, self.plan.strips, processors(device), self.by_warp
+        )
         out = torch.empty(routed.rows, self.columns, dtype=torch.bfloat16, device=device)
         return self.gemms[phase](given, routed.offsets, out)
 
@@ -122,7 +128,7 @@ class MoeLayer:
 
 
 @cache
-def _kernel(config: KernelConfig) -> GroupGemmKernel:
+def _kernel(config: Configuration) -> GroupGemmKernel:
     """Layers share kernels."""
     return GroupGemmKernel(config)
 
@@ -131,8 +137,10 @@ def _prepare(plan: LayerPlan, launch: LaunchPlan, columns: int, read: Read, devi
     weights = [_stack([_entries(read, source) for source in sources], device) for sources in launch.stacks]
     problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device, launch.gated)
     needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
-    gemms = {phase: GroupGemm(_kernel(launch.config(phase)), weights, problems) for phase in PHASES}
-    return LayerGemm(launch, columns, needs, gemms)
+    architecture = architecture_of(device)
+    kernels = launch.kernels(architecture)
+    gemms = {phase: GroupGemm(_kernel(config), weights, problems) for phase, config in kernels.items()}
+    return LayerGemm(launch, architecture, architecture.by_warp(launch.formats), columns, needs, gemms)
 
 
 def _entries(read: Read, source: Source) -> KernelWeights:

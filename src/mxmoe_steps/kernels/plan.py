@@ -5,32 +5,18 @@ of its gate and up blocks, columns of its down block. Its problems and those of 
 so that tiles which wait for memory run beside tiles which compute.
 """
 
-from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import (
-    EDGE,
-    GROUP,
-    HALF_ROWS,
-    MAX_EXPERTS,
-    OPERAND_MASKS,
-    Format,
-    KernelConfig,
-    default_config,
-    kernel_format,
-)
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.codes.format import EDGE, HALF_ROWS, Format
+from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.kernels.limits import MAX_EXPERTS, OPERAND_MASKS
+from mxmoe_steps.kernels.shared import interleave
 from mxmoe_steps.schemes import SHARED, Scheme
 
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
-
-# Tokens of an expert, on average, up to which latency and decode kernels are ahead
-MOST_LATENCY = 4
-MOST_DECODE = 32
-LATENCY_GAP = (1, 1.5)  # rounds of latency tiles that `wgmma` multiplies which take longer than one of decode tiles
-SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
 
 
 @dataclass(frozen=True)
@@ -48,7 +34,7 @@ class LaunchPlan:
 
     ``formats``: in the kernel's order; ``stacks[i]``: the blocks of ``formats[i]``, in the order of their entries.
     ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads.
-    ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies silu(gate) and up, see `KernelConfig`.
+    ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies silu(gate) and up, see `Architecture.config`.
     """
 
     formats: tuple[Format, ...]
@@ -63,19 +49,17 @@ class LaunchPlan:
         """Activation types the launch reads."""
         return tuple(sorted({format_.operand for format_ in self.formats}))
 
-    @cached_property
-    def by_warp(self) -> bool:
-        """Whether all formats are `Format.by_warp`."""
-        return all(format_.by_warp for format_ in self.formats)
+    @property
+    def max_problems(self) -> int:
+        """Rows of the problem table that its kernels have."""
+        return max(128, -(-len(self.problems) // 32) * 32)
 
-    def phase(self, rows: int, experts: int, slices: int, sms: int) -> str:
-        """The phase of the kernel, see `phase_for`."""
-        return phase_for(rows, experts, slices, self.strips, sms, self.by_warp)
-
-    def config(self, phase: str) -> KernelConfig:
-        """The kernel of ``phase`` that runs it."""
-        config = default_config(self.formats, phase, max(128, -(-len(self.problems) // 32) * 32))
-        return replace(config, gated=True) if self.gated else config
+    def kernels(self, architecture: Architecture) -> dict[str, Configuration]:
+        """Those that run it, by phase."""
+        return {
+            phase: architecture.config(self.formats, phase, self.max_problems, self.gated)
+            for phase in architecture.phases
+        }
 
 
 @dataclass(frozen=True)
@@ -88,20 +72,6 @@ class LayerPlan:
     intermediate: int
     gate_up: LaunchPlan
     down: LaunchPlan
-
-
-def phase_for(rows: int, experts: int, slices: int, strips: int, sms: int, by_warp: bool) -> str:
-    """The kernel, ``latency``, ``decode`` or ``prefill``, for ``rows`` tokens routed over ``experts`` experts.
-
-    ``slices``: experts more that take every token; ``strips``: of 64 weight rows, in an expert; ``by_warp``: whether
-    all formats of the kernel are `Format.by_warp`. Measured on an H100 (docs/kernels.md): decode kernels are ahead up
-    to 32 tokens an expert, latency kernels up to four, unless their tiles, multiplied by warpgroups, just need a second
-    round: those of the decode kernel are half as many and need one.
-    """
-    if rows <= MOST_LATENCY * experts:
-        rounds = (min(rows, experts) + slices) * strips / sms
-        return "decode" if not by_warp and LATENCY_GAP[0] < rounds <= LATENCY_GAP[1] else "latency"
-    return "decode" if rows <= MOST_DECODE * experts else "prefill"
 
 
 def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0) -> LayerPlan:
@@ -130,20 +100,6 @@ def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, s
     return LayerPlan(experts, slices, hidden, intermediate, gate_up, down)
 
 
-def interleave(kinds: Sequence[tuple[bool, Hashable]]) -> list[int]:
-    """Order of problems, of which ``kinds`` says whether they are slices of a shared expert, and their format.
-
-    Measured (docs/kernels.md): slices have many rows and compute, most others wait for memory.
-    """
-    count, seen = Counter(kinds), Counter[tuple[bool, Hashable]]()
-    keys = []
-    for index, kind in enumerate(kinds):
-        place = (seen[kind] + 0.5) / count[kind]
-        keys.append((place * SHARED_SPREAD, 0, index) if kind[0] else (place, 1, index))
-        seen[kind] += 1
-    return [index for *_, index in sorted(keys)]
-
-
 def _gated(schemes: Mapping[int, Schemes]) -> bool:
     """Whether gate and up of every expert have one scheme, and so can be rows of one block."""
     return all(gate == up for gate, up, _ in schemes.values())
@@ -157,10 +113,10 @@ def _plan_launch(
     blocks = [(expert, block, kernel_format(three[numbered[block]])) for expert, three in schemes for block in columns]
     formats = tuple(sorted({format_ for _, _, format_ in blocks}))
     for format_ in formats:
-        if n % EDGE or k % (GROUP if format_.grouped else EDGE):
+        if n % EDGE or k % format_.feature_multiple:
             raise UserError(
                 f"blocks of {n} x {k} under {format_.name}: kernels need output features in multiples of {EDGE}"
-                f" and input features in multiples of {GROUP if format_.grouped else EDGE}"
+                f" and input features in multiples of {format_.feature_multiple}"
             )
     stacks: list[list[Source]] = [[] for _ in formats]
     counts = [0] * len(formats)

@@ -11,7 +11,7 @@ from typing import Any
 import cutlass
 from cutlass import BFloat16, Float32, Int32, Uint8, cute
 
-from mxmoe_steps.kernels.formats import OPERAND_MASKS
+from mxmoe_steps.kernels.limits import OPERAND_MASKS
 
 VECTOR = 8  # elements a thread moves at once: 16 bytes of bfloat16
 BF16, FP8, INT8 = (OPERAND_MASKS[name] for name in ("bf16", "fp8", "int8"))

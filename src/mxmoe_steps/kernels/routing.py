@@ -12,8 +12,9 @@ from functools import cache
 
 import torch
 
-from mxmoe_steps.kernels.formats import EDGE, OPERAND_MASKS
-from mxmoe_steps.kernels.launch import Activations, load_kernel
+from mxmoe_steps.kernels.codes.format import EDGE
+from mxmoe_steps.kernels.launch import Activations, token_kernel
+from mxmoe_steps.kernels.limits import OPERAND_MASKS
 
 CLUSTER_ENTRIES = 6144  # more are sorted faster by eight blocks than by one
 
@@ -39,7 +40,9 @@ def sort_by_expert(chosen: torch.Tensor, experts: int, shared: int = 0) -> Route
     tokens, top_k = chosen.shape
     row = torch.empty_like(chosen, dtype=torch.int32)
     offsets = torch.empty(experts + shared + 1, dtype=torch.int32, device=chosen.device)
-    load_kernel("sort_8" if tokens * top_k > CLUSTER_ENTRIES else "sort_1")(chosen, row, offsets, shared)
+    token_kernel("sort_8" if tokens * top_k > CLUSTER_ENTRIES else "sort_1", chosen.device)(
+        chosen, row, offsets, shared
+    )
     return Routed(chosen, row, offsets, shared, tokens * (top_k + shared))
 
 
@@ -59,10 +62,14 @@ def dispatch(
     made, outputs = _outputs(x, routed, operands)
     if gate is None:
         spare = _spare(x.device)["bf16"].values
-        load_kernel("dispatch")(x, routed.chosen, routed.row, needs, outputs, (spare, spare[0]), routed.shared)
+        token_kernel("dispatch", x.device)(
+            x, routed.chosen, routed.row, needs, outputs, (spare, spare[0]), routed.shared
+        )
         return made, None
     logits = torch.empty(x.shape[0], dtype=torch.bfloat16, device=x.device)
-    load_kernel("dispatch_gated")(x, routed.chosen, routed.row, needs, outputs, (gate, logits), routed.shared)
+    token_kernel("dispatch_gated", x.device)(
+        x, routed.chosen, routed.row, needs, outputs, (gate, logits), routed.shared
+    )
     return made, logits
 
 
@@ -75,7 +82,7 @@ def swiglu(
     scale, and the last expert's needs.
     """
     made, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
-    load_kernel("swiglu")(gate_up, routed.chosen, routed.row, needs, outputs, routed.shared)
+    token_kernel("swiglu", gate_up.device)(gate_up, routed.chosen, routed.row, needs, outputs, routed.shared)
     return made
 
 
@@ -88,7 +95,7 @@ def quantize(
     if not eight_bits:
         return given
     made, outputs = _outputs(products, routed, eight_bits)
-    load_kernel("quantize")(products, routed.chosen, routed.row, needs, outputs, routed.shared)
+    token_kernel("quantize", products.device)(products, routed.chosen, routed.row, needs, outputs, routed.shared)
     return given | made
 
 
@@ -102,7 +109,7 @@ def combine(
     """
     out = torch.empty(routed.chosen.shape[0], given.shape[1], dtype=torch.bfloat16, device=given.device)
     gates = _spare(given.device)["bf16"].values[0] if logits is None else logits
-    function = load_kernel("combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32")
+    function = token_kernel("combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32", given.device)
     function(given, routed.row, weights, gates, out, routed.shared, int(logits is not None))
     return out
 
@@ -138,5 +145,5 @@ def prepare(device: torch.device) -> None:
     from mxmoe_steps.kernels.build import TOKEN_KERNELS
 
     for name in TOKEN_KERNELS:
-        load_kernel(name)
+        token_kernel(name, device)
     _spare(device)

@@ -19,7 +19,7 @@ from cutlass import BFloat16, Float32, Int32, const_expr, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
-from mxmoe_steps.kernels.formats import MAX_ENTRIES, MAX_EXPERTS
+from mxmoe_steps.kernels.limits import MAX_ENTRIES, MAX_EXPERTS
 
 SORT_THREADS = MAX_EXPERTS
 THREADS = 256  # of a block that dispatches a token

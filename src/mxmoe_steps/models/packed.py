@@ -14,10 +14,11 @@ from torch import nn
 from mxmoe_steps.models.finite import is_not_finite
 from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.models.operators import define, register
-from mxmoe_steps.packing import packed_width
 from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import Scheme
+
+_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16}  # of parts, as safetensors names them
 
 
 class PackedLinear(nn.Module):
@@ -31,12 +32,8 @@ class PackedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.scheme, self.out_features, self.in_features, self.rotated = scheme, out_features, in_features, rotated
-        groups = -(-in_features // scheme.group_size(in_features))
-        width = packed_width(in_features, scheme.weight_bits)
-        self.register_buffer("qweight", torch.empty(out_features, width, dtype=torch.uint8))
-        self.register_buffer("scales", torch.empty(out_features, groups, dtype=torch.bfloat16))
-        if not scheme.symmetric:
-            self.register_buffer("zeros", torch.empty(out_features, groups, dtype=torch.bfloat16))
+        for part, (dtype, shape) in scheme.parts(out_features, in_features).items():
+            self.register_buffer(part, torch.empty(shape, dtype=_DTYPES[dtype]))
         self.bias = nn.Parameter(torch.empty(out_features)) if biased else None
 
     def quantized(self) -> QuantizedWeight:
@@ -56,6 +53,8 @@ class PackedLinear(nn.Module):
         """Whether one of its tensors holds what is no number, or a scale that is not positive."""
         if name == "qweight":
             return self.scheme.e4m3_weights and bool((tensor & 0x7F == 0x7F).any())  # e4m3 NaN
+        if name == "scales" and tensor.dtype == torch.uint8:
+            return bool((tensor == 0xFF).any())  # e8m0 NaN
         return is_not_finite(name, tensor) or (name == "scales" and not bool((tensor > 0).all()))
 
     def extra_repr(self) -> str:

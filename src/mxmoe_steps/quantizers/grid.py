@@ -1,12 +1,13 @@
 """The quantization grid: per-group scales and zero points, rounding to it, and back.
 
 A weight is ``code * scale - zero * scale`` with an unsigned integer code, or ``value * scale`` with an e4m3
-value. Scales and zero points are bfloat16, the 16 bits that the budget counts, and so is their product, as
-in the kernels; codes are chosen against the rounded numbers, so 16 bits cost no accuracy. Zero points are
-real numbers: they cost the same 16 bits as integers and fit skewed groups better. Symmetric schemes have
-the fixed zero point 2**(bits-1) and store none.
+value or a number of a `MicroscalingFloat`, whose scale is a power of two. Scales and zero points are bfloat16, the 16
+bits that the budget counts, and so is their product, as in the kernels; codes are chosen against the rounded numbers,
+so 16 bits cost no accuracy. Zero points are real numbers: they cost the same 16 bits as integers and fit skewed groups
+better. Symmetric schemes have the fixed zero point 2**(bits-1) and store none.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 
 from mxmoe_steps import packing
-from mxmoe_steps.schemes import Scheme
+from mxmoe_steps.schemes import MicroscalingFloat, Scheme
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0
 
 _SHRINKS = tuple(1.0 - 0.05 * step for step in range(1, 15))  # candidate ranges, fractions of max - min
+_E8M0_EXPONENTS = (-126, 127)  # of normal float32
 _REFINEMENTS = 4  # alternating least-squares steps after the range search
 
 
@@ -51,6 +53,8 @@ class Grid:
         """Codes of ``values``, laid out as the scales or as ``scales[at]``: uint8, or e4m3 for fp8 weights."""
         if self.scheme.e4m3_weights:
             return (values / self.scales[at]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3)
+        if self.scheme.floats is not None:
+            return float_codes(values / self.scales[at], self.scheme.floats)
         return self.nearest(values, at).to(torch.uint8)
 
     def nearest(self, values: torch.Tensor, at: Any = ...) -> torch.Tensor:
@@ -59,7 +63,7 @@ class Grid:
 
     def value(self, codes: torch.Tensor, at: Any = ...) -> torch.Tensor:
         """float32 weights of ``codes``."""
-        return codes.float() * self.scales[at] + self.offsets[at]
+        return code_values(codes, self.scheme) * self.scales[at] + self.offsets[at]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,8 @@ class QuantizedWeight:
             codes = self.codes.view(torch.uint8)  # loaders that cast floating tensors leave bytes alone
         else:
             codes = packing.pack(self.codes, self.scheme.weight_bits)
-        stored = {"qweight": codes, "scales": self.scales}
+        scales = self.scales if self.scheme.floats is None else to_e8m0(self.scales)
+        stored = {"qweight": codes, "scales": scales}
         return stored if self.zeros is None else stored | {"zeros": self.zeros}
 
 
@@ -105,14 +110,42 @@ def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tens
     """Inverse of `QuantizedWeight.tensors`."""
     codes = tensors["qweight"]
     codes = codes.view(E4M3) if scheme.e4m3_weights else packing.unpack(codes, scheme.weight_bits, in_features)
-    return QuantizedWeight(scheme, codes, tensors["scales"], tensors.get("zeros"))
+    scales = tensors["scales"] if scheme.floats is None else from_e8m0(tensors["scales"])
+    return QuantizedWeight(scheme, codes, scales, tensors.get("zeros"))
+
+
+def to_e8m0(scales: torch.Tensor) -> torch.Tensor:
+    """Powers of two, bfloat16 or float32, as their exponents + 127, uint8."""
+    return scales.to(torch.float8_e8m0fnu).view(torch.uint8)
+
+
+def from_e8m0(exponents: torch.Tensor) -> torch.Tensor:
+    """Inverse of `to_e8m0`: bfloat16."""
+    return exponents.view(torch.float8_e8m0fnu).bfloat16()
+
+
+def float_codes(values: torch.Tensor, floats: MicroscalingFloat) -> torch.Tensor:
+    """Codes, uint8, of the numbers nearest to ``values``; those halfway between two take the even code, as IEEE 754."""
+    magnitudes = torch.tensor(floats.magnitudes, device=values.device)
+    edges = (magnitudes[1:] + magnitudes[:-1]) / 2
+    edges[1::2] = torch.nextafter(edges[1::2], torch.zeros(()))  # halfway above an odd code belongs to the next one
+    codes = torch.bucketize(values.abs(), edges)
+    return (codes + (values < 0) * (codes > 0) * len(magnitudes)).to(torch.uint8)
+
+
+def code_values(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """What codes are, float32."""
+    if scheme.floats is None:
+        return codes.float()
+    magnitudes = torch.tensor(scheme.floats.magnitudes, device=codes.device)
+    return torch.cat([magnitudes, -magnitudes])[codes.int()]
 
 
 def dequantize(scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """float32 [..., N, K] of codes [..., N, K], scales and zero points [..., N, G]."""
     scales, zeros = scales.float(), _fixed_zeros(scheme, scales) if zeros is None else zeros.float()
     offsets = _offsets(scales, zeros)
-    values = _grouped(codes.float(), scheme) * scales.unsqueeze(-1) + offsets.unsqueeze(-1)
+    values = _grouped(code_values(codes, scheme), scheme) * scales.unsqueeze(-1) + offsets.unsqueeze(-1)
     return values.flatten(-2)[..., : codes.shape[-1]].contiguous()
 
 
@@ -131,6 +164,8 @@ def find_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | N
     if scheme.e4m3_weights:
         scales = values.abs().amax(-1) / E4M3_MAX
         return Grid(scheme, _to_bf16(_nonzero(scales)), torch.zeros_like(scales))
+    if scheme.floats is not None:
+        return _shared_exponents(scheme, values, mass)
     low, high = values.amin(-1), values.amax(-1)
     if scheme.symmetric:
         high = torch.maximum(high, -low)
@@ -144,6 +179,23 @@ def find_grid(weight: torch.Tensor, scheme: Scheme, importance: torch.Tensor | N
         best, best_error = _better(best, best_error, shrunk, values, mass)
     for _ in range(_REFINEMENTS):
         best, best_error = _better(best, best_error, _least_squares(best, values, mass), values, mass)
+    return best
+
+
+def _shared_exponents(scheme: Scheme, values: torch.Tensor, mass: torch.Tensor) -> Grid:
+    """The powers of two of least error: the specification's, which brings the largest magnitude of a group into the
+    binade of the largest number, or one of its neighbours. A group of zeros takes 1."""
+    assert scheme.floats is not None
+    largest = _nonzero(values.abs().amax(-1))
+    zeros = torch.zeros_like(largest)
+    exponents = largest.frexp().exponent - math.frexp(scheme.floats.magnitudes[-1])[1]
+    first, *others = (
+        Grid(scheme, torch.ldexp(torch.ones_like(largest), (exponents + step).clamp(*_E8M0_EXPONENTS)), zeros)
+        for step in (0, 1, -1)
+    )
+    best, best_error = first, _error(first, values, mass)
+    for other in others:
+        best, best_error = _better(best, best_error, other, values, mass)
     return best
 
 
@@ -182,7 +234,7 @@ def quantize_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 
 def _fixed_zeros(scheme: Scheme, scales: torch.Tensor) -> torch.Tensor:
-    value = 0.0 if scheme.e4m3_weights else float(2 ** (scheme.weight_bits - 1))
+    value = 0.0 if scheme.e4m3_weights or scheme.floats is not None else float(2 ** (scheme.weight_bits - 1))
     return torch.full_like(scales, value, dtype=torch.float32)
 
 
@@ -222,7 +274,10 @@ def _make_grid(scheme: Scheme, low: torch.Tensor, high: torch.Tensor, levels: in
 
 def _error(grid: Grid, values: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
     wide = _expanded(grid)
-    restored = wide.nearest(values).mul_(wide.scales).add_(wide.offsets)
+    if grid.scheme.floats is None:
+        restored = wide.nearest(values).mul_(wide.scales).add_(wide.offsets)
+    else:
+        restored = wide.value(wide.round(values))
     return restored.sub_(values).square_().mul_(mass).sum(-1)
 
 

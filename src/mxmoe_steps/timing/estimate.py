@@ -6,7 +6,7 @@ from typing import Any, Literal
 from typing_extensions import TypedDict
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
+from mxmoe_steps.kernels.architectures import PHASE_ROWS, PHASES
 from mxmoe_steps.records import STRICT, Count, Name, Positive, Quantity, read_record
 from mxmoe_steps.schemes import Scheme
 

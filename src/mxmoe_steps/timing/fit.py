@@ -22,7 +22,7 @@ from mxmoe_steps.allocation.time_model import (
     tile_counts,
 )
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import PHASE_ROWS, PHASES
+from mxmoe_steps.kernels.architectures import PHASE_ROWS, PHASES
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.timing.launches import MODELS
 
@@ -218,7 +218,7 @@ def _ratios(pairs: Iterable[tuple[int, float]]) -> list[dict[str, float]]:
 def fit(rows: Rows, sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Columns and fitted facts of a PROFILE table from the rows of a MEASUREMENTS table.
 
-    Held-out errors are those of the kernel that `plan.phase_for` picks. `UserError` if too little was measured.
+    Held-out errors are those of the kernel that `Architecture.phase_for` picks. `UserError` if too little was measured.
     """
     tiles = fit_tiles([row for row in rows if row["kind"] == "tile"], sms)
     fused = [row for row in rows if row["kind"] == "problem" and not row["apart"]]

@@ -8,10 +8,12 @@ from functools import cached_property
 import torch
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.formats import GROUP, HALF_ROWS, TILE_ROWS, Format, KernelConfig, kernel_format
+from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.codes.format import GROUP, HALF_ROWS, TILE_ROWS, Format
+from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
-from mxmoe_steps.kernels.layouts import PAD_CHUNKS, ZERO_UNIT, KernelWeights, original_weights
-from mxmoe_steps.quantizers.grid import E4M3
+from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, original_weights
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.timing.launches import Launch
 from mxmoe_steps.timing.timer import Timer
@@ -21,7 +23,7 @@ _CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 
 def random_stack(format_: Format, entries: int, n: int, k: int, device: str) -> KernelWeights:
     """Random codes in kernel order with plausible scales, [entries, n, k]."""
-    if format_.bits == 16:
+    if format_.original:
         return original_weights(torch.empty(entries, n, k, dtype=torch.bfloat16, device=device).normal_(std=0.02))
     channel_scales = None
     if format_.channel_scaled:
@@ -35,12 +37,20 @@ def random_stack(format_: Format, entries: int, n: int, k: int, device: str) -> 
     chunks = entries * -(-n // TILE_ROWS) * -(-k // GROUP) + PAD_CHUNKS
     data = torch.randint(0, 256, (2 * chunks, format_.half_bytes), dtype=torch.uint8, device=device)
     if format_.grouped:
-        pairs = data[:, HALF_ROWS * GROUP * format_.bits // 8 :].view(torch.bfloat16)
-        pairs = pairs.unflatten(1, (-1, 1 + format_.zeros, 2))  # scales, then zero points of two rows
-        pairs[:, :, 0].uniform_(0.005, 0.015)
-        middle = 2 ** (format_.bits - 1)
-        pairs[:, :, 1:].uniform_(ZERO_UNIT * (middle + 1), ZERO_UNIT * (middle - 1))
+        data[:, format_.code_bytes :] = _random_numbers(format_, 2 * chunks, device)
     return KernelWeights(format_, entries, n, k, data.view(-1), channel_scales)
+
+
+def _random_numbers(format_: Format, halves: int, device: str) -> torch.Tensor:
+    """The numbers of the rows of half chunks from plausible scales and zero points, uint8 [halves, bytes]."""
+    rows = halves * HALF_ROWS
+    codes = torch.empty((), dtype=torch.uint8, device=device).expand(rows, GROUP)
+    scales = torch.empty(rows, GROUP // format_.group, device=device).uniform_(0.005, 0.015)
+    middle = 2 ** (format_.bits - 1)
+    zeros = torch.empty_like(scales).uniform_(middle - 1, middle + 1) if format_.zeros else None
+    numbers = format_.numbers(QuantizedWeight(format_.scheme, codes, scales, zeros)).view(torch.int16)
+    pairs = numbers.view(halves, HALF_ROWS // 2, 2, -1).transpose(-1, -2)  # of two rows
+    return pairs.contiguous().view(torch.uint8).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Bench:
     def __init__(self, jobs: list[Job], device: str = "cuda") -> None:
         self.jobs = jobs
         self.device = device
-        self._kernels: dict[KernelConfig, GroupGemmKernel] = {}
+        self._kernels: dict[Configuration, GroupGemmKernel] = {}
         self._stacks: dict[tuple[Format, int, int], KernelWeights] = {}
         self._activations: dict[tuple[str, int], Activations] = {}
 
@@ -67,7 +77,7 @@ class Bench:
         elements = max(sum(job.launch.expert_rows) * job.launch.n * job.launch.blocks for job in self.jobs)
         return torch.empty(elements, dtype=torch.bfloat16, device=self.device)
 
-    def _kernel(self, config: KernelConfig) -> GroupGemmKernel:
+    def _kernel(self, config: Configuration) -> GroupGemmKernel:
         if config not in self._kernels:
             self._kernels[config] = GroupGemmKernel(config)
         return self._kernels[config]

@@ -10,17 +10,11 @@ from functools import cached_property
 
 import numpy as np
 
-from mxmoe_steps.kernels.formats import (
-    HALF_ROWS,
-    PHASES,
-    Format,
-    KernelConfig,
-    default_config,
-    default_tiles,
-    kernel_format,
-)
-from mxmoe_steps.kernels.plan import interleave, phase_for
-from mxmoe_steps.provenance import closure, module_hash
+from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.architectures import DEFAULT
+from mxmoe_steps.kernels.codes.format import HALF_ROWS, Format
+from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.kernels.shared import interleave
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
 MAX_PROBLEMS = 256  # of every measured kernel: two blocks of 128 experts
@@ -48,9 +42,9 @@ class Shapes:
         return (self.intermediate, self.hidden) if block == "gate_up" else (self.hidden, self.intermediate)
 
     def phase(self, block: str, tokens: int, sms: int, by_warp: bool) -> str:
-        """The phase of the kernel that a layer runs, see `phase_for`."""
+        """The phase of the kernel that a layer runs, see `Architecture.phase_for`."""
         strips = (2 if block == "gate_up" else 1) * -(-self.size(block)[0] // HALF_ROWS)
-        return phase_for(tokens * self.top_k, self.experts, self.slices, strips, sms, by_warp)
+        return DEFAULT.phase_for(tokens * self.top_k, self.experts, self.slices, strips, sms, by_warp)
 
 
 MODELS = (
@@ -104,25 +98,13 @@ class Launch:
         """Whether more than one format takes part."""
         return len({kernel_format(parse_scheme(name)) for name in self.schemes}) > 1
 
-    def config(self, phase: str) -> KernelConfig:
+    def config(self, phase: str) -> Configuration:
         """The kernel that runs it in one launch."""
-        return default_config(self.carried, phase, MAX_PROBLEMS)
+        return DEFAULT.config(self.carried, phase, MAX_PROBLEMS)
 
-    def configs_apart(self, phase: str) -> list[KernelConfig]:
+    def configs_apart(self, phase: str) -> list[Configuration]:
         """The kernels that run it in one launch per format."""
-        return [default_config((format_,), phase, MAX_PROBLEMS) for format_ in self.carried]
-
-
-def kernel_hashes() -> dict[str, str]:
-    """Hash of every module that measured times depend on."""
-    modules = [name for name in closure("mxmoe_steps.kernels.group_gemm") if name.startswith("mxmoe_steps.kernels.")]
-    return {name.rpartition(".")[2]: module_hash(name) for name in modules}
-
-
-def changed_kernels(measured: dict[str, str]) -> list[str]:
-    """Modules whose hash is no longer that of the kernels that were measured."""
-    now = kernel_hashes()
-    return sorted(name for name in now.keys() | measured if now.get(name) != measured.get(name))
+        return [DEFAULT.config((format_,), phase, MAX_PROBLEMS) for format_ in self.carried]
 
 
 def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
@@ -145,16 +127,15 @@ def tile_launches(formats: tuple[Format, ...], sms: int) -> list[tuple[Launch, s
     """A launch for every tile of the formats' own kernels and (N, K), with its phase; whole waves over ``sms``."""
     found = []
     for format_ in formats:
-        for phase in PHASES:
-            config = default_config((format_,), phase, MAX_PROBLEMS)
-            for tile in default_tiles(format_, phase, config.blocks_per_sm):
+        for phase in DEFAULT.phases:
+            for tokens in DEFAULT.token_tiles(format_, phase):
                 for n, k in (*TILE_SHAPES, SHORT_SHAPE):
                     step = 2 * sms // math.gcd(2 * sms, -(-n // 128))
                     most = SHORT_PROBLEMS if (n, k) == SHORT_SHAPE else TILE_PROBLEMS
                     problems = max(1, most // step) * step if step <= most else most
                     launch = Launch(
-                        "tile", f"{n}x{k}", "down", tile.tokens, n, k,
-                        (tile.tokens,) * problems, (format_.name,) * problems, (format_,),
+                        "tile", f"{n}x{k}", "down", tokens, n, k,
+                        (tokens,) * problems, (format_.name,) * problems, (format_,),
                     )  # fmt: skip
                     found.append((launch, phase))
     return found
@@ -194,7 +175,7 @@ def problem_launches(formats: tuple[Format, ...], count: int, seed: int = 0) -> 
     return found
 
 
-def kernel_configs(formats: tuple[Format, ...], seed: int = 0) -> list[KernelConfig]:
+def kernel_configs(formats: tuple[Format, ...], seed: int = 0) -> list[Configuration]:
     """Every kernel that the launches need: each format's own and the mixtures', of every phase."""
     groups = [*((format_,) for format_ in formats), *mixtures(formats, seed)]
-    return [default_config(group, phase, MAX_PROBLEMS) for group in groups for phase in PHASES]
+    return [DEFAULT.config(group, phase, MAX_PROBLEMS) for group in groups for phase in DEFAULT.phases]

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.formats import FORMATS, PHASES
+from mxmoe_steps.kernels.architectures import PHASES
+from mxmoe_steps.schemes import is_canonical
 from mxmoe_steps.tables import MEASUREMENTS, read_table
 from mxmoe_steps.timing.launches import MODELS
 
@@ -13,7 +14,7 @@ def read_measurements(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
     """Rows and facts of a MEASUREMENTS table; `UserError` names the row and column that the fit cannot use."""
     table, facts = read_table(MEASUREMENTS, path)
     rows = table.to_pylist()
-    models, formats = {one.model for one in MODELS}, {one.name for one in FORMATS}
+    models = {one.model for one in MODELS}
     missing = sorted({"kernels", "repeats", "rounds", "clocks"} - set(facts)) if rows else []
     if missing:
         raise UserError(f"{path}: {missing[0]}: Field required; run the measure step again")
@@ -23,7 +24,7 @@ def read_measurements(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]
             for name, right in {
                 "phase": row["phase"] in PHASES,
                 "model": row["kind"] == "tile" or row["model"] in models,
-                "carried": set(row["carried"]) <= formats,
+                "carried": all(map(is_canonical, row["carried"])),
                 "rows": sum(row["rows"]) > 0,
                 "schemes": len(row["schemes"]) == len(row["rows"]) and set(row["schemes"]) <= set(row["carried"]),
                 "us": len(row["us"]) > 0,

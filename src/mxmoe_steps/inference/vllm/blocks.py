@@ -98,7 +98,7 @@ class Blocks:
         if (expert, block, part) not in self._missing:
             stored = ", ".join(found.linear.state_dict())
             raise UserError(
-                f"{where} is in the checkpoint twice, or no part of a block under {found.scheme} ({stored})"
+                f"{where} comes twice, or is no part of a block under {found.scheme} ({stored})"
             )
         target, shape = getattr(found.linear, part), self._shape(found, part)
         right_type = tensor.is_floating_point() if part in ("weight", "bias") else tensor.dtype == target.dtype

@@ -6,8 +6,8 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Int32, Uint32, const_expr, cute
 
-from mxmoe_steps.kernels.formats import MAX_EXPERTS
-from mxmoe_steps.kernels.ring import RingUser, ceil_div
+from mxmoe_steps.kernels.limits import MAX_EXPERTS
+from mxmoe_steps.kernels.sm90.ring import RingUser, ceil_div
 
 TABLE_FIELDS = 6  # first row, rows, format, entry, output column, token tiles
 PLACE_WORDS = 8  # of a `Place` in the queue: two loads of 16 bytes

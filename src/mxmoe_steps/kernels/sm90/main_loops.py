@@ -9,13 +9,14 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.cutlass_dsl import T
 
-from mxmoe_steps.kernels import decode
-from mxmoe_steps.kernels.formats import GROUP, ROW_BYTES, UNIT, Format, Tile
-from mxmoe_steps.kernels.ring import CODE_WORDS, Chunks, Ring
-from mxmoe_steps.kernels.schedule import Schedule
+from mxmoe_steps.kernels.codes.format import GROUP, Format
+from mxmoe_steps.kernels.sm90.config import ROW_BYTES, UNIT, Tile
+from mxmoe_steps.kernels.sm90.ring import Chunks, Ring
+from mxmoe_steps.kernels.sm90.schedule import Schedule
 
 MAGIC = 1.5 * 2**23  # float32 from here to 2**22 away are integers with consecutive bit patterns
 MAGIC_BITS = 0x4B400000  # of that number
+MOST_TERMS = 6  # of `Format.terms`
 RUN = 2**22 // (8 * 128 * GROUP)  # groups whose sum is no larger: 4-bit codes times int8
 
 
@@ -54,20 +55,26 @@ def pin(accumulators: cute.Tensor) -> None:
         accumulators[i] = accumulators.element_type(value)
 
 
+def bf16_value(pair: Int32, place: int) -> Float32:
+    """The float32 of the low (``place`` 0) or high one of two bfloat16 bit patterns."""
+    high = ("shl.b32 t, {$r0}, 16;", "and.b32 t, {$r0}, 0xFFFF0000;")[place]
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 t; " + high + " mov.b32 {$w0}, t; }", write_only_types=[Float32], read_only_args=[pair]
+    )
+
+
 @dataclass(frozen=True)
 class Scratch:
-    """Registers a thread decodes from: words of two loads, third bits, scales and zero points of its rows, and
-    (`decode.Affine` register, row)."""
+    """Registers a thread decodes a chunk from: its words, the numbers of its two rows, and `Format.terms`."""
 
     words: cute.Tensor
-    third: cute.Tensor
-    pairs: cute.Tensor
-    affine: cute.Tensor
+    numbers: cute.Tensor
+    terms: cute.Tensor
 
     @staticmethod
     def make(format_: Format) -> "Scratch":
-        shapes = ((CODE_WORDS, 2), (2,), (1 + format_.zeros,), (3, 2))
-        return Scratch(*(cute.make_rmem_tensor(shape, Int32) for shape in shapes))
+        sizes = (format_.words, max(1, format_.all_numbers), MOST_TERMS)
+        return Scratch(*(cute.make_rmem_tensor((size,), Int32) for size in sizes))
 
 
 class MainLoops(Schedule):
@@ -183,36 +190,18 @@ class MainLoops(Schedule):
     ) -> None:
         """Half-chunk ``step`` of the slot at unit ``begin`` to the fragment ``registers``."""
         format_ = tile.format
-        c, half = step // 2, step % 2
-        words, third, affine = scratch.words, scratch.third, scratch.affine
-        if const_expr(format_.bits == 8):
-            cute.autovec_copy(chunks.codes[None, 2 * half, c, begin], words[None, 0])
-            cute.autovec_copy(chunks.codes[None, 2 * half + 1, c, begin], words[None, 1])
-        elif const_expr(format_.bits == 4):
-            cute.autovec_copy(chunks.codes[None, half, c, begin], words[None, 0])
-        elif const_expr(half == 0):
-            cute.autovec_copy(chunks.codes[None, 0, c, begin], words[None, 0])
-            if const_expr(format_.bits == 3):
-                cute.autovec_copy(chunks.third_bits[None, c, begin], third)
+        chunk, half = step // 2, step % 2
+        self.fetch_codes(format_, chunks, half, chunk, begin, scratch.words)
         if const_expr(format_.grouped and half == 0):
-            cute.autovec_copy(chunks.scales[None, c, begin], scratch.pairs)
-            for r in cutlass.range_constexpr(2):
-                zeros = scratch.pairs[1] if const_expr(format_.zeros) else None
-                one = decode.affine(format_.bits, r, scratch.pairs[0], zeros)
-                affine[0, r], affine[1, r], affine[2, r] = *one.factors, one.offset
-        rows = [decode.Affine((affine[0, r], affine[1, r]), affine[2, r]) for r in range(2)]
+            cute.autovec_copy(chunks.numbers[None, chunk, begin], scratch.numbers)
+        if const_expr(half in format_.term_halves):
+            terms = format_.terms(scratch.numbers, half)
+            for i in cutlass.range_constexpr(len(terms)):
+                scratch.terms[i] = terms[i]
         for b in cutlass.range_constexpr(4):
-            block = 4 * half + b
-            if const_expr(format_.bits == 8):
-                made = decode.bf16_from_8bit((words[2 * (b % 2), b // 2], words[2 * (b % 2) + 1, b // 2]))
-            elif const_expr(format_.bits == 4):
-                made = decode.bf16_from_4bit(words[b, 0], rows)
-            elif const_expr(format_.bits == 3):
-                made = decode.bf16_from_3bit(words[block // 2, 0], third[half], block, rows)
-            else:
-                made = decode.bf16_from_2bit(words[block // 2, 0], block, rows)
+            decoded = format_.decode(scratch.words, 4 * half + b, scratch.terms)
             for r in cutlass.range_constexpr(4):
-                registers[r, b] = made[r]
+                registers[r, b] = decoded[r]
 
     @staticmethod
     def as_registers(fragment: cute.Tensor) -> cute.Tensor:
@@ -258,7 +247,7 @@ class MainLoops(Schedule):
         chunks = self.chunk_parts(ring, tile, thread)
         fragments = [mma.make_fragment_A(mma.partition_shape_A((self.rows, 64))) for _ in range(2)]
         registers = [self.as_registers(fragment) for fragment in fragments]
-        words = cute.make_rmem_tensor((CODE_WORDS, 2), Int32)
+        words = cute.make_rmem_tensor((format_.words,), Int32)
         self.clear(*registers, words)
         partial = cute.make_rmem_tensor(acc.layout, Int32 if by_parts else Float32)
         sums = cute.make_tensor(cute.recast_ptr(partial.iterator, dtype=Float32), acc.layout)
@@ -270,7 +259,7 @@ class MainLoops(Schedule):
         if self.some(slots):
             cute.arch.mbarrier_wait(ring.full + stage, phase)
             for half in cutlass.range_constexpr(2):
-                self.fetch_codes(chunks, (half,), 0, begin, words)
+                self.fetch_codes(format_, chunks, half, 0, begin, words)
                 self.decode_8bit(format_, words, half, registers[half])
             if const_expr(by_parts):
                 self.fetch_scales(chunks, 0, begin, following)
@@ -294,10 +283,12 @@ class MainLoops(Schedule):
                     self.fetch_scales(chunks, c, begin, scales)
                 next_chunk, next_slot = (c + 1, begin) if c + 1 < groups else (0, next_begin)
                 if const_expr(c + 1 < groups):
-                    self.fetch_codes(chunks, early, c + 1, begin, words)
+                    for half in cutlass.range_constexpr(len(early)):
+                        self.fetch_codes(format_, chunks, early[half], c + 1, begin, words)
                 elif slot + 1 < slots:
                     cute.arch.mbarrier_wait(ring.full + after, after_phase)
-                    self.fetch_codes(chunks, early, 0, next_begin, words)
+                    for half in cutlass.range_constexpr(len(early)):
+                        self.fetch_codes(format_, chunks, early[half], 0, next_begin, words)
                 if const_expr(by_parts):
                     scales.store(following.load())
                     following.fill(0.0)
@@ -307,7 +298,8 @@ class MainLoops(Schedule):
                 warpgroup.wait_group(0)
                 pin(partial)
                 self.add_scaled(acc, sums, scales)
-                self.fetch_codes(chunks, late, next_chunk, next_slot, words)
+                for half in cutlass.range_constexpr(len(late)):
+                    self.fetch_codes(format_, chunks, late[half], next_chunk, next_slot, words)
                 for half in cutlass.range_constexpr(2):
                     self.decode_8bit(format_, words, half, registers[half])
             self.release(ring, stage, Boolean(True))
@@ -362,7 +354,7 @@ class MainLoops(Schedule):
                 if const_expr(bf16):
                     self.decode_bf16(tile, chunks, scratch, registers, half, begin)
                 else:
-                    self.fetch_codes(chunks, (half,), 0, begin, scratch.words)
+                    self.fetch_codes(tile.format, chunks, half, 0, begin, scratch.words)
                     self.decode_8bit(tile.format, scratch.words, half, registers)
                 for b in cutlass.range_constexpr(cute.size(registers, mode=[1])):
                     if const_expr(b % 2 == 0):  # 64 of the 128 bytes of every token, in a circle
@@ -385,25 +377,29 @@ class MainLoops(Schedule):
         return (ring.base + tile.token_offset).toint() + token * ROW_BYTES + ((lane >> 3) ^ token) * 16
 
     @staticmethod
-    def fetch_codes(chunks: Chunks, halves: tuple[int, ...], chunk: int, begin: Int32, words: cute.Tensor) -> None:
-        """The thread's words of ``halves`` of a chunk."""
-        for half in halves:
-            cute.autovec_copy(chunks.codes[None, half, chunk, begin], words[None, half])
+    def fetch_codes(format_: Format, chunks: Chunks, half: int, chunk: int, begin: Int32, words: cute.Tensor) -> None:
+        """The thread's words of half a chunk."""
+        first = 0
+        for load, view in zip(format_.loads, chunks.codes, strict=True):
+            if load.half == half:
+                target = cute.make_tensor(words.iterator + first, cute.make_layout(load.words))
+                cute.autovec_copy(view[None, chunk, begin], target)
+            first += load.words
 
     @staticmethod
     def fetch_scales(chunks: Chunks, chunk: int, begin: Int32, scales: cute.Tensor) -> None:
         """Scales of a chunk for the thread's two rows."""
-        pair = chunks.scales[0, chunk, begin]
+        pair = chunks.numbers[0, chunk, begin]
         for r in range(2):
-            scales[r] = decode.bf16_value(pair, r)
+            scales[r] = bf16_value(pair, r)
 
     @staticmethod
     def decode_8bit(format_: Format, words: cute.Tensor, half: int, registers: cute.Tensor) -> None:
         """Half of a chunk, two k32 blocks, to the fragment ``registers``."""
-        decode_register = decode.fp8_from_4bit if format_.operand == "fp8" else decode.int8_from_4bit
         for b in range(2):
+            decoded = format_.decode(words, 2 * half + b, None)
             for r in range(4):
-                registers[r, b] = decode_register(words[2 * b + r // 2, half], r)
+                registers[r, b] = decoded[r]
 
     @staticmethod
     def add_scaled(acc: cute.Tensor, sums: cute.Tensor, scales: Any) -> None:

@@ -1,4 +1,4 @@
-"""The grouped GEMM: one persistent sm_90a kernel whose main loop is picked per tile (CuTe DSL).
+"""The grouped GEMM: one persistent kernel whose main loop is picked per tile (CuTe DSL).
 
 ``Y_e = X_e W_e^T`` for every expert e, computed as ``Y_e^T [N, tokens] = W_e [N, K] . X_e^T``: weights on the
 64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 8..256-wide side. Split tiles of
@@ -57,11 +57,13 @@ from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, const_expr,
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
-from mxmoe_steps.kernels.consumer import Consumer
-from mxmoe_steps.kernels.formats import HALF_ROWS, MAX_EXPERTS, ROW_BYTES, TILE_ROWS, UNIT, Format, KernelConfig
-from mxmoe_steps.kernels.producer import TOKENS, WEIGHTS, Producer
-from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, ceil_div
-from mxmoe_steps.kernels.schedule import PLACE_WORDS, TABLE_FIELDS, Queue
+from mxmoe_steps.kernels.codes.format import HALF_ROWS, TILE_ROWS, Format
+from mxmoe_steps.kernels.limits import MAX_EXPERTS
+from mxmoe_steps.kernels.sm90.config import ROW_BYTES, UNIT, KernelConfig
+from mxmoe_steps.kernels.sm90.consumer import Consumer
+from mxmoe_steps.kernels.sm90.producer import TOKENS, WEIGHTS, Producer
+from mxmoe_steps.kernels.sm90.ring import OPERAND_TYPES, Partials, ceil_div
+from mxmoe_steps.kernels.sm90.schedule import PLACE_WORDS, TABLE_FIELDS, Queue
 
 
 class GroupGemm(Producer, Consumer):

@@ -9,9 +9,8 @@ from cutlass import BFloat16, Boolean, Float8E4M3FN, Int8, Int32, const_expr, cu
 from cutlass.cute.nvgpu import warpgroup
 from cutlass.utils import LayoutEnum
 
-from mxmoe_steps.kernels.formats import GROUP, HALF_ROWS, ROW_BYTES, UNIT, KernelConfig, Tile
-
-CODE_WORDS = 4  # 32-bit words of a 16-byte load
+from mxmoe_steps.kernels.codes.format import GROUP, HALF_ROWS
+from mxmoe_steps.kernels.sm90.config import ROW_BYTES, UNIT, KernelConfig, Tile
 
 OPERAND_TYPES = {"bf16": BFloat16, "fp8": Float8E4M3FN, "int8": Int8}
 
@@ -30,12 +29,11 @@ class Chunks:
     """Views of a thread's part of the weight chunks in the ring, see `layouts`: 32-bit words; the last modes are
     (chunk, first unit of the slot).
 
-    ``codes``: (4, load); ``third_bits``: (2), of 3-bit codes; ``scales``: (0 scales or 1 zero points of its two rows).
+    ``codes``: (words of the load), one view for each of `Format.loads`; ``numbers``: of its two rows, a pair a word.
     """
 
-    codes: cute.Tensor
-    third_bits: cute.Tensor
-    scales: cute.Tensor
+    codes: tuple[cute.Tensor, ...]
+    numbers: cute.Tensor
 
 
 @dataclass(frozen=True)
@@ -131,18 +129,16 @@ class RingUser:
     def chunk_parts(self, ring: Ring, tile: Tile, thread: Int32) -> Chunks:
         """Views of what every weight chunk of a slot holds for ``thread``, by the slot's first unit."""
         format_ = tile.format
-        code_bytes = HALF_ROWS * GROUP * format_.bits // 8
         words, halves = format_.half_bytes // 4, self.groups
-        loads = max(1, format_.bits // 2)
-        values = 1 + format_.zeros
-        codes = ((128, halves), CODE_WORDS, loads), ((CODE_WORDS, words), 1, CODE_WORDS * 128)
-        third_bits = ((128, halves), 2), ((2, words), 1)
-        scales = ((HALF_ROWS // 2, halves), values), ((values, words), 1)
-        return Chunks(
-            self.chunk_view(ring, tile, 0, *codes, thread),
-            self.chunk_view(ring, tile, CODE_WORDS * 128 * 4, *third_bits, thread),
-            self.chunk_view(ring, tile, code_bytes, *scales, thread >> 2),  # four lanes share a pair of rows
-        )
+        codes, offset = [], 0
+        for load in format_.loads:
+            layout = ((128, halves), load.words), ((load.words, words), 1)
+            codes.append(self.chunk_view(ring, tile, offset, *layout, thread))
+            offset += 128 * 4 * load.words
+        count = max(1, format_.all_numbers)  # a format without has a view of nothing
+        rows = ((HALF_ROWS // 2, halves), count), ((count, words), 1)
+        numbers = self.chunk_view(ring, tile, offset, *rows, thread >> 2)  # four lanes share a pair of rows
+        return Chunks(tuple(codes), numbers)
 
     def chunk_view(self, ring: Ring, tile: Tile, offset: int, shape: tuple, stride: tuple, at: Int32) -> cute.Tensor:
         """View of ``shape`` + (chunks, units) of the words at ``offset`` of every weight chunk of a slot, where the

@@ -10,12 +10,14 @@ from cutlass._mlir.dialects import llvm
 from cutlass.cute.nvgpu import OperandMajorMode, warp, warpgroup
 from cutlass.cutlass_dsl import T
 
-from mxmoe_steps.kernels import decode
-from mxmoe_steps.kernels.formats import EPILOGUE_TOKENS, GATE_ROWS, HALF_ROWS, LATENCY_TOKENS, Format
-from mxmoe_steps.kernels.main_loops import MainLoops
-from mxmoe_steps.kernels.ring import OPERAND_TYPES, Partials, Ring
+from mxmoe_steps.kernels.codes.format import HALF_ROWS, Format
+from mxmoe_steps.kernels.codes.w16a16 import W16A16
+from mxmoe_steps.kernels.limits import GATE_ROWS
 from mxmoe_steps.kernels.rounding import sigmoid
-from mxmoe_steps.kernels.schedule import Place
+from mxmoe_steps.kernels.sm90.config import EPILOGUE_TOKENS, LATENCY_TOKENS, by_warp
+from mxmoe_steps.kernels.sm90.main_loops import MainLoops
+from mxmoe_steps.kernels.sm90.ring import OPERAND_TYPES, Partials, Ring
+from mxmoe_steps.kernels.sm90.schedule import Place
 
 STORED = 16  # tokens that a warpgroup stores at once: 16 bytes a thread
 
@@ -165,7 +167,7 @@ class Consumer(MainLoops):
             weight_blocks = self.blocks(ring, format_.operand, self.rows, 0, tile.depth)
             weights = mma.make_fragment_A(mine.partition_A(weight_blocks))
             stage, phase, end = self.multiply_rows(tile, mma, acc, ring, weights, tokens, slots, stage, phase, end)
-        elif const_expr(self.split > 1 and format_.by_warp):
+        elif const_expr(self.split > 1 and by_warp(format_)):
             stage, phase, end = self.multiply_few(tile, acc, ring, thread, slots, stage, phase, end)
         elif const_expr(format_.operand == "bf16"):
             stage, phase, end = self.multiply_bf16(tile, mma, acc, ring, tokens, thread, slots, stage, phase, end)
@@ -266,8 +268,8 @@ class Consumer(MainLoops):
         tile, pitch = self.tiles[i], self.config.staging_pitch
         format_ = tile.format
         lane, in_group = thread & 31, thread & 127
-        if const_expr(format_.grown):
-            factors.channels.store(factors.channels.load() * Float32(decode.GROW[format_.bits]))
+        if const_expr(format_.growth != 1):
+            factors.channels.store(factors.channels.load() * Float32(format_.growth))
         if const_expr(format_.token_scaled):
             for j in cutlass.range_constexpr(cute.size(factors.tokens)):
                 if in_group + 128 * j < tile.tokens:
@@ -281,7 +283,7 @@ class Consumer(MainLoops):
         for start in cutlass.range_constexpr(0, tile.tokens, EPILOGUE_TOKENS):
             staged = min(tile.tokens - start, EPILOGUE_TOKENS)
             staging_tile = cute.make_tensor(staging, cute.make_layout((self.rows, staged), stride=(1, pitch)))
-            staging_mma = self.mma_of(Format("bf16", 16), staged)
+            staging_mma = self.mma_of(W16A16(), staged)
             store = cute.make_copy_atom(warp.StMatrix8x8x16bOp(True, min(4, staged // 4)), BFloat16)
             to_staging = cute.make_tiled_copy_C(store, staging_mma)
             values = cute.make_rmem_tensor(staging_mma.partition_shape_C((self.rows, staged)), Float32)
@@ -289,7 +291,7 @@ class Consumer(MainLoops):
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
             for e in cutlass.range_constexpr(cute.size(values)):
                 value = Float32(acc[start // 2 + e])
-                if const_expr(format_.channel_scaled or format_.grown):
+                if const_expr(format_.channel_scaled or format_.growth != 1):
                     value = value * factors.channels[e // 2 % 2]
                 if const_expr(format_.token_scaled):
                     if const_expr(e % 4 == 0):
@@ -327,8 +329,8 @@ class Consumer(MainLoops):
         tile, pitch = self.tiles[i], self.config.staging_pitch
         format_ = tile.format
         lane, in_group = thread & 31, thread & 127
-        if const_expr(format_.grown):
-            factors.channels.store(factors.channels.load() * Float32(decode.GROW[format_.bits]))
+        if const_expr(format_.growth != 1):
+            factors.channels.store(factors.channels.load() * Float32(format_.growth))
         if const_expr(format_.token_scaled):
             for j in cutlass.range_constexpr(cute.size(factors.tokens)):
                 if in_group + 128 * j < tile.tokens:
@@ -346,7 +348,7 @@ class Consumer(MainLoops):
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
             for e in cutlass.range_constexpr(cute.size(values)):
                 value = Float32(acc[start // 2 + e])
-                if const_expr(format_.channel_scaled or format_.grown):
+                if const_expr(format_.channel_scaled or format_.growth != 1):
                     value = value * factors.channels[e // 2 % 2]
                 if const_expr(format_.token_scaled):
                     if const_expr(e % 4 == 0):
@@ -404,8 +406,8 @@ class Consumer(MainLoops):
             total = cute.make_rmem_tensor((4, self.quads), acc.element_type)
             other = cute.make_rmem_tensor((4,), acc.element_type)
             total.fill(0)
-            if const_expr(format_.grown):
-                factors.channels.store(factors.channels.load() * Float32(decode.GROW[format_.bits]))
+            if const_expr(format_.growth != 1):
+                factors.channels.store(factors.channels.load() * Float32(format_.growth))
             cute.arch.mbarrier_wait(partials.full, partials.turn & 1)
             for part in cutlass.range_constexpr(self.split):
                 for q in cutlass.range_constexpr(self.quads):
@@ -420,7 +422,7 @@ class Consumer(MainLoops):
             rounded = cute.make_rmem_tensor((4, self.quads), BFloat16)
             for e in cutlass.range_constexpr(cute.size(values)):
                 values[e] = Float32(total[e])
-                if const_expr(format_.channel_scaled or format_.grown):
+                if const_expr(format_.channel_scaled or format_.growth != 1):
                     values[e] = values[e] * factors.channels[e]
                 if const_expr(format_.token_scaled):
                     values[e] = values[e] * factors.tokens[0]

@@ -6,9 +6,10 @@ import cutlass
 from cutlass import Boolean, Int16, Int32, Int64, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 
-from mxmoe_steps.kernels.formats import GROUP, TILE_ROWS, UNIT, Tile
-from mxmoe_steps.kernels.ring import Ring, ceil_div
-from mxmoe_steps.kernels.schedule import Place, Queue, Schedule
+from mxmoe_steps.kernels.codes.format import GROUP, TILE_ROWS
+from mxmoe_steps.kernels.sm90.config import UNIT, Tile, block_features
+from mxmoe_steps.kernels.sm90.ring import Ring, ceil_div
+from mxmoe_steps.kernels.sm90.schedule import Place, Queue, Schedule
 
 WEIGHTS, TOKENS = "weights", "tokens"
 DRAW_SLOTS = 3  # the next tile is drawn with a tile's third slot from the end: the last take longer than the answer
@@ -141,7 +142,7 @@ class Producer(Schedule):
         if const_expr(WEIGHTS in takes):
             source = self.weight_source(tile, weight_map, ring, place, row_tiles, features)
         if const_expr(TOKENS in takes):
-            box = (tile.tokens, tile.format.block_features)
+            box = (tile.tokens, block_features(tile.format))
             rows = cute.local_tile(cute.domain_offset((place.first, 0), token_map[1]), box, (0, None))
             token_ring = self.blocks(ring, tile.format.operand, tile.tokens, tile.token_offset, tile.depth)
             token_slots, token_blocks = cpasync.tma_partition(
@@ -184,7 +185,7 @@ class Producer(Schedule):
             row_bytes = ceil_div(features, GROUP) * chunk
             start = Int64(place.entry * row_tiles + (place.row_tile >> (halves - 1))) * row_bytes
             return (start + (place.row_tile & (halves - 1)) * (chunk // halves),)
-        box = (self.rows, tile.format.block_features)
+        box = (self.rows, block_features(tile.format))
         rows = cute.local_tile(weight_map[1], box, (place.row_tile, None, place.entry))
         blocks = self.blocks(ring, tile.format.operand, self.rows, 0, tile.depth)
         return cpasync.tma_partition(

@@ -1,0 +1,16 @@
+"""Which classes of GPUs there are kernels for. Stdlib only."""
+
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
+
+ARCHITECTURES: tuple[Architecture, ...] = (HOPPER,)
+DEFAULT = ARCHITECTURES[0]  # where no GPU says: what is compiled ahead of time, and what times are predicted for
+PHASE_ROWS, PHASES = DEFAULT.phase_rows, DEFAULT.phases
+
+NAMES = " or ".join(one.name for one in ARCHITECTURES)
+CAPABILITIES = ", ".join("{}.{} ({})".format(*one.capability, one.gpus) for one in ARCHITECTURES)
+
+
+def for_capability(capability: tuple[int, int]) -> Architecture | None:
+    """The one of GPUs of a compute capability, if there are kernels for them."""
+    return next((one for one in ARCHITECTURES if one.capability == capability), None)

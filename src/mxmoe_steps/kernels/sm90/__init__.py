@@ -1,0 +1,1 @@
+"""Kernels for GPUs of compute capability 9.0."""
