@@ -144,6 +144,21 @@ def test_some_layers_may_have_kernels_and_others_not(
     assert "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4" in caplog.text
 
 
+def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> None:
+    path = make_packed(tmp_path, "qwen2_moe", ["w8a8_fp8", "w4a16"])
+    moe = mxmoe_steps.load_quantized(str(path)).get_submodule(moe_path(0))
+    family = FAMILIES["qwen2_moe"]
+    experts = gpu.expert_modules(moe, family)
+    here, plan = (gpu.plan_of(experts, family, "silu", elsewhere) for elsewhere in (False, True))
+    assert plan.elsewhere
+    assert (plan.experts, plan.slices) == (here.experts + 1, here.slices) == (5, 2)
+    for launch, other in ((plan.gate_up, here.gate_up), (plan.down, here.down)):
+        assert launch.needs == (*other.needs[:4], 0, *other.needs[4:])
+        assert launch.stacks == other.stacks
+        moved = [(expert + (expert >= 4), *rest) for expert, *rest in other.problems]
+        assert list(launch.problems) == moved
+
+
 def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256, num_hidden_layers=3)
     layers = [("w4a16", "w4a16", "w8a8_fp8"), ("w4a16", "w4a16", "w4a16"), ("w4a4", "w4a16", "w4a16")]

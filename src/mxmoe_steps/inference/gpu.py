@@ -76,10 +76,11 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
 
 
-def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str) -> LayerPlan:
+def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str, elsewhere: bool = False) -> LayerPlan:
     """The launches of a layer of packed ``experts``; `UserError` says why there are no kernels for it.
 
-    ``experts``: modules of gate_proj, up_proj and down_proj, numbered from 0, and `SHARED` if there is one.
+    ``experts``: modules of gate_proj, up_proj and down_proj, numbered from 0, and `SHARED` if there is one;
+    ``elsewhere``: other GPUs have more, see `LayerPlan`.
     """
     if activation not in ("silu", "swish"):
         raise UserError(f"the kernels have no activation {activation}")
@@ -91,7 +92,7 @@ def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str) -
         schemes[number] = (gate, up, down)
     down_proj: Any = experts[0].down_proj
     shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
-    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features)
+    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere)
 
 
 def _scheme(linear: Any) -> Scheme:
@@ -122,6 +123,7 @@ def layer_on_kernels(
     activation: str,
     device: torch.device,
     gate: torch.Tensor | None = None,
+    elsewhere: bool = False,
 ) -> MoeLayer:
     """`plan_of` these experts with their weights in kernel order on ``device``, or its `UserError`.
 
@@ -132,7 +134,7 @@ def layer_on_kernels(
         linear: Any = experts[expert].get_submodule(f"{block}_proj")
         return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
 
-    return MoeLayer(plan_of(experts, family, activation), read, device, gate)
+    return MoeLayer(plan_of(experts, family, activation, elsewhere), read, device, gate)
 
 
 def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:

@@ -97,9 +97,7 @@ class Blocks:
         found = self._blocks[expert, block]
         if (expert, block, part) not in self._missing:
             stored = ", ".join(found.linear.state_dict())
-            raise UserError(
-                f"{where} comes twice, or is no part of a block under {found.scheme} ({stored})"
-            )
+            raise UserError(f"{where} comes twice, or is no part of a block under {found.scheme} ({stored})")
         target, shape = getattr(found.linear, part), self._shape(found, part)
         right_type = tensor.is_floating_point() if part in ("weight", "bias") else tensor.dtype == target.dtype
         if tuple(tensor.shape) != shape or not right_type:

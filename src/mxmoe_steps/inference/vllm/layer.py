@@ -54,46 +54,51 @@ class PackedLayer:
 
     def loaded(self) -> None:
         """Tell that routed experts, or a block of the shared one, are complete; once all are, choose what computes."""
-        if self.runner is None or (SHARED in self.schemes and len(self.shared) < len(BLOCKS)):
+        experts = self.experts
+        if experts is None or self.runner is None or (SHARED in self.schemes and len(self.shared) < len(BLOCKS)):
             return
-        assert self.experts is not None
         try:
             check_hardware(self.device, self.dtype)
-            self._move(dict(enumerate(self.experts)), nn.ModuleDict(self.shared))
-            self.experts = None
-            for linear in self.shared.values():  # vLLM's layers keep the modules
-                for tensor in (*linear.parameters(), *linear.buffers()):
-                    tensor.data = tensor.data.new_empty(0)
-            logger.info_once("mxmoe: experts run the GPU kernels")
+            self._move(dict(enumerate(experts)), nn.ModuleDict(self.shared))
         except UserError as error:
-            self._stay(self.experts, str(error))
+            self._stay(experts, str(error))
+            return
+        logger.info_once("mxmoe: experts run the GPU kernels")
+        self.experts = None
+        for linear in self.shared.values():  # vLLM's layers keep the modules
+            for tensor in (*linear.parameters(), *linear.buffers()):
+                tensor.data = tensor.data.new_empty(0)
 
     def _move(self, experts: dict[int, nn.Module], shared: nn.ModuleDict) -> None:
         """To the kernels; `UserError` where there are none, and nothing has changed then."""
-        if self.local is not None:
-            raise UserError("the kernels know no experts of other ranks")
-        run = partial(layer_on_kernels, family=self.family, activation=self.activation, device=self.device)
+        make = partial(layer_on_kernels, family=self.family, activation=self.activation, device=self.device)
+        elsewhere = self.local is not None
         if not shared:
-            self.compute = run(experts)
+            self.compute = make(experts, elsewhere=elsewhere)
             return
         module = self.runner.shared_experts and self.runner.shared_experts._layer
         gate = getattr(module, "expert_gate", None)
         if module is None or (gate is None) != (self.family.shared_gate is None):
             raise UserError("vLLM runs the shared expert outside of its MoE layer")
-        parallel = self.runner.moe_config
-        if parallel.dp_size == 1 and parallel.pcp_size == 1 and not parallel.is_sequence_parallel:
+        weight = None if gate is None else gate.weight.detach()
+        if not self._mixed_tokens():
             try:
-                self.compute = run({**experts, SHARED: shared}, gate=None if gate is None else gate.weight.detach())
-            except UserError:  # widths that do not fit
-                pass
+                self.compute = make({**experts, SHARED: shared}, gate=weight, elsewhere=elsewhere)
+            except UserError as error:
+                logger.info_once("mxmoe: the shared expert runs in a call of its own (%s)", str(error))
             else:
                 self.scale, self.runner.routed_scaling_factor = self.runner.routed_scaling_factor, 1.0
                 self.runner._shared_experts = None
                 self.runner._forward_entry = self.runner._select_forward()
                 return
-        alone = SharedExpert(run({0: shared}), gate)
-        self.compute = run(experts)
+        alone = SharedExpert(make({0: shared}), gate)
+        self.compute = make(experts, elsewhere=elsewhere)
         self.runner.shared_experts._layer = alone
+
+    def _mixed_tokens(self) -> bool:
+        """Whether routed experts also get tokens of other ranks, whose shared expert is run there."""
+        moe = self.runner.moe_config
+        return moe.dp_size > 1 or moe.is_sequence_parallel or getattr(moe, "pcp_size", 1) > 1
 
     def _stay(self, experts: MixedExperts, why: str) -> None:
         """Reference arithmetic."""
