@@ -8,12 +8,7 @@ import pytest
 import torch
 from checkpoints import make_checkpoint
 from packed import pack
-from vllm.model_executor.layers import utils
-
-from mxmoe_steps.inference import gpu
-from mxmoe_steps.inference.vllm import layer
-from mxmoe_steps.kernels.plan import LayerPlan
-from mxmoe_steps.schemes import BLOCKS, SHARED
+from stand_in import Kernels, stand_in
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(1))
@@ -48,47 +43,10 @@ def test_all_schemes_and_rotation(tmp_path: Path) -> None:
     assert difference(folder, TOKENS).mean() < TOLERANCE  # a code of 4 or 8 bits flips now and then
 
 
-class Kernels:
-    """`MoeLayer` in torch, exact, on the CPU."""
-
-    calls = 0
-
-    def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
-        self.plan, self.gate = plan, gate
-        numbers = [*range(plan.experts), *([SHARED] if plan.slices else [])]
-        self.weights = {(number, block): self._dense(read(number, block)) for number in numbers for block in BLOCKS}
-
-    @staticmethod
-    def _dense(block: Any) -> torch.Tensor:
-        return block.clone() if isinstance(block, torch.Tensor) else block.dequantize()
-
-    def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        gate, up, down = (self.weights[expert, block] for block in BLOCKS)
-        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
-
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        assert chosen.dtype == torch.int64
-        Kernels.calls += 1
-        out = torch.zeros_like(x)
-        for expert in range(self.plan.experts):
-            out += self._run(expert, x) * (weights * (chosen == expert)).sum(-1, keepdim=True)
-        if self.plan.slices:
-            out += self._run(SHARED, x) * (1 if self.gate is None else (x @ self.gate.T).sigmoid())
-        return out
-
-
-def _keep_order(linear: Any, **_: Any) -> None:
-    linear.cpu_linear = torch.nn.functional.linear
-
-
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> type[Kernels]:
     """As if the CPU were a Hopper GPU."""
-    monkeypatch.setattr(layer, "check_hardware", lambda *_: None)
-    # On a CPU vLLM packs 16-bit weights in an order of its own, and the kernels read that of a shared expert's gate.
-    monkeypatch.setattr(utils, "dispatch_cpu_unquantized_gemm", _keep_order)
-    monkeypatch.setattr(gpu, "MoeLayer", Kernels)
-    monkeypatch.setattr(Kernels, "calls", 0)
+    stand_in(monkeypatch.setattr)
     return Kernels
 
 
