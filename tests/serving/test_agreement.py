@@ -33,7 +33,7 @@ def test_the_embedded_model_compiled(demo: Path, demo_tokens: torch.Tensor) -> N
     assert difference(demo, demo_tokens, enforce_eager=False).max() < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "qwen3_moe", "olmoe", "glm4_moe", "dots1"])
+@pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "qwen3_moe", "olmoe", "glm4_moe", "gpt_oss", "dots1"])
 def test_every_family(family: str, tmp_path: Path) -> None:
     assert difference(tiny(tmp_path, family), TOKENS).max() < TOLERANCE
 

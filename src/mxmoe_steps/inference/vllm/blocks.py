@@ -4,6 +4,7 @@ Nothing here knows an engine. An engine hands over whole tensors of the checkpoi
 experts; what another rank keeps is dropped.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,11 @@ class Blocks:
             )
         target.copy_(self._share.of(tensor, part, block, found.scheme, found.shape[1]))
         del self._missing[expert, block, part]
+
+    def missing(self) -> Iterator[tuple[tuple[int, str, str], torch.Tensor]]:
+        """(expert, block, part) of all that has not come, and the tensor for this rank's share of it."""
+        for expert, block, part in self._missing:
+            yield (expert, block, part), getattr(self._blocks[expert, block].linear, part)
 
     def finish(self) -> None:
         """`UserError` unless all tensors have come and hold numbers."""

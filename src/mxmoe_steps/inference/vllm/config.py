@@ -14,8 +14,8 @@ from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 OLDEST, TOO_NEW = "0.25.1", "0.34"  # of vLLM
-REFUSED = {"gpt_oss": "vLLM's loader of this family reads its published files only"}
 
+FLAT_NAME = "packed_{}_{}_{}"  # of a parameter that loads a part of a block of an expert
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -70,9 +70,8 @@ class PackedConfig(QuantizationConfig):
         """vLLM tells the model's config."""
         self.model = hf_config.to_dict()
         family = self.model.get("model_type")
-        if family not in FAMILIES or family in REFUSED:
-            why = REFUSED.get(str(family), f"known are {', '.join(sorted(set(FAMILIES) - set(REFUSED)))}")
-            raise UserError(f"{model_name}: vLLM does not run packed {family} models: {why}")
+        if family not in FAMILIES:
+            raise UserError(f"{model_name}: model_type {family!r} is none of {', '.join(sorted(FAMILIES))}")
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """Our names of routed experts, the same for every family, to those that vLLM's model class looks up.
@@ -81,6 +80,9 @@ class PackedConfig(QuantizationConfig):
         """
         from vllm.model_executor.models.utils import WeightsMapper
 
+        if self.family.interleaved:  # vLLM's loader of gpt_oss looks parameters up by these names
+            flat = r".mlp.experts.routed_experts." + FLAT_NAME.format(r"\1", r"\2", r"\3")
+            return WeightsMapper(orig_to_new_regex={re.compile(r"\.mlp\.experts\.(\d+)\.(\w+)_proj\.(\w+)$"): flat})
         regex = {
             re.compile(rf"\.mlp\.experts\.(\d+)\.{block}_proj\."): rf".{module}.experts.\1.{name}."
             for module, *names in self.names

@@ -5,6 +5,7 @@ parameters stand under the names that it looks up, and their loaders hand each e
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.vllm.blocks import Blocks, Share
+from mxmoe_steps.inference.vllm.config import FLAT_NAME
 from mxmoe_steps.inference.vllm.layer import PackedLayer, packed_layer
 from mxmoe_steps.models.packed import MixedExpert, MixedExperts
 from mxmoe_steps.schemes import BLOCKS
@@ -84,6 +86,12 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
         for prefix in ("w13_", "w2_"):
             register_loaders(layer, prefix, params_dtype, loader)
+        if packed.family.interleaved:
+            for place, tensor in self.blocks.missing():
+                register_loader(layer, FLAT_NAME.format(*place), tensor.dtype, partial(self._load, place))
+
+    def _load(self, place: tuple[int, str, str], _: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        self.blocks.load(*place, loaded_weight)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that all have come."""
@@ -103,6 +111,11 @@ def register_loaders(layer: nn.Module, prefix: str, dtype: torch.dtype, loader: 
     """Empty parameters of ``layer`` under all names that a tensor may come by, each loaded by ``loader(part)``."""
     types = {"qweight": torch.uint8, "scales": torch.bfloat16, "zeros": torch.bfloat16, "weight": dtype, "bias": dtype}
     for part, kind in types.items():
-        parameter = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
-        set_weight_attrs(parameter, {"weight_loader": loader(part)})
-        layer.register_parameter(prefix + part, parameter)
+        register_loader(layer, prefix + part, kind, loader(part))
+
+
+def register_loader(layer: nn.Module, name: str, dtype: torch.dtype, load: Callable[..., Any]) -> None:
+    """An empty parameter of ``layer`` whose tensors go to ``load``."""
+    parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+    set_weight_attrs(parameter, {"weight_loader": load})
+    layer.register_parameter(name, parameter)
