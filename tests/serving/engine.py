@@ -23,7 +23,6 @@ SETTINGS = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_WORKER_MULTIPROCESSING_METHOD": "fork",  # ranks get what a test has replaced
 }
 OPTIONS = {
     "dtype": "float32",
@@ -34,6 +33,8 @@ OPTIONS = {
     "seed": 0,
     "skip_tokenizer_init": True,
 }
+
+ON_KERNELS = "MXMOE_TEST_ON_KERNELS"
 
 A16 = ("w4a16_g32", "w3a16_g32", "w2a16_g64", "w8a16", "w16a16", "w1a16_g32", "w4a16_g128_sym")
 ALL = (*A16, "w8a8", "w8a8_fp8", "w4a8_g32", "w4a4", "w4a8_g64_fp8")
@@ -78,24 +79,27 @@ def served(folder: Path | str, tokens: torch.Tensor, **options: Any) -> torch.Te
     return torch.tensor(found)
 
 
-def run_alone(folder: Path, tokens: torch.Tensor, work: Path, **options: Any) -> tuple[torch.Tensor | None, str]:
-    """`served` in a process of its own, and what that wrote; None where it failed."""
+def run_alone(
+    folder: Path, tokens: torch.Tensor, work: Path, on_kernels: bool = False, **options: Any
+) -> tuple[torch.Tensor | None, str]:
+    """`served` in a process of its own, and what that wrote; None where it failed. ``on_kernels``: see `stand_in`."""
     torch.save(tokens, work / "tokens.pt")
     command = [sys.executable, __file__, folder, work / "tokens.pt", work / "out.pt", json.dumps(options)]
+    environment = os.environ | SETTINGS | ({ON_KERNELS: "1"} if on_kernels else {})
     done = subprocess.run(
-        command, env=os.environ | SETTINGS, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     return (torch.load(work / "out.pt") if done.returncode == 0 else None), done.stdout
 
 
 def main() -> None:
-    """Command line; an option ``on_kernels`` is not vLLM's."""
-    folder, tokens, out, text = sys.argv[1:]
-    options = json.loads(text)
-    if options.pop("on_kernels", False):
-        stand_in()
-    torch.save(served(folder, torch.load(tokens), **options), out)
+    """Command line."""
+    folder, tokens, out, options = sys.argv[1:]
+    torch.save(served(folder, torch.load(tokens), **json.loads(options)), out)
 
+
+if __name__ in ("__main__", "__mp_main__") and ON_KERNELS in os.environ:  # and so in vLLM's ranks
+    stand_in()
 
 if __name__ == "__main__":
     main()
