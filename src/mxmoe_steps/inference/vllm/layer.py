@@ -76,7 +76,7 @@ class PackedLayer:
         if not shared:
             self.compute = make(experts, elsewhere=elsewhere)
             return
-        module = self.runner.shared_experts and self.runner.shared_experts._layer
+        module = self.runner._shared_experts and self.runner._shared_experts._layer
         gate = getattr(module, "expert_gate", None)
         if module is None or (gate is None) != (self.family.shared_gate is None):
             raise UserError("vLLM runs the shared expert outside of its MoE layer")
@@ -93,12 +93,12 @@ class PackedLayer:
                 return
         alone = SharedExpert(make({0: shared}), gate)
         self.compute = make(experts, elsewhere=elsewhere)
-        self.runner.shared_experts._layer = alone
+        self.runner._shared_experts._layer = alone
 
     def _mixed_tokens(self) -> bool:
         """Whether routed experts also get tokens of other ranks, whose shared expert is run there."""
-        moe = self.runner.moe_config
-        return moe.dp_size > 1 or moe.is_sequence_parallel or getattr(moe, "pcp_size", 1) > 1
+        parallel = self.runner.moe_config.moe_parallel_config
+        return parallel.dp_size > 1 or parallel.is_sequence_parallel or getattr(parallel, "pcp_size", 1) > 1
 
     def _stay(self, experts: MixedExperts, why: str) -> None:
         """Reference arithmetic."""

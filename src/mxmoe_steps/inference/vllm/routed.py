@@ -19,7 +19,7 @@ from mxmoe_steps.inference.vllm.blocks import Blocks, Share
 from mxmoe_steps.inference.vllm.config import FLAT_NAME
 from mxmoe_steps.inference.vllm.layer import PackedLayer, packed_layer
 from mxmoe_steps.models.packed import MixedExpert, MixedExperts
-from mxmoe_steps.schemes import BLOCKS
+from mxmoe_steps.schemes import BLOCKS, SHARED
 
 _SHARDS = {"w1": "gate", "w3": "up", "w2": "down"}
 
@@ -49,8 +49,14 @@ class PackedExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         """Packed experts of this rank, empty, on the current device, and parameters that load them."""
         packed, moe, parallel = self.packed, self.moe, self.moe.moe_parallel_config
-        if layer.apply_router_weight_on_input or moe.num_logical_experts != moe.num_experts:
-            raise UserError(f"layer {packed.number}: vLLM multiplies inputs by router weights, or copies experts")
+        stored = len(packed.schemes.keys() - {SHARED})
+        if moe.num_experts != stored:
+            raise UserError(
+                f"layer {packed.number}: vLLM has {moe.num_experts} routed experts, the checkpoint {stored}; packed ones"
+                " are neither copied nor fused with shared ones"
+            )
+        if layer.apply_router_weight_on_input:
+            raise UserError(f"layer {packed.number}: vLLM multiplies inputs by router weights; packed experts do not")
         share = Share(parallel.tp_rank, parallel.tp_size)
         inner, rotated, biased = moe.intermediate_size, packed.rotated, packed.family.biased
         shapes = {"gate": (inner, hidden_size), "up": (inner, hidden_size), "down": (hidden_size, inner)}
