@@ -3,10 +3,11 @@
 import numpy as np
 
 from mxmoe_steps.allocation.blocks import Blocks, Losses
-from mxmoe_steps.allocation.time_model import Profile, block_times, profile_of
-from mxmoe_steps.allocation.traffic import Traffic
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.estimate import estimate_profile, read_hardware
+from mxmoe_steps.timing.predict import block_times
+from mxmoe_steps.timing.profile import Profile, profile_of
+from mxmoe_steps.timing.traffic import Traffic
 
 SCHEMES = ("w2a16", "w3a16", "w4a16", "w4a8_fp8", "w8a16", "w8a8_fp8")
 MODELS = {  # layers, experts, top-k, hidden, expert width, shared expert's width

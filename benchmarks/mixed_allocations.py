@@ -96,11 +96,12 @@ def solve(path: Path) -> None:
     from mxmoe_steps.allocation.constraints import Constraints
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import pick_by_r
-    from mxmoe_steps.allocation.predict import mean_layer_us
-    from mxmoe_steps.allocation.time_model import block_times, profile_of, step_phases, timing_schemes
-    from mxmoe_steps.allocation.traffic import Traffic
     from mxmoe_steps.profile import fit_profile
     from mxmoe_steps.timing.estimate import measured_file
+    from mxmoe_steps.timing.layer import step_phases
+    from mxmoe_steps.timing.predict import block_times, mean_layer_us
+    from mxmoe_steps.timing.profile import profile_of, timing_schemes
+    from mxmoe_steps.timing.traffic import Traffic
 
     lines: list[str] = []
     schemes = (*sorted(map(parse_scheme, SCHEMES)), ORIGINAL)

@@ -34,7 +34,6 @@ import torch
 from group_gemm import REPEATS, ROUNDS, Step, kernel_of, random_weights, torch_runs
 from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation, Case, read_allocations, solve
 
-from mxmoe_steps.allocation.time_model import block_work
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
 from mxmoe_steps.kernels.build import build
@@ -43,11 +42,12 @@ from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table, processors
 from mxmoe_steps.kernels.layouts import KernelWeights
 from mxmoe_steps.schemes import Scheme, parse_scheme
+from mxmoe_steps.timing.model import block_work
 from mxmoe_steps.timing.timer import Timer
 
 VARIANTS = ("fused", "heaviest first", "apart", "streams", "streams, SMs split")
 CHECKED_ROWS = 300  # of a problem
-MOST_ERROR = 5e-3  # docs/kernels.md: fp8 sums over K = 14336 are off by 3.6e-3
+MOST_ERROR = 5e-3  # docs/measurements/accuracy.md: fp8 sums over K = 14336 are off by 3.6e-3
 REFERENCE = ("qwen1.5-moe+shared", "hot", {512: 379, 1024: 453, 8192: 2677})  # us; MxMoE's kernels, rebuilt for H100
 
 Problem = tuple[int, Format, int]  # expert, format, output column

@@ -16,13 +16,13 @@ import numpy as np
 from instances import MODELS, make_problem
 
 from mxmoe_steps.allocation.hull import lower_left_hull
-from mxmoe_steps.allocation.minimize import Point, minimize
+from mxmoe_steps.allocation.minimize import Solution, minimize
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation
 
 
 def plain_terms(problem: Problem, a: float, b: float):  # type: ignore[no-untyped-def]
-    """The textbook formulation: binaries (unit, group, choice) and per launch a time above both sides."""
+    """The textbook formulation: binaries (unit, bundle, choice) and per launch a time above both sides."""
     items = list(zip(*np.nonzero(problem.allowed), strict=True))
     return items, [a * problem.loss[item] for item in items], b
 
@@ -35,10 +35,10 @@ def by_cp_sat(problem: Problem, a: float, b: float, seconds: float) -> tuple[flo
     scale = 2**40 / (sum(np.sort(costs)[-problem.loss[..., 0].size :]) + 1e-300)
     model = cp_model.CpModel()
     x = {item: model.new_bool_var("") for item in items}
-    units, groups, choices, launches = problem.lead.shape
+    units, bundles, choices, launches = problem.lead.shape
     for unit in range(units):
-        for group in range(groups):
-            model.add_exactly_one(x[unit, group, c] for c in range(choices) if (unit, group, c) in x)
+        for bundle in range(bundles):
+            model.add_exactly_one(x[unit, bundle, c] for c in range(choices) if (unit, bundle, c) in x)
     model.add(sum(int(problem.bits[item]) * x[item] for item in items) <= problem.budget)
     times = []
     for unit in range(units if b else 0):
@@ -68,7 +68,7 @@ def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[floa
 
     items, costs, _ = plain_terms(problem, a, b)
     number = {item: index for index, item in enumerate(items)}
-    units, groups, _, launches = problem.lead.shape
+    units, bundles, _, launches = problem.lead.shape
     extra = 2 * units * launches if b else 0  # time and longest tile of every launch
     highs = highspy.Highs()
     for option, value in (("output_flag", False), ("threads", 1), ("mip_rel_gap", 1e-9), ("time_limit", seconds)):
@@ -99,8 +99,8 @@ def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[floa
             row(0, highspy.kHighsInf, [total, total + 1, *index],
                 [1, -1, *(-problem.compute[item][launch] for item in inside)])  # fmt: skip
             row(0, highspy.kHighsInf, [total, *index], [1, *(-problem.memory[item][launch] for item in inside)])
-            for group in range(groups):
-                own = members[unit, group]
+            for bundle in range(bundles):
+                own = members[unit, bundle]
                 row(0, highspy.kHighsInf, [total + 1, *own], [1, *(-problem.longest[items[i]][launch] for i in own)])
     highs.run()
     info = highs.getInfo()
@@ -109,25 +109,25 @@ def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[floa
     return info.objective_function_value + b * problem.constant_us, info.mip_gap
 
 
-def peers(problem: Problem, point: Point, seconds: float) -> str:
+def peers(problem: Problem, solution: Solution, seconds: float) -> str:
     """Cells for CP-SAT and HiGHS: time, or the gap at the limit; "!" if one claims better than ours."""
     cells = []
     for solver in (by_cp_sat, by_highs):
         started = time.perf_counter()
         try:
-            value, gap = solver(problem, point.a, point.b, seconds)
+            value, gap = solver(problem, solution.a, solution.b, seconds)
         except ImportError:
             cells.append("not installed")
             continue
         spent = time.perf_counter() - started
-        worse = value / point.value - 1
+        worse = value / solution.value - 1
         cell = f"{spent:.2f} s" if gap <= 1e-6 else f"limit {seconds:.0f} s, gap {gap:.1e}, {worse:.1e} worse"
         cells.append(cell + (" !" if worse < -1e-6 else ""))
     return " | ".join(cells)
 
 
-def point_rows(model: str, tokens: int, layers: int | None, seconds: float) -> None:
-    """One layer or a whole model: a point with linear time cost zero and one with the maxima."""
+def solution_rows(model: str, tokens: int, layers: int | None, seconds: float) -> None:
+    """One layer or a whole model: a solution with linear time cost zero and one with the maxima."""
     problem = make_problem(model, tokens, layers)
     label = f"{model}, {'one layer' if layers else 'whole model'}, {tokens} tokens"
     binaries = int(problem.allowed.sum())
@@ -136,11 +136,11 @@ def point_rows(model: str, tokens: int, layers: int | None, seconds: float) -> N
     for name in ("linear", "maximum"):
         weights = (1.0, 0.0) if first is None else (0.75 / first.loss, 0.5 / first.time_us)  # L is a root: r/2, 1-r
         started = time.perf_counter()
-        point = minimize(relaxation, *weights)
+        solution = minimize(relaxation, *weights)
         spent = time.perf_counter() - started
-        first = first or point
-        gap = 1 - point.bound / point.value
-        cells = f"{binaries} | {spent:.3f} s | {max(0, gap):.0e} | {peers(problem, point, seconds)}"
+        first = first or solution
+        gap = 1 - solution.bound / solution.value
+        cells = f"{binaries} | {spent:.3f} s | {max(0, gap):.0e} | {peers(problem, solution, seconds)}"
         print(f"| {label}, {name} | {cells} |", flush=True)
 
 
@@ -151,7 +151,7 @@ def hull_row(model: str, tokens: int, layers: int | None, gap: float) -> None:
     hull = lower_left_hull(problem, gap)
     spent = time.perf_counter() - started
     label = f"{model}, {'one layer' if layers else 'whole model'}, {tokens} tokens"
-    print(f"| {label} | {len(hull.points)} | {gap:.0e} | {spent:.1f} s |", flush=True)
+    print(f"| {label} | {len(hull.solutions)} | {gap:.0e} | {spent:.1f} s |", flush=True)
 
 
 def main() -> None:
@@ -159,13 +159,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="every frontier, longer limits for the peers")
     args = parser.parse_args()
-    print("| point | binaries | ours | gap | CP-SAT | HiGHS |\n|---|---|---|---|---|---|")
+    print("| solution | binaries | ours | gap | CP-SAT | HiGHS |\n|---|---|---|---|---|---|")
     for model in MODELS:
         for tokens in (64, 8192):
-            point_rows(model, tokens, 1, 60 if args.full else 5)
+            solution_rows(model, tokens, 1, 60 if args.full else 5)
     for model in MODELS if args.full else ("qwen1.5-moe", "qwen3-30b-a3b"):
         for tokens in (64, 512) if args.full else (512,):
-            point_rows(model, tokens, None, 60 if args.full else 20)
+            solution_rows(model, tokens, None, 60 if args.full else 20)
     print("\n| frontier | vertices | gap | time |\n|---|---|---|---|")
     for model in MODELS:
         for tokens in (64, 512, 8192):

@@ -1,15 +1,18 @@
 """The solver against enumeration on small random problems."""
 
 import itertools
+import pkgutil
 
 import numpy as np
 import pytest
 
+from mxmoe_steps import allocation
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.minimize import minimize, prove_by_cp_sat
 from mxmoe_steps.allocation.pick import Part, Vertex, objective, pick_by_r, pick_under_ceiling
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation
+from mxmoe_steps.provenance import closure
 
 R_VALUES = (0.0, 0.2, 0.5, 0.75, 0.9, 1.0)
 
@@ -18,15 +21,15 @@ def random_problem(seed: int) -> Problem:
     """A problem of at most a few thousand assignments, with ties, forbidden choices and active maxima."""
     generator = np.random.default_rng(seed)
     units, launches = [(1, 1), (2, 1), (1, 2), (3, 1)][seed % 4]
-    groups = int(generator.integers(1, 4 if units * launches > 1 else 7))
+    bundles = int(generator.integers(1, 4 if units * launches > 1 else 7))
     if units == 3:
-        groups = min(groups, 2)
-    choices = int(generator.integers(2, 5 if units * groups < 6 else 4))
-    shape = (units, groups, choices)
+        bundles = min(bundles, 2)
+    choices = int(generator.integers(2, 5 if units * bundles < 6 else 4))
+    shape = (units, bundles, choices)
     integers = seed % 3 == 0  # ties
     draw = (lambda size: generator.integers(0, 4, size).astype(float)) if integers else generator.random
-    bits = np.sort(generator.integers(1, 9, shape), axis=2) * generator.choice([1, 2, 8], (units, groups, 1))
-    loss = draw(shape) * (1.0 if integers else 10.0 ** generator.uniform(-3, 1, (units, groups, 1)))
+    bits = np.sort(generator.integers(1, 9, shape), axis=2) * generator.choice([1, 2, 8], (units, bundles, 1))
+    loss = draw(shape) * (1.0 if integers else 10.0 ** generator.uniform(-3, 1, (units, bundles, 1)))
     allowed = generator.random(shape) < 0.9
     allowed[..., 0] |= ~allowed.any(2)
     sets = np.zeros((*shape, choices), bool)
@@ -41,11 +44,11 @@ def random_problem(seed: int) -> Problem:
 
 def enumerate_all(problem: Problem) -> list[tuple[float, float]]:
     """(loss, time) of every feasible assignment."""
-    units, groups, _ = problem.loss.shape
-    options = [np.flatnonzero(row) for row in problem.allowed.reshape(units * groups, -1)]
+    units, bundles, _ = problem.loss.shape
+    options = [np.flatnonzero(row) for row in problem.allowed.reshape(units * bundles, -1)]
     found = []
     for picked in itertools.product(*options):
-        loss, time_us, bits = problem.evaluate(np.array(picked).reshape(units, groups))
+        loss, time_us, bits = problem.evaluate(np.array(picked).reshape(units, bundles))
         if bits <= problem.budget:
             found.append((loss, time_us))
     return found
@@ -53,11 +56,11 @@ def enumerate_all(problem: Problem) -> list[tuple[float, float]]:
 
 def as_part(problem: Problem, gap: float = 0.0) -> Part:
     hull = lower_left_hull(problem, gap)
-    vertices = [Vertex(p.loss, p.time_us, p.bits, 0.0, "") for p in hull.points]
-    for point in hull.points:
-        assert problem.evaluate(point.choice) == (point.loss, point.time_us, point.bits)
-        assert point.bits <= problem.budget
-        assert np.take_along_axis(problem.allowed, point.choice[..., None], 2).all()
+    vertices = [Vertex(p.loss, p.time_us, p.bits, 0.0, "") for p in hull.solutions]
+    for solution in hull.solutions:
+        assert problem.evaluate(solution.choice) == (solution.loss, solution.time_us, solution.bits)
+        assert solution.bits <= problem.budget
+        assert np.take_along_axis(problem.allowed, solution.choice[..., None], 2).all()
     return Part(vertices, hull.cuts)
 
 
@@ -88,11 +91,11 @@ def test_one_weighted_sum(seed):
     everything = enumerate_all(problem)
     relaxation = Relaxation(problem)
     for a, b in ((1.0, 1.0), (3.0, 0.1), (0.0, 1.0), (1.0, 0.0)):
-        point = minimize(relaxation, a, b)
+        solution = minimize(relaxation, a, b)
         best = min(a * loss + b * time_us for loss, time_us in everything)
-        assert point.value == pytest.approx(best, rel=1e-9)
-        assert point.bound <= best + 1e-9
-        assert point.bound == pytest.approx(best, rel=1e-9, abs=1e-9)
+        assert solution.value == pytest.approx(best, rel=1e-9)
+        assert solution.bound <= best + 1e-9
+        assert solution.bound == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -108,7 +111,7 @@ def test_ceiling_bound_holds(seed):
 
 
 def layer_sized_problem(seed: int, launches_overlap: float) -> Problem:
-    """Two launches of 40 and more groups; ``launches_overlap`` sets how close compute and memory are."""
+    """Two launches of 40 and more bundles; ``launches_overlap`` sets how close compute and memory are."""
     generator = np.random.default_rng(seed)
     shape = (2, 40, 5)
     bits = np.array([2, 3, 4, 6, 8]) * generator.choice([16, 64], (2, 40, 1))
@@ -132,10 +135,10 @@ def test_cp_sat_confirms_the_states(seed, overlap):
     relaxation = Relaxation(layer_sized_problem(seed, overlap))
     accurate = minimize(relaxation, 1.0, 0.0)
     for r in (0.9, 0.5):
-        point = minimize(relaxation, r / accurate.loss, (1 - r) / accurate.time_us)
-        proven = prove_by_cp_sat(relaxation, point)  # raises if CP-SAT finds a better one
-        assert proven.bound == pytest.approx(point.value, rel=1e-9)
-        assert point.bound == pytest.approx(point.value, rel=1e-9)
+        solution = minimize(relaxation, r / accurate.loss, (1 - r) / accurate.time_us)
+        proven = prove_by_cp_sat(relaxation, solution)  # raises if CP-SAT finds a better one
+        assert proven.bound == pytest.approx(solution.value, rel=1e-9)
+        assert solution.bound == pytest.approx(solution.value, rel=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -161,5 +164,11 @@ def test_costs_need_no_wall_clock():
     """The same problem gives the same bytes, however often."""
     problem = layer_sized_problem(0, 1.0)
     hulls = [lower_left_hull(problem, 0.0) for _ in range(2)]
-    assert [p.choice.tobytes() for p in hulls[0].points] == [p.choice.tobytes() for p in hulls[1].points]
+    assert [p.choice.tobytes() for p in hulls[0].solutions] == [p.choice.tobytes() for p in hulls[1].solutions]
     assert hulls[0].cuts == hulls[1].cuts
+
+
+def test_the_allocation_knows_no_kernels_and_no_time_model():
+    for module in pkgutil.iter_modules(allocation.__path__, "mxmoe_steps.allocation."):
+        needed = {name.split(".")[1] for name in closure(module.name) if "." in name}
+        assert not needed & {"kernels", "timing", "inference"}, module.name

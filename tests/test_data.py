@@ -180,7 +180,7 @@ def test_mix_interleaves_its_parts(tmp_path: Path) -> None:
     assert single.shape == (1, 8)
     with pytest.raises(UserError, match="text source 'a', test split: the text has 401 tokens and 60 sequences"):
         load_sequences(sources, "mix", "test", Bytes(), 8, 180, 0)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="its part 'mix' is a mix itself"):
+    with pytest.raises(UserError, match="its member 'mix' is a mix itself"):
         load_sequences(sources, "nested", "test", Bytes(), 8, 4, 0)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="'d' is not defined; known are a, b, c"):
         load_sequences(sources, "d", "test", Bytes(), 8, 4, 0)  # type: ignore[arg-type]

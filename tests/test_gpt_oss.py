@@ -248,9 +248,9 @@ def test_a_nan_bias_is_named(checkpoint: Path, captured: Any, tmp_path: Path) ->
     tensors[name][2, 5] = float("nan")  # an odd column is up's
     save_file(tensors, file, metadata={"format": "pt"})
     folder = open_model(tmp_path / "model")
-    assert read_block(folder, 1, range(4), "gate", part="bias").shape == (4, 160)
+    assert read_block(folder, 1, range(4), "gate", parameter="bias").shape == (4, 160)
     with pytest.raises(UserError, match="layer 1, expert 2, up: the biases hold NaN or infinity"):
-        read_block(folder, 1, range(4), "up", part="bias")
+        read_block(folder, 1, range(4), "up", parameter="bias")
 
 
 def test_an_mxfp4_checkpoint_is_dequantized_as_the_error_says(

@@ -8,6 +8,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.layouts import kernel_weights, original_weights, quantized_weight
+from mxmoe_steps.quantizers.grid import round_to_nearest
 
 BORROWERS = ["w4a16_g-1_asym", "w4a16_g-1_sym", "w1a16", "w1a16_g128_sym", "w4a8_g-1_sym"]
 QUANTIZED = [format_ for format_ in FORMATS if not format_.original]
@@ -41,6 +42,16 @@ def test_every_bit_of_a_word_is_a_bit_of_one_code(format_: Format) -> None:
         assert field.low == len(taken)
         taken += [32 * field.word + field.shift + bit for bit in range(field.width)]
     assert torch.equal(torch.cat(taken).sort().values, torch.arange(64 * format_.bits))
+
+
+@pytest.mark.parametrize("format_", [f for f in FORMATS if f.decoded], ids=lambda format_: format_.name)
+def test_words_are_made_where_the_weights_are(format_: Format) -> None:
+    """No tensor of the processor's meets the weights: on a GPU that is an error, as it is on the meta device."""
+    at = torch.zeros(64, dtype=torch.int64, device="meta")
+    places = [tensor for field in format_.fields(at, at, at) for tensor in (field.word, field.shift)]
+    if format_.grouped:
+        places.append(format_.numbers(round_to_nearest(torch.empty(128, 256, device="meta"), format_.scheme)))
+    assert {tensor.device.type for tensor in places} == {"meta"}
 
 
 def test_split_six_bit_codes_match_their_diagram() -> None:

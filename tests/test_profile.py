@@ -17,7 +17,9 @@ from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.tables import MEASUREMENTS, PROFILE, read_table, write_table
 from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, read_hardware, roofline_kstep_us
-from mxmoe_steps.timing.fit import errors, features, fit, fit_constants, fit_tiles, held_out, predict
+from mxmoe_steps.timing.fit import errors, fit
+from mxmoe_steps.timing.fit_constants import features, fit_constants, held_out, predict
+from mxmoe_steps.timing.fit_tiles import fit_tiles
 from mxmoe_steps.timing.launches import kernel_configs, mixtures, problem_launches, tile_launches
 from mxmoe_steps.timing.sources import kernel_hashes
 

@@ -15,12 +15,14 @@ from mxmoe_steps import profile as profile_step
 from mxmoe_steps import solve as solve_step
 from mxmoe_steps.allocation.blocks import read_losses
 from mxmoe_steps.allocation.files import read_allocation
-from mxmoe_steps.allocation.time_model import block_times, layer_times, read_profile, timing_schemes
-from mxmoe_steps.allocation.traffic import sample_traffic
+from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import PHASES
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, PROFILE, read_table, write_table
+from mxmoe_steps.timing.predict import block_times
+from mxmoe_steps.timing.profile import read_profile, timing_schemes
+from mxmoe_steps.timing.traffic import sample_traffic
 
 SCHEMES = ("w2a16", "w4a16", "w8a8_fp8")
 

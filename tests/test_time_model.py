@@ -7,21 +7,18 @@ import pytest
 from synthetic import write_trace
 
 from mxmoe_steps.allocation.blocks import Blocks
-from mxmoe_steps.allocation.predict import mean_layer_us
-from mxmoe_steps.allocation.time_model import (
-    Profile,
-    block_times,
-    by_warp,
-    layer_times,
-    step_phases,
-    tile_counts,
-    timing_schemes,
-)
-from mxmoe_steps.allocation.traffic import Traffic, sample_positions, sample_traffic
+from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
 from mxmoe_steps.kernels.formats import FORMATS
-from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.kernels.plan import plan_layer
+from mxmoe_steps.schemes import SHARED, parse_scheme
+from mxmoe_steps.timing.layer import cut_shared, step_phases
+from mxmoe_steps.timing.model import tile_counts
+from mxmoe_steps.timing.predict import block_times, mean_layer_us
+from mxmoe_steps.timing.profile import Profile, timing_schemes
+from mxmoe_steps.timing.shapes import MODELS, by_warp
+from mxmoe_steps.timing.traffic import Traffic, sample_positions, sample_traffic
 
 W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
 
@@ -93,9 +90,9 @@ def test_gate_up_and_down_may_run_kernels_of_different_phases():
     profile = replace(gpu(), sms=22, tiles=one_tile)
     times = block_times(wide, [W8], traffic, profile)
     assert times.compute[3:6, 0].tolist() == [pytest.approx(each) for each in (2 / 22, 2 / 22, 4 * 3 / 22)]
-    assert profile.shared_tiles(("latency", "decode"), [W8]) == [8]
+    assert profile.common_tiles(("latency", "decode"), [W8]) == [8]
     with pytest.raises(UserError, match="latency and decode kernels of these schemes have no token tile in common"):
-        replace(profile, tiles=one_tile | {("decode", W8): np.array([[16, 1, 1]])}).shared_tiles(
+        replace(profile, tiles=one_tile | {("decode", W8): np.array([[16, 1, 1]])}).common_tiles(
             ("latency", "decode"), [W8]
         )
 
@@ -183,3 +180,30 @@ def test_schemes_and_formats_agree_on_how_split_tiles_multiply() -> None:
     for one in FORMATS:
         for other in FORMATS:
             assert by_warp(parse_scheme(each.name) for each in (one, other)) == DEFAULT.by_warp((one, other))
+
+
+@pytest.mark.parametrize("shape", MODELS, ids=[one.model for one in MODELS])
+@pytest.mark.parametrize("scheme", [W4, W8])
+def test_launches_are_those_that_a_layer_plans(shape, scheme) -> None:
+    wide = shape.slices * shape.intermediate
+    experts = [*([SHARED] if shape.slices else []), *range(shape.experts)]
+    plan = plan_layer(dict.fromkeys(experts, (scheme,) * 3), shape.hidden, shape.intermediate, wide)
+    assert plan.slices == shape.slices
+    expert, kind = (each.ravel() for each in np.meshgrid(experts, np.arange(3), indexing="ij"))
+    width = np.where(expert == SHARED, wide, shape.intermediate)
+    out, inner = np.where(kind == 2, shape.hidden, width), np.where(kind == 2, width, shape.hidden)
+    blocks = Blocks(np.zeros(len(expert), np.int64), expert, kind, out, inner)
+    slices, *size = cut_shared(blocks)
+    assert slices.tolist() == np.where(expert == SHARED, max(shape.slices, 1), 1).tolist()
+    assert {tuple(one) for one in np.stack(size, 1)[kind < 2].tolist()} == {shape.size("gate_up")}
+    for tokens in (1, 4, 16, 100, 8192):
+        routed = np.zeros((1, 1, shape.experts), np.int64)
+        routed[0, 0, 0] = tokens * shape.top_k
+        traffic = Traffic((0,), tokens, routed, np.ones(routed.shape))
+        rows = tokens * shape.top_k
+        planned = [
+            DEFAULT.phase_for(rows, plan.experts, plan.slices, one.strips, 132, DEFAULT.by_warp(one.formats))
+            for one in (plan.gate_up, plan.down)
+        ]
+        shaped = [shape.launch(b).phase(rows, 132, [scheme]) for b in ("gate_up", "down")]
+        assert planned == shaped == [*step_phases(blocks, traffic, [scheme], 132)]

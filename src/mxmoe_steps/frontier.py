@@ -27,9 +27,10 @@ def frontier(args: argparse.Namespace) -> None:
     from mxmoe_steps.allocation.files import write_frontier
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import Part
-    from mxmoe_steps.allocation.time_model import block_times, read_profile, step_phases, timing_schemes
-    from mxmoe_steps.allocation.traffic import sample_traffic
     from mxmoe_steps.schemes import ORIGINAL, parse_scheme
+    from mxmoe_steps.timing.predict import times_by_tile
+    from mxmoe_steps.timing.profile import read_profile, timing_schemes
+    from mxmoe_steps.timing.traffic import sample_traffic
 
     constraints = parse_constraints(args.fix, args.min_bits, args.time_as, args.max_schemes, args.tie_gate_up)
     try:
@@ -58,15 +59,7 @@ def frontier(args: argparse.Namespace) -> None:
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
     used = [kernel for kernel, scheme in zip(kernels, losses.schemes, strict=True) if scheme in {*candidates, *fixed}]
     alone = args.granularity in ("layer", "uniform") and not fixed and not args.shared_tile
-    tiles: list[int | None] = [None]
-    if args.shared_tile:
-        tiles = [*profile.shared_tiles(step_phases(losses.blocks, traffic, used, profile.sms), used)]
-    times = {
-        tile: block_times(
-            losses.blocks, kernels, traffic, profile.only_tile(tile) if tile else profile, None if alone else used
-        )
-        for tile in tiles
-    }
+    times = times_by_tile(losses.blocks, kernels, traffic, profile, None if alone else used, args.shared_tile)
     whole = args.scope == "model" or args.granularity == "uniform"
     layers = np.unique(losses.blocks.layer).tolist()
     masks = [np.ones(len(losses.blocks), bool)] if whole else [losses.blocks.layer == layer for layer in layers]

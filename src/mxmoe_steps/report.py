@@ -21,10 +21,10 @@ _VARIES = 1.05  # predicted times that differ by less than this factor are calle
 def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
     from mxmoe_steps.allocation.blocks import read_losses
-    from mxmoe_steps.allocation.predict import Tables, mean_layer_us
-    from mxmoe_steps.allocation.time_model import read_profile
-    from mxmoe_steps.allocation.traffic import sample_traffic
     from mxmoe_steps.reporting.figures import spread
+    from mxmoe_steps.timing.predict import Tables, mean_layer_us
+    from mxmoe_steps.timing.profile import read_profile
+    from mxmoe_steps.timing.traffic import sample_traffic
 
     losses = read_losses(args.losses, "out_sq", False)
     blocks = losses.blocks

@@ -1,1 +1,1 @@
-"""Allocation of schemes to blocks: time model, exact weighted-sum solver, frontier, files."""
+"""Allocation of schemes to blocks: exact weighted-sum solver, frontier, files. Times come from `timing`, as numbers."""

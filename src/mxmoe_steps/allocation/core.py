@@ -22,7 +22,7 @@ class Core:
     The bound is the dual's, raised by ``shift`` [U], for each unit the least amount that its launches' maxima add.
 
     Modes are those with a cost within the limit, K of them: their ``mode_cost`` [K] above the unit's cheapest,
-    the ``item_cost`` [K, G, C] of a choice above its group's cheapest, and which choices are ``alive``.
+    the ``item_cost`` [K, N, C] of a choice above its bundle's cheapest, and which choices are ``alive``.
     """
 
     def __init__(self, problem: Problem, dual: Dual, limit: float, shift: NDArray[np.float64]) -> None:
@@ -42,7 +42,7 @@ class Core:
         start = np.flatnonzero(np.r_[True, self.unit[1:] != self.unit[:-1]])
         ends = np.r_[start[1:], len(self.unit)]
         self.base_mode = np.array([i + self.mode_cost[i:j].argmin() for i, j in zip(start, ends, strict=True)])
-        self.base = values[self.base_mode].argmin(2)  # [U, G]: the cheapest assignment
+        self.base = values[self.base_mode].argmin(2)  # [U, N]: the cheapest assignment
         self.base_bits = int(np.take_along_axis(problem.bits, self.base[..., None], 2).sum())
         self.room = problem.budget - self.base_bits
 

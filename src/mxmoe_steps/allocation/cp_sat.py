@@ -43,20 +43,20 @@ def solve_by_cp_sat(
         model.add_exactly_one(flags)
         cost += zip(flags, dual.b * ((caps - base_cap) * split).sum(1), strict=True)
         leads = [(one, np.zeros(len(split))), *zip(flags, caps, strict=True)]
-        for group in range(core.base.shape[1]):
-            base = int(core.base[unit, group])
-            options = np.flatnonzero(core.alive[modes, group].any(0)).tolist()
+        for bundle in range(core.base.shape[1]):
+            base = int(core.base[unit, bundle])
+            options = np.flatnonzero(core.alive[modes, bundle].any(0)).tolist()
             if options == [base]:
-                leads.append((one, problem.lead[unit, group, base]))
+                leads.append((one, problem.lead[unit, bundle, base]))
                 continue
-            taken = choices[unit, group] = {option: model.new_bool_var("") for option in options}
+            taken = choices[unit, bundle] = {option: model.new_bool_var("") for option in options}
             model.add_exactly_one(taken.values())
             for option, variable in taken.items():
-                cost.append((variable, values[group, option] - values[group, base]))
-                used.append((variable, int(problem.bits[unit, group, option] - problem.bits[unit, group, base])))
-                leads.append((variable, problem.lead[unit, group, option]))
+                cost.append((variable, values[bundle, option] - values[bundle, base]))
+                used.append((variable, int(problem.bits[unit, bundle, option] - problem.bits[unit, bundle, base])))
+                leads.append((variable, problem.lead[unit, bundle, option]))
                 for flag, mode in zip(flags, modes.tolist(), strict=True):
-                    if not core.alive[mode, group, option]:
+                    if not core.alive[mode, bundle, option]:
                         model.add_implication(variable, flag.negated())
         for launch, mu in enumerate(split):
             for rate in (dual.b * (1 - mu), -dual.b * mu):
@@ -99,6 +99,6 @@ def solve_by_cp_sat(
     if status == cp_model.UNKNOWN:
         return max(0.0, proven), None
     choice = core.base.copy()
-    for (unit, group), taken in choices.items():
-        choice[unit, group] = next(option for option, variable in taken.items() if solver.value(variable))
+    for (unit, bundle), taken in choices.items():
+        choice[unit, bundle] = next(option for option, variable in taken.items() if solver.value(variable))
     return max(0.0, proven), choice

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mxmoe_steps.allocation.minimize import Point, minimize, prove_by_cp_sat
+from mxmoe_steps.allocation.minimize import Solution, minimize, prove_by_cp_sat
 from mxmoe_steps.allocation.pick import corners, envelope
 from mxmoe_steps.allocation.problem import Problem
 from mxmoe_steps.allocation.relaxation import Relaxation
@@ -16,7 +16,7 @@ ON_EDGE = 1e-10  # relative distance below a hull edge that counts as on it
 class Hull:
     """Vertices by rising loss, and proven half-planes a x loss + b x time >= bound as (a, b, bound)."""
 
-    points: list[Point]
+    solutions: list[Solution]
     cuts: list[tuple[float, float, float]]
 
 
@@ -31,26 +31,26 @@ def lower_left_hull(problem: Problem, gap: float, workers: int = 1, prove: bool 
     cuts: list[tuple[float, float, float]] = []
     fastest = _end(relaxation, 0.0, cuts, gap, workers)
     accurate = _end(relaxation, 1.0, cuts, gap, workers)
-    points = [accurate]
+    solutions = [accurate]
     edges = [(accurate, fastest)]  # still to refine, the one of least loss last
     while edges:
         left, right = edges.pop()
         a, b = left.time_us - right.time_us, right.loss - left.loss
-        if a <= 0 or b <= 0:  # the same point, up to ties
+        if a <= 0 or b <= 0:  # the same solution, up to ties
             continue
         chord = a * left.loss + b * left.time_us
         if gap and min(a * loss + b * time_us for loss, time_us in corners(cuts)) >= chord * (1 - gap):
-            points.append(right)
+            solutions.append(right)
             continue
         middle = minimize(relaxation, a / chord, b / chord, gap / 2, workers)
         cuts.append((middle.a, middle.b, middle.bound))
         if middle.value < 1 - ON_EDGE and left.loss < middle.loss < right.loss:
             edges += [(middle, right), (left, middle)]
         else:
-            points.append(right)
+            solutions.append(right)
     if prove:
-        points = [prove_by_cp_sat(relaxation, point, workers) for point in points]
-    return Hull(points, envelope(cuts))
+        solutions = [prove_by_cp_sat(relaxation, solution, workers) for solution in solutions]
+    return Hull(solutions, envelope(cuts))
 
 
 def require_reachable(relaxation: Relaxation) -> None:
@@ -65,7 +65,7 @@ def require_reachable(relaxation: Relaxation) -> None:
 
 def _end(
     relaxation: Relaxation, share: float, cuts: list[tuple[float, float, float]], gap: float, workers: int
-) -> Point:
+) -> Solution:
     """Least loss (share 1) or least time (share 0), ties broken by the other quantity."""
     first = minimize(relaxation, share, 1 - share, gap / 2, workers)
     cuts.append((share, 1 - share, first.bound))

@@ -18,8 +18,8 @@ CP_SAT_RAISE = 8.0
 
 
 @dataclass(frozen=True)
-class Point:
-    """An assignment [U, G] with its loss, time (microseconds), bits and the proven bound of its direction."""
+class Solution:
+    """An assignment [U, N] with its loss, time (microseconds), bits and the proven bound of its direction."""
 
     choice: NDArray[np.int64]
     loss: float
@@ -60,7 +60,7 @@ def _raise_shift(core: Core, assignment: NDArray[np.int64], known: list[int], ne
     return [int(unit) for unit in flipped]
 
 
-def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, workers: int = 1) -> Point:
+def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, workers: int = 1) -> Solution:
     """The assignment of least a x loss + b x time within the budget.
 
     ``gap``: relative distance to the bound at which the search may stop; 0 asks for the optimum.
@@ -82,38 +82,39 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
         core = Core(problem, dual, min(limit, value - base), shift)
         if by_states:
             whole = {unit: whole_stage(core, unit) for unit in balanced}
-            proven, found = solve_by_states(core, whole)
+            proven, assignment = solve_by_states(core, whole)
         else:
-            proven, found = solve_by_cp_sat(core, near / 2, BRIEF_WORK if gap else WORK, workers)
+            proven, assignment = solve_by_cp_sat(core, near / 2, BRIEF_WORK if gap else WORK, workers)
         bound = max(bound, base + proven)
-        if found is None:
+        if assignment is None:
             if proven < core.limit:  # out of work
                 break
             limit *= RAISE if by_states else CP_SAT_RAISE
             continue
         relaxation.distance = proven / scale if scale else 0.0
-        if _value(problem, dual, found) < value:
-            value, choice = _value(problem, dual, found), found
+        if _value(problem, dual, assignment) < value:
+            value, choice = _value(problem, dual, assignment), assignment
         if not by_states:
             break
-        flipped = _raise_shift(core, found, balanced, near)
+        flipped = _raise_shift(core, assignment, balanced, near)
         by_states = bool(flipped)
         balanced += flipped
         bound = max(bound, dual.bound + float(shift.sum()))
         limit = first_limit if by_states else limit
     loss, time_us, bits = problem.evaluate(choice)
-    return Point(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)
+    return Solution(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)
 
 
-def prove_by_cp_sat(relaxation: Relaxation, point: Point, workers: int = 1) -> Point:
-    """``point`` with the bound that CP-SAT proves on the core up to its value; a better one is a `RuntimeError`."""
+def prove_by_cp_sat(relaxation: Relaxation, solution: Solution, workers: int = 1) -> Solution:
+    """``solution`` with the bound that CP-SAT proves on the core up to its value; a better one is a `RuntimeError`."""
     problem = relaxation.problem
-    dual = relaxation.solve(point.a, point.b)
-    constant = point.b * problem.constant_us
-    above = point.value - constant - dual.bound
+    dual = relaxation.solve(solution.a, solution.b)
+    constant = solution.b * problem.constant_us
+    above = solution.value - constant - dual.bound
     limit = above + EXACT * (abs(dual.bound) + constant)
-    proven, found = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers=workers)
-    if found is not None and _value(problem, dual, found) + constant < point.value * (1 - 1e-9):
-        raise RuntimeError(f"CP-SAT found {_value(problem, dual, found) + constant!r}, the states {point.value!r}")
+    proven, assignment = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers=workers)
+    value = solution.value if assignment is None else _value(problem, dual, assignment) + constant
+    if value < solution.value * (1 - 1e-9):
+        raise RuntimeError(f"CP-SAT found {value!r}, the states {solution.value!r}")
     bound = dual.bound + proven + constant
-    return replace(point, bound=min(point.value, max(bound, dual.bound + constant)))
+    return replace(solution, bound=min(solution.value, max(bound, dual.bound + constant)))

@@ -9,7 +9,7 @@ from mxmoe_steps.allocation.files import DIGITS
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.pick import Part, Vertex, corners, envelope
 from mxmoe_steps.allocation.problem import build_problem
-from mxmoe_steps.allocation.time_model import Times
+from mxmoe_steps.allocation.times import Times
 from mxmoe_steps.schemes import Scheme
 
 
@@ -30,31 +30,31 @@ def part_frontier(
     ``times`` has one entry, key None, or one per token tile when the whole kernel shares a tile: then the
     frontier is the hull of the tiles' frontiers.
     """
-    found = []
+    frontiers = []
     for tile, tile_times in times.items():
         problem, place, scheme = build_problem(
             losses, candidates, tile_times, granularity, budget_bits, constraints, mask
         )
         hull = lower_left_hull(problem, gap, workers, prove)
         vertices = []
-        for point in hull.points:
-            chosen = point.choice[place[:, 0], place[:, 1]]
-            columns = scheme[np.arange(len(place)), chosen]
-            price = point.lam * problem.params / point.value if point.value else 0.0
+        for solution in hull.solutions:
+            choice = solution.choice[place[:, 0], place[:, 1]]
+            columns = scheme[np.arange(len(place)), choice]
+            price = solution.lam * problem.params / solution.value if solution.value else 0.0
             text = "".join(DIGITS[column] for column in columns)
-            vertices.append(Vertex(point.loss, point.time_us, point.bits, price, text, tile))
-        found.append(Part(vertices, hull.cuts))
-    return found[0] if len(found) == 1 else _merge(found)
+            vertices.append(Vertex(solution.loss, solution.time_us, solution.bits, price, text, tile))
+        frontiers.append(Part(vertices, hull.cuts))
+    return frontiers[0] if len(frontiers) == 1 else _merge(frontiers)
 
 
-def _merge(found: list[Part]) -> Part:
+def _merge(frontiers: list[Part]) -> Part:
     """The hull of several frontiers."""
     cuts = []
-    regions = [corners(part.cuts) for part in found]
-    for a, b, _ in {cut for part in found for cut in part.cuts}:
+    regions = [corners(part.cuts) for part in frontiers]
+    for a, b, _ in {cut for part in frontiers for cut in part.cuts}:
         cuts.append((a, b, min(a * loss + b * time_us for region in regions for loss, time_us in region)))
     hull: list[Vertex] = []
-    for vertex in sorted((v for part in found for v in part.vertices), key=lambda v: (v.loss_sum, v.time_us)):
+    for vertex in sorted((v for part in frontiers for v in part.vertices), key=lambda v: (v.loss_sum, v.time_us)):
         if hull and vertex.time_us >= hull[-1].time_us:
             continue
         while len(hull) > 1 and _above(hull[-2], hull[-1], vertex):

@@ -91,9 +91,9 @@ def pick_by_r(part: Part, r: float, power: float) -> tuple[Vertex, float, float]
         vertex = part.vertices[index]
         return (values[index] > best, vertex.loss_sum if r else vertex.time_us, vertex.time_us)
 
-    chosen = min(range(len(values)), key=order)
+    picked = min(range(len(values)), key=order)
     bound = min(objective(*corner, r, power) for corner in corners(part.cuts))
-    return part.vertices[chosen], values[chosen], min(bound, best)
+    return part.vertices[picked], values[picked], min(bound, best)
 
 
 def pick_under_ceiling(

@@ -9,7 +9,7 @@ from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.hull import require_reachable
 from mxmoe_steps.allocation.problem import build_problem
 from mxmoe_steps.allocation.relaxation import Relaxation
-from mxmoe_steps.allocation.time_model import LAUNCHES, Times
+from mxmoe_steps.allocation.times import Times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import Scheme
 
@@ -27,13 +27,13 @@ def check_reachable(
     bits = np.stack([[scheme.bits(features) for features in blocks.in_features.tolist()] for scheme in schemes], 1)
     weight_bits = np.rint(bits * blocks.params[:, None]).astype(np.int64)
     losses = Losses(blocks, schemes, np.zeros(shape), weight_bits, "none")
-    times = Times(np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros((LAUNCHES, len(schemes))))
+    times = Times.zeros(*shape)
     for granularity, budget in problems:
         whole = scope == "model" or granularity == "uniform"
-        layers = [np.ones(len(blocks), bool)] if whole else [blocks.layer == n for n in np.unique(blocks.layer)]
-        for part in layers:
+        masks = [np.ones(len(blocks), bool)] if whole else [blocks.layer == n for n in np.unique(blocks.layer)]
+        for mask in masks:
             try:
-                problem, *_ = build_problem(losses, candidates, times, granularity, budget, constraints, part)
+                problem, *_ = build_problem(losses, candidates, times, granularity, budget, constraints, mask)
                 require_reachable(Relaxation(problem))
             except UserError as error:
                 raise UserError(f"sweep, granularity {granularity}, budget_bits {budget}: {error}") from None

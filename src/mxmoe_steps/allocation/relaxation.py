@@ -1,10 +1,10 @@
 """Lower bounds: the Lagrangian dual of the budget and, inside every mode, of each launch's maximum.
 
 With a price ``lam`` per bit and a split ``mu`` of each launch's time (max(A, B) >= mu A + (1 - mu) B for mu in
-[0, 1]) the problem falls apart into units, modes and groups:
+[0, 1]) the problem falls apart into units, modes and bundles:
 
     bound(lam) = sum over units of min over modes of max over mu of
-                 sum over groups of min over choices (a q + lam w + b (mu compute + (1 - mu) memory))  +  b mu longest
+                 sum over bundles of min over choices (a q + lam w + b (mu compute + (1 - mu) memory))  +  b mu longest
                  - lam M
 
 It is concave in lam, and in mu for fixed lam. Both are climbed by intersecting tangents, exact for piecewise
@@ -38,7 +38,7 @@ class Dual:
 
 
 def mode_values(problem: Problem, dual: Dual, modes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Lagrangian cost of every choice inside the named modes, [K, G, C]; infinite where not allowed."""
+    """Lagrangian cost of every choice inside the named modes, [K, N, C]; infinite where not allowed."""
     unit, mask, _ = problem.modes
     of = unit[modes]
     values = dual.a * problem.loss[of] + dual.lam * problem.bits[of]
@@ -61,7 +61,7 @@ class Relaxation:
         self.fewest_bits = np.where(mask, problem.bits[unit], np.iinfo(np.int64).max).min(2).sum(1)
         frugal = [int(first + cost.argmin()) for first, cost in
                   zip(self.first, np.split(self.fewest_bits, self.first[1:]), strict=True)]  # fmt: skip
-        self.smallest = np.where(mask[frugal], problem.bits, np.iinfo(np.int64).max).argmin(2)  # [U, G]
+        self.smallest = np.where(mask[frugal], problem.bits, np.iinfo(np.int64).max).argmin(2)  # [U, N]
         self.smallest_bits = int(self.fewest_bits[frugal].sum())
         self.lam = 0.0
         self.distance = 0.0  # relative, from the last bound to the optimum: where the next search starts
@@ -127,11 +127,11 @@ class Relaxation:
                 break
             dual = Dual(a, b, 0.0, lam, split, self.cost)
             values = mode_values(problem, dual, modes)
-            chosen = values.argmin(2)[..., None]
-            cost = np.take_along_axis(values, chosen, 2)[..., 0].sum(1) + b * (split[modes] * cap[modes]).sum(1)
+            cheapest = values.argmin(2)[..., None]
+            cost = np.take_along_axis(values, cheapest, 2)[..., 0].sum(1) + b * (split[modes] * cap[modes]).sum(1)
             of = unit[modes]
-            lead = np.take_along_axis(problem.lead[of], chosen[..., None], 2)[:, :, 0].sum(1) + cap[modes]  # [K, J]
-            bits = np.take_along_axis(problem.bits[of], chosen, 2)[..., 0].sum(1)
+            lead = np.take_along_axis(problem.lead[of], cheapest[..., None], 2)[:, :, 0].sum(1) + cap[modes]  # [K, J]
+            bits = np.take_along_axis(problem.bits[of], cheapest, 2)[..., 0].sum(1)
             better = ~fresh[modes] | (cost > self.cost[modes])
             self.cost[modes[better]] = cost[better]
             self.split[modes[better]] = split[modes[better]]

@@ -19,20 +19,20 @@ Numbers = NDArray[np.float64] | NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Stage:
-    """One open decision: the choice of a group, or the mode or the whole assignment of a unit.
+    """One open decision: the choice of a bundle, or the mode or the whole assignment of a unit.
 
     ``cost`` [tags, options] depends on the mode, whose position among the unit's open ones is the tag.
     """
 
     unit: int
-    group: int  # MODE or WHOLE stand for the unit's mode and its whole assignment
+    bundle: int  # MODE or WHOLE stand for the unit's mode and its whole assignment
     cost: NDArray[np.float64]
     bits: NDArray[np.int64]  # [options], beyond those of the base
-    rows: NDArray[np.int64] | None = None  # WHOLE: choices of every group, [options, G]
+    choices: NDArray[np.int64] | None = None  # WHOLE: choices of every bundle, [options, N]
 
 
 def open_stages(core: Core, whole: dict[int, Stage]) -> list[Stage]:
-    """The open decisions, unit by unit: its stage in ``whole``, or its mode and then its groups."""
+    """The open decisions, unit by unit: its stage in ``whole``, or its mode and then its bundles."""
     stages = []
     for unit in range(len(core.base)):
         if unit in whole:
@@ -41,12 +41,12 @@ def open_stages(core: Core, whole: dict[int, Stage]) -> list[Stage]:
         modes = np.flatnonzero(core.unit == unit)
         if len(modes) > 1:
             stages.append(Stage(unit, MODE, core.mode_cost[modes][None], np.zeros(len(modes), np.int64)))
-        stages += group_stages(core, modes)
+        stages += bundle_stages(core, modes)
     return stages
 
 
-def group_stages(core: Core, modes: NDArray[np.int64]) -> list[Stage]:
-    """The groups of one unit that have a choice in the given modes of it, the dearest second choice first: cheap
+def bundle_stages(core: Core, modes: NDArray[np.int64]) -> list[Stage]:
+    """The bundles of one unit that have a choice in the given modes of it, the dearest second choice first: cheap
     decisions multiply states, and come when the limit leaves little."""
     unit = int(core.unit[modes[0]])
     alive = core.alive[modes]
@@ -54,20 +54,20 @@ def group_stages(core: Core, modes: NDArray[np.int64]) -> list[Stage]:
     cost = np.where(alive, core.item_cost[modes], np.inf)
     bits = core.problem.bits[unit]
     bits = np.where(some, bits - np.take_along_axis(bits, core.base[unit][:, None], 1), 0)
-    open_groups = np.flatnonzero(some.sum(1) > 1)
-    second = np.partition(cost[:, open_groups].min(0), 1)[:, 1] if len(open_groups) else open_groups
-    order = open_groups[np.argsort(-second, kind="stable")]
-    return [Stage(unit, group, cost[:, group], bits[group]) for group in order.tolist()]
+    open_bundles = np.flatnonzero(some.sum(1) > 1)
+    second = np.partition(cost[:, open_bundles].min(0), 1)[:, 1] if len(open_bundles) else open_bundles
+    order = open_bundles[np.argsort(-second, kind="stable")]
+    return [Stage(unit, bundle, cost[:, bundle], bits[bundle]) for bundle in order.tolist()]
 
 
 def whole_stage(core: Core, unit: int) -> Stage:
     """All assignments of a one-launch unit that may matter within the limit, at their true maxima."""
     limit = core.limit + core.shift[unit]
     found = [_assignments(core, unit, mode, limit, True) for mode in np.flatnonzero(core.unit == unit).tolist()]
-    cost, bits, rows = (np.concatenate(column) for column in zip(*found, strict=True))
+    cost, bits, choices = (np.concatenate(column) for column in zip(*found, strict=True))
     order = _undominated(np.zeros(len(cost), np.int64), bits, cost - core.dual.lam * bits)
     order = order[cost[order] <= limit]
-    return Stage(unit, WHOLE, cost[order][None] - core.shift[unit], bits[order], rows[order])
+    return Stage(unit, WHOLE, cost[order][None] - core.shift[unit], bits[order], choices[order])
 
 
 def least_excess(core: Core, unit: int) -> float:
@@ -80,28 +80,28 @@ def least_excess(core: Core, unit: int) -> float:
 def _assignments(
     core: Core, unit: int, mode: int, limit: float, by_bits: bool
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
-    """Cost and bits above the base and choices [n, G] of the assignments of a unit in one mode.
+    """Cost and bits above the base and choices [n, N] of the assignments of a unit in one mode.
 
     States are (bits, over, under), the last two the sides of max(A, B) with the reduced costs added; of two states
     (``by_bits``: with equal bits) one that is worse on both sides is dropped.
     """
     dual, problem = core.dual, core.problem
-    stages = group_stages(core, np.array([mode]))
+    stages = bundle_stages(core, np.array([mode]))
     split = float(dual.split[core.modes[mode], 0])
-    leads = dual.b * problem.lead[unit, :, :, 0]  # A - B, [G, C]
-    groups = np.arange(len(leads))
+    leads = dual.b * problem.lead[unit, :, :, 0]  # A - B, [N, C]
+    bundles = np.arange(len(leads))
     cheapest = core.item_cost[mode].argmin(1)
-    shut = np.isin(groups, [stage.group for stage in stages], invert=True)
-    extra = problem.bits[unit, groups, cheapest] - problem.bits[unit, groups, core.base[unit]]
+    shut = np.isin(bundles, [stage.bundle for stage in stages], invert=True)
+    extra = problem.bits[unit, bundles, cheapest] - problem.bits[unit, bundles, core.base[unit]]
     lead = np.full(1, dual.b * problem.modes[2][core.modes[mode], 0] + leads[shut, cheapest[shut]].sum())
     bits: NDArray[np.int64] = np.full(1, extra[shut].sum())
     cost = np.full(1, core.mode_cost[mode])
-    falls = _rest([leads[stage.group][core.alive[mode, stage.group]].min() for stage in stages])
-    rises = _rest([leads[stage.group][core.alive[mode, stage.group]].max() for stage in stages])
+    falls = _rest([leads[stage.bundle][core.alive[mode, stage.bundle]].min() for stage in stages])
+    rises = _rest([leads[stage.bundle][core.alive[mode, stage.bundle]].max() for stage in stages])
     history, kept = [], 1
     for stage, fall, rise in zip(stages, falls, rises, strict=True):
         new_cost = cost[:, None] + stage.cost
-        new_lead = lead[:, None] + leads[stage.group]
+        new_lead = lead[:, None] + leads[stage.bundle]
         flip = np.maximum((1 - split) * (new_lead + fall), -split * (new_lead + rise))  # the least still reachable
         parent, option = np.nonzero(new_cost + np.maximum(0, flip) <= limit)
         cost, lead = new_cost[parent, option], new_lead[parent, option]
@@ -113,12 +113,12 @@ def _assignments(
             parent, option = parent[order], option[order]
             kept = len(cost)
         history.append((parent, option))
-    rows = np.repeat(cheapest[None], len(cost), 0)
+    choices = np.repeat(cheapest[None], len(cost), 0)
     state = np.arange(len(cost))
     for stage, (parent, option) in zip(reversed(stages), reversed(history), strict=True):
-        rows[:, stage.group] = option[state]
+        choices[:, stage.bundle] = option[state]
         state = parent[state]
-    return cost + np.maximum((1 - split) * lead, -split * lead), bits, rows
+    return cost + np.maximum((1 - split) * lead, -split * lead), bits, choices
 
 
 def solve_by_states(core: Core, whole: dict[int, Stage]) -> tuple[float, NDArray[np.int64] | None]:
@@ -140,7 +140,7 @@ def solve_by_states(core: Core, whole: dict[int, Stage]) -> tuple[float, NDArray
         unused = np.maximum(0, room - new_bits - rise)  # at least
         parent, option = np.nonzero((new_cost + lam * unused <= limit) & (new_bits + fall <= room))
         cost, bits = new_cost[parent, option], new_bits[parent, option]
-        tag = option if stage.group == MODE else tag[parent]
+        tag = option if stage.bundle == MODE else tag[parent]
         if number + 1 == len(stages) or stages[number + 1].unit != stage.unit:
             tag = np.zeros_like(tag)
         order = _undominated(tag, bits, cost - lam * bits)
@@ -154,10 +154,10 @@ def solve_by_states(core: Core, whole: dict[int, Stage]) -> tuple[float, NDArray
     state = int(final.argmin())
     least, choice = float(final[state]), core.base.copy()
     for stage, (parent, option) in zip(reversed(stages), reversed(history), strict=True):
-        if stage.rows is not None:
-            choice[stage.unit] = stage.rows[option[state]]
-        elif stage.group != MODE:
-            choice[stage.unit, stage.group] = option[state]
+        if stage.choices is not None:
+            choice[stage.unit] = stage.choices[option[state]]
+        elif stage.bundle != MODE:
+            choice[stage.unit, stage.bundle] = option[state]
         state = parent[state]
     return least if exact else 0.0, choice
 

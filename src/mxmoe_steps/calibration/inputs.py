@@ -44,9 +44,9 @@ class LayerInputs:
         self.shared = tensors.get("shared")
         self.gradient = tensors.get("gradient")
         self._weights = tensors["weights"].flatten()
-        ids = tensors["ids"].flatten().long()
-        order = ids.argsort(stable=True)
-        self._places = order.split(ids.bincount(minlength=experts).tolist())  # places in ids [T x k], by expert
+        expert_ids = tensors["ids"].flatten().long()
+        order = expert_ids.argsort(stable=True)
+        self._places = order.split(expert_ids.bincount(minlength=experts).tolist())  # by expert: places in ids [T x k]
         self._top_k = tensors["ids"].shape[1]
 
     @classmethod
@@ -128,5 +128,5 @@ def _read(path: Path, experts: int, device: torch.device) -> dict[str, torch.Ten
     return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in tensors.items()}
 
 
-def _in_range(ids: torch.Tensor, experts: int) -> bool:
-    return bool((ids >= 0).all() and (ids < experts).all())
+def _in_range(expert_ids: torch.Tensor, experts: int) -> bool:
+    return bool((expert_ids >= 0).all() and (expert_ids < experts).all())

@@ -70,9 +70,9 @@ def check_tokens(tokens: npt.NDArray[np.int64], tokenizer: Any, where: str) -> N
             f"{where}: {share:.0%} of the tokens are {tokenizer.unk_token}, unknown to the tokenizer; is the text in a"
             " language of the model, and the tokenizer its own?"
         )
-    ids, counts = np.unique(flat, return_counts=True)
+    token_ids, counts = np.unique(flat, return_counts=True)
     if counts.max() > _MOST_OF_ONE * flat.size:
-        token = tokenizer.convert_ids_to_tokens(int(ids[counts.argmax()]))
+        token = tokenizer.convert_ids_to_tokens(int(token_ids[counts.argmax()]))
         raise UserError(
             f"{where}: {counts.max() / flat.size:.0%} of the tokens are {token!r}; name text that is more varied, and"
             " check that the tokenizer's files are complete"

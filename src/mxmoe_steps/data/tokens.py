@@ -78,9 +78,10 @@ def _stream(found: list[Document], tokenizer: "PreTrainedTokenizerBase", leading
             encoded[-1:] = _encode([batch[-1][:limit]], tokenizer)
         if limit < len(batch[-1]):
             del encoded[-1][-_UNSETTLED:]
-        for document, ids in zip(found[start:position], encoded, strict=True):
-            stream += ids[len(leading) :] if ids[: len(leading)] == leading else ids
-            closed = ids[-1:] == [end] if isinstance(document, str) else end in ids  # a template may go on after EOS
+        for document, token_ids in zip(found[start:position], encoded, strict=True):
+            stream += token_ids[len(leading) :] if token_ids[: len(leading)] == leading else token_ids
+            whole = isinstance(document, str)  # a template may go on after EOS
+            closed = token_ids[-1:] == [end] if whole else end in token_ids
             if not closed:
                 stream.append(end)
     return stream
@@ -115,7 +116,7 @@ def load_sequences(
 ) -> npt.NDArray[np.int64]:
     """Token ids [count, length] of the source called ``name``.
 
-    Sequence i of a mix comes from its part i modulo the number of parts. `UserError` names the
+    Sequence i of a mix comes from its member i modulo the number of members. `UserError` names the
     source; a mix may not hold another mix.
     """
     if name not in sources:
@@ -126,12 +127,14 @@ def load_sequences(
             return sequences(documents(source, split), tokenizer, length, count, seed)
         except UserError as error:
             raise UserError(f"text source {name!r}, {split} split: {error}") from error
-    parts = len(source.mix)
+    members = len(source.mix)
     rows = np.empty((count, length), dtype=np.int64)
-    for offset, part in enumerate(source.mix):
-        if isinstance(sources.get(part), MixText):
-            raise UserError(f"text source {name!r}: its part {part!r} is a mix itself; name that mix's parts instead")
-        share = len(range(offset, count, parts))
+    for offset, member in enumerate(source.mix):
+        if isinstance(sources.get(member), MixText):
+            raise UserError(
+                f"text source {name!r}: its member {member!r} is a mix itself; name that mix's members instead"
+            )
+        share = len(range(offset, count, members))
         if share:
-            rows[offset::parts] = load_sequences(sources, part, split, tokenizer, length, share, seed)
+            rows[offset::members] = load_sequences(sources, member, split, tokenizer, length, share, seed)
     return rows

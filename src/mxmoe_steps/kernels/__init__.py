@@ -1,7 +1,7 @@
-"""Mixed-precision grouped GEMM for Hopper: generated with CuTe DSL, compiled without a GPU, loaded by tvm_ffi.
+"""Mixed-precision grouped GEMM: generated with CuTe DSL, compiled without a GPU, loaded by tvm_ffi.
 
-`formats` names the weight formats and the kernel configurations (stdlib only), `layouts` arranges
-weights for them, `group_gemm` is the kernel, `build` compiles it ahead of time, `lint` reads the machine
-code, `launch` checks arguments and runs it, `reference` is the same mathematics in torch. Importing the
-package itself loads neither torch nor cutlass.
+`formats` registers the weight codes, a file each in `codes`; `architectures` the classes of GPUs, a room each, such as
+`sm90` with the kernel. `layouts` arranges weights, `build` compiles ahead of time, `lint` reads the machine code,
+`launch` checks arguments and runs, `reference` is the same mathematics in torch. Importing the package itself loads
+neither torch nor cutlass.
 """

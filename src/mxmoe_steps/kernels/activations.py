@@ -20,7 +20,7 @@ import cutlass
 from cutlass import BFloat16, Float32, Int32, cute
 from cutlass.memory import SmemAllocator
 
-from mxmoe_steps.kernels import rounding
+from mxmoe_steps.kernels import ptx, rounding
 from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.rounding import VECTOR
 
@@ -29,11 +29,6 @@ WARPS = THREADS // 32
 WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
 AT_ONCE = 8  # rows that a thread of `Combine` waits for together
-
-
-def as_it_is(pair: Int32) -> Int32:
-    """Two bfloat16 in a register: not one in each, which the compiler else makes of them when they are loaded."""
-    return cute.arch.inline_ptx("mov.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[pair])
 
 
 class Rows:
@@ -158,11 +153,7 @@ class SwiGlu(Rows):
         gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
         cute.autovec_copy(vectors[None, at], gate)
         cute.autovec_copy(vectors[None, at + steps], up)
-        values = cute.make_rmem_tensor((VECTOR,), Float32)
-        for j in cutlass.range_constexpr(VECTOR):
-            value = Float32(gate[j])
-            values[j] = value * rounding.sigmoid(value) * Float32(up[j])
-        eight.store(values.load().to(BFloat16))
+        eight.store(rounding.swiglu(gate, up).load())
 
 
 class Quantize(Rows):
@@ -233,9 +224,7 @@ class Quantize(Rows):
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
             for i in cutlass.range_constexpr(VECTOR // 2):
                 pair = rounding.larger(pair, held[i, j])
-        for step in (16, 8, 4, 2, 1):
-            pair = rounding.larger(pair, cute.arch.shuffle_sync_bfly(pair, step))
-        scales = rounding.Scales.of(rounding.magnitude(pair))
+        scales = rounding.Scales.of(rounding.magnitude(rounding.largest_of_warp(pair)))
         if lane == 0:
             rounding.store_scales(scales, mask, written, row)
         vector = rounding.Vector.make()
@@ -243,7 +232,7 @@ class Quantize(Rows):
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
             if lane + 32 * j < steps:
                 for i in cutlass.range_constexpr(VECTOR // 2):
-                    words[i] = as_it_is(held[i, j])
+                    words[i] = ptx.opaque(held[i, j])  # or the compiler makes two registers of it when it is loaded
                 rounding.encode(vector, mask, scales)
                 rounding.store(vector, mask, written, row, lane + 32 * j)
 

@@ -41,8 +41,8 @@ _TOKENS = (f"{__package__}.tokens", f"{__package__}.activations")
 
 def default_cache() -> Path:
     """``$MXMOE_KERNEL_CACHE``, or a folder in the user's cache."""
-    chosen = os.environ.get("MXMOE_KERNEL_CACHE")
-    return Path(chosen) if chosen else Path.home() / ".cache" / "mxmoe-steps" / "kernels"
+    folder = os.environ.get("MXMOE_KERNEL_CACHE")
+    return Path(folder) if folder else Path.home() / ".cache" / "mxmoe-steps" / "kernels"
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ def build(kernel: Kernel, cache: Path | None = None) -> Path:
         else:
             generator, arguments = _group_gemm(kernel)
             record["config"] = kernel.spec()
-        made = _compile(generator, arguments, architecture_of(kernel).target, folder)
+        compiled = _compile(generator, arguments, architecture_of(kernel).target, folder)
         write_json(library.with_suffix(".json"), record)
         next(folder.glob("*.cubin")).replace(library.with_suffix(".cubin"))
-        made.replace(library)  # last: a library is complete
+        compiled.replace(library)  # last: a library is complete
     return library
 
 
@@ -119,12 +119,12 @@ def runtime_library() -> Path:
 
 def _require_compiler() -> None:
     try:
-        found = metadata.version("nvidia-cutlass-dsl")
+        installed = metadata.version("nvidia-cutlass-dsl")
     except metadata.PackageNotFoundError:
         raise UserError("GPU kernels need the extra [cuda]: pip install 'mxmoe-steps[cuda]'") from None
-    if found != COMPILER:
+    if installed != COMPILER:
         raise UserError(
-            f"GPU kernels need nvidia-cutlass-dsl {COMPILER}, found {found}: pip install 'mxmoe-steps[cuda]'"
+            f"GPU kernels need nvidia-cutlass-dsl {COMPILER}, found {installed}: pip install 'mxmoe-steps[cuda]'"
         )
     if shutil.which("gcc") is None:
         raise UserError("building GPU kernels links with gcc, which is not on PATH")
@@ -193,8 +193,8 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
         return DispatchTokens(variant == "gated"), [bf16[0], chosen, row, needs, outputs, gating, count]
-    made = {"swiglu": SwiGlu, "quantize": Quantize}[kind]()
-    return made, [bf16[0], chosen, row, needs, outputs, count]
+    generator = {"swiglu": SwiGlu, "quantize": Quantize}[kind]()
+    return generator, [bf16[0], chosen, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:

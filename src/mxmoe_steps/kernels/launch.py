@@ -135,9 +135,9 @@ class GroupGemmKernel:
     ) -> None:
         config = self.config
         if [weight.format for weight in weights] != list(config.formats):
-            given = ", ".join(weight.format.name for weight in weights)
-            wanted = ", ".join(format_.name for format_ in config.formats)
-            raise UserError(f"weights are {given}; this kernel takes {wanted}, in that order")
+            names = ", ".join(weight.format.name for weight in weights)
+            expected = ", ".join(format_.name for format_ in config.formats)
+            raise UserError(f"weights are {names}; this kernel takes {expected}, in that order")
         if len({(weight.out_features, weight.in_features) for weight in weights}) > 1:
             shapes = ", ".join(f"[{weight.out_features}, {weight.in_features}]" for weight in weights)
             raise UserError(f"weights of one launch must have one shape; these have {shapes}")
@@ -197,8 +197,8 @@ class GroupGemm:
             return out
         tensors: list[torch.Tensor] = []
         for operand in self._operands:
-            given = activations[operand]
-            tensors += [given.values, self._one_scale if given.scales is None else given.scales]
+            tokens = activations[operand]
+            tensors += [tokens.values, self._one_scale if tokens.scales is None else tokens.scales]
         grid = self._grid if blocks is None else blocks - blocks % self._cluster
         counters = self._counters.of_current_stream()
         self._function((*tensors, *self._weights), self._problems, offsets, out, counters, self._features, grid)
@@ -223,8 +223,8 @@ def check_tensor(
 ) -> None:
     """`UserError` unless ``tensor`` is a contiguous ``kind`` on ``device``, of ``shape`` if one is given."""
     if tensor.dtype != kind or tensor.ndim != dimensions or (shape is not None and tuple(tensor.shape) != shape):
-        wanted = f"{dimensions}-dimensional" if shape is None else str(list(shape))
-        raise UserError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected {kind} {wanted}")
+        expected = f"{dimensions}-dimensional" if shape is None else str(list(shape))
+        raise UserError(f"{name}: {tensor.dtype} {list(tensor.shape)}; expected {kind} {expected}")
     if tensor.device != device:
         raise UserError(f"{name} are on {tensor.device}, out is on {device}")
     if not tensor.is_contiguous():

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
-from mxmoe_steps.kernels.codes.format import EDGE, HALF_ROWS, Format
+from mxmoe_steps.kernels.codes.format import EDGE, Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.limits import MAX_EXPERTS, OPERAND_MASKS
-from mxmoe_steps.kernels.shared import interleave
+from mxmoe_steps.kernels.shared import interleave, shared_slices, strips
 from mxmoe_steps.schemes import SHARED, Scheme
 
 Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
@@ -91,8 +91,8 @@ def plan_layer(
     experts = here + elsewhere
     slices = 0
     if SHARED in schemes:
-        slices, rest = divmod(shared, intermediate)
-        if rest:
+        slices = shared_slices(shared, intermediate)
+        if not slices:
             raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
     if experts + slices > MAX_EXPERTS:
         raise UserError(f"{experts} experts and {slices} shared; the sort kernel takes {MAX_EXPERTS} together")
@@ -140,6 +140,6 @@ def _plan_launch(
             counts[number] += 1
     order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
     gated = "gate_up" in columns
-    strips = len(columns) * (1 + gated) * (n // HALF_ROWS)
     in_order = tuple(problems[i] for i in order)
-    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), strips, gated)
+    in_strips = strips([n] * len(columns) * (1 + gated))
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), in_strips, gated)

@@ -29,3 +29,13 @@ def either(masked: list[tuple[Any, int]], then: str, *arguments: Any) -> Any:
     for place, (_, mask) in enumerate(masked[1:], count + 1):
         text += f"lop3.b32 t, {{$r{place}}}, {mask:#x}, t, 0xEA; "
     return compute(text + then, *arguments, *(word for word, _ in masked))
+
+
+def opaque(word: Any) -> Any:
+    """The same word, unknown to the compiler: what is derived from it is computed here, neither earlier nor in another
+    form. Emits no instruction."""
+    from cutlass import Int32
+    from cutlass._mlir.dialects import llvm
+    from cutlass.cutlass_dsl import T
+
+    return Int32(llvm.inline_asm(T.i32(), [word.ir_value()], "", "=r,0", has_side_effects=True))

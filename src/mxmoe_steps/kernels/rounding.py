@@ -40,6 +40,17 @@ def sigmoid(value: Float32) -> Float32:
     )
 
 
+def swiglu(gate: cute.Tensor, up: cute.Tensor) -> cute.Tensor:
+    """silu(gate) * up of bfloat16 in registers, in float32 and rounded once to bfloat16."""
+    values = cute.make_rmem_tensor((cute.size(gate),), Float32)
+    for e in range(cute.size(gate)):
+        value = Float32(gate[e])
+        values[e] = value * sigmoid(value) * Float32(up[e])
+    products = cute.make_fragment_like(values, BFloat16)
+    products.store(values.load().to(BFloat16))
+    return products
+
+
 def vectors(tensor: cute.Tensor, row: Int32) -> cute.Tensor:
     """Row ``row`` of ``tensor`` [rows, K] as (VECTOR, K / VECTOR)."""
     layout = cute.make_layout((VECTOR, tensor.shape[1] // VECTOR), stride=(1, VECTOR))
@@ -65,14 +76,20 @@ def magnitude(pair: Int32) -> Float32:
     )
 
 
+def largest_of_warp(largest: Int32) -> Int32:
+    """A pair of the largest magnitudes of the warp's pairs, in every lane."""
+    for step in (16, 8, 4, 2, 1):
+        largest = larger(largest, cute.arch.shuffle_sync_bfly(largest, step))
+    return largest
+
+
 @cute.jit
 def largest_of_block(largest: Int32, shared: cute.Tensor) -> Float32:
     """The largest magnitude of the block's pairs, in every thread; ``shared``: int32, one per warp."""
-    for step in (16, 8, 4, 2, 1):
-        largest = larger(largest, cute.arch.shuffle_sync_bfly(largest, step))
-    mine = cute.arch.warp_idx()  # a warp-wide exchange: not inside a branch
+    largest = largest_of_warp(largest)
+    warp = cute.arch.warp_idx()  # a warp-wide exchange: not inside a branch
     if cute.arch.lane_idx() == 0:
-        shared[mine] = largest
+        shared[warp] = largest
     cute.arch.sync_threads()
     for warp in cutlass.range_constexpr(cute.size(shared)):
         largest = larger(largest, shared[warp])

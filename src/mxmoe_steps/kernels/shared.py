@@ -1,9 +1,22 @@
-"""How the slices of a shared expert lie in a launch. Stdlib only."""
+"""How a shared expert is cut into slices, and how these lie in a launch. Stdlib only."""
 
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+
+from mxmoe_steps.kernels.codes.format import HALF_ROWS
 
 SHARED_SPREAD = 0.8  # part of a launch that slices of a shared expert are spread over: long tiles must not come last
+
+
+def shared_slices(shared: int, routed: int) -> int:
+    """Experts of the routed size that a shared expert runs as, widths or weights given; 0 if it is no multiple."""
+    slices, rest = divmod(shared, routed)
+    return 0 if rest else slices
+
+
+def strips(out_features: Iterable[int]) -> int:
+    """Strips of 64 weight rows in blocks of so many output features."""
+    return sum(-(-features // HALF_ROWS) for features in out_features)
 
 
 def interleave(kinds: Sequence[tuple[bool, Hashable]]) -> list[int]:

@@ -163,11 +163,11 @@ def check_output(model: StreamedModel, layer: int, output: torch.Tensor, found: 
     if not bad.any():
         return
     where = f"layer {layer}"
-    for hidden, ids, _ in found:
+    for hidden, expert_ids, _ in found:
         if hidden[bad].isfinite().all():
-            chosen = [set(row) for row in ids[bad].tolist()]
-            shared = set.intersection(*chosen)
-            where += f", experts {', '.join(map(str, sorted(shared or set.union(*chosen))))}"
+            routed_to = [set(row) for row in expert_ids[bad].tolist()]
+            common = set.intersection(*routed_to)
+            where += f", experts {', '.join(map(str, sorted(common or set.union(*routed_to))))}"
         else:
             where += ", before its experts"
     raise UserError(

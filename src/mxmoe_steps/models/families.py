@@ -39,7 +39,7 @@ class Family:
 
 PACKED_MODULES = ("mxmoe_steps.models.quantizer",)  # what a model that is not packed never runs
 
-Part = Literal["weight", "bias"]
+Parameter = Literal["weight", "bias"]
 
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # `mxmoe_steps.models.gating` computes them
 
@@ -68,7 +68,7 @@ FAMILIES: Mapping[str, Family] = {
 
 @dataclass(frozen=True)
 class Place:
-    """Where a checkpoint keeps a part of one linear block: in a tensor of its own, or in one of all experts.
+    """Where a checkpoint keeps a linear block's weight or bias: in a tensor of its own, or in one of all experts.
 
     The latter are ``gate_up_proj`` [E, 2I, H], gate's rows before up's, and ``down_proj`` [E, H, I]. Where they are
     ``interleaved`` they are ``gate_up_proj`` [E, H, 2I], whose even columns are gate's and odd ones up's, and
@@ -219,19 +219,19 @@ class ModelFolder:
         inner = self.family.shared if expert == SHARED else f"experts.{expert}"
         return f"model.layers.{layer}.{self.family.moe}.{inner}.{self.family.blocks[BLOCKS.index(block)]}.weight"
 
-    def place(self, layer: int, expert: int, block: str, part: Part = "weight") -> Place:
+    def place(self, layer: int, expert: int, block: str, parameter: Parameter = "weight") -> Place:
         """Where the block's weight, or its bias in a family that has them, is."""
         name = self.block_name(layer, expert, block)
         stacked = f"{moe_path(layer)}.experts.{'down_proj' if block == 'down' else 'gate_up_proj'}"
         if self.family.interleaved:
-            return Place(stacked if part == "weight" else f"{stacked}_bias", expert, block, interleaved=True)
+            return Place(stacked if parameter == "weight" else f"{stacked}_bias", expert, block, interleaved=True)
         if name in self.files or stacked not in self.files or expert == SHARED:
             return Place(name)
         return Place(stacked, expert, block)
 
-    def raw_block(self, layer: int, expert: int, block: str, part: Part = "weight") -> RawTensor:
+    def raw_block(self, layer: int, expert: int, block: str, parameter: Parameter = "weight") -> RawTensor:
         """The block's weight or bias as bytes of its file."""
-        place = self.place(layer, expert, block, part)
+        place = self.place(layer, expert, block, parameter)
         return place.raw(self.raw(place.tensor))
 
     @cached_property

@@ -113,11 +113,11 @@ class MixedExperts(nn.ModuleList):
         """[T, H], expert ids [T, k] and router weights [T, k] to the routed sum [T, H]."""
         return _packed_experts(self, hidden, top_k_index, top_k_weights, key=self.number)
 
-    def routed_sum(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def routed_sum(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the operator computes: one expert after another, each on its tokens."""
         result = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         for number, expert in enumerate(self):
-            token, slot = (chosen == number).nonzero(as_tuple=True)
+            token, slot = (expert_ids == number).nonzero(as_tuple=True)
             if len(token):
                 weighted = expert(hidden[token]).float() * weights[token, slot].unsqueeze(-1).float()
                 result.index_add_(0, token, weighted)
@@ -126,7 +126,7 @@ class MixedExperts(nn.ModuleList):
 
 # Which tokens an expert has is known on the host only after the GPU has said so: no CUDA graph can hold that.
 _packed_experts = define(
-    "packed_experts(Tensor hidden, Tensor chosen, Tensor weights, int number) -> Tensor",
+    "packed_experts(Tensor hidden, Tensor expert_ids, Tensor weights, int number) -> Tensor",
     MixedExperts.routed_sum,
     tags=(torch.Tag.cudagraph_unsafe,),
 )

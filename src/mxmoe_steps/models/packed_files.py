@@ -1,6 +1,6 @@
 """Whether a packed checkpoint is whole: the experts that ``config.json`` names and the headers of its files.
 
-transformers warns of tensors that are missing and leaves memory as it finds it in their place. Here every part of
+transformers warns of tensors that are missing and leaves memory as it finds it in their place. Here every tensor of
 every block has to be in the files, in its shape and type.
 """
 
@@ -17,7 +17,7 @@ from mxmoe_steps.models.raw import FLOATING, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 _FIX = "run the quantize step again"
-_STORED = {torch.uint8: ("U8",), torch.bfloat16: ("BF16",)}  # of packed parts; others are floating
+_STORED = {torch.uint8: ("U8",), torch.bfloat16: ("BF16",)}  # of packed blocks; others are floating
 
 
 def check_experts(model: Any, family: Family, blocks: Mapping[str, Mapping[str, Any]]) -> None:
@@ -53,25 +53,25 @@ def packed_blocks(model: Any, family: Family, layers: Iterable[int]) -> Iterator
 
 
 def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequence[str | Path]) -> None:
-    """`UserError` unless the headers of ``files`` hold every part of every expert block, and no other part."""
+    """`UserError` unless the headers of ``files`` hold every tensor of every expert block, and no other."""
     found: dict[str, RawTensor] = {}
     for file in files:
         found |= tensors_of(Path(file))
     folder = Path(files[0]).parent
     known = set()
     for layer, expert, block, path, module in packed_blocks(model, family, layers):
-        for part, expected in module.state_dict().items():
-            where = f"{folder}: layer {layer}, expert {expert}, {block}: {part}"
-            stored = found.get(f"{path}.{part}")
+        for name, expected in module.state_dict().items():
+            where = f"{folder}: layer {layer}, expert {expert}, {block}: {name}"
+            stored = found.get(f"{path}.{name}")
             if stored is None:
-                raise UserError(f"{where} is missing, no tensor {path}.{part}; {_FIX}")
-            dtypes = _STORED[expected.dtype] if isinstance(module, PackedLinear) and part != "bias" else FLOATING
+                raise UserError(f"{where} is missing, no tensor {path}.{name}; {_FIX}")
+            dtypes = _STORED[expected.dtype] if isinstance(module, PackedLinear) and name != "bias" else FLOATING
             if stored.shape != tuple(expected.shape) or stored.dtype not in dtypes:
                 raise UserError(
                     f"{where} is {stored.dtype} {list(stored.shape)} in {stored.file.name}, expected"
                     f" {' or '.join(dtypes)} {list(expected.shape)}; {_FIX}"
                 )
-            known.add(f"{path}.{part}")
+            known.add(f"{path}.{name}")
     inside = tuple(f"{moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner)
     for name in sorted(set(found) - known):
         if name.startswith(inside):

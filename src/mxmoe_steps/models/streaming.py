@@ -105,8 +105,8 @@ class StreamedModel:
             hf_quantizer=self._quantizer,
             weight_mapping=copy.deepcopy(self._conversions),
         )
-        with open_tensors(self.folder, names) as slices:
-            info, _ = convert_and_load_state_dict_in_model(self.model, slices, loading)
+        with open_tensors(self.folder, names) as tensors:
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, loading)
         for problems in (info.mismatched_keys, info.conversion_errors, info.error_msgs):
             for problem in problems:
                 raise UserError(f"{self.folder.path}: {module}: {problem} does not fit what config.json describes")

@@ -9,14 +9,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import ModelFolder, Part
+from mxmoe_steps.models.families import ModelFolder, Parameter
 from mxmoe_steps.models.gating import Gating, gating_of
 from mxmoe_steps.schemes import BLOCKS
 
 
 @contextlib.contextmanager
 def open_tensors(model: ModelFolder, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Unread slices of the named tensors (safetensors' ``get_slice``); each file is opened once.
+    """The named tensors, unread (safetensors' ``get_slice``); each file is opened once.
 
     `UserError` names a tensor that is missing, or a file that is missing, truncated or not safetensors.
     """
@@ -33,15 +33,15 @@ def open_tensors(model: ModelFolder, names: Sequence[str]) -> Iterator[dict[str,
                 raise UserError(
                     f"{file}: missing, truncated or not a safetensors file ({error}); download it again"
                 ) from error
-        slices = {}
+        tensors = {}
         for name in names:
             try:
-                slices[name] = opened[files[name]].get_slice(model.stored_name(name))
+                tensors[name] = opened[files[name]].get_slice(model.stored_name(name))
             except SafetensorError as error:
                 raise UserError(
                     f"{files[name]}: holds no tensor {name}, which the checkpoint's index says it does"
                 ) from error
-        yield slices
+        yield tensors
 
 
 def read_block(
@@ -50,25 +50,25 @@ def read_block(
     experts: Sequence[int],
     block: str,
     device: torch.device | str = "cpu",
-    part: Part = "weight",
+    parameter: Parameter = "weight",
 ) -> torch.Tensor:
     """Weights [E, N, K], or biases [E, N], on ``device``: the same block of several experts, stacked.
 
     In the checkpoint's precision. Raises `UserError` naming layer, expert and block where one is NaN or infinite.
     """
-    places = [model.place(layer, expert, block, part) for expert in experts]
-    with open_tensors(model, sorted({place.tensor for place in places})) as slices:
-        parts = [place.read(slices[place.tensor]) for place in places]
-    if not all(tensor.is_floating_point() and tensor.element_size() > 1 for tensor in parts):
+    places = [model.place(layer, expert, block, parameter) for expert in experts]
+    with open_tensors(model, sorted({place.tensor for place in places})) as tensors:
+        blocks = [place.read(tensors[place.tensor]) for place in places]
+    if not all(tensor.is_floating_point() and tensor.element_size() > 1 for tensor in blocks):
         raise UserError(
-            f"{model.path}: layer {layer}, {block}: the weights are stored as {parts[0].dtype}, so they are quantized"
+            f"{model.path}: layer {layer}, {block}: the weights are stored as {blocks[0].dtype}, so they are quantized"
             " already; take a release in 16 or 32 bits"
         )
-    stacked = torch.stack(parts).to(device)
+    stacked = torch.stack(blocks).to(device)
     for expert, place, finite in zip(experts, places, stacked.isfinite().flatten(1).all(1).tolist(), strict=True):
         if not finite:
             where = f"{model.files[place.tensor]}: layer {layer}, expert {expert}, {block}"
-            raise UserError(f"{where}: the {'weights' if part == 'weight' else 'biases'} hold NaN or infinity")
+            raise UserError(f"{where}: the {'weights' if parameter == 'weight' else 'biases'} hold NaN or infinity")
     return stacked
 
 

@@ -128,7 +128,8 @@ def float_codes(values: torch.Tensor, floats: MicroscalingFloat) -> torch.Tensor
     """Codes, uint8, of the numbers nearest to ``values``; those halfway between two take the even code, as IEEE 754."""
     magnitudes = torch.tensor(floats.magnitudes, device=values.device)
     edges = (magnitudes[1:] + magnitudes[:-1]) / 2
-    edges[1::2] = torch.nextafter(edges[1::2], torch.zeros(()))  # halfway above an odd code belongs to the next one
+    above_odd = edges[1::2]  # halfway between an odd code and the next one, which takes it
+    edges[1::2] = torch.nextafter(above_odd, torch.zeros_like(above_odd))
     codes = torch.bucketize(values.abs(), edges)
     return (codes + (values < 0) * (codes > 0) * len(magnitudes)).to(torch.uint8)
 

@@ -52,14 +52,14 @@ def quality(table: pd.DataFrame) -> str:
     """KL divergence and perplexity over true bits, for uniform baselines and our granularities."""
     figure = Figure(figsize=(9.5, 3.6))
     left, right = figure.subplots(1, 2)
-    for name, group in _series(table):
+    for name, series in _series(table):
         colour, marker = STYLE[name]
-        group = group.sort_values("bits")
+        series = series.sort_values("bits")
         line = "--" if name.startswith("uniform") else "-"
         for axis, metric in ((left, "kl"), (right, "perplexity")):
             size = 9 if marker == "*" else 6
             label = name if name.startswith("uniform") else f"ours, per {name}"
-            axis.plot(group["bits"], group[metric], line, color=colour, marker=marker, ms=size, label=label, lw=1)
+            axis.plot(series["bits"], series[metric], line, color=colour, marker=marker, ms=size, label=label, lw=1)
     original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
     right.axhline(original, color="#2e6f95", lw=0.8, ls=":", label="original")
     left.set(ylabel="KL from the original, nats per token", xlabel="bits per expert weight")
@@ -83,11 +83,11 @@ def speed(table: pd.DataFrame, estimate: bool) -> str:
     axes = figure.subplots(1, len(columns), squeeze=False)[0]
     original = table[table["kind"] == "original"].iloc[0]
     for axis, (column, tokens) in zip(axes, columns.items(), strict=True):
-        for name, group in _series(table):
+        for name, series in _series(table):
             colour, marker = STYLE[name]
             size = 80 if marker == "*" else 30
             label = name if name.startswith("uniform") else f"ours, per {name}"
-            axis.scatter(group[column], group["kl"], color=colour, marker=marker, s=size, label=label)
+            axis.scatter(series[column], series["kl"], color=colour, marker=marker, s=size, label=label)
         axis.axvline(original[column], color="#2e6f95", lw=0.8, ls=":", label="original (16 bits)")
         label = "estimated" if estimate else "predicted"
         axis.set(title=f"{tokens} tokens in a step", xlabel=f"{label} time of a layer, µs")
@@ -182,7 +182,7 @@ def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
     return to_svg(figure)
 
 
-def frontiers(fronts: Sequence[Frontier], chosen: Sequence[dict[str, Any]], estimate: bool) -> str:
+def frontiers(fronts: Sequence[Frontier], allocations: Sequence[dict[str, Any]], estimate: bool) -> str:
     """Predicted loss over predicted time: a hull per frontier, its allocations as markers, a panel per token count.
 
     Of many frontiers or token counts, some.
@@ -202,7 +202,7 @@ def frontiers(fronts: Sequence[Frontier], chosen: Sequence[dict[str, Any]], esti
             label = f"{facts['budget_bits']:g} bits, per {facts['granularity']}"
             axis.plot(times, losses**power, line, color=colour, lw=1, label=label)
             key = ("tokens", "budget_bits", "granularity", "quantizer")
-            own = [one for one in chosen if all(one[name] == facts[name] for name in key)]
+            own = [one for one in allocations if all(one[name] == facts[name] for name in key)]
             axis.plot([one["time_us"] for one in own], [one["loss"] for one in own], "o", color=colour, ms=5)
         label = "estimated" if estimate else "predicted"
         axis.set(title=f"{count} tokens in a step", xlabel=f"{label} time of all expert layers, µs")

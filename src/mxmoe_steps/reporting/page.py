@@ -24,15 +24,15 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 12px; }
 """
 
 
-def page(title: str, lines: Sequence[str], notes: Sequence[str], parts: Sequence[tuple[str, str, str]]) -> str:
+def page(title: str, lines: Sequence[str], notes: Sequence[str], sections: Sequence[tuple[str, str, str]]) -> str:
     """HTML of the whole report.
 
-    ``lines``: the conclusions; ``notes``: what a reader must know about the numbers; ``parts``:
+    ``lines``: the conclusions; ``notes``: what a reader must know about the numbers; ``sections``:
     (heading, explanation, HTML body).
     """
     body = [f"<h1>{escape(title)}</h1>", "<ul>", *(f"<li>{escape(line)}</li>" for line in lines), "</ul>"]
     body += [f'<p class="note">{escape(note)}</p>' for note in notes]
-    for heading, text, html in parts:
+    for heading, text, html in sections:
         body.append(f"<h2>{escape(heading)}</h2><p>{escape(text)}</p>{html}")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'

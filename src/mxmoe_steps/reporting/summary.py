@@ -88,17 +88,17 @@ def headlines(table: pd.DataFrame) -> list[str]:
     """One line per budget: our best checkpoint against the uniform baselines within the same budget."""
     original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
     lines = []
-    for budget, group in table.groupby("budget_bits"):
-        ours = group[group["kind"] == "ours"].sort_values("kl")
+    for budget, within in table.groupby("budget_bits"):
+        ours = within[within["kind"] == "ours"].sort_values("kl")
         if ours.empty:
             continue
         best = ours.iloc[0]
-        parts = [
+        uniform = [
             f"{row['kind']} {row['scheme'].split('_')[0]} {row['perplexity']:.2f} (KL {row['kl']:.4f})"
-            for _, row in group[group["kind"] != "ours"].iterrows()
+            for _, row in within[within["kind"] != "ours"].iterrows()
         ]
         lines.append(
             f"{budget:g} bits: perplexity {best['perplexity']:.2f} (KL {best['kl']:.4f}) with one scheme per "
-            f"{best['granularity']}; {', '.join(parts)}; original {original:.2f}"
+            f"{best['granularity']}; {', '.join(uniform)}; original {original:.2f}"
         )
     return lines

@@ -1,1 +1,1 @@
-"""Launches of the grouped GEMM kernels: which ones to measure, measuring them, fitting the time model to them."""
+"""Time in one room: the model of a launch, its fit to measurements, traffic, predictions, launches, measuring them."""

@@ -49,7 +49,7 @@ def measured_file(name: str) -> Path | None:
     return file if file.is_file() else None
 
 
-def roofline_kstep_us(scheme: Scheme, tile_rows: int, tile_tokens: int, hardware: dict[str, Any]) -> float:
+def roofline_kstep_us(scheme: Scheme, tile_height: int, tile_tokens: int, hardware: dict[str, Any]) -> float:
     """Time of 128 input features of one tile on one SM: tensor cores or the L2 cache, whichever is slower.
 
     The tensor cores do 2 x rows x 128 x tokens operations at 1/SMs of the GPU's peak; the L2 cache delivers
@@ -60,9 +60,9 @@ def roofline_kstep_us(scheme: Scheme, tile_rows: int, tile_tokens: int, hardware
         raise UserError(
             f"scheme {scheme}: {hardware['device']} has no {scheme.compute_type} tensor cores, only {', '.join(peaks)}"
         )
-    operations = 2 * tile_rows * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
+    operations = 2 * tile_height * 128 * max(tile_tokens, MIN_TENSOR_TOKENS)
     compute_us = operations * hardware["sms"] / (peaks[scheme.compute_type] * 1e6)
-    loaded = tile_rows * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
+    loaded = tile_height * 128 * scheme.bits(128) / 8 + tile_tokens * 128 * scheme.act_bits / 8
     return float(max(compute_us, loaded * hardware["sms"] / (hardware["l2_gbs"] * 1e3)))
 
 

@@ -95,8 +95,10 @@ class Bench:
         if (operand, k) not in self._activations:
             most = max(sum(job.launch.expert_rows) for job in self.jobs if job.launch.k == k)
             x = torch.randn(most, k, device=self.device, dtype=torch.bfloat16) * 0.5
-            given = Activations(x) if operand == "bf16" else Activations(*reference.quantize_tokens(x, operand))
-            self._activations[operand, k] = given
+            plain = operand == "bf16"
+            self._activations[operand, k] = (
+                Activations(x) if plain else Activations(*reference.quantize_tokens(x, operand))
+            )
         whole = self._activations[operand, k]
         return Activations(whole.values[:rows], None if whole.scales is None else whole.scales[:rows])
 
@@ -120,12 +122,12 @@ class Bench:
             ]
             if problems:
                 table = problem_table(problems, stacks, len(launch.expert_rows), out.shape[1], self.device)
-                given = {operand: self._tokens(operand, rows, launch.k) for operand in config.operands}
-                calls.append((self._kernel(config), given, stacks, table))
+                activations = {operand: self._tokens(operand, rows, launch.k) for operand in config.operands}
+                calls.append((self._kernel(config), activations, stacks, table))
 
         def run() -> None:
-            for kernel, given, stacks, table in calls:
-                kernel(given, stacks, table, offsets, out)
+            for kernel, activations, stacks, table in calls:
+                kernel(activations, stacks, table, offsets, out)
 
         return run
 

@@ -12,10 +12,11 @@ import numpy as np
 
 from mxmoe_steps.kernels.architecture import Configuration
 from mxmoe_steps.kernels.architectures import DEFAULT
-from mxmoe_steps.kernels.codes.format import HALF_ROWS, Format
+from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.shared import interleave
 from mxmoe_steps.schemes import Scheme, parse_scheme
+from mxmoe_steps.timing.shapes import MODELS, LayerShape
 
 MAX_PROBLEMS = 256  # of every measured kernel: two blocks of 128 experts
 TILE_PROBLEMS = 128  # of a tile launch, at most
@@ -24,38 +25,6 @@ SHORT_SHAPE = (2048, 1408)  # once more with few tiles, to tell a launch's fixed
 SHORT_PROBLEMS = 33
 MIXTURE_SIZES = (2, 2, 2, 3, 3, 4, 4, 6)
 MOST_TOKENS = 8192
-
-
-@dataclass(frozen=True)
-class Shapes:
-    """What a model's MoE layer multiplies; the shared expert is cut into ``slices`` of the routed experts' width."""
-
-    model: str
-    experts: int
-    top_k: int
-    hidden: int
-    intermediate: int
-    slices: int = 0
-
-    def size(self, block: str) -> tuple[int, int]:
-        """(N, K) of a ``gate_up`` or ``down`` launch; gate and up are problems of their own."""
-        return (self.intermediate, self.hidden) if block == "gate_up" else (self.hidden, self.intermediate)
-
-    def phase(self, block: str, tokens: int, sms: int, by_warp: bool) -> str:
-        """The phase of the kernel that a layer runs, see `Architecture.phase_for`."""
-        strips = (2 if block == "gate_up" else 1) * -(-self.size(block)[0] // HALF_ROWS)
-        return DEFAULT.phase_for(tokens * self.top_k, self.experts, self.slices, strips, sms, by_warp)
-
-
-MODELS = (
-    Shapes("qwen1.5-moe", 60, 4, 2048, 1408, 4),
-    Shapes("deepseek-v2-lite", 64, 6, 2048, 1408, 2),
-    Shapes("mixtral-8x7b", 8, 2, 4096, 14336),
-    Shapes("qwen3-30b-a3b", 128, 8, 2048, 768),
-    Shapes("olmoe-1b-7b", 64, 8, 2048, 1024),
-    Shapes("phi-3.5-moe", 16, 2, 4096, 6400),
-    Shapes("demo-moe", 16, 4, 256, 128, 2),
-)
 
 
 @dataclass(frozen=True)
@@ -115,17 +84,17 @@ def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
 def mixtures(formats: tuple[Format, ...], seed: int = 0) -> list[tuple[Format, ...]]:
     """Random subsets of the formats, without repeats."""
     generator = np.random.default_rng(seed)
-    found: dict[tuple[Format, ...], None] = {}
+    subsets: dict[tuple[Format, ...], None] = {}
     for size in MIXTURE_SIZES:
         if size <= len(formats):
             picked = generator.choice(len(formats), size, replace=False)
-            found[tuple(sorted(formats[i] for i in picked))] = None
-    return list(found)
+            subsets[tuple(sorted(formats[i] for i in picked))] = None
+    return list(subsets)
 
 
 def tile_launches(formats: tuple[Format, ...], sms: int) -> list[tuple[Launch, str]]:
     """A launch for every tile of the formats' own kernels and (N, K), with its phase; whole waves over ``sms``."""
-    found = []
+    launches = []
     for format_ in formats:
         for phase in DEFAULT.phases:
             for tokens in DEFAULT.token_tiles(format_, phase):
@@ -137,16 +106,16 @@ def tile_launches(formats: tuple[Format, ...], sms: int) -> list[tuple[Launch, s
                         "tile", f"{n}x{k}", "down", tokens, n, k,
                         (tokens,) * problems, (format_.name,) * problems, (format_,),
                     )  # fmt: skip
-                    found.append((launch, phase))
-    return found
+                    launches.append((launch, phase))
+    return launches
 
 
-def skewed_rows(shapes: Shapes, tokens: int, skew: float, generator: np.random.Generator) -> np.ndarray:
+def skewed_rows(shape: LayerShape, tokens: int, skew: float, generator: np.random.Generator) -> np.ndarray:
     """Rows of each expert and slice, int64: top-k of Gumbel noise over popularities 1 / rank^skew; slices take all."""
-    logits = -skew * np.log(generator.permutation(shapes.experts) + 1.0)
-    noisy = logits + generator.gumbel(size=(tokens, shapes.experts))
-    chosen = np.argpartition(-noisy, shapes.top_k - 1, 1)[:, : shapes.top_k]
-    return np.append(np.bincount(chosen.ravel(), minlength=shapes.experts), np.full(shapes.slices, tokens))
+    logits = -skew * np.log(generator.permutation(shape.experts) + 1.0)
+    noisy = logits + generator.gumbel(size=(tokens, shape.experts))
+    expert_ids = np.argpartition(-noisy, shape.top_k - 1, 1)[:, : shape.top_k]
+    return np.append(np.bincount(expert_ids.ravel(), minlength=shape.experts), np.full(shape.slices, tokens))
 
 
 def problem_launches(formats: tuple[Format, ...], count: int, seed: int = 0) -> list[Launch]:
@@ -157,25 +126,25 @@ def problem_launches(formats: tuple[Format, ...], count: int, seed: int = 0) -> 
     """
     generator = np.random.default_rng([seed, 1])
     mixed = mixtures(formats, seed)
-    found = []
+    launches = []
     for number in range(count * (2 if mixed else 1)):
         carried = (formats[number % len(formats)],) if number < count else mixed[number % len(mixed)]
-        shapes = MODELS[generator.integers(len(MODELS))]
+        shape = MODELS[generator.integers(len(MODELS))]
         block = ("gate_up", "down")[generator.integers(2)]
-        n, k = shapes.size(block)
+        n, k = shape.size(block)
         tokens = round(2 ** generator.uniform(0, math.log2(MOST_TOKENS)))
-        rows = skewed_rows(shapes, tokens, generator.uniform(), generator).repeat(2 if block == "gate_up" else 1)
+        rows = skewed_rows(shape, tokens, generator.uniform(), generator).repeat(2 if block == "gate_up" else 1)
         odds = generator.dirichlet(np.ones(len(carried)))
         drawn = generator.choice(len(carried), len(rows), p=odds)
         names = tuple(carried[i].name for i in drawn)
         launch = Launch(
-            "problem", shapes.model, block, tokens, n, k, tuple(rows.tolist()), names, carried, shapes.slices
+            "problem", shape.model, block, tokens, n, k, tuple(rows.tolist()), names, carried, shape.slices
         )  # fmt: skip
-        found.append(launch)
-    return found
+        launches.append(launch)
+    return launches
 
 
 def kernel_configs(formats: tuple[Format, ...], seed: int = 0) -> list[Configuration]:
     """Every kernel that the launches need: each format's own and the mixtures', of every phase."""
-    groups = [*((format_,) for format_ in formats), *mixtures(formats, seed)]
-    return [DEFAULT.config(group, phase, MAX_PROBLEMS) for group in groups for phase in DEFAULT.phases]
+    carried = [*((format_,) for format_ in formats), *mixtures(formats, seed)]
+    return [DEFAULT.config(each, phase, MAX_PROBLEMS) for each in carried for phase in DEFAULT.phases]

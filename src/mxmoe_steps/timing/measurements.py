@@ -1,16 +1,51 @@
-"""Reading a table of measurements, checked for what the fit takes for granted."""
+"""Measured launches: the rows of a MEASUREMENTS table, checked for what the fit takes for granted."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+import numpy as np
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import PHASES
 from mxmoe_steps.schemes import is_canonical
 from mxmoe_steps.tables import MEASUREMENTS, read_table
-from mxmoe_steps.timing.launches import MODELS
+from mxmoe_steps.timing.shapes import MODELS
 
 
-def read_measurements(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+class Measurement(TypedDict):
+    """One timed launch, columns as in `tables.MEASUREMENTS`."""
+
+    kind: str
+    model: str
+    block: str
+    tokens: int
+    out_features: int
+    in_features: int
+    phase: str
+    apart: bool
+    carried: list[str]
+    experts: int
+    rows: list[int]
+    schemes: list[str]
+    us: list[float]
+
+
+def median_us(one: Measurement) -> float:
+    """Median over the rounds, microseconds."""
+    return float(np.median(one["us"]))
+
+
+def spread(one: Measurement) -> float:
+    """(most - least) / median over the rounds."""
+    return float(np.ptp(one["us"]) / np.median(one["us"]))
+
+
+def problem_of(one: Measurement) -> tuple[Any, ...]:
+    """What launches of the same problem share."""
+    return (one["model"], one["block"], one["tokens"], tuple(one["rows"]), tuple(one["schemes"]), tuple(one["carried"]))
+
+
+def read_measurements(path: Path) -> tuple[list[Measurement], dict[str, Any]]:
     """Rows and facts of a MEASUREMENTS table; `UserError` names the row and column that the fit cannot use."""
     table, facts = read_table(MEASUREMENTS, path)
     rows = table.to_pylist()

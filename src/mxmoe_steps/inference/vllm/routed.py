@@ -52,8 +52,8 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         stored = len(packed.schemes.keys() - {SHARED})
         if moe.num_experts != stored:
             raise UserError(
-                f"layer {packed.number}: vLLM has {moe.num_experts} routed experts, the checkpoint {stored}; packed ones"
-                " are neither copied nor fused with shared ones"
+                f"layer {packed.number}: vLLM has {moe.num_experts} routed experts, the checkpoint {stored}: packed"
+                " experts are neither copied nor fused with shared ones"
             )
         if layer.apply_router_weight_on_input:
             raise UserError(f"layer {packed.number}: vLLM multiplies inputs by router weights; packed experts do not")

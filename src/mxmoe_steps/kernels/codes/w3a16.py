@@ -33,7 +33,7 @@ class W3A16(AffineFormat):
         """The low two bits, then the third."""
         import torch
 
-        third = torch.tensor(THIRD_BITS)[block % 4, register]
+        third = torch.tensor(THIRD_BITS, device=block.device)[block % 4, register]
         return [low_two_bits(block, register, element), Field(2, 1, 4 + block // 4, 16 * element + third)]
 
     def decode(self, words: Any, block: int, terms: Any) -> list[Any]:

@@ -47,7 +47,7 @@ class W4A16Mxfp4(Format):
         """Magnitudes, then signs."""
         import torch
 
-        magnitude, sign = (torch.tensor(lowest)[register] for lowest in (MAGNITUDES, SIGNS))
+        magnitude, sign = (torch.tensor(lowest, device=register.device)[register] for lowest in (MAGNITUDES, SIGNS))
         return [Field(0, 3, block, 16 * element + magnitude), Field(3, 1, block, 16 * element + sign)]
 
     def numbers(self, weight: "QuantizedWeight") -> "torch.Tensor":

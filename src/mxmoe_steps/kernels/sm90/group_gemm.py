@@ -1,10 +1,11 @@
 """The grouped GEMM: one persistent kernel whose main loop is picked per tile (CuTe DSL).
 
-``Y_e = X_e W_e^T`` for every expert e, computed as ``Y_e^T [N, tokens] = W_e [N, K] . X_e^T``: weights on the
+``Y_e = X_e W_e^T`` for every expert e, computed as ``Y_e^T [N, tokens] = W_e [N, K] . X_e^T`` (swap-AB): weights on the
 64-row side of ``wgmma`` (from registers, if they must be decoded), tokens on its 8..256-wide side. Split tiles of
 weights decoded to bfloat16 or int8 take ``mma.sync`` instead.
 
-Warps of a block, one or two blocks per SM
+Warp specialization: `Producer` and `Consumer` share `Ring`, `TileTable` and `TileQueue`; a consumer's tile is a
+`MainLoop` and an `Epilogue`. Warps of a block, one or two blocks per SM
     warps 0-3   producers, with TMA (rows) and bulk copies (chunks): one fetches weights, another one tokens; or each
                 fetches both for a part of a split tile; few registers. The others do nothing
     warps 4-    consumer warpgroups, with the rest of the registers: two for weight rows 0-63 and 64-127 of every tile;
@@ -20,7 +21,7 @@ know where each slot begins.
     consumers     wait 0 | decode 0 | wgmma 0, decode 1 | free 0 | wgmma 1, decode 2 | free 1 | ... | epilogue 1
                                                                                the producers go on here ^
 
-Splits: every part is a producer and a warpgroup with a ring of their own, and takes every ``split``-th slot of a tile.
+Split-K: every part is a producer and a warpgroup with a ring of their own, and takes every ``split``-th slot of a tile.
 Parts leave their sums in shared memory. They take turns, a tile each, to add them, in order, so that a launch gives the
 same bits every time, and to store them.
 
@@ -33,10 +34,10 @@ problem, then a prefix sum. Tile -> problem is a warp vote per 32 problems. Rows
 the format's largest token tile, and the rest takes the smallest tile that holds it; experts without rows
 have no tiles.
 
-Schedule: tiles differ in cost, so clusters draw them, in order, from a counter in global memory. The producer of
-tokens of a cluster's first block draws shortly before it has filled a tile (what it holds, others cannot take), finds
-out where the next tile lies, and hands that on to all warps of the cluster, in a queue of two; the last cluster to
-finish sets the counters back, so a launch leaves them at zero.
+Persistent tile scheduler: tiles differ in cost, so clusters draw them, in order, from a counter in global memory. The
+producer of tokens of a cluster's first block draws shortly before it has filled a tile (what it holds, others cannot
+take), finds out where the next tile lies, and hands that on to all warps of the cluster, in a queue of two; the last
+cluster to finish sets the counters back, so a launch leaves them at zero.
 
 Launches overlap: a launch may start when all blocks of the one before have (programmatic dependent launch). It reads
 problems, row offsets and weights at once, as far as its ring takes them (or the first slot of each part), and tokens
@@ -53,20 +54,49 @@ are not stored, and TMA fills rows and features outside a tensor with zeros.
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Boolean, Float32, Int32, Int64, Uint8, const_expr, cute
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8, const_expr, cute
 from cutlass.cute.nvgpu import cpasync
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels.codes.format import HALF_ROWS, TILE_ROWS, Format
 from mxmoe_steps.kernels.limits import MAX_EXPERTS
 from mxmoe_steps.kernels.sm90.config import ROW_BYTES, UNIT, KernelConfig
-from mxmoe_steps.kernels.sm90.consumer import Consumer
-from mxmoe_steps.kernels.sm90.producer import TOKENS, WEIGHTS, Producer
-from mxmoe_steps.kernels.sm90.ring import OPERAND_TYPES, Partials, ceil_div
-from mxmoe_steps.kernels.sm90.schedule import PLACE_WORDS, TABLE_FIELDS, Queue
+from mxmoe_steps.kernels.sm90.consumer import Consumer, Problem
+from mxmoe_steps.kernels.sm90.producer import TOKENS, WEIGHTS, Producer, Sources, producers_of
+from mxmoe_steps.kernels.sm90.ring import OPERAND_TYPES, Ring, block_layout, ceil_div
+from mxmoe_steps.kernels.sm90.scheduler import (
+    PLACE_WORDS,
+    TABLE_FIELDS,
+    TileQueue,
+    TileTable,
+    fetch_problems,
+)
 
 
-class GroupGemm(Producer, Consumer):
+def typed(tensor: cute.Tensor, operand: str) -> cute.Tensor:
+    """8-bit types cross the boundary as uint8."""
+    return tensor if operand == "bf16" else cute.recast_tensor(tensor, OPERAND_TYPES[operand])
+
+
+def tensor_map(tensor: cute.Tensor, operand: str, rows: int, multicast: int) -> tuple:
+    """TMA descriptor for boxes of ``rows`` x 128 bytes, fetched in ``multicast`` parts by as many blocks for all of
+    them, and the tensor of its coordinates."""
+    layout = cute.slice_(block_layout(operand, rows), (None, None, 0))
+    box = (rows, ROW_BYTES * 8 // OPERAND_TYPES[operand].width)
+    copy = cpasync.CopyBulkTensorTileG2SOp() if multicast == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
+    return cpasync.make_tiled_tma_atom(copy, tensor, layout, box, num_multicast=multicast)
+
+
+def weight_map(config: KernelConfig, format_: Format, weight: cute.Tensor) -> tuple:
+    """What the producer reads weights through: a TMA atom and its tensor (N, K, entries), or the chunks."""
+    if format_.decoded:
+        return (weight,)
+    rows = typed(weight, format_.operand)
+    rows = cute.make_tensor(rows.iterator, cute.select(rows.layout, mode=[1, 2, 0]))
+    return tensor_map(rows, format_.operand, config.rows, 1)
+
+
+class GroupGemm:
     """Kernel generator for one `KernelConfig`; compile an instance with `build`.
 
     Arguments of the compiled function, all on one device:
@@ -83,8 +113,8 @@ class GroupGemm(Producer, Consumer):
     """
 
     def __init__(self, config: KernelConfig) -> None:
-        super().__init__(config)
-        self.producer_registers, self.consumer_registers = config.registers
+        self.config = config
+        self.warpgroups_of_part = config.rows // HALF_ROWS
 
     @cute.jit
     def __call__(
@@ -98,85 +128,58 @@ class GroupGemm(Producer, Consumer):
         grid: Int32,
         stream: Any,
     ) -> None:
+        config = self.config
+        operands, formats = config.operands, config.formats
         pairs = [(tensors[i], tensors[i + 1]) for i in range(0, len(tensors), 2)]
-        activations, stacks = pairs[: len(self.operands)], pairs[len(self.operands) :]
-        tokens = [self._typed(x, operand) for operand, (x, _) in zip(self.operands, activations, strict=True)]
-        weight_maps = [self._weight_map(format_, w) for format_, (w, _) in zip(self.formats, stacks, strict=True)]
+        activations, stacks = pairs[: len(operands)], pairs[len(operands) :]
+        tokens = [typed(x, operand) for operand, (x, _) in zip(operands, activations, strict=True)]
+        weight_maps = [weight_map(config, format_, w) for format_, (w, _) in zip(formats, stacks, strict=True)]
         token_maps = [
-            self._tensor_map(
-                tokens[self.operands.index(tile.format.operand)], tile.format.operand, tile.tokens, self.cluster
-            )
-            for tile in self.tiles
+            tensor_map(tokens[operands.index(tile.format.operand)], tile.format.operand, tile.tokens, config.cluster)
+            for tile in config.tiles
         ]
-        mmas = [self.mma_of(tile.format, tile.tokens) for tile in self.tiles]
-
-        stages, split, max_problems, config = self.stages, self.split, self.max_problems, self.config
+        barrier_count = 2 * config.stages * config.split + 6
 
         @cute.struct
         class Shared:
-            barriers: cute.struct.MemRange[Int64, 2 * stages * split + 6]
+            barriers: cute.struct.MemRange[Int64, barrier_count]
             queue: cute.struct.Align[cute.struct.MemRange[Int32, 2 * PLACE_WORDS], 16]
-            ends: cute.struct.MemRange[Int32, max_problems + 1]
-            table: cute.struct.MemRange[Int32, max_problems * TABLE_FIELDS]
+            ends: cute.struct.MemRange[Int32, config.max_problems + 1]
+            table: cute.struct.MemRange[Int32, config.max_problems * TABLE_FIELDS]
             token_scales: cute.struct.Align[cute.struct.MemRange[Float32, 2 * config.max_tokens], 16]
             staging: cute.struct.Align[cute.struct.MemRange[BFloat16, config.staging_bytes // 2], 128]
-            ring: cute.struct.Align[cute.struct.MemRange[Uint8, config.ring_units * split * UNIT], UNIT]
+            ring: cute.struct.Align[cute.struct.MemRange[Uint8, config.ring_units * config.split * UNIT], UNIT]
 
         self.Shared = Shared
         self.kernel(
-            tuple(weight_maps),
-            tuple(token_maps),
-            tuple(mmas),
-            tuple(scales for _, scales in activations),
-            tuple(scales for _, scales in stacks),
+            (tuple(weight_maps), tuple(token_maps)),
+            (tuple(scales for _, scales in activations), tuple(scales for _, scales in stacks)),
             problems,
             offsets,
             out,
             counters,
-            out_features,
-            tokens[0].shape[1],
+            (out_features, tokens[0].shape[1]),
         ).launch(
             grid=(grid, 1, 1),
-            block=(self.threads, 1, 1),
-            cluster=(self.cluster, 1, 1),
-            min_blocks_per_mp=self.config.blocks_per_sm,
+            block=(config.threads, 1, 1),
+            cluster=(config.cluster, 1, 1),
+            min_blocks_per_mp=config.blocks_per_sm,
             preferred_smem_carveout=100,  # percent: all of it
             use_pdl=True,
             stream=stream,
         )
 
-    @staticmethod
-    def _typed(tensor: cute.Tensor, operand: str) -> cute.Tensor:
-        """8-bit types cross the boundary as uint8."""
-        return tensor if operand == "bf16" else cute.recast_tensor(tensor, OPERAND_TYPES[operand])
-
-    def _weight_map(self, format_: Format, weight: cute.Tensor) -> tuple:
-        """What the producer reads weights through: a TMA atom and its tensor (N, K, entries), or the chunks."""
-        if format_.decoded:
-            return (weight,)
-        rows = self._typed(weight, format_.operand)
-        rows = cute.make_tensor(rows.iterator, cute.select(rows.layout, mode=[1, 2, 0]))
-        return self._tensor_map(rows, format_.operand, self.rows, 1)
-
-    @classmethod
-    def _tensor_map(cls, tensor: cute.Tensor, operand: str, rows: int, multicast: int) -> tuple:
-        """TMA descriptor for boxes of ``rows`` x 128 bytes, fetched in ``multicast`` parts by as many blocks for
-        all of them, and the tensor of its coordinates."""
-        layout = cute.slice_(cls.block_layout(operand, rows), (None, None, 0))
-        box = (rows, ROW_BYTES * 8 // OPERAND_TYPES[operand].width)
-        copy = cpasync.CopyBulkTensorTileG2SOp() if multicast == 1 else cpasync.CopyBulkTensorTileG2SMulticastOp()
-        return cpasync.make_tiled_tma_atom(copy, tensor, layout, box, num_multicast=multicast)
-
     @cute.jit
     def make_barriers(self, barriers: Any, warp_number: Int32) -> None:
         """Initialize the barriers of the rings, of the queue and of parts' sums, each by a warp: lanes of one warp that
         initialize theirs take turns."""
-        slots, warps = self.stages * self.split, 4 * self.groups
-        readers = (warps + self.producers) * self.split * self.cluster - 1  # all that take tiles but who sends them
-        counts = [self.producers] * slots + [warps * self.cluster] * slots + [1, 1, readers, readers]
-        counts += [warps * self.split, warps]
+        config, producers = self.config, producers_of(self.config)
+        slots, warps = config.stages * config.split, 4 * self.warpgroups_of_part
+        takers = (warps + producers) * config.split * config.cluster - 1  # all that take tiles but who sends them
+        counts = [producers] * slots + [warps * config.cluster] * slots + [1, 1, takers, takers]
+        counts += [warps * config.split, warps]
         changes = [i for i in range(1, len(counts)) if counts[i] != counts[i - 1]]
-        for i in cutlass.range_constexpr(0, len(counts), self.threads // 32):
+        for i in cutlass.range_constexpr(0, len(counts), config.threads // 32):
             barrier = warp_number + i
             count = Int32(counts[0])
             for change in cutlass.range_constexpr(len(changes)):
@@ -189,18 +192,15 @@ class GroupGemm(Producer, Consumer):
     @cute.kernel
     def kernel(
         self,
-        weight_maps: tuple,
-        token_maps: tuple,
-        mmas: tuple,
-        token_scales: tuple,
-        channel_scales: tuple,
+        maps: tuple,
+        scales: tuple,
         problems: cute.Tensor,
         offsets: cute.Tensor,
         out: cute.Tensor,
         counters: cute.Tensor,
-        out_features: Int32,
-        features: Int32,
+        sizes: tuple,
     ) -> None:
+        config, (out_features, features) = self.config, sizes
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         blocks, _, _ = cute.arch.grid_dim()
@@ -208,68 +208,77 @@ class GroupGemm(Producer, Consumer):
         lane = cute.arch.lane_idx()
         shared = SmemAllocator().allocate(self.Shared)
         barriers = shared.barriers.data_ptr()
-        queue_full = barriers + 2 * self.stages * self.split
-        queue = Queue(shared.queue.get_tensor(cute.make_layout((PLACE_WORDS, 2))), queue_full, queue_full + 2)
-        partials_full = queue_full + 4
-        ends = shared.ends.get_tensor(cute.make_layout(self.max_problems + 1))
-        table = shared.table.get_tensor(cute.make_layout((self.max_problems, TABLE_FIELDS), stride=(TABLE_FIELDS, 1)))
-        given, edges = self.fetch_problems(problems, offsets, thread)
+        queue_full = barriers + 2 * config.stages * config.split
+        fetched = fetch_problems(config, problems, offsets, thread)
         self.make_barriers(barriers, warp_number)
         if warp_number == 1:  # descriptors on their way while the table is made
-            for maps in (weight_maps, token_maps):
-                for tensor_map in maps:
-                    if const_expr(len(tensor_map) == 2):
-                        cpasync.prefetch_descriptor(tensor_map[0])
-        if const_expr(self.cluster > 1):
+            self.prefetch_descriptors(maps)
+        if const_expr(config.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
+        table_layout = cute.make_layout((config.max_problems, TABLE_FIELDS), stride=(TABLE_FIELDS, 1))
+        table = TileTable(
+            config,
+            shared.ends.get_tensor(cute.make_layout(config.max_problems + 1)),
+            shared.table.get_tensor(table_layout),
+        )
         starts = cute.make_tensor(
             cute.recast_ptr(shared.staging.data_ptr(), dtype=Int32), cute.make_layout(MAX_EXPERTS + 1)
         )
-        self.fill_table(given, edges, problems.shape[0], out_features, thread, starts, ends, table)
+        table.fill(fetched, problems.shape[0], out_features, thread, starts)
         cute.arch.griddepcontrol_launch_dependents()
-        if const_expr(self.cluster > 1):
+        if const_expr(config.cluster > 1):
             cute.arch.cluster_wait()  # both blocks' barriers exist
 
         row_tiles = ceil_div(out_features, TILE_ROWS)
-        rank = block & (self.cluster - 1)
-        place = self.locate(block >> (self.cluster - 1), lane, ends, table)
-        clusters = blocks >> (self.cluster - 1)
-        common = weight_maps, token_maps, place, rank, row_tiles, features, counters, queue, clusters, ends, table
+        rank = block & (config.cluster - 1)
+        places = shared.queue.get_tensor(cute.make_layout((PLACE_WORDS, 2)))
+        queue = TileQueue(config, places, queue_full, queue_full + 2, rank)
+        place = table.locate(block >> (config.cluster - 1), lane)
+        producer_registers, consumer_registers = config.registers
+        ring_base = shared.ring.data_ptr()
         if warp_number < 4:
-            cute.arch.setmaxregister_decrease(self.producer_registers)
-            if warp_number < self.producers * self.split:
-                part = warp_number if const_expr(self.split > 1) else Int32(0)
-                ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
-                if const_expr(self.producers == 1):
-                    self.produce((WEIGHTS, TOKENS), *common, part, ring)
+            cute.arch.setmaxregister_decrease(producer_registers)
+            weight_maps, token_maps = maps
+            sources = Sources(weight_maps, token_maps, features, row_tiles)
+            clusters = blocks >> (config.cluster - 1)
+            if warp_number < producers_of(config) * config.split:
+                part = warp_number if const_expr(config.split > 1) else Int32(0)
+                ring = Ring.of(config, part, ring_base, barriers)
+                around = ring, part, table, queue, counters, clusters
+                if const_expr(config.split > 1):
+                    Producer(config, (WEIGHTS, TOKENS), sources, *around).run(place)
                 elif warp_number == 0:
-                    self.produce((WEIGHTS,), *common, part, ring)
+                    Producer(config, (WEIGHTS,), sources, *around).run(place)
                 else:
-                    self.produce((TOKENS,), *common, part, ring)
+                    Producer(config, (TOKENS,), sources, *around).run(place)
         else:
-            cute.arch.setmaxregister_increase(self.consumer_registers)
+            cute.arch.setmaxregister_increase(consumer_registers)
             cute.arch.griddepcontrol_wait()
             consumer = thread - 128
             warpgroup = cute.arch.make_warp_uniform(consumer >> 7)
-            group = warpgroup & (self.groups - 1)
-            part = warpgroup >> (self.groups - 1) if const_expr(self.split > 1) else Int32(0)
-            ring = self.ring_of(part, shared.ring.data_ptr(), barriers)
-            consumer = group * 128 + (consumer & 127)  # in its part
-            staging = shared.staging.data_ptr()
-            scales = shared.token_scales.get_tensor(cute.make_layout((self.config.max_tokens, 2)))
-            position = Int32(0)  # ring slot, its parity, tiles taken from the queue (modulo 4), end of the slot before
-            while place.number >= 0:
-                stored = (place.row_tile + rank) * self.rows + group * HALF_ROWS < out_features
-                mine = self.readable(place, rank, row_tiles)
-                stage, phase, turn, end = position & 15, position >> 4 & 1, position >> 5 & 3, position >> 8
-                partials = Partials(staging, partials_full, partials_full + 1, part, turn)
-                stage, phase, end = self.consume_one_of(
-                    0, len(self.tiles), mmas, ring, partials, staging, scales, token_scales, channel_scales,
-                    consumer, group, mine, stored, features, out, stage, phase, end,
-                )  # fmt: skip
-                place = self.take(queue, turn, Boolean(True))
-                # In one register, and all lanes agree: the compiler loses sight of that where configurations join
-                position = cute.arch.make_warp_uniform(stage | phase << 4 | (turn + 1 & 3) << 5 | end << 8)
-        if const_expr(self.cluster > 1):  # neither leaves while the other may still write to it
+            group = warpgroup & (self.warpgroups_of_part - 1)
+            part = warpgroup >> (self.warpgroups_of_part - 1) if const_expr(config.split > 1) else Int32(0)
+            token_scales, channel_scales = scales
+            Consumer(
+                config=config,
+                problem=Problem(token_scales, channel_scales, out, out_features, features, row_tiles),
+                ring=Ring.of(config, part, ring_base, barriers),
+                queue=queue,
+                part=part,
+                thread=group * 128 + (consumer & 127),
+                group=group,
+                staging=shared.staging.data_ptr(),
+                shared_scales=shared.token_scales.get_tensor(cute.make_layout((config.max_tokens, 2))),
+                partials=queue_full + 4,
+            ).run(place)
+        if const_expr(config.cluster > 1):  # neither leaves while the other may still write to it
             cute.arch.cluster_arrive()
             cute.arch.cluster_wait()
+
+    @staticmethod
+    def prefetch_descriptors(maps: tuple) -> None:
+        """Of all TMA boxes."""
+        for one_kind in maps:
+            for one in one_kind:
+                if len(one) == 2:
+                    cpasync.prefetch_descriptor(one[0])

@@ -1,4 +1,4 @@
-"""The ring of slots in shared memory, its barriers and views (CuTe DSL)."""
+"""The ring of slots in shared memory: its barriers, its views, and how far a warp has come in it (CuTe DSL)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +15,28 @@ from mxmoe_steps.kernels.sm90.config import ROW_BYTES, UNIT, KernelConfig, Tile
 OPERAND_TYPES = {"bf16": BFloat16, "fp8": Float8E4M3FN, "int8": Int8}
 
 
-@dataclass(frozen=True)
-class Ring:
-    """The slots that one producer fills: first byte in shared memory, and the barriers of slot 0."""
+def ceil_div(value: Int32, divisor: int) -> Int32:
+    """``value``, not negative, by a power of two, rounded up: `//` also takes negative numbers, in a dozen instructions
+    that follow one another."""
+    return (value + (divisor - 1)) >> (divisor.bit_length() - 1)
 
-    base: Any
-    full: Any
-    empty: Any
+
+def block_layout(operand: str, rows: int) -> cute.ComposedLayout:
+    """Swizzled shared memory layout (rows, columns, 1) of a block of 128-byte rows."""
+    kind = OPERAND_TYPES[operand]
+    columns = ROW_BYTES * 8 // kind.width
+    atom = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, kind, columns)
+    return cute.tile_to_shape(warpgroup.make_smem_layout_atom(atom, kind), (rows, columns, 1), order=(0, 1, 2))
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a warp has come in a ring: the next slot, the parity of its barriers, and the unit where the slot before
+    it ends."""
+
+    stage: Int32
+    phase: Int32
+    end: Int32
 
 
 @dataclass(frozen=True)
@@ -37,115 +52,97 @@ class Chunks:
 
 
 @dataclass(frozen=True)
-class Partials:
-    """Sums of the parts of a split, in shared memory.
+class Ring:
+    """The slots that one producer fills: first byte in shared memory, and the barriers of slot 0."""
 
-    ``sums``: the first one; ``full``: barrier that all parts arrive at; ``free``: that the one which adds them
-    arrives at. ``part``: this warpgroup's; ``turn``: tiles before this one.
-    """
-
-    sums: Any
+    config: KernelConfig
+    base: Any
     full: Any
-    free: Any
-    part: Int32
-    turn: Int32
+    empty: Any
 
-
-def ceil_div(value: Int32, divisor: int) -> Int32:
-    """``value``, not negative, by a power of two, rounded up: `//` also takes negative numbers, in a dozen instructions
-    that follow one another."""
-    return (value + (divisor - 1)) >> (divisor.bit_length() - 1)
-
-
-class RingUser:
-    """What producer and consumers share: the configuration, and their steps through the ring."""
-
-    def __init__(self, config: KernelConfig) -> None:
-        self.config = config
-        self.tiles, self.formats, self.operands = config.tiles, config.formats, config.operands
-        self.stages, self.units, self.max_problems = config.stages, config.ring_units, config.max_problems
-        self.cluster, self.split = config.cluster, config.split
-        self.rows, self.groups = config.rows, config.rows // HALF_ROWS
-        self.threads = config.threads
+    @staticmethod
+    def of(config: KernelConfig, part: Any, base: Any, barriers: Any) -> "Ring":
+        """The ring of one part of a split, from the first byte of all of them and the first of their barriers."""
+        start = cute.assume(part * (config.ring_units * UNIT), divby=UNIT)
+        full = barriers + part * config.stages
+        return Ring(config, base + start, full, full + config.split * config.stages)
 
     @cute.jit
     def advance(self, stage: Int32, phase: Int32) -> tuple[Int32, Int32]:
-        """The next slot of the ring, and the parity of its barriers."""
+        """The next slot, and the parity of its barriers."""
         stage += 1
-        if stage == self.stages:
+        if stage == self.config.stages:
             stage = Int32(0)
             phase ^= 1
         return stage, phase
 
-    def ring_of(self, part: Any, base: Any, barriers: Any) -> Ring:
-        """The ring of one part of a split, from the first byte of all of them and the first of their barriers."""
-        start = cute.assume(part * (self.units * UNIT), divby=UNIT)
-        full = barriers + part * self.stages
-        return Ring(base + start, full, full + self.split * self.stages)
-
     def begin(self, tile: Tile, end: Int32) -> Int32:
         """First unit of a slot of ``tile`` if the slot before it ends at ``end``: there, unless the ring ends too
         early."""
-        return cutlass.select_(end + tile.slot_units > self.units, Int32(0), end)
+        return cutlass.select_(end + tile.slot_units > self.config.ring_units, Int32(0), end)
+
+    def after(self, tile: Tile, begin: Int32, position: Position) -> Position:
+        """The position behind a slot of ``tile`` that begins at unit ``begin``."""
+        stage, phase = self.advance(position.stage, position.phase)
+        return Position(stage, phase, begin + tile.slot_units)
+
+    def wait_full(self, position: Position) -> None:
+        """Until the slot is filled."""
+        cute.arch.mbarrier_wait(self.full + position.stage, position.phase)
 
     @cute.jit
-    def release(self, ring: Ring, stage: Int32, wanted: Boolean) -> None:
-        """This warp has read the slot: tell the producer of every block that writes it."""
+    def release(self, stage: Int32, condition: Boolean) -> None:
+        """This warp has read the slot, on ``condition``: tell the producer of every block that writes it."""
         lane = cute.arch.lane_idx()
-        if const_expr(self.cluster == 1):
-            if (lane == 0) & wanted:
-                cute.arch.mbarrier_arrive(ring.empty + stage)
-        elif (lane < self.cluster) & wanted:
-            cute.arch.mbarrier_arrive(ring.empty + stage, peer_cta_rank_in_cluster=lane)
+        if const_expr(self.config.cluster == 1):
+            if (lane == 0) & condition:
+                cute.arch.mbarrier_arrive(self.empty + stage)
+        elif (lane < self.config.cluster) & condition:
+            cute.arch.mbarrier_arrive(self.empty + stage, peer_cta_rank_in_cluster=lane)
 
-    def dealt(self, tile: Tile, features: Int32, part: Int32) -> Int32:
-        """Ring slots of one tile that go to ``part`` of a split: slot ``part`` and every ``split``-th one after it."""
-        return ceil_div(ceil_div(features, tile.slot_features) - part, self.split)
+    def slots(self, tile: Tile, features: Int32, part: Int32) -> Int32:
+        """Slots of one tile that go to ``part`` of a split: slot ``part`` and every ``split``-th one after it."""
+        return ceil_div(ceil_div(features, tile.slot_features) - part, self.config.split)
 
-    @staticmethod
-    def block_layout(operand: str, rows: int) -> cute.ComposedLayout:
-        """Swizzled shared memory layout (rows, columns, 1) of a block of 128-byte rows."""
-        kind = OPERAND_TYPES[operand]
-        columns = ROW_BYTES * 8 // kind.width
-        atom = hopper.get_smem_layout_atom(LayoutEnum.ROW_MAJOR, kind, columns)
-        return cute.tile_to_shape(warpgroup.make_smem_layout_atom(atom, kind), (rows, columns, 1), order=(0, 1, 2))
-
-    def blocks(self, ring: Ring, operand: str, rows: int, offset: int, depth: int) -> cute.Tensor:
+    def blocks(self, operand: str, rows: int, offset: int, depth: int) -> cute.Tensor:
         """(rows, columns, (depth, units)) view of the swizzled 128-byte blocks at ``offset`` of a slot that starts at
         any unit of the ring."""
-        kind = OPERAND_TYPES[operand]
-        layout = self.block_layout(operand, rows)
-        size = kind.width // 8
+        layout = block_layout(operand, rows)
+        size = OPERAND_TYPES[operand].width // 8
         outer = cute.make_layout(
-            (layout.outer.shape[0], layout.outer.shape[1], (depth, self.units)),
-            stride=(
-                layout.outer.stride[0],
-                layout.outer.stride[1],
-                (rows * ROW_BYTES // size, UNIT // size),
-            ),
+            (layout.outer.shape[0], layout.outer.shape[1], (depth, self.config.ring_units)),
+            stride=(layout.outer.stride[0], layout.outer.stride[1], (rows * ROW_BYTES // size, UNIT // size)),
         )
-        return cute.make_tensor(cute.recast_ptr(ring.base + offset, layout.inner, dtype=kind), outer)
+        return cute.make_tensor(cute.recast_ptr(self.base + offset, layout.inner, dtype=OPERAND_TYPES[operand]), outer)
 
-    def chunk_parts(self, ring: Ring, tile: Tile, thread: Int32) -> Chunks:
+    def token_blocks(self, tile: Tile) -> cute.Tensor:
+        """View of a slot's activations."""
+        return self.blocks(tile.format.operand, tile.tokens, tile.token_offset, tile.depth)
+
+    def weight_blocks(self, tile: Tile) -> cute.Tensor:
+        """View of a slot's weights, of formats that are rows."""
+        return self.blocks(tile.format.operand, tile.rows, 0, tile.depth)
+
+    def chunks(self, tile: Tile, thread: Int32) -> Chunks:
         """Views of what every weight chunk of a slot holds for ``thread``, by the slot's first unit."""
         format_ = tile.format
-        words, halves = format_.half_bytes // 4, self.groups
+        words, halves = format_.half_bytes // 4, tile.rows // HALF_ROWS
         codes, offset = [], 0
         for load in format_.loads:
             layout = ((128, halves), load.words), ((load.words, words), 1)
-            codes.append(self.chunk_view(ring, tile, offset, *layout, thread))
+            codes.append(self._chunk_view(tile, offset, *layout, thread))
             offset += 128 * 4 * load.words
         count = max(1, format_.all_numbers)  # a format without has a view of nothing
         rows = ((HALF_ROWS // 2, halves), count), ((count, words), 1)
-        numbers = self.chunk_view(ring, tile, offset, *rows, thread >> 2)  # four lanes share a pair of rows
+        numbers = self._chunk_view(tile, offset, *rows, thread >> 2)  # four lanes share a pair of rows
         return Chunks(tuple(codes), numbers)
 
-    def chunk_view(self, ring: Ring, tile: Tile, offset: int, shape: tuple, stride: tuple, at: Int32) -> cute.Tensor:
+    def _chunk_view(self, tile: Tile, offset: int, shape: tuple, stride: tuple, at: Int32) -> cute.Tensor:
         """View of ``shape`` + (chunks, units) of the words at ``offset`` of every weight chunk of a slot, where the
         first mode is ``at``: cut there once, so that a slot costs one addition."""
+        chunk_words = tile.format.half_bytes * (tile.rows // HALF_ROWS) // 4
         layout = cute.make_layout(
-            (*shape, tile.slot_features // GROUP, self.units),
-            stride=(*stride, tile.format.half_bytes * self.groups // 4, UNIT // 4),
+            (*shape, tile.slot_features // GROUP, self.config.ring_units), stride=(*stride, chunk_words, UNIT // 4)
         )
-        view = cute.make_tensor(cute.recast_ptr(ring.base + offset, dtype=Int32), layout)
+        view = cute.make_tensor(cute.recast_ptr(self.base + offset, dtype=Int32), layout)
         return view[at, *(None for _ in range(len(shape) + 1))]

@@ -1,4 +1,4 @@
-"""Sampled inference steps: how many token rows each expert of each layer gets in one forward step."""
+"""Sampled inference steps: how many rows, one per routed token, each expert of each layer gets in a forward step."""
 
 import itertools
 from dataclasses import dataclass
@@ -12,14 +12,13 @@ from mxmoe_steps.facts import TrafficFacts
 from mxmoe_steps.models.raw import TensorFile
 from mxmoe_steps.tables import TRAFFIC, read_table
 
-DECODE_TOKENS = 256  # phase auto: a step of at most this many tokens is one token each of many sequences
-PHASES = ("auto", "prefill", "decode")
+DECODE_TOKENS = 256  # auto: a step of at most this many tokens is one token each of many sequences
 _FIX = "run the trace step again"
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Rows per expert in sampled steps of ``tokens`` tokens.
+    """Rows of each routed expert in sampled steps of ``tokens`` tokens.
 
     ``rows`` int64 [layers, steps, experts]; ``weight`` float64, same shape: the share of steps that each
     sample stands for. A step's expectation is the sum of weight x cost(rows) over the steps axis.
@@ -35,7 +34,7 @@ class Traffic:
 class Routing:
     """The experts of every token that `trace` wrote into ``folder``; `UserError` where its files are damaged."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str | Path) -> None:
         table, self.facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
         self._file = TensorFile(Path(folder) / "routing.safetensors", _FIX)
         if self._file.facts(TrafficFacts) != self.facts:
@@ -48,45 +47,46 @@ class Routing:
             )
         self._tokens = table.column("tokens").to_numpy().reshape(len(texts), len(layers), experts)
 
-    def ids(self, text: str, layer: int) -> NDArray[np.int16]:
-        """[tokens, k] of one text and layer."""
+    def expert_ids(self, text: str, layer: int) -> NDArray[np.int16]:
+        """int16 [tokens, top-k] of one text and layer; `UserError` where they contradict the table."""
         facts = self.facts
         shape = (facts["sequences"], facts["length"], facts["top_k"])
         tensor = self._file.tensor(f"{text}/{layer}", ["I16"], shape)
-        ids = np.frombuffer(tensor.read(), np.int16).reshape(-1, shape[-1])
+        expert_ids = np.frombuffer(tensor.read(), np.int16).reshape(-1, shape[-1])
         tokens = self._tokens[facts["texts"].index(text), facts["layers"].index(layer)]
-        known = ids.min() >= 0 and ids.max() < len(tokens)
-        if not known or (np.bincount(ids.ravel(), minlength=len(tokens)) != tokens).any():
+        known = expert_ids.min() >= 0 and expert_ids.max() < len(tokens)
+        if not known or (np.bincount(expert_ids.ravel(), minlength=len(tokens)) != tokens).any():
             raise self._file.error(f"{text}/{layer}: the expert ids do not add up to traffic.parquet")
-        return ids
+        return expert_ids
 
 
 def sample_positions(
-    phase: str, tokens: int, sequences: int, length: int, generator: np.random.Generator
+    kind: str, tokens: int, sequences: int, length: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
     """Flat positions [tokens] in a trace of ``sequences`` x ``length`` tokens that form one step.
 
     decode: single tokens anywhere; prefill: contiguous windows of sequences. With replacement only
     where the trace is too short.
     """
-    if phase == "decode":
+    if kind == "decode":
         return generator.choice(sequences * length, tokens, replace=tokens > sequences * length)
     windows = -(-tokens // length)
-    chosen = generator.choice(sequences, windows, replace=windows > sequences)
+    sequence = generator.choice(sequences, windows, replace=windows > sequences)
     last = tokens - (windows - 1) * length
     starts = np.zeros(windows, np.int64)
     starts[-1] = generator.integers(length - last + 1)
-    flat = (chosen * length + starts)[:, None] + np.arange(length)
+    flat = (sequence * length + starts)[:, None] + np.arange(length)
     return flat.ravel()[:tokens]
 
 
 def sample_traffic(
-    folder: str, texts: list[str], tokens: int, phase: str = "auto", steps: int = 16, seed: int = 0
+    folder: str | Path, texts: list[str], tokens: int, kind: str = "auto", steps: int = 16, seed: int = 0
 ) -> Traffic:
-    """Sample ``steps`` forward steps from the routing that `trace` wrote; texts (default: all) take turns.
+    """Sample ``steps`` forward steps of ``tokens`` tokens from the routing that `trace` wrote.
 
-    An expert that no sampled step reaches gets one row in a fraction of a step that follows its traffic in
-    the whole trace, so no expert is free.
+    Texts (default: all) take turns. ``kind`` of the steps: prefill or decode, see `sample_positions`; auto goes by
+    ``tokens``. An expert that no sampled step reaches gets one row in a fraction of a step that follows its traffic in
+    the whole trace, so no expert is free. `UserError` for a text that was not traced.
     """
     routing = Routing(folder)
     facts = routing.facts
@@ -97,20 +97,20 @@ def sample_traffic(
     if tokens < 1:
         raise UserError(f"tokens per step must be at least 1, not {tokens}")
     layers, experts = tuple(facts["layers"]), facts["experts"]
-    if phase == "auto":
-        phase = "decode" if tokens <= DECODE_TOKENS else "prefill"
+    if kind == "auto":
+        kind = "decode" if tokens <= DECODE_TOKENS else "prefill"
     generator = np.random.default_rng(seed)
     shape = (facts["sequences"], facts["length"])
     turns = [texts[step % len(texts)] for step in range(steps)]
-    positions = [(text, sample_positions(phase, tokens, *shape, generator)) for text in turns]
+    positions = [(text, sample_positions(kind, tokens, *shape, generator)) for text in turns]
     rows = np.zeros((len(layers), steps, experts), np.int64)
     seen = np.zeros((len(layers), experts))  # tokens of each expert in all the texts
     for index, layer in enumerate(layers):
-        ids = {text: routing.ids(text, layer) for text in texts}
+        expert_ids = {text: routing.expert_ids(text, layer) for text in texts}
         for text in texts:
-            seen[index] += np.bincount(ids[text].ravel(), minlength=experts)
-        for step, (text, chosen) in enumerate(positions):
-            rows[index, step] = np.bincount(ids[text][chosen].ravel(), minlength=experts)
+            seen[index] += np.bincount(expert_ids[text].ravel(), minlength=experts)
+        for step, (text, places) in enumerate(positions):
+            rows[index, step] = np.bincount(expert_ids[text][places].ravel(), minlength=experts)
     weight = np.full(rows.shape, 1 / steps)
     expected = tokens * np.maximum(seen, 0.5) / (shape[0] * shape[1] * len(texts))
     layer, expert = np.nonzero(rows.sum(1) == 0)

@@ -1,0 +1,232 @@
+"""Fill the marked regions of README.md and docs from what benchmarks wrote and from the shipped measurements.
+
+    python benchmarks/tables.py
+
+A region is <!-- table: NAME -->...<!-- end -->: lines of their own for a table, a part of a line for figures in a
+sentence. `TABLES` makes each from `docs/measurements/*.json`, the files that benchmarks write with --out, from
+`mixed_allocations.json`, or from the time model fitted to the measurements in `timing/profiles`. A test holds that no
+region is out of date.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mxmoe_steps.timing.estimate import measured_file
+from mxmoe_steps.timing.fit import fit
+from mxmoe_steps.timing.measurements import read_measurements
+from mxmoe_steps.timing.model import CONSTANTS
+
+ROOT = Path(__file__).parents[1]
+MEASUREMENTS = ROOT / "docs" / "measurements"
+REGION = re.compile(r"<!-- table: (\S+) -->(\n?)(.*?)\n?<!-- end -->", re.DOTALL)
+PAGES = ("README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")))
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; empty cells are one space wide."""
+    lines = [f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def percent(share: float, digits: int = 1) -> str:
+    return f"{100 * share:.{digits}f} %"
+
+
+def digits(value: float) -> str:
+    """Four digits, as the benchmarks print them."""
+    return f"{value:.0f}" if value >= 999.95 else f"{value:.1f}"
+
+
+@cache
+def profile() -> dict[str, Any]:
+    """Facts of the measurements and of the fit to them."""
+    path = measured_file("h100")
+    assert path is not None
+    rows, facts = read_measurements(path)
+    return facts | fit(rows, facts["sms"])[1]
+
+
+def profile_machine() -> str:
+    facts = profile()
+    machine = f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['compiler']}"
+    return f"{machine}, {facts['date']}, {facts['rounds']} rounds"
+
+
+def profile_errors() -> str:
+    facts = profile()
+    names = {"single": "one scheme", "mixed": "mixed schemes"}
+    rows = [
+        (names[kind], str(one["problems"]), percent(one["median"]), percent(one["p95"]))
+        for kind, one in facts["errors"].items()
+    ]
+    repeat, count = facts["repeat_spread"], sum(one["problems"] for one in facts["errors"].values())
+    spread = ("repeats of one launch (spread)", str(count), percent(repeat["median"]), percent(repeat["p95"]))
+    return markdown(("held out", "launches", "median error", "95th percentile"), [*rows, spread])
+
+
+def profile_summary() -> str:
+    single, mixed = (profile()["errors"][kind] for kind in ("single", "mixed"))
+    alone = f"{percent(single['median'])} at the median and {percent(single['p95'])} at the 95th percentile"
+    return f"{alone}, {100 * mixed['median']:.1f} and {percent(mixed['p95'])} for mixtures"
+
+
+def profile_constants() -> str:
+    return markdown(("constant", ""), [(f"`{name}`", f"{profile()[name]:.4g}") for name in CONSTANTS])
+
+
+def profile_fused() -> str:
+    ratios = profile()["fused_over_apart"]
+    ends = [str(one["tokens_from"] - 1) for one in ratios[1:]]
+    ranges = [f"{one['tokens_from']} to {end} tokens" for one, end in zip(ratios, ends, strict=False)]
+    names = [*ranges, f"{ratios[-1]['tokens_from']} tokens and more"]
+    rows = [
+        (name, str(one["launches"]), *(f"{one[key]:.2f}" for key in ("median", "least", "most")))
+        for name, one in zip(names, ratios, strict=True)
+    ]
+    return markdown(("fused / one launch per scheme", "launches", "median", "least", "most"), rows)
+
+
+def profile_phase() -> str:
+    lost = profile()["phase_loss"]
+    return f"{percent(lost['median'])} at the median and {percent(lost['p95'])} at the 95th percentile"
+
+
+@cache
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def layer(workload: str) -> str:
+    """Microseconds of a whole layer, by run and tokens."""
+    us: dict[str, dict[int, float]] = {}
+    for cell in read(MEASUREMENTS / "layer.json"):
+        if cell["workload"] == workload:
+            us.setdefault(cell["run"], {})[cell["T"]] = cell["us"]
+    tokens = sorted(next(iter(us.values())))
+    rows = [(run, *(digits(times[count]) for count in tokens)) for run, times in us.items()]
+    return markdown((workload, *map(str, tokens)), rows)
+
+
+def layer_summary() -> str:
+    cells = read(MEASUREMENTS / "layer.json")
+    us = {(cell["run"], cell["T"]): cell["us"] for cell in cells if cell["workload"] == "qwen1.5-moe"}
+    ours, theirs = (
+        [f"{us[run, count]:.0f}" for count in (1, 1024, 8192)] for run in ("hot", "transformers grouped_mm")
+    )
+    return (
+        f"{ours[0]}, {ours[1]} and {ours[2]} us for 1, 1024 and 8192 tokens; the bfloat16 experts of transformers take"
+        f" {theirs[0]}, {theirs[1]} and {theirs[2]}"
+    )
+
+
+def mixtures_predicted(case: str) -> str:
+    """Predicted microseconds of a layer's GEMMs under the allocations of one case, by allocation and tokens."""
+    us: dict[str, dict[int, float]] = {}
+    for entry in read(ROOT / "benchmarks" / "mixed_allocations.json")["allocations"]:
+        if entry["case"] == case:
+            label = f"{entry['name']} bits" if entry["name"][0].isdigit() else entry["name"]
+            us.setdefault(label, {})[entry["tokens"]] = entry["predicted_us"]
+    tokens = sorted(next(iter(us.values())))
+    rows = [(label, *(digits(times[count]) for count in tokens)) for label, times in us.items()]
+    return markdown((case, *map(str, tokens)), rows)
+
+
+GENERATE_RUNS = ("original", "w4a16", "hot")
+
+
+def generate_steps() -> str:
+    """Milliseconds of a decode step and of a prefill, and microseconds of the host."""
+    names = {
+        "generate": "`generate(...)`",
+        "static": '`generate(..., cache_implementation="static")`',
+        "graph": "the eager step with a static cache, captured in a CUDA graph by hand",
+        "prefill": "prefill, sequences x tokens",
+        "host": "microseconds of the host for one MoE module in a decode step, eager",
+    }
+    rows = []
+    for part, label in names.items():
+        cells = read(MEASUREMENTS / "generate.json")[part]
+        for batch, times in cells.items():
+            shape = "#.3g" if part in ("generate", "static", "graph") else ".0f"
+            figures = [f"{times[run]:{shape}}".rstrip(".") if run in times else "-" for run in GENERATE_RUNS]
+            rows.append((label if batch == next(iter(cells)) else "", batch, *figures))
+    return markdown(("", "sequences", *GENERATE_RUNS), rows)
+
+
+def _fastest(batch: str) -> dict[str, float]:
+    """Milliseconds of a decode step by run, the original's by the fastest of all ways."""
+    measured = read(MEASUREMENTS / "generate.json")
+    ways = [
+        measured[part][batch]["original"]
+        for part in ("generate", "static", "graph")
+        if "original" in measured[part][batch]
+    ]
+    return measured["static"][batch] | {"original": min(ways)}
+
+
+def generate_tokens() -> str:
+    """Tokens a second."""
+    measured = read(MEASUREMENTS / "generate.json")
+    rows = []
+    for batch in measured["static"]:
+        times = _fastest(batch)
+        name = "one sequence" if batch == "1" else f"{batch} sequences"
+        rows.append((name, *(f"{1e3 * int(batch) / times[run]:,.0f}" for run in GENERATE_RUNS)))
+    prompts, times = list(measured["prefill"].items())[-1]
+    sequences, tokens = map(int, prompts.split(" x "))
+    rates = [f"{1e3 * sequences * tokens / times[run]:,.0f}" for run in GENERATE_RUNS]
+    rows.append((f"prefill of {sequences} x {tokens} tokens", *rates))
+    requests, rate = next(iter(measured["batching"].items()))
+    rows.append((f"`generate_batch`, {requests} of mixed lengths", *(f"{rate[run]:,.0f}" for run in GENERATE_RUNS)))
+    return markdown(("tokens a second", "original, bf16", "w4a16", "hot"), rows)
+
+
+def generate_ratios() -> str:
+    """Steps as multiples of the original's fastest."""
+    rows = []
+    for batch in read(MEASUREMENTS / "generate.json")["static"]:
+        times = _fastest(batch)
+        rows.append((batch, *(f"{times[run] / times['original']:.2f}" for run in GENERATE_RUNS[1:])))
+    return markdown(("sequences", *GENERATE_RUNS[1:]), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "profile-machine": profile_machine,
+    "profile-errors": profile_errors,
+    "profile-summary": profile_summary,
+    "profile-constants": profile_constants,
+    "profile-fused": profile_fused,
+    "profile-phase": profile_phase,
+    "layer-qwen1.5-moe": lambda: layer("qwen1.5-moe"),
+    "layer-deepseek-v2-lite": lambda: layer("deepseek-v2-lite"),
+    "layer-mixtral-8x7b": lambda: layer("mixtral-8x7b"),
+    "layer-summary": layer_summary,
+    "mixtures-predicted": lambda: mixtures_predicted("qwen1.5-moe+shared"),
+    "generate-steps": generate_steps,
+    "generate-tokens": generate_tokens,
+    "generate-ratios": generate_ratios,
+}
+
+
+def filled(text: str) -> str:
+    """``text`` with its regions as `TABLES` makes them now; `KeyError` for a name that it does not know."""
+    return REGION.sub(
+        lambda match: f"<!-- table: {match[1]} -->{match[2]}{TABLES[match[1]]()}{match[2]}<!-- end -->", text
+    )
+
+
+def main() -> None:
+    for page in PAGES:
+        path = ROOT / page
+        text = path.read_text(encoding="utf-8")
+        if (new := filled(text)) != text:
+            path.write_text(new, encoding="utf-8")
+            print(page)
+
+
+if __name__ == "__main__":
+    main()
