@@ -53,7 +53,7 @@ test: $(VENV)/test.done  ## run the tests
 	@. $(BIN)/activate && python -m pytest -n $(CORES) --dist loadfile
 
 test-vllm: $(VLLM_VENV)/test.done  ## serve packed checkpoints with vLLM, on the CPU
-	@$(VLLM_VENV)/bin/python -m pytest tests/serving
+	@$(VLLM_VENV)/bin/python -m pytest -n $(CORES) --dist loadfile tests/serving
 
 lint: $(VENV)/test.done  ## check style, types and the workflow
 	@. $(BIN)/activate && ruff check . && ruff format --check . && snakefmt --check Snakefile rules && mypy

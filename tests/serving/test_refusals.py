@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.vllm import layer
 from mxmoe_steps.inference.vllm.config import PackedConfig, check_version
-from mxmoe_steps.inference.vllm.layer import check_options
+from mxmoe_steps.models.packed import MixedExperts
 
 
 def test_a_missing_tensor_is_named(demo: Path, demo_tokens: torch.Tensor, tmp_path: Path) -> None:
@@ -32,7 +33,20 @@ def test_a_missing_tensor_is_named(demo: Path, demo_tokens: torch.Tensor, tmp_pa
 def test_options_are_refused_by_name(lora: object, eplb: bool, why: str) -> None:
     options = SimpleNamespace(lora_config=lora, parallel_config=SimpleNamespace(enable_eplb=eplb))
     with pytest.raises(UserError, match=f"^{why} .* does not work with packed experts"):
-        check_options(options)
+        layer.check_options(options)
+
+
+def test_reference_arithmetic_on_a_gpu_is_asked_for_and_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(layer.logger, "warning", lambda text, *values: warnings.append(text % values))
+    packed, experts = object.__new__(layer.PackedLayer), MixedExperts([])
+    packed.number, packed.device, packed.eager = 3, torch.device("cuda"), False
+    with pytest.raises(UserError, match=r"^layer 3: no GPU kernels \(why\), .* add --enforce-eager"):
+        packed._stay(experts, "why")
+    packed.eager = True
+    packed._stay(experts, "why")
+    assert warnings == ["mxmoe: the experts of layer 3 run reference arithmetic, slowly (why)"]
+    assert packed.compute == experts.routed_sum
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0"])
