@@ -27,13 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import silu
 
 from mxmoe_steps.calibration.inputs import Batch, LayerInputs
+from mxmoe_steps.calibration.loss import losses_of
 from mxmoe_steps.calibration.losses import expert_losses, layer_losses
 from mxmoe_steps.calibration.weights import quantize_layer
 from mxmoe_steps.models.families import ModelFolder, open_model
 from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import quantize_activations, round_to_nearest
-from mxmoe_steps.quantizers.method import QUANTIZERS, Method
+from mxmoe_steps.quantizers.method import Method, method_names
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
 
@@ -147,7 +148,7 @@ def run_layer(folder: ModelFolder, inputs: LayerInputs, clock: Clock, method: Me
         with clock.step("quantize"):
             stacks = quantize_layer(inputs, experts, weights, Gating(silu), scheme, method)
         with clock.step("losses"):
-            layer_losses(inputs, experts, weights, stacks, Gating(silu), scheme, method)
+            layer_losses(inputs, experts, weights, stacks, Gating(silu), scheme, method, losses_of([]))
         with clock.step("pack"):
             for index, expert in enumerate(experts):
                 for block, stack in zip(BLOCKS, stacks, strict=True):
@@ -169,10 +170,10 @@ def worst_error(shape: Shape, device: torch.device, scheme: Scheme) -> float:
         return quantize_activations(entering.float(), scheme).to(entering.dtype)
 
     view = None if scheme.act_bits == 16 else seen
-    found = expert_losses([Batch(x.float(), scale, gradient)], weights, changes, Gating(silu), view)
+    found = expert_losses([Batch(x.float(), scale, gradient)], weights, changes, Gating(silu), view, losses_of([]))
     exact = [Batch(x.double(), scale.double(), gradient.double())]
     doubled = [[value.double() for value in values] for values in (weights, changes)]
-    reference = expert_losses(exact, doubled[0], doubled[1], Gating(silu), view)
+    reference = expert_losses(exact, doubled[0], doubled[1], Gating(silu), view, losses_of([]))
     return float(((found - reference) / reference).abs().max())
 
 
@@ -201,7 +202,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), help="default: all on a GPU, small on a CPU")
     parser.add_argument("--tokens", type=int, help="calibration tokens; default 524288 on a GPU, 8192 on a CPU")
-    parser.add_argument("--quantizers", nargs="+", default=["rtn", "gptq"], choices=QUANTIZERS)
+    parser.add_argument("--quantizers", nargs="+", default=["rtn", "gptq"], choices=method_names())
     parser.add_argument("--schemes", nargs="+", default=["w4a16"])
     parser.add_argument("--layers", type=int, default=3, help="layers to time, at least 2")
     parser.add_argument("--folder", help="where layers are written; default the system's temporary folder")

@@ -23,8 +23,10 @@ from mxmoe_steps.calibration.inputs import LayerInputs
 from mxmoe_steps.calibration.weights import add_moments
 from mxmoe_steps.models.families import ModelFolder, open_model
 from mxmoe_steps.models.weights import read_block, read_gating
-from mxmoe_steps.quantizers.gptq import Hessians, gptq
+from mxmoe_steps.quantizers.gptq import gptq
 from mxmoe_steps.quantizers.grid import round_to_nearest
+from mxmoe_steps.quantizers.hessians import Hessians
+from mxmoe_steps.quantizers.names import DAMPING
 from mxmoe_steps.schemes import BLOCKS, Scheme, parse_scheme
 
 Quantize = Callable[[torch.Tensor, Hessians, Scheme], torch.Tensor]  # weights [E, N, K] to their quantized values
@@ -68,7 +70,7 @@ def gptq_model(weight: torch.Tensor, hessians: Hessians, scheme: Scheme) -> torc
 
 def ours(weight: torch.Tensor, hessians: Hessians, scheme: Scheme) -> torch.Tensor:
     """As `calibrate` does it."""
-    return gptq(weight, hessians, scheme, damping=0.01).dequantize()
+    return gptq(weight, hessians, scheme).dequantize()
 
 
 def rounded(weight: torch.Tensor, _: Hessians, scheme: Scheme) -> torch.Tensor:
@@ -97,8 +99,8 @@ def moments(folder: ModelFolder, layer: int, captured: dict[str, torch.Tensor], 
         blocks = gate[expert], up[expert]
         add_moments(entering[expert], inner[expert], inputs.batches(expert), *blocks, gating[expert])
     tokens = torch.tensor([inputs.tokens(expert) for expert in range(folder.experts)])
-    first = Hessians(entering, tokens, entering.sum(0) / tokens.sum())
-    return [first, first, Hessians(inner, tokens, inner.sum(0) / tokens.sum())]
+    first = Hessians(entering, tokens, entering.sum(0) / tokens.sum(), DAMPING)
+    return [first, first, Hessians(inner, tokens, inner.sum(0) / tokens.sum(), DAMPING)]
 
 
 def main() -> None:

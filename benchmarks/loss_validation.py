@@ -26,7 +26,7 @@ from mxmoe_steps.allocation.files import read_allocation
 from mxmoe_steps.evaluate import Reference, score
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors
-from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
@@ -46,7 +46,7 @@ class Bench:
         self.results, self.quantizer = Path(args.results), args.quantizer
         self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(args.device)
         self.head = StreamedModel(args.model, "float32", args.device)
-        reference = Reference(str(self.results / "evaluate" / "original.safetensors"), self.head)
+        reference = Reference(self.results / "evaluate" / "original.safetensors", self.head)
         rows = slice(args.sequences)
         self.tokens = {text: values[rows] for text, values in reference.tokens.items()}
         self.hidden = {text: reference.hidden(text, rows) for text in reference.tokens}
@@ -149,6 +149,7 @@ def chosen(bench: Bench, budget: float, **options: str) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         frontier, out = f"{folder}/frontier.json", f"{folder}/allocation.json"
         command = [sys.executable, "-m", "mxmoe_steps.frontier", "--budget-bits", str(budget), "--tokens", "64"]
+        command += ["--no-tie-gate-up"]
         command += ["--trace", f"{bench.results}/trace", "--profile", f"{bench.results}/profile/h100.parquet"]
         command += ["--losses", *(str(bench.table(scheme)) for scheme in SCHEMES), "--out", frontier]
         for name, value in options.items():
@@ -188,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default="results/demo-moe")
     parser.add_argument("--model", default="resources/demo-moe")
-    parser.add_argument("--quantizer", default="gptq", choices=QUANTIZERS, help="whose weights and losses")
+    parser.add_argument("--quantizer", default="gptq", choices=method_names(), help="whose weights and losses")
     parser.add_argument("--budgets", nargs="+", type=float, default=[2.25, 3.25, 5.0])
     parser.add_argument("--count", type=int, default=50, help="allocations per budget")
     parser.add_argument("--sequences", type=int, default=4, help="sequences per text")

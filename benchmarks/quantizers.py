@@ -18,7 +18,7 @@ from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.evaluations import read_evaluation
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.identity import fingerprint
-from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = ["w1a16", "w2a16", "w3a16", "w4a16", "w8a8", "w4a8", "w4a4", "w4a4_g128"]
@@ -49,7 +49,7 @@ def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path, ca
     write_allocation(str(allocation), UNTIMED | choice)
     step("quantize", model=args.model, allocation=allocation, packed=packed, out=checkpoint)
     common |= {"model": checkpoint, "out": work / "metrics.json"}
-    step("evaluate", reference=f"{args.results}/evaluate/original.safetensors", **common)
+    step("evaluate", dtype="float32", reference=f"{args.results}/evaluate/original.safetensors", **common)
     return dict(read_evaluation(work / "metrics.json")["overall"])
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--results", default="results/demo-moe")
     parser.add_argument("--model", default="resources/demo-moe")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--quantizers", nargs="+", default=QUANTIZERS, choices=QUANTIZERS)
+    parser.add_argument("--quantizers", nargs="+", default=method_names(), choices=method_names())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

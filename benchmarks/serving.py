@@ -45,7 +45,7 @@ MIXTURES = ("4.25", "5")
 OURS = ("w4a16", "w8a8_fp8", "hot", *MIXTURES)
 PARTS = ("decode", "prefill", "http")
 BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
-PREFILLS = (512, 2048, 8192)  # tokens
+PREFILLS = (512, 2048, 8000)  # tokens; a model of 8192 gives one more
 CONCURRENT = (64, 256)
 PROMPT, NEW, SKIPPED = 64, 128, 8  # tokens of a decode; steps before it counts
 MOST_TOKENS = 8192
@@ -107,7 +107,7 @@ def engine_options(run: str, path: Path, batches: list[int]) -> dict[str, Any]:
         "load_format": "auto" if run in OURS else "dummy",
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
-        "max_model_len": MOST_TOKENS + 256,
+        "max_model_len": MOST_TOKENS,
         "max_num_seqs": max(batches),
         "max_num_batched_tokens": MOST_TOKENS,
         "enable_prefix_caching": False,

@@ -104,7 +104,7 @@ def main() -> None:
         folder = Path(name)
         total = write_checkpoint(folder / "model", args.layers)
         text = ["--sources", SOURCES, "--sequences", str(args.sequences), "--length", str(args.length), "--batch", "4"]
-        common = ["--model", str(folder / "model"), "--dtype", "bfloat16", *text]
+        common = ["--model", str(folder / "model"), "--dtype", "bfloat16", "--device", "cpu", *text]
         steps = {
             "trace": ["--texts", "english", "--out", str(folder / "trace")],
             "capture": ["--text", "english", "--out", str(folder / "capture")],

@@ -7,11 +7,33 @@ With runtime.layers_per_job, jobs that need not wait for each other leave their 
 output; the last one puts them together and removes it.
 """
 
+from mxmoe_steps.calibrate import CalibrateOptions
+from mxmoe_steps.quantizers.method import Method
+
 CALIBRATE = f"{OUT}/calibrate/{{quantizer}}"
 LOSSES = f"{CALIBRATE}/{{scheme}}.parquet"
 PACKED = f"{CALIBRATE}/{{scheme}}.safetensors"
+CALIBRATE_EXTENSIONS = {
+    quantizer: plan.extensions_of_calibration(CONFIG, quantizer)
+    for quantizer in CALIBRATED
+}
+CALIBRATE_FLAGS = {
+    quantizer: flags(
+        CalibrateOptions,
+        CONFIG.runtime,
+        model=MODEL_PATH,
+        extensions=CALIBRATE_EXTENSIONS[quantizer],
+        more_losses=plan.more_losses(CONFIG),
+        damping=CONFIG.calibrate.damping if Method(quantizer).uses_hessians else None,
+    )
+    for quantizer in CALIBRATED
+}
 CALIBRATE_CODE = {
-    quantizer: stamps("mxmoe_steps.calibrate", without=Method(quantizer).unused_modules)
+    quantizer: stamps(
+        "mxmoe_steps.calibrate",
+        without=Method(quantizer).unused_modules,
+        extensions=modules_of(CALIBRATE_EXTENSIONS[quantizer]),
+    )
     for quantizer in CALIBRATED
 }
 for quantizer in CALIBRATED:
@@ -20,10 +42,10 @@ for quantizer in CALIBRATED:
             expand([LOSSES, PACKED], quantizer=quantizer, scheme=scheme),
             reads=[CAPTURE],
             **CALIBRATE_CODE[quantizer],
-            flags=calibrate_flags(quantizer),
+            flags=CALIBRATE_FLAGS[quantizer],
             quantizer=quantizer,
             scheme=scheme,
-            model=model_contents(),
+            model=CONTENTS.model(),
         )
 CALIBRATE_MARK = f"{OUT}/parts/calibrate-{{quantizer}}-{{scheme}}-{{border}}"
 
@@ -41,7 +63,7 @@ rule calibrate_part:
     resources:
         mem_mb=memory("calibrate"),
     params:
-        flags=lambda wildcards: calibrate_flags(wildcards.quantizer),
+        flags=lambda wildcards: CALIBRATE_FLAGS[wildcards.quantizer],
         made_from=made_from(LOSSES),
         end=lambda wildcards: int(wildcards.border) + CONFIG.runtime.layers_per_job,
         out=lambda wildcards: CALIBRATE.format(quantizer=wildcards.quantizer),
@@ -56,7 +78,7 @@ rule calibrate:
         captured=upstream(CAPTURE),
         parts=expand(
             CALIBRATE_MARK,
-            border=[0, *part_borders()] if part_borders() else [],
+            border=[0, *PART_BORDERS] if PART_BORDERS else [],
             allow_missing=True,
         ),
         remade_if_wrong=remade_if_wrong(LOSSES),
@@ -72,8 +94,8 @@ rule calibrate:
         mem_mb=memory("calibrate"),
     params:
         code=lambda wildcards: CALIBRATE_CODE[wildcards.quantizer],
-        model=model_contents(),
-        flags=lambda wildcards: calibrate_flags(wildcards.quantizer),
+        model=CONTENTS.model(),
+        flags=lambda wildcards: CALIBRATE_FLAGS[wildcards.quantizer],
         made_from=made_from(LOSSES),
         out=lambda wildcards: CALIBRATE.format(quantizer=wildcards.quantizer),
     shell:

@@ -7,24 +7,34 @@ With runtime.layers_per_job, jobs take the text up through the layers, then its 
 in capture.borders; the last one finishes and removes it.
 """
 
+from mxmoe_steps.capture import CaptureOptions
+
 CAPTURE = f"{OUT}/capture"
-CAPTURE_CODE = stamps("mxmoe_steps.capture", without=PACKED_MODULES)
+CAPTURE_EXTENSIONS = plan.extensions_of_texts(CONFIG, [CONFIG.calibrate.text])
+CAPTURE_CODE = stamps(
+    "mxmoe_steps.capture",
+    without=PACKED_MODULES,
+    extensions=modules_of(CAPTURE_EXTENSIONS),
+)
 CAPTURE_FLAGS = flags(
-    text=CONFIG.calibrate.text,
-    no_gradient=not CONFIG.calibrate.gradient,
-    **model_flags(),
-    **text_flags([CONFIG.calibrate.text], CONFIG.calibrate),
+    CaptureOptions,
+    CONFIG.model,
+    CONFIG.calibrate,
+    CONFIG.runtime,
+    model=MODEL_PATH,
+    extensions=CAPTURE_EXTENSIONS,
+    sources=plan.used_sources(CONFIG, [CONFIG.calibrate.text]),
 )
 CAPTURE_CONTENTS = {
-    "model": model_contents(),
-    "tokenizer": tokenizer_contents(),
-    "texts": text_contents([CONFIG.calibrate.text]),
+    "model": CONTENTS.model(),
+    "tokenizer": CONTENTS.tokenizer(),
+    "texts": CONTENTS.texts([CONFIG.calibrate.text]),
 }
 RESULTS.add([CAPTURE], **CAPTURE_CODE, flags=CAPTURE_FLAGS, **CAPTURE_CONTENTS)
 CAPTURE_MARK = f"{OUT}/parts/capture-{{way}}-{{border}}"
-CAPTURE_PARTS = expand(CAPTURE_MARK, way="until", border=part_borders())
+CAPTURE_PARTS = expand(CAPTURE_MARK, way="until", border=PART_BORDERS)
 if CONFIG.calibrate.gradient:
-    CAPTURE_PARTS += expand(CAPTURE_MARK, way="down-to", border=part_borders()[::-1])
+    CAPTURE_PARTS += expand(CAPTURE_MARK, way="down-to", border=PART_BORDERS[::-1])
 
 
 rule capture_part:

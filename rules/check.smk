@@ -6,36 +6,33 @@ It is no rule: its answer is no result, and nothing runs again because of it. A 
 import subprocess
 import sys
 
+from mxmoe_steps.check import CheckOptions
+from mxmoe_steps.measure import has_gpu
+
 READERS = {"trace", "trace_part", "capture", "capture_part", "evaluate_original"}
 
 
-def least_budgets():
-    """Granularity -> the smallest budget of the sweep: whoever meets it meets the others."""
-    budgets = {}
-    for point in FRONTIERS.values():
-        least = budgets.get(point.granularity, point.budget_bits)
-        budgets[point.granularity] = min(least, point.budget_bits)
-    return budgets
+def reading(section, texts):
+    """What a step will read."""
+    return [section.sequences, section.length, *texts]
 
 
 def check_flags():
     """All that the steps will read, and the problems that they will solve."""
-
-    def reads(section, texts):
-        return [section.sequences, section.length, *texts]
-
     return flags(
-        **allocation_flags(),
+        CheckOptions,
+        CONFIG.model,
+        CONFIG.runtime,
+        CONFIG.solve,
         model=MODEL_PATH,
-        dtype=CONFIG.model.dtype,
-        trust_remote_code=CONFIG.model.trust_remote_code,
         device=CONFIG.runtime.device if workflow.local_exec else "cpu",
-        seed=CONFIG.runtime.seed,
-        sources=canonical_json(CONFIG.texts),
-        trace=reads(CONFIG.trace, CONFIG.trace.texts),
-        calibrate=reads(CONFIG.calibrate, [CONFIG.calibrate.text]),
-        evaluate=reads(CONFIG.evaluate, CONFIG.evaluate.texts),
-        problem=tuple([kind, exact(bits)] for kind, bits in least_budgets().items()),
+        extensions=CONFIG.extensions,
+        sources=CONFIG.texts,
+        trace=reading(CONFIG.trace, CONFIG.trace.texts),
+        calibrate=reading(CONFIG.calibrate, [CONFIG.calibrate.text]),
+        evaluate=reading(CONFIG.evaluate, CONFIG.evaluate.texts),
+        candidates=CANDIDATES,
+        problems=plan.least_budgets(FRONTIERS.values()),
     )
 
 

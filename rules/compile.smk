@@ -4,9 +4,11 @@ input    nothing; needs the extra [cuda] and gcc, no GPU
 output   a folder of libraries named by hashes of source and configuration, and the run-time library
 """
 
+from mxmoe_steps.compile import CompileOptions
+
 COMPILED = f"{OUT}/compile"
 COMPILE_CODE = stamps("mxmoe_steps.compile")
-COMPILE_FLAGS = flags(schemes=PROFILED)
+COMPILE_FLAGS = flags(CompileOptions, schemes=TIMED)
 if CONFIG.profile.hardware == "local":
     RESULTS.add([COMPILED], **COMPILE_CODE, flags=COMPILE_FLAGS)
 

@@ -4,25 +4,37 @@ input    a packed checkpoint, and the original's text and final hidden states
 output   one JSON file of metrics; for the original also its text and those hidden states
 """
 
+from mxmoe_steps.evaluate import EvaluateOptions
+
 EVALUATED = sorted(CONFIG.evaluate.texts)
 EVALUATION = f"{OUT}/evaluate/{{point}}.json"
 ORIGINAL = {
     "metrics": f"{OUT}/evaluate/original.json",
     "reference": f"{OUT}/evaluate/original.safetensors",
 }
+EVALUATE_EXTENSIONS = plan.extensions_of_texts(CONFIG, EVALUATED)
 ORIGINAL_PARAMS = {
-    **stamps("mxmoe_steps.evaluate", without=PACKED_MODULES),
-    "model": model_contents(),
-    "tokenizer": tokenizer_contents(),
-    "texts": text_contents(EVALUATED),
+    **stamps(
+        "mxmoe_steps.evaluate",
+        without=PACKED_MODULES,
+        extensions=modules_of(EVALUATE_EXTENSIONS),
+    ),
+    "model": CONTENTS.model(),
+    "tokenizer": CONTENTS.tokenizer(),
+    "texts": CONTENTS.texts(EVALUATED),
 }
 ORIGINAL_FLAGS = flags(
+    EvaluateOptions,
+    CONFIG.model,
+    CONFIG.evaluate,
+    CONFIG.runtime,
+    model=MODEL_PATH,
     texts=EVALUATED,
-    **model_flags(),
-    **text_flags(EVALUATED, CONFIG.evaluate),
+    extensions=EVALUATE_EXTENSIONS,
+    sources=plan.used_sources(CONFIG, EVALUATED),
 )
 EVALUATE_CODE = stamps("mxmoe_steps.evaluate")
-EVALUATE_FLAGS = flags(**(model_flags() | {"model": None}))
+EVALUATE_FLAGS = flags(EvaluateOptions, CONFIG.model, CONFIG.runtime)
 RESULTS.add(list(ORIGINAL.values()), **ORIGINAL_PARAMS, flags=ORIGINAL_FLAGS)
 for name in POINTS:
     RESULTS.add(

@@ -4,8 +4,21 @@ input    the losses of every candidate scheme, the trace, the profile
 output   every allocation that is optimal for some r
 """
 
+from mxmoe_steps.frontier import FrontierOptions
+
 FRONTIER = f"{OUT}/frontier/{{frontier}}.json"
 FRONTIER_CODE = stamps("mxmoe_steps.frontier")
+FRONTIER_FLAGS = {
+    name: flags(
+        FrontierOptions,
+        CONFIG.solve,
+        point,
+        candidates=CANDIDATES,
+        traffic_text=[CONFIG.solve.traffic],
+        seed=CONFIG.runtime.seed,
+    )
+    for name, point in FRONTIERS.items()
+}
 for name, point in FRONTIERS.items():
     RESULTS.add(
         [FRONTIER.format(frontier=name)],
@@ -15,7 +28,7 @@ for name, point in FRONTIERS.items():
             PROFILE,
         ],
         **FRONTIER_CODE,
-        flags=frontier_flags(point),
+        flags=FRONTIER_FLAGS[name],
     )
 
 
@@ -42,7 +55,7 @@ rule frontier:
         mem_mb=memory("frontier"),
     params:
         **FRONTIER_CODE,
-        flags=lambda wildcards: frontier_flags(FRONTIERS[wildcards.frontier]),
+        flags=lambda wildcards: FRONTIER_FLAGS[wildcards.frontier],
         made_from=made_from(FRONTIER),
         trace=folder_of("traffic"),
     shell:

@@ -4,9 +4,11 @@ input    what `compile` wrote
 output   one row per launch: tiles at full occupancy, random whole problems
 """
 
+from mxmoe_steps.measure import MeasureOptions
+
 MEASURED = f"{OUT}/measure/local.parquet"
 MEASURE_CODE = stamps("mxmoe_steps.measure")
-MEASURE_FLAGS = flags(schemes=PROFILED)
+MEASURE_FLAGS = flags(MeasureOptions, schemes=TIMED)
 if CONFIG.profile.hardware == "local":
     RESULTS.add([MEASURED], reads=[COMPILED], **MEASURE_CODE, flags=MEASURE_FLAGS)
 

@@ -4,17 +4,20 @@ input    what `measure` wrote; for a named GPU nothing: what is known of it come
 output   one table for every candidate scheme; an estimate is labelled as one inside
 """
 
+from mxmoe_steps.profile import ProfileOptions
+
 HARDWARE = CONFIG.profile.hardware
 IS_LOCAL = HARDWARE == "local"
 PROFILE = f"{OUT}/profile/{HARDWARE}.parquet"
 PROFILE_PARAMS = {
     **stamps("mxmoe_steps.profile"),
-    "hardware": hardware_contents(HARDWARE),
+    "hardware": CONTENTS.hardware(HARDWARE),
 }
 PROFILE_FLAGS = flags(
+    ProfileOptions,
     hardware=None if IS_LOCAL else HARDWARE,
     measurements=MEASURED if IS_LOCAL else None,
-    schemes=PROFILED,
+    schemes=TIMED,
 )
 RESULTS.add(
     [PROFILE],

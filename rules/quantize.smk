@@ -4,15 +4,15 @@ input    the allocation, the packed weights of the candidate schemes, the origin
 output   a checkpoint folder for `mxmoe_steps.load_quantized`
 """
 
+from mxmoe_steps.quantize import QuantizeOptions
+
 CHECKPOINT = f"{OUT}/quantize/{{point}}"
 QUANTIZE_PARAMS = {
     **stamps("mxmoe_steps.quantize"),
-    "model": model_contents(),
-    "copied": copied_contents(),
+    "model": CONTENTS.model(),
+    "copied": CONTENTS.copied(),
 }
-QUANTIZE_FLAGS = flags(
-    model=MODEL_PATH, trust_remote_code=CONFIG.model.trust_remote_code
-)
+QUANTIZE_FLAGS = flags(QuantizeOptions, CONFIG.model, model=MODEL_PATH)
 for name, point in POINTS.items():
     RESULTS.add(
         [CHECKPOINT.format(point=name)],

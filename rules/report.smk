@@ -5,6 +5,17 @@ input    every evaluation with its allocation, the trace, the profile; of the fi
 output   results/report.html, results/summary.csv, SVG figures
 """
 
+from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.report import ReportOptions
+from mxmoe_steps.timing.estimate import measured_file
+from mxmoe_steps.timing.sources import kernel_hashes
+
+DRAWN = CONFIG.sweep[0].quantizer[0]
+DRAWN_FRONTIERS = [  # a solver had to find these; a uniform one is a list of schemes
+    name
+    for name, point in FRONTIERS.items()
+    if point.quantizer == DRAWN and point.granularity != "uniform"
+]
 FIGURES = [
     "allocation",
     "frontier",
@@ -22,7 +33,7 @@ REPORT = {
 REPORT_INPUTS = {
     "evaluations": [ORIGINAL["metrics"], *expand(EVALUATION, point=POINTS)],
     "allocations": expand(ALLOCATION, point=POINTS),
-    "frontiers": expand(FRONTIER, frontier=drawn_frontiers()),
+    "frontiers": expand(FRONTIER, frontier=DRAWN_FRONTIERS),
     "losses": expand(LOSSES, quantizer=DRAWN, scheme=SCHEMES),
     "traffic": [TRACE_FILES["traffic"]],
     "routing": [TRACE_FILES["routing"]],
@@ -38,7 +49,8 @@ REPORT_PARAMS = {
     ),
 }
 REPORT_FLAGS = flags(
-    title=MODEL,
+    ReportOptions,
+    title=CONFIG.model.name,
     traffic_text=CONFIG.solve.traffic,
     tokens=sorted({tokens for grid in CONFIG.sweep for tokens in grid.tokens}),
     metric=CONFIG.solve.metric,

@@ -4,14 +4,20 @@ input    the frontier of the point's budget, token count, granularity and quanti
 output   allocation.json: a scheme for every block, with loss, time, bits, bound and gap
 """
 
+from mxmoe_steps.solve import SolveOptions
+
 ALLOCATION = f"{OUT}/solve/{{point}}.json"
 SOLVE_CODE = stamps("mxmoe_steps.solve")
+SOLVE_FLAGS = {
+    name: flags(SolveOptions, **{point.goal: point.value})
+    for name, point in POINTS.items()
+}
 for name, point in POINTS.items():
     RESULTS.add(
         [ALLOCATION.format(point=name)],
         reads=[FRONTIER.format(frontier=point.frontier)],
         **SOLVE_CODE,
-        flags=solve_flags(point),
+        flags=SOLVE_FLAGS[name],
     )
 
 
@@ -31,7 +37,7 @@ rule solve:
         mem_mb=memory("solve"),
     params:
         **SOLVE_CODE,
-        flags=lambda wildcards: solve_flags(POINTS[wildcards.point]),
+        flags=lambda wildcards: SOLVE_FLAGS[wildcards.point],
         made_from=made_from(ALLOCATION),
     shell:
         "python -m mxmoe_steps.solve {params.flags} --made-from {params.made_from} --frontier {input.frontier:q}"

@@ -6,22 +6,34 @@ output   traffic.parquet (per text, layer and expert), routing.safetensors (expe
 A job that is not the last leaves hidden states in trace.borders, which the last removes.
 """
 
+from mxmoe_steps.trace import TraceOptions
+
 TRACED = sorted(CONFIG.trace.texts)
 TRACE = f"{OUT}/trace"
 TRACE_FILES = {
     "traffic": f"{TRACE}/traffic.parquet",
     "routing": f"{TRACE}/routing.safetensors",
 }
-TRACE_CODE = stamps("mxmoe_steps.trace", without=PACKED_MODULES)
+TRACE_EXTENSIONS = plan.extensions_of_texts(CONFIG, TRACED)
+TRACE_CODE = stamps(
+    "mxmoe_steps.trace",
+    without=PACKED_MODULES,
+    extensions=modules_of(TRACE_EXTENSIONS),
+)
 TRACE_FLAGS = flags(
+    TraceOptions,
+    CONFIG.model,
+    CONFIG.trace,
+    CONFIG.runtime,
+    model=MODEL_PATH,
     texts=TRACED,
-    **model_flags(),
-    **text_flags(TRACED, CONFIG.trace),
+    extensions=TRACE_EXTENSIONS,
+    sources=plan.used_sources(CONFIG, TRACED),
 )
 TRACE_CONTENTS = {
-    "model": model_contents(),
-    "tokenizer": tokenizer_contents(),
-    "texts": text_contents(TRACED),
+    "model": CONTENTS.model(),
+    "tokenizer": CONTENTS.tokenizer(),
+    "texts": CONTENTS.texts(TRACED),
 }
 RESULTS.add(
     list(TRACE_FILES.values()), **TRACE_CODE, flags=TRACE_FLAGS, **TRACE_CONTENTS
@@ -33,7 +45,7 @@ rule trace_part:
     input:
         before=lambda wildcards: expand(
             TRACE_MARK,
-            border=[k for k in part_borders() if k < int(wildcards.border)][-1:],
+            border=[k for k in PART_BORDERS if k < int(wildcards.border)][-1:],
         ),
     output:
         temp(touch(TRACE_MARK)),
@@ -55,7 +67,7 @@ rule trace_part:
 
 rule trace:
     input:
-        before=expand(TRACE_MARK, border=part_borders()[-1:]),
+        before=expand(TRACE_MARK, border=PART_BORDERS[-1:]),
         remade_if_wrong=remade_if_wrong(TRACE_FILES["traffic"]),
     output:
         **TRACE_FILES,

@@ -1,6 +1,5 @@
 """Tiny random checkpoints of every supported family."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from mxmoe_steps import capture
 from mxmoe_steps.models.borders import Borders, runs_of
 from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.models.streaming import StreamedModel
+from mxmoe_steps.options.shared import Waiting
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -69,7 +69,7 @@ def make_checkpoint(family: str, path: Path, **extra: Any) -> None:
 def capture_tokens(checkpoint: Path, tokens: torch.Tensor, out: Path, batch: int = 2) -> dict[int, dict[str, Any]]:
     """What `capture` writes for tokens instead of a text, by layer; ``out`` keeps its files."""
     model = StreamedModel(checkpoint, "float32", "cpu")
-    options = argparse.Namespace(out=str(out), borders=str(out))
+    options = Waiting(out=out, borders=out)
     borders = Borders(model, tokens, "mxmoe_steps.capture", options)
     runs = runs_of([len(tokens)], batch)
     facts = {"text": "random", "model": fingerprint(model.folder)}

@@ -1,8 +1,12 @@
 """A tiny random MoE checkpoint with its tokenizer, and text to run it on."""
 
+import fcntl
+import os
+import shutil
 from pathlib import Path
 
 import pytest
+from workflow import make_project, snakemake
 
 WORDS = [
     "the",
@@ -72,3 +76,23 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Path:
     model.save_pretrained(path)
     fast.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project that ran to the end, made once for all workers of the test run: to be copied, not changed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "complete").exists():
+            snakemake(make_project(folder / "project", tiny_moe, text_file))
+            (folder / "complete").touch()
+    return folder / "project"
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    """A copy of one that ran to the end, with times and with what Snakemake remembers."""
+    return Path(shutil.copytree(finished, tmp_path / "project"))

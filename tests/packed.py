@@ -1,6 +1,5 @@
 """Packed checkpoints made straight from a model folder by rounding to nearest: no capture, no calibration."""
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def pack(
     write_allocation(str(allocation), allocation_of(assignment, quantizer, model))
     out = folder / "checkpoint"
     quantize.quantize(
-        argparse.Namespace(
+        quantize.QuantizeOptions(
             trust_remote_code=False, model=str(model), allocation=str(allocation), packed=str(store), out=str(out)
         )
     )

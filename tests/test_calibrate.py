@@ -1,6 +1,5 @@
 """Expert-local losses against whole-layer forwards in float64, and against the KL they estimate."""
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,7 @@ from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
-RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4, "layers": None}
-PARTS = {"borders": None, "until": None, "down_to": None}
+RUNTIME = {"device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +29,7 @@ def captured(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathF
     sources = canonical_json({"words": {"files": [str(text_file)], "separator": "-----"}})
     model = {"model": str(tiny_moe), "dtype": "float32", "trust_remote_code": False}
     text = {"sources": sources, "text": "words", "sequences": 8, "length": 64}
-    capture.capture(argparse.Namespace(**model, **text, **RUNTIME, no_gradient=False, **PARTS, out=str(out)))
+    capture.capture(capture.CaptureOptions(**model, **text, **RUNTIME, batch=4, out=str(out)))
     return out
 
 
@@ -41,7 +39,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 def calibrated(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str, **extra: object) -> None:
     options = {"quantizer": quantizer, "scheme": scheme, "damping": 0.01, "out": str(out), **RUNTIME, **extra}
-    calibrate.calibrate(argparse.Namespace(model=str(tiny_moe), capture=str(captured), **options))
+    calibrate.calibrate(calibrate.CalibrateOptions(model=str(tiny_moe), capture=str(captured), **options))
 
 
 def run(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str) -> pd.DataFrame:

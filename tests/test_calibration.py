@@ -7,10 +7,11 @@ from torch.nn.functional import silu
 from mxmoe_steps.calibration import inputs as inputs_module
 from mxmoe_steps.calibration import weights as weights_module
 from mxmoe_steps.calibration.inputs import LayerInputs
+from mxmoe_steps.calibration.loss import losses_of
 from mxmoe_steps.calibration.losses import layer_losses
 from mxmoe_steps.calibration.weights import add_moments, quantize_layer
 from mxmoe_steps.models.gating import Gating
-from mxmoe_steps.quantizers.method import QUANTIZERS, Method
+from mxmoe_steps.quantizers.method import Method, method_names
 from mxmoe_steps.schemes import SHARED, parse_scheme
 
 GATING = Gating(silu)
@@ -61,7 +62,7 @@ def test_down_losses_equal_the_closed_form(captured: dict[str, torch.Tensor], we
     inputs, scheme, method = LayerInputs(captured, EXPERTS), parse_scheme("w2a16_g32"), Method("gptq")
     experts = list(range(EXPERTS))
     stacks = quantize_layer(inputs, experts, weights, GATING, scheme, method)
-    losses = layer_losses(inputs, experts, weights, stacks, GATING, scheme, method)
+    losses = layer_losses(inputs, experts, weights, stacks, GATING, scheme, method, losses_of([]))
     for expert in experts:
         entering = torch.zeros(HIDDEN, HIDDEN, dtype=torch.float64)
         inner = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
@@ -70,7 +71,7 @@ def test_down_losses_equal_the_closed_form(captured: dict[str, torch.Tensor], we
         assert float(losses[expert, 2, 0]) == pytest.approx(float(((change @ inner) * change).sum()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", method_names())
 def test_stacks_of_any_size_give_the_same_weights(
     captured: dict[str, torch.Tensor], weights: list[torch.Tensor], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,9 +51,9 @@ def test_a_user_error_is_one_line_without_traceback(tmp_path: Path) -> None:
     [
         (["--r", "nan"], "--r: 'nan' is not a number from 0 to 1"),
         (["--r", "1.01"], "--r: '1.01' is not a number from 0 to 1"),
-        (["--max-time-us", "nan"], "--max-time-us: 'nan' is not a finite number of at least 0"),
-        (["--max-time-us", "-1"], "--max-time-us: '-1' is not a finite number of at least 0"),
-        (["--max-loss", "inf"], "--max-loss: 'inf' is not a finite number of at least 0"),
+        (["--max-time-us", "nan"], "--max-time-us: 'nan' is not a finite number above 0"),
+        (["--max-time-us", "-1"], "--max-time-us: '-1' is not a finite number above 0"),
+        (["--max-loss", "inf"], "--max-loss: 'inf' is not a finite number above 0"),
         (["--r", "1", "--out", "."], "--out: . is a folder; give the name of a file"),
         (["--r", "1", "--out", "file/x"], "file is a file, so file/x cannot be made"),
     ],
@@ -70,9 +70,9 @@ def test_arguments_are_checked_before_anything_is_read(arguments: list[str], why
     ("arguments", "why"),
     [
         (["--out", "file"], "--out: file is a file; give the name of a folder"),
-        (["--out", "out", "--threads", "0"], "--threads: '0' is not a whole number from 1 to 2147483647"),
+        (["--out", "out", "--threads", "0"], "--threads: '0' is not a whole number from 1 to 1024"),
         (["--out", "out", "--seed", "-1"], "--seed: '-1' is not a whole number from 0 to 9223372036854775807"),
-        (["--out", "out", "--damping", "nan"], "--damping: 'nan' is not a finite number of at least 0"),
+        (["--out", "out", "--damping", "nan"], "--damping: 'nan' is not a number above 0 and up to 1"),
     ],
 )
 def test_arguments_of_calibrate(arguments: list[str], why: str, tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 import copy
 import functools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
-from mxmoe_steps import config
+from mxmoe_steps.config import reference
+from mxmoe_steps.config.loading import load_config
+from mxmoe_steps.config.points import points
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.values import exact, typed
@@ -36,7 +40,7 @@ def edited(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 def test_the_demo_is_valid_and_names_its_points(values: dict[str, Any]) -> None:
-    found = config.points(config.load_config(values, "demo"))
+    found = points(load_config(values, "demo"))
     names = [point.name for point in found]
     assert len(set(names)) == len(names)
     assert "b2.25_t64_block_gptq_r0.75" in names
@@ -55,7 +59,7 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
         {"budget_bits": 3, "tokens": 64, "max_time_us": [80.0, 120.5]},
         {"budget_bits": 3, "tokens": 64, "max_loss": 0.25},
     ]
-    names = [point.name for point in config.points(config.load_config(values | {"sweep": grids}, "ceilings"))]
+    names = [point.name for point in points(load_config(values | {"sweep": grids}, "ceilings"))]
     ours = [name for name in names if "uniform" not in name]
     assert ours == ["b3_t64_block_gptq_loss0.25", "b3_t64_block_gptq_us120.5", "b3_t64_block_gptq_us80"]
 
@@ -67,7 +71,7 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
         ("modell", {}, r"unknown key 'modell'; did you mean 'model'\?"),
         ("calibrate.sequences", "32", r"calibrate.sequences: .*integer; found '32'"),
         ("calibrate.damping", "1e-3", r"calibrate.damping: .*1\.0e-3 rather than 1e-3"),
-        ("calibrate.schemes", ["w2a16", "w5a16"], r"calibrate.schemes: scheme 'w5a16': no such pair of widths"),
+        ("calibrate.schemes", ["w2a16", "w5a16"], r"calibrate.schemes.1: scheme 'w5a16': no such pair of widths"),
         ("calibrate.schemes", ["w2a16", "w2a16_g128_asym"], r"two entries are the same scheme"),
         ("calibrate.schemes", ["w3a16", "w4a16"], r"budget_bits 2.25 is below 3.25.*w3a16_g128_asym"),
         ("calibrate.text", "mixd", r"calibrate.text: 'mixd' is not a text source; did you mean 'mixed'\?"),
@@ -78,11 +82,15 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
         ("calibrate.quantizers", ["gptq"], r"quantizer: 'rtn' is not in calibrate.quantizers"),
         ("calibrate.gradient", False, r"metric fisher needs calibrate.gradient: true"),
         ("sweep.0.granularity", "blok", r"sweep.0.granularity.*found 'blok'"),
-        ("sweep.0.budget_bits", [0.0], r"budget_bits must lie in \(0, 16\]"),
-        ("sweep.0.r", 1.5, r"r must lie in \[0, 1\]"),
+        ("sweep.0.budget_bits", [0.0], r"sweep.0.budget_bits.0: .*greater than 0; found 0.0"),
+        ("sweep.0.r", 1.5, r"sweep.0.r.0: .*less than or equal to 1; found 1.5"),
         ("sweep.0.tokens", [], r"tokens is empty"),
         ("sweep.0", {"budget_bits": 3, "tokens": 1, "r": 1.0, "max_loss": 0.1}, r"max_loss and r exclude each other"),
-        ("sweep.0", {"budget_bits": 3, "tokens": 1, "max_time_us": -5.0}, r"must be positive"),
+        (
+            "sweep.0",
+            {"budget_bits": 3, "tokens": 1, "max_time_us": -5.0},
+            r"max_time_us.0: .*greater than 0; found -5.0",
+        ),
         ("runtime.device", "gpu", r"runtime.device.*found 'gpu'"),
         ("model.path", "no/such/folder", r"model folder no/such/folder does not exist"),
         ("model.path", "~/no/such/folder", r"model folder /.*/no/such/folder does not exist"),
@@ -107,7 +115,7 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
         (
             "calibrate.schemes",
             ["w2a16", f"w4a16_g{10**20}"],
-            r"calibrate.schemes: scheme 'w4a16_g1000.*not of the form",
+            r"calibrate.schemes.1: scheme 'w4a16_g1000.*not of the form",
         ),
         ("calibrate.schemes", ["w2a16", "w4a16_g999936"], r"a multiple of 32 up to 65536"),
         (
@@ -117,11 +125,11 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
         ),
         ("calibrate.schemes", ["w2a16", "w4a16_g32"], r"scheme w4a16_g32_asym: no GPU kernel"),
         ("profile.hardware", "a100", r"scheme w4a8_g128_sym_fp8: a100 has no fp8 tensor cores; take it out"),
-        ("sweep.0.tokens", [10**15], r"tokens must lie between 1 and 1,048,576"),
+        ("sweep.0.tokens", [10**15], r"sweep.0.tokens.0: .*less than or equal to 1048576; found 1000000000000000"),
         ("sweep.0", {"budget_bits": 3, "tokens": 1, "max_time_us": float("nan")}, r"max_time_us.*finite number"),
         ("sweep.0.budget_bits", [float("inf")], r"budget_bits.*finite number"),
         ("sweep.0.r", float("nan"), r"sweep.0.r.*finite number"),
-        ("runtime.seed", 2**70, r"runtime.seed: .*less than 9223372036854775808"),
+        ("runtime.seed", 2**70, r"runtime.seed: .*less than or equal to 9223372036854775807"),
         ("runtime.threads", 100_000, r"runtime.threads: .*less than or equal to 1024"),
         ("solve.time_as", ["w4a4"], r"solve.time_as: --time-as 'w4a4': expected LEFT=RIGHT"),
         ("solve.time_as", ["w4a4=w5a5"], r"solve.time_as: scheme 'w5a5'"),
@@ -140,7 +148,7 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
 )
 def test_mistakes_name_the_key_and_the_fix(values: dict[str, Any], path: str, value: Any, says: str) -> None:
     with pytest.raises(UserError, match=says):
-        config.load_config(edited(values, path, value), "my.yaml")
+        load_config(edited(values, path, value), "my.yaml")
 
 
 ODD: list[Any] = [
@@ -168,7 +176,7 @@ def test_odd_values_anywhere_are_refused_in_words(values: dict[str, Any]) -> Non
             at = functools.reduce(lambda inner, key: inner[key], path[:-1], changed)
             at[path[-1]] = odd
             try:
-                config.points(config.load_config(changed, "my.yaml"))
+                points(load_config(changed, "my.yaml"))
             except UserError:
                 refused += 1
     assert refused > 2000
@@ -178,22 +186,22 @@ def test_what_exists_is_accepted(values: dict[str, Any], tiny_moe: Path, monkeyp
     monkeypatch.setenv("WHERE", str(tiny_moe.parent))
     monkeypatch.setenv("HOME", str(tiny_moe.parent))
     for path in (f"$WHERE/{tiny_moe.name}", f"${{HOME}}/{tiny_moe.name}", f"~/{tiny_moe.name}"):
-        assert config.load_config(edited(values, "model.path", path), "my.yaml").model.path == str(tiny_moe)
+        assert load_config(edited(values, "model.path", path), "my.yaml").model.path == str(tiny_moe)
     for path in ("org/name", "org/name@v1.0", "org/name@refs/pr/3"):
-        assert config.load_config(edited(values, "model.path", path), "my.yaml").model.path == path
+        assert load_config(edited(values, "model.path", path), "my.yaml").model.path == path
     solve = values["solve"] | {
         "fix": ["shared=w8a8_fp8", "layer:0-1000000000/block:down=w4a16", "all=w16a16"],
         "min_bits": ["routed/layer:1,0=3", "expert:0-2/block:gate,up=2.25"],
         "time_as": ["w4a4=w4a8_fp8"],
     }
     schemes = [*values["calibrate"]["schemes"], "w4a4"]
-    config.load_config(edited(values | {"solve": solve}, "calibrate.schemes", schemes), "my.yaml")
+    load_config(edited(values | {"solve": solve}, "calibrate.schemes", schemes), "my.yaml")
 
 
 def test_points_that_differ_have_names_that_differ(values: dict[str, Any]) -> None:
     near = [0.75, 0.7500001, 1 / 3, 0.333333, 0.3333333]
     grids = [{"budget_bits": [3.0, 3.0000001], "tokens": 64, "r": near}]
-    found = config.points(config.load_config(values | {"sweep": grids, "baselines": []}, "my.yaml"))
+    found = points(load_config(values | {"sweep": grids, "baselines": []}, "my.yaml"))
     assert len({point.name for point in found}) == len(found) == 10
     assert {float(point.name.split("_")[0][1:]) for point in found} == {3.0, 3.0000001}
     assert {float(point.name.split("_r")[1]) for point in found} == set(near)
@@ -214,20 +222,31 @@ def test_values_of_the_command_line_are_numbers() -> None:
 def test_an_unsupported_family_lists_the_supported_ones(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
     with pytest.raises(UserError, match="model_type 'llama' is not supported; supported are deepseek_v2"):
-        config.load_config(edited(values, "model.path", str(tmp_path)), "my.yaml")
+        load_config(edited(values, "model.path", str(tmp_path)), "my.yaml")
 
 
 def test_several_mistakes_are_reported_together(values: dict[str, Any]) -> None:
     broken = edited(edited(values, "runtime.threads", 0), "trace.length", "long")
     with pytest.raises(UserError) as error:
-        config.load_config(broken, "my.yaml")
+        load_config(broken, "my.yaml")
     assert "runtime.threads" in str(error.value)
     assert "trace.length" in str(error.value)
 
 
 def test_the_reference_page_is_current() -> None:
     page = (ROOT / "config" / "README.md").read_text(encoding="utf-8")
-    assert page == config.reference(), "run: python -m mxmoe_steps.config > config/README.md"
+    assert page == reference.reference(), "run: python -m mxmoe_steps.config.reference config"
+
+
+def test_the_schema_is_current_and_editors_find_it(values: dict[str, Any]) -> None:
+    shipped = json.loads((ROOT / "config" / "schema.json").read_text(encoding="utf-8"))
+    assert shipped == reference.schema(), "run: python -m mxmoe_steps.config.reference config"
+    first = (ROOT / "config" / "config.yaml").read_text(encoding="utf-8").split("\n")[0]
+    assert first == "# yaml-language-server: $schema=schema.json"
+    validator = jsonschema.Draft202012Validator(shipped)
+    assert not list(validator.iter_errors(values))
+    for path, value in (("calibrate.sequences", "32"), ("sweep.0.budget_bits", 0), ("solve", {}), ("modell", {})):
+        assert list(validator.iter_errors(edited(values, path, value))), path
 
 
 @pytest.mark.parametrize(

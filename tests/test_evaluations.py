@@ -1,6 +1,5 @@
 """Damaged references, evaluations and manifests: an error that names the file, or the right result."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -29,9 +28,8 @@ TEXT = {"texts": ["words"], "sequences": 3, "length": 16}
 
 
 def run(model: Path, out: Path, **options: Any) -> dict[str, Any]:
-    given = dict.fromkeys(("sources", *TEXT, "reference", "save_reference", "borders")) | options
-    runtime = {"dtype": "float32", "trust_remote_code": False, "device": "cpu", "threads": 1, "seed": 0, "batch": 4}
-    evaluate.evaluate(argparse.Namespace(model=str(model), out=str(out), **runtime, **given))
+    runtime = {"dtype": "float32", "device": "cpu", "batch": 4}
+    evaluate.evaluate(evaluate.EvaluateOptions(model=str(model), out=out, **runtime, **options))
     return read_evaluation(out)
 
 
@@ -95,7 +93,7 @@ def test_a_packed_checkpoint_is_no_original(made: Path, tmp_path: Path) -> None:
         run(
             made / "packed" / "checkpoint",
             tmp_path / "o.json",
-            sources="{}",
+            sources='{"words": {"package": "wiki-en"}}',
             **TEXT,
             save_reference=str(tmp_path / "r"),
         )

@@ -1,6 +1,5 @@
 """Every supported family on a tiny random checkpoint: names, hooks, losses, and a packed checkpoint that loads."""
 
-import argparse
 from pathlib import Path
 
 import pytest
@@ -43,15 +42,17 @@ def test_a_packed_checkpoint_loads_and_computes_the_same(family: str, tmp_path: 
 
     for scheme in ("w8a16_g-1_sym", "w8a8_g-1_sym"):
         options = {"quantizer": "gptq", "scheme": scheme, "damping": 0.01, "out": str(tmp_path / "packed")}
-        runtime = {"device": "cpu", "threads": 1, "seed": 0, "layers": None}
+        runtime = {"device": "cpu", "threads": 1, "seed": 0}
         calibrate.calibrate(
-            argparse.Namespace(model=str(tmp_path / "model"), capture=str(tmp_path / "capture"), **options, **runtime)
+            calibrate.CalibrateOptions(
+                model=str(tmp_path / "model"), capture=str(tmp_path / "capture"), **options, **runtime
+            )
         )
     experts = [SHARED] * (FAMILIES[family].shared is not None) + [0, 1, 2, 3]
     assignment = [[layer, expert, "w8a16_g-1_sym", "w16a16", "w8a8_g-1_sym"] for layer in layers for expert in experts]
     write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment, "gptq", tmp_path / "model"))
     quantize.quantize(
-        argparse.Namespace(
+        quantize.QuantizeOptions(
             trust_remote_code=False,
             model=str(tmp_path / "model"),
             allocation=str(tmp_path / "allocation.json"),

@@ -1,6 +1,5 @@
 """gpt_oss, whose experts are interleaved, biased and clamped: losses, packed checkpoints, and published checkpoints."""
 
-import argparse
 import itertools
 import json
 import shutil
@@ -26,11 +25,11 @@ from mxmoe_steps.models.streaming import StreamedModel, layer_path
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
-from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.schemes import BLOCKS, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
-RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "layers": None}
+RUNTIME = {"device": "cpu"}
 SIZES = {"hidden_size": 96, "intermediate_size": 160}  # 1.5 and 2.5 groups of 64, as 2880 is 22.5 groups of 128
 SCHEMES = ["w3a16_g64", "w4a8_g64", "w8a8_fp8"]
 ALPHA, LIMIT = 1.702, 0.7
@@ -63,7 +62,9 @@ def captured(checkpoint: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 def run_calibrate(checkpoint: Path, out: Path, quantizer: str, scheme: str) -> None:
     paths = {"model": str(checkpoint), "capture": str(checkpoint.parent / "capture"), "out": str(out)}
-    calibrate.calibrate(argparse.Namespace(**paths, quantizer=quantizer, scheme=scheme, damping=0.01, **RUNTIME))
+    calibrate.calibrate(
+        calibrate.CalibrateOptions(**paths, quantizer=quantizer, scheme=scheme, damping=0.01, **RUNTIME)
+    )
 
 
 def stored(folder: Path, scheme: str, key: str, in_features: int) -> torch.Tensor:
@@ -102,7 +103,7 @@ def layer_output(
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("quantizer", method_names())
 def test_losses_equal_differences_of_the_whole_layer(
     model: Any,
     checkpoint: Path,
@@ -173,7 +174,7 @@ def packed(checkpoint: Path, captured: Any, tmp_path_factory: pytest.TempPathFac
     ]
     write_allocation(str(root / "allocation.json"), allocation_of(assignment, "gptq", checkpoint))
     paths = {"allocation": str(root / "allocation.json"), "packed": str(root / "gptq"), "out": str(root / "out")}
-    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(checkpoint), **paths))
+    quantize.quantize(quantize.QuantizeOptions(trust_remote_code=False, model=str(checkpoint), **paths))
     return root
 
 

@@ -1,6 +1,5 @@
 """The losses of `calibrate`, measured expert by expert, against transformers' own MoE layer in float64 as a whole."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +42,9 @@ def test_losses_equal_forwards_of_the_whole_layer(family: str, tmp_path: Path) -
     tokens = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(1))
     captured = capture_tokens(tmp_path / "model", tokens, tmp_path / "capture")
     options = {"quantizer": "gptq", "scheme": SCHEME.name, "damping": 0.01, "out": str(tmp_path / "out")}
-    runtime = {"device": "cpu", "threads": 1, "seed": 0, "layers": None}
+    runtime = {"device": "cpu", "threads": 1, "seed": 0}
     paths = {"model": str(tmp_path / "model"), "capture": str(tmp_path / "capture")}
-    calibrate.calibrate(argparse.Namespace(**paths, **options, **runtime))
+    calibrate.calibrate(calibrate.CalibrateOptions(**paths, **options, **runtime))
     losses = read_table(LOSSES, tmp_path / "out" / f"{SCHEME}.parquet")[0].to_pandas()
     packed = load_file(tmp_path / "out" / f"{SCHEME}.safetensors")
 

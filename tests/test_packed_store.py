@@ -1,6 +1,5 @@
 """Damaged captured layers and packed weights: calibrate and quantize refuse them, and name the file."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -30,9 +29,9 @@ Tensors = dict[str, torch.Tensor]
 
 
 def run_calibrate(folder: Path, capture: Path, out: Path, scheme: str) -> None:
-    options = {"quantizer": "rtn", "damping": 0.01, "device": "cpu", "threads": 1, "seed": 0, "layers": None}
+    options = {"quantizer": "rtn", "damping": 0.01, "device": "cpu", "threads": 1}
     paths = {"model": str(folder / "model"), "capture": str(capture), "out": str(out)}
-    calibrate.calibrate(argparse.Namespace(**paths, scheme=scheme, **options))
+    calibrate.calibrate(calibrate.CalibrateOptions(**paths, scheme=scheme, **options))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_quantize(made: Path, packed: Path, out: Path) -> bytes:
     """The weights of the checkpoint."""
     paths = {"model": str(made / "model"), "allocation": str(made / "allocation.json"), "packed": str(packed)}
-    quantize.quantize(argparse.Namespace(**paths, trust_remote_code=False, out=str(out)))
+    quantize.quantize(quantize.QuantizeOptions(**paths, trust_remote_code=False, out=str(out)))
     return (out / "model.safetensors").read_bytes()
 
 
@@ -115,7 +114,7 @@ def test_weights_of_another_model_are_refused(made: Path, tmp_path: Path) -> Non
         save_file(found, file, metadata={"format": "pt"})
     paths = {"allocation": str(made / "allocation.json"), "packed": str(made / "packed"), "out": str(tmp_path / "out")}
     with pytest.raises(UserError, match=r"allocation.json: was solved for another model than"):
-        quantize.quantize(argparse.Namespace(model=str(tmp_path / "model"), trust_remote_code=False, **paths))
+        quantize.quantize(quantize.QuantizeOptions(model=str(tmp_path / "model"), trust_remote_code=False, **paths))
     with pytest.raises(UserError, match=r"layer-000.safetensors: was captured of another model or layer"):
         run_calibrate(tmp_path, made / "capture", tmp_path / "packed", SCHEMES[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -1,6 +1,5 @@
 """Packed checkpoints: what is on disk, what transformers loads, and that it computes what was calibrated."""
 
-import argparse
 import itertools
 import json
 import shutil
@@ -23,8 +22,7 @@ from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
-RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 4, "layers": None}
-PARTS = {"borders": None, "until": None, "down_to": None}
+RUNTIME = {"device": "cpu"}
 SCHEMES = ["w2a16_g128_asym", "w3a16_g128_asym", "w8a8_g-1_sym_fp8", "w4a8_g128_sym", "w16a16"]
 
 
@@ -45,11 +43,11 @@ def packed(tiny_moe: Path, sources: str, tmp_path_factory: pytest.TempPathFactor
     model = {"model": str(tiny_moe), "dtype": "float32", "trust_remote_code": False}
     text = {"sources": sources, "text": "words", "sequences": 4, "length": 64}
     capture.capture(
-        argparse.Namespace(**model, **text, **RUNTIME, no_gradient=True, **PARTS, out=str(root / "capture"))
+        capture.CaptureOptions(**model, **text, **RUNTIME, batch=4, gradient=False, out=str(root / "capture"))
     )
     for scheme in SCHEMES[:-1]:
         calibrate.calibrate(
-            argparse.Namespace(
+            calibrate.CalibrateOptions(
                 model=str(tiny_moe),
                 capture=str(root / "capture"),
                 quantizer="rtn",
@@ -67,7 +65,7 @@ def checkpoint(tiny_moe: Path, packed: Path, assignment: list[list], tmp_path_fa
     root = tmp_path_factory.mktemp("checkpoint")
     write_allocation(str(root / "allocation.json"), allocation_of(assignment, "rtn", tiny_moe))
     quantize.quantize(
-        argparse.Namespace(
+        quantize.QuantizeOptions(
             trust_remote_code=False,
             model=str(tiny_moe),
             allocation=str(root / "allocation.json"),
@@ -141,7 +139,9 @@ def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packe
     for scheme in ("w3a16_g32_asym", "w8a8_g-1_sym"):
         options = {"capture": str(packed.parent / "capture"), "quantizer": "rtn+hadamard", "damping": 0.01}
         calibrate.calibrate(
-            argparse.Namespace(model=str(tiny_moe), scheme=scheme, out=str(tmp_path / "packed"), **options, **RUNTIME)
+            calibrate.CalibrateOptions(
+                model=str(tiny_moe), scheme=scheme, out=str(tmp_path / "packed"), **options, **RUNTIME
+            )
         )
     choice = ["w3a16_g32_asym", "w8a8_g-1_sym", "w16a16"]
     assignment = [[layer, expert, *choice] for layer in range(2) for expert in [SHARED, 0, 1, 2, 3]]
@@ -149,7 +149,7 @@ def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packe
     write_allocation(str(tmp_path / "allocation.json"), allocation)
     paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(tmp_path / "packed")}
     quantize.quantize(
-        argparse.Namespace(trust_remote_code=False, model=str(tiny_moe), out=str(tmp_path / "out"), **paths)
+        quantize.QuantizeOptions(trust_remote_code=False, model=str(tiny_moe), out=str(tmp_path / "out"), **paths)
     )
 
     expected = AutoModelForCausalLM.from_pretrained(tiny_moe, dtype=torch.float32)
@@ -205,7 +205,7 @@ def test_the_same_allocation_gives_the_same_bytes(
 ) -> None:
     write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment[::-1], "rtn", tiny_moe))
     quantize.quantize(
-        argparse.Namespace(
+        quantize.QuantizeOptions(
             trust_remote_code=False,
             model=str(tiny_moe),
             allocation=str(tmp_path / "allocation.json"),
@@ -267,7 +267,7 @@ def test_stacked_experts_give_the_same_checkpoint(
         for name, folder in (("one", tiny_moe), ("other", tmp_path / "stacked")):
             capture_folder, out = str(packed.parent / "capture"), str(tmp_path / name)
             calibrate.calibrate(
-                argparse.Namespace(
+                calibrate.CalibrateOptions(
                     model=str(folder), capture=capture_folder, damping=0.01, out=out, **options, **RUNTIME
                 )
             )
@@ -276,7 +276,7 @@ def test_stacked_experts_give_the_same_checkpoint(
     allocation = allocation_of(assignment, "rtn", tiny_moe)
     write_allocation(str(tmp_path / "allocation.json"), allocation)
     paths = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
-    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tmp_path / "stacked"), **paths))
+    quantize.quantize(quantize.QuantizeOptions(trust_remote_code=False, model=str(tmp_path / "stacked"), **paths))
     name = "model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
 
@@ -305,7 +305,7 @@ def test_code_that_comes_with_the_model_goes_with_it_if_it_is_trusted(
         "packed": str(packed),
         "out": str(tmp_path / "out"),
     }
-    quantize.quantize(argparse.Namespace(trust_remote_code=trusted, model=str(tmp_path / "model"), **paths))
+    quantize.quantize(quantize.QuantizeOptions(trust_remote_code=trusted, model=str(tmp_path / "model"), **paths))
     assert (tmp_path / "out" / "remote.py").is_file() == trusted
     assert ("auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())) == trusted
     model = StreamedModel(tmp_path / "out", "float32", "cpu", trusted)
@@ -328,7 +328,7 @@ def test_a_packed_checkpoint_keeps_the_dtype_of_the_weights(
         "packed": str(packed),
         "out": str(tmp_path / "out"),
     }
-    quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tmp_path / "model"), **paths))
+    quantize.quantize(quantize.QuantizeOptions(trust_remote_code=False, model=str(tmp_path / "model"), **paths))
     assert StreamedModel(tmp_path / "out", "auto", "cpu").dtype == torch.float32
     assert mxmoe_steps.load_quantized(tmp_path / "out").dtype == torch.float32
 
@@ -339,19 +339,17 @@ def test_an_allocation_of_another_model_is_refused(
     write_allocation(str(tmp_path / "allocation.json"), allocation_of(assignment[:-1], "rtn", tiny_moe))
     options = {"allocation": str(tmp_path / "allocation.json"), "packed": str(packed), "out": str(tmp_path / "out")}
     with pytest.raises(UserError, match="layer 1, expert 3 is not in both"):
-        quantize.quantize(argparse.Namespace(trust_remote_code=False, model=str(tiny_moe), **options))
+        quantize.quantize(quantize.QuantizeOptions(trust_remote_code=False, model=str(tiny_moe), **options))
     assert [path.name for path in tmp_path.iterdir()] == ["allocation.json"]
 
 
 def test_evaluation_matches_the_models_own_loss(tiny_moe: Path, checkpoint: Path, sources: str, tmp_path: Path) -> None:
     text = {"sources": sources, "texts": ["words"], "sequences": 6, "length": 48}
-    none = dict.fromkeys(text)
-    options = {"dtype": "float32", "trust_remote_code": False, "borders": None, **RUNTIME}
+    options = {"dtype": "float32", "batch": 4, **RUNTIME}
     kept = str(tmp_path / "reference.safetensors")
     evaluate.evaluate(
-        argparse.Namespace(
+        evaluate.EvaluateOptions(
             model=str(tiny_moe),
-            reference=None,
             save_reference=kept,
             out=str(tmp_path / "original.json"),
             **text,
@@ -359,12 +357,10 @@ def test_evaluation_matches_the_models_own_loss(tiny_moe: Path, checkpoint: Path
         )
     )
     evaluate.evaluate(
-        argparse.Namespace(
+        evaluate.EvaluateOptions(
             model=str(checkpoint),
             reference=kept,
-            save_reference=None,
             out=str(tmp_path / "packed.json"),
-            **none,
             **options,
         )
     )
@@ -374,7 +370,7 @@ def test_evaluation_matches_the_models_own_loss(tiny_moe: Path, checkpoint: Path
     from mxmoe_steps.data.tokens import load_sequences
     from mxmoe_steps.models.loading import load_tokenizer
 
-    tokens = load_sequences(parse_sources(sources), "words", "test", load_tokenizer(tiny_moe), 48, 6, 0)
+    tokens = load_sequences(parse_sources(json.loads(sources)), "words", "test", load_tokenizer(tiny_moe), 48, 6, 0)
     tokens = torch.from_numpy(tokens)
     with torch.no_grad():
         p = torch.log_softmax(

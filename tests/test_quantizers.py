@@ -8,9 +8,10 @@ import torch
 
 from mxmoe_steps import packing
 from mxmoe_steps.quantizers import grid as grids
-from mxmoe_steps.quantizers.gptq import Hessians, gptq
+from mxmoe_steps.quantizers.gptq import gptq
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations, round_to_nearest
 from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.quantizers.hessians import Hessians
 from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = [
@@ -199,7 +200,7 @@ def test_rotation_is_the_hadamard_matrix_and_leaves_a_linear_block_unchanged(siz
 
 def test_rotated_hessians_are_those_of_rotated_inputs() -> None:
     x = torch.randn(50, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    moments = Hessians((x.T @ x).unsqueeze(0), torch.tensor([50]), x.T @ x / 50).rotated()
+    moments = Hessians((x.T @ x).unsqueeze(0), torch.tensor([50]), x.T @ x / 50, 0.01).rotated()
     turned = x @ _hadamard(24)
     assert torch.allclose(moments.sums[0], turned.T @ turned)
     assert torch.allclose(moments.layer, turned.T @ turned / 50)
@@ -244,9 +245,9 @@ def test_gptq_matches_the_definition_and_beats_rounding(name: str) -> None:
     for count in tokens.tolist():
         x = torch.randn(count, in_features, generator=generator, dtype=torch.float64) @ mixing
         sums.append(x.T @ x)
-    hessians = Hessians(torch.stack(sums), tokens, torch.stack(sums).sum(0) / tokens.sum())
-    got = gptq(weight, hessians, scheme, damping=0.01)
-    shrunk = hessians.shrunk(0.01)
+    hessians = Hessians(torch.stack(sums), tokens, torch.stack(sums).sum(0) / tokens.sum(), 0.01)
+    got = gptq(weight, hessians, scheme)
+    shrunk = hessians.shrunk()
     grid = grids.find_grid(weight, scheme, importance=shrunk.diagonal(dim1=-2, dim2=-1).float())
     rounded = round_to_nearest(weight, scheme)
     for expert in range(experts):

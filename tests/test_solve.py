@@ -40,7 +40,8 @@ def inputs(tmp_path_factory) -> dict:
 def frontier_arguments(inputs: dict, budget="4.5", tokens=16, **changes) -> list:
     given = {**inputs, **changes}
     return ["--losses", *given["losses"], "--trace", given["trace"], "--profile", given["profile"],
-            f"--budget-bits={budget}", "--tokens", tokens]  # fmt: skip
+            f"--budget-bits={budget}", "--tokens", tokens,
+            "--scope", "layer", "--metric", "out_sq", "--no-tie-gate-up"]  # fmt: skip
 
 
 def allocate(folder: Path, inputs: dict, goal=("--r", 0.75), extra=(), **settings) -> dict:
@@ -310,6 +311,7 @@ def test_every_r_against_all_assignments(tmp_path, toy, flags, tokens):
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf", "1/0", "1e400", "two"])
-def test_budgets_that_are_no_bits_of_a_weight(tmp_path, inputs, budget):
-    with pytest.raises(UserError, match="expected a number above 0 and up to 64"):
+def test_budgets_that_are_no_bits_of_a_weight(tmp_path, inputs, budget, capsys):
+    with pytest.raises(SystemExit):
         allocate(tmp_path, inputs, budget=budget)
+    assert f"argument --budget-bits: '{budget}' is not a number above 0 and up to 16" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """Models run one layer at a time: what transformers computes whole, resumed or in ranges; and bad weights."""
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -107,36 +106,40 @@ def sources(text_file: Path) -> str:
     return canonical_json({name: {"files": [str(text_file)], "separator": "-----"} for name in ("words", "more")})
 
 
-def run(step: Callable[[argparse.Namespace], None], model: Path, sources: str, out: Path, **options: Any) -> None:
+OPTIONS: dict[Any, Any] = {
+    trace.trace: trace.TraceOptions,
+    capture.capture: capture.CaptureOptions,
+    evaluate.evaluate: evaluate.EvaluateOptions,
+}
+
+
+def run(step: Callable[[Any], None], model: Path, sources: str, out: Path, **options: Any) -> None:
     """A step on seven sequences of 24 tokens, three at a time."""
-    runtime = {"device": "cpu", "threads": 1, "seed": 0, "batch": 3, "dtype": "float32", "trust_remote_code": False}
+    runtime = {"device": "cpu", "batch": 3, "dtype": "float32"}
     text = {"sources": sources, "sequences": 7, "length": 24}
-    if step is capture.capture:
-        text |= {"text": "words", "no_gradient": False, "until": None, "down_to": None}
-    else:
-        text |= {"texts": ["words", "more"]} | ({"until": None} if step is trace.trace else {})
-    step(argparse.Namespace(**({"model": str(model), "out": str(out), "borders": None} | runtime | text | options)))
+    text |= {"text": "words"} if step is capture.capture else {"texts": ["words", "more"]}
+    step(OPTIONS[step](**({"model": str(model), "out": out} | runtime | text | options)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("no_gradient", [False, True])
+@pytest.mark.parametrize("gradient", [True, False])
 def test_a_capture_in_parts_writes_the_bytes_of_one_job(
-    deep_moe: Path, sources: str, tmp_path: Path, no_gradient: bool
+    deep_moe: Path, sources: str, tmp_path: Path, gradient: bool
 ) -> None:
-    run(capture.capture, deep_moe, sources, tmp_path / "whole", no_gradient=no_gradient)
+    run(capture.capture, deep_moe, sources, tmp_path / "whole", gradient=gradient)
     for until in (2, 4):
-        run(capture.capture, deep_moe, sources, tmp_path / "parts", until=until, no_gradient=no_gradient)
-    for down_to in [] if no_gradient else [4, 2]:
+        run(capture.capture, deep_moe, sources, tmp_path / "parts", until=until, gradient=gradient)
+    for down_to in [4, 2] if gradient else []:
         run(capture.capture, deep_moe, sources, tmp_path / "parts", down_to=down_to)
-    run(capture.capture, deep_moe, sources, tmp_path / "parts", no_gradient=no_gradient)
+    run(capture.capture, deep_moe, sources, tmp_path / "parts", gradient=gradient)
     assert sorted(contents(tmp_path / "whole")) == [f"layer-{layer:03d}.safetensors" for layer in (1, 2, 3, 4)]
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"], "no border files stay behind"
     with safe_open(tmp_path / "whole" / "layer-002.safetensors", "pt") as file:
-        assert ("gradient" in set(file.keys())) != no_gradient
+        assert ("gradient" in set(file.keys())) == gradient
         assert json.loads(file.metadata()["mxmoe"])["layer"] == 2
 
 
@@ -150,14 +153,14 @@ def test_a_trace_in_parts_writes_the_bytes_of_one_job(deep_moe: Path, sources: s
 
 @pytest.mark.parametrize("step", [trace.trace, capture.capture, evaluate.evaluate])
 def test_a_killed_run_goes_on_at_the_last_border(
-    step: Callable[[argparse.Namespace], None],
+    step: Callable[[Any], None],
     deep_moe: Path,
     sources: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Killed at every layer in turn, in the middle of its runs: each layer's work is done once, plus the torn part."""
-    extra = {"reference": None, "save_reference": str(tmp_path / "kept")} if step is evaluate.evaluate else {}
+    extra = {"save_reference": str(tmp_path / "kept")} if step is evaluate.evaluate else {}
     run(step, deep_moe, sources, tmp_path / "whole", **extra)
     original = StreamedModel.run_layer
     calls: list[int] = []

@@ -1,6 +1,5 @@
 """What text and tokenizer must be: records and chats by name, BOS as the tokenizer says, nothing degenerate."""
 
-import argparse
 import csv
 import json
 import os
@@ -289,7 +288,7 @@ def sequences_of_whole(texts: list[str], tokenizer: Any, length: int, count: int
 
 def reader_of(model: Path, file: Path | str) -> TextReader:
     source = {"files": [str(file)], "separator": "-----"}
-    return TextReader(model, canonical_json({"t": source}), 0, False)
+    return TextReader(model, {"t": source}, 0, False)
 
 
 @pytest.mark.parametrize("damage", ["all", "empty", "list", "garbage", "odd"])
@@ -332,11 +331,12 @@ def test_degenerate_tokens_are_refused(demo: Any, with_bos: Any) -> None:
 
 
 def checked(model: Path, sources: dict[str, Any], **options: Any) -> None:
-    reads = {"trace": [4, 32, "a"], "calibrate": [4, 32, "a"], "evaluate": [4, 32, "a"]}
-    common = {"model": str(model), "dtype": "float32", "trust_remote_code": False, "seed": 0, "device": "cpu"}
-    common |= {"candidates": ["w4a16_g32", "w8a16"], "scope": "model", "max_schemes": None, "tie_gate_up": False}
-    common |= {"problem": [["block", "5.5"]], "fix": [], "min_bits": []}
-    check.check(argparse.Namespace(sources=canonical_json(sources), **(common | reads | options)))
+    reads: dict[str, Any] = {"trace": [4, 32, "a"], "calibrate": [4, 32, "a"], "evaluate": [4, 32, "a"]}
+    common = {"model": str(model), "dtype": "float32", "device": "cpu"}
+    common |= {"candidates": ["w4a16_g32", "w8a16"], "tie_gate_up": False}
+    common |= {"problems": ["block=5.5"]}
+    words = {name: list(map(str, options.get(name, reading))) for name, reading in reads.items()}
+    check.check(check.CheckOptions(sources=canonical_json(sources), **(common | options | words)))
 
 
 def test_check_reads_everything_that_the_steps_will(tiny_moe: Path, text_file: Path, tmp_path: Path) -> None:
@@ -368,12 +368,12 @@ def test_check_keeps_calibration_and_evaluation_apart(tiny_moe: Path, text_file:
     ("options", "says"),
     [
         (
-            {"problem": [["block", "5.5"], ["block", "4.9"]]},
+            {"problems": ["block=5.5", "block=4.9"]},
             r"granularity block, budget_bits 4\.9: .* average is 5\.0000",
         ),
         ({"fix": ["shared=w8a16"]}, r"granularity block, budget_bits 5\.5: no allocation meets .* 5\.5"),
         (
-            {"problem": [["uniform", "6"]], "min_bits": ["block:down=6"]},
+            {"problems": ["uniform=6"], "min_bits": ["block:down=6"]},
             r"granularity uniform, budget_bits 6: no alloc",
         ),
         ({"min_bits": ["all=9"]}, r"budget_bits 5\.5: layer 0 .*no candidate has the minimum bits"),

@@ -12,15 +12,15 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from workflow import SETTINGS, changed, environment, make_project, planned, snakemake, write_settings
+from workflow import SETTINGS, changed, environment, planned, snakemake, write_settings
 
 
 @pytest.fixture(scope="module")
-def done(tiny_moe: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the workflow, run to the end."""
-    folder = make_project(tmp_path_factory.mktemp("workflow") / "project", tiny_moe, text_file)
+    folder = tmp_path_factory.mktemp("workflow") / "project"
+    shutil.copytree(finished, folder)
     shutil.copytree(folder / "src", folder.with_name("pristine"))
-    snakemake(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""A project folder with the whole workflow on a tiny model: made, run, edited."""
+"""A project folder with the whole workflow on a tiny model: made, run, edited; and what an edit should run again."""
 
 import os
 import re
@@ -30,6 +30,15 @@ SETTINGS: dict[str, Any] = {
     "evaluate": {"texts": ["words"], "sequences": 8, "length": 64},
     "runtime": {"device": "cpu"},
 }
+RESULTS = Path("results/tiny")
+POINT = "b4.5_t64_block_gptq_r0.75"
+AFTER_SOLVE = {"solve": 2, "quantize": 2, "evaluate": 2, "report": 1}
+AFTER_CALIBRATE = {"frontier": 2, **AFTER_SOLVE}
+AFTER_CAPTURE = {"calibrate": 6, **AFTER_CALIBRATE}
+EVERYTHING = {"trace": 1, "capture": 1, "evaluate_original": 1, **AFTER_CAPTURE}
+
+
+DAMPED = {"calibrate": 3, "frontier": 1, "solve": 1, "quantize": 1, "evaluate": 1, "report": 1}
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -82,3 +91,43 @@ def changed(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         at[path[-1]] = value
 
     return change
+
+
+def edit(project: Path, *changes: Callable[[dict[str, Any]], None]) -> None:
+    settings = yaml.safe_load(yaml.safe_dump(SETTINGS))
+    for change in changes:
+        change(settings)
+    write_settings(project, settings)
+
+
+def append(file: Path, text: str) -> None:
+    file.write_text(file.read_text(encoding="utf-8") + text, encoding="utf-8")
+
+
+def change_weights(model: Path) -> None:
+    """Another weight in the same layout, in a file of the same size and time."""
+    file = next(model.glob("*.safetensors"))
+    times = file.stat().st_mtime_ns
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 0x3F
+    file.write_bytes(data)
+    os.utime(file, ns=(times, times))
+
+
+def forget_times(folder: Path) -> None:
+    """As ``cp -r`` and ``git clone`` leave them: all new, in no order of the work."""
+    for number, file in enumerate(sorted(folder.rglob("*"), reverse=True)):
+        os.utime(file, ns=(2 * 10**18 + number, 2 * 10**18 + number))
+
+
+def damp(settings: dict[str, Any]) -> None:
+    settings["calibrate"]["damping"] = 0.02
+
+
+def contents(results: Path) -> dict[str, bytes]:
+    """Every result by name."""
+    return {
+        str(file.relative_to(results)): file.read_bytes()
+        for file in sorted(results.rglob("*"))
+        if file.is_file() and not {"logs", "benchmarks"} & set(file.parts) and file.name != ".snakemake_timestamp"
+    }

@@ -11,23 +11,65 @@ A run that was stopped goes on at the first layer that is missing. --layers does
 at once or one after the other, and then one without it, which does the rest, write the bytes of one job.
 """
 
-import argparse
 import shutil
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mxmoe_steps.arguments import add_runtime, finite, folder_to_write, natural, parser_for
+from pydantic import AfterValidator, Field
+
 from mxmoe_steps.atomic import working_in
+from mxmoe_steps.calibration.loss import BUILTIN, Loss, losses_of
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.extensions import load, modules_of
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.quantizers.method import QUANTIZERS, Method
+from mxmoe_steps.options.base import Flag, InFolder, LossName, Natural, Options, OutFolder, SchemeName, StepOptions
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import Compute, Extended, OfModel
+from mxmoe_steps.quantizers.method import Method
+from mxmoe_steps.quantizers.names import DAMPING, QuantizerName
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
+from mxmoe_steps.values import distinct
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.calibration.inputs import LayerInputs
+    from mxmoe_steps.models.families import ModelFolder
 
 
-def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method: Method) -> tuple[list[Any], Any]:
-    """Rows of `tables.LOSSES` (tuples in column order) and packed tensors of one layer."""
+class Quantizing(Options):
+    """How weights are quantized."""
+
+    damping: Annotated[float, Field(gt=0, le=1)] = Field(
+        DAMPING, description="fraction of its mean diagonal that is added to a Hessian, for quantizers that use them"
+    )
+
+
+class CalibrateOptions(Quantizing, OfModel, Extended, Compute, StepOptions):
+    """Options of the step."""
+
+    capture: InFolder = Field(description="folder that capture wrote")
+    quantizer: QuantizerName = Field(description="how to quantize weights (docs/schemes.md)")
+    scheme: SchemeName = Field(description="how a block is stored and multiplied, e.g. w4a16 or w8a8_fp8")
+    more_losses: Annotated[list[LossName], AfterValidator(distinct)] = Field(
+        [], description="losses of the user's modules to compute besides fisher and out_sq"
+    )
+    layers: Annotated[tuple[Natural, Natural] | None, Flag("LAYER", decides=False)] = Field(
+        None, description="only do the layers from the first to before the second, for a later run without it"
+    )
+    out: OutFolder = Field(description="folder to write")
+
+
+def calibrate_layer(
+    folder: "ModelFolder", layer: int, inputs: "LayerInputs", scheme: Scheme, method: Method, losses: Sequence[Loss]
+) -> "tuple[list[Any], dict[str, Tensor]]":
+    """Rows of `tables.LOSSES` and packed tensors of one layer; `UserError` for a loss that is not finite.
+
+    A row is a tuple in the order of the columns, with a list of the losses that are not built in at its end.
+    """
     from mxmoe_steps.calibration.losses import layer_losses
     from mxmoe_steps.calibration.weights import quantize_layer
     from mxmoe_steps.models.weights import read_block, read_gating
@@ -37,16 +79,17 @@ def calibrate_layer(folder: Any, layer: int, inputs: Any, scheme: Scheme, method
         weights = [read_block(folder, layer, experts, block, inputs.device) for block in BLOCKS]
         gating = read_gating(folder, layer, experts, inputs.device)
         stacks = quantize_layer(inputs, experts, weights, gating, scheme, method)
-        losses = layer_losses(inputs, experts, weights, stacks, gating, scheme, method)
+        found = layer_losses(inputs, experts, weights, stacks, gating, scheme, method, losses)
         for index, expert in enumerate(experts):
-            if not losses[index].isfinite().all():
+            if not found[index].isfinite().all():
                 raise UserError(f"layer {layer}, expert {expert}: the loss under {scheme} is not finite")
             tokens = inputs.tokens(expert)
             for number, block in enumerate(BLOCKS):
                 out_features, in_features = weights[number].shape[1:]
-                few = method.gptq and tokens < in_features
+                few = method.uses_hessians and tokens < in_features
                 row = (layer, expert, block, out_features, in_features, scheme.bits(in_features), tokens)
-                rows.append((*row, *losses[index, number].tolist(), few))
+                known = found[index, number].tolist()
+                rows.append((*row, *known[: len(BUILTIN)], few, known[len(BUILTIN) :]))
                 for part, tensor in stacks[number][index].tensors().items():
                     packed[f"{layer}.{expert}.{block}.{part}"] = tensor.cpu()
     return rows, packed
@@ -57,7 +100,7 @@ def few_tokens(rows: list[Any]) -> str:
 
     ``rows`` are those of `calibrate_layer`.
     """
-    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, *_, few in rows if few)
+    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, *_, few, _ in rows if few)
     if not found:
         return ""
     counts = {  # of an expert's blocks, the one with most input features stays
@@ -68,19 +111,20 @@ def few_tokens(rows: list[Any]) -> str:
     return f"; fewer tokens than input features: experts {named}: their Hessians are mostly the layer's"
 
 
-def layer_keys(args: argparse.Namespace, folder: Any, captured: dict[int, Path]) -> dict[int, Any]:
+def layer_keys(options: CalibrateOptions, folder: "ModelFolder", captured: dict[int, Path]) -> dict[int, Any]:
     """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same."""
     from mxmoe_steps.provenance import file_marks, stamps
 
-    method = Method(args.quantizer)
-    ignored = {"out", "layers", "made_from"} | (set() if method.gptq else {"damping"})
+    method = Method(options.quantizer)
+    extensions = modules_of(options.extensions)
+    deciding = options.deciding()
     common = {
-        "options": {name: value for name, value in vars(args).items() if name not in ignored},
-        "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules),
+        "options": deciding if method.uses_hessians else {**deciding, "damping": None},
+        "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules, extensions=extensions),
     }
-    made_from = vars(args).get("made_from")
     return {
-        layer: common | {"inputs": made_from or file_marks([*folder.sources, file])} for layer, file in captured.items()
+        layer: common | {"inputs": options.made_from or file_marks([*folder.sources, file])}
+        for layer, file in captured.items()
     }
 
 
@@ -101,8 +145,8 @@ def finished(path: Path, key: Any) -> Any:
     return facts if facts.pop("key") == key else None
 
 
-def calibrate(args: argparse.Namespace) -> None:
-    """Calibrate the MoE layers among ``args.layers``, or all that are missing, and write the result."""
+def calibrate(options: CalibrateOptions) -> None:
+    """Calibrate the MoE layers among ``options.layers``, or all that are missing, and write the result."""
     import torch
 
     from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
@@ -110,29 +154,38 @@ def calibrate(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import resolve_device, start_torch
     from mxmoe_steps.models.rows import write_rows
+    from mxmoe_steps.tables import NOT_LOSSES
 
-    scheme = parse_scheme(args.scheme)
+    scheme = parse_scheme(options.scheme)
     if scheme.is_original:
         raise UserError("w16a16 is the original and has no loss; leave it out of calibration")
-    start_torch(args)
-    folder = open_model(resolve_model(args.model))
-    device = resolve_device(args.device)
-    method = Method(args.quantizer, args.damping)
-    partial = Path(args.out) / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
-    captured = {layer: Path(args.capture) / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
+    load(options.extensions)
+    method, losses = Method(options.quantizer, options.damping), losses_of(options.more_losses)
+    if clash := NOT_LOSSES.intersection(options.more_losses):
+        raise UserError(f"loss {min(clash)!r}: another column has that name; choose another")
+    start_torch(options)
+    folder = open_model(resolve_model(options.model))
+    device = resolve_device(options.device)
+    partial = options.out / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
+    captured = {layer: options.capture / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
     for file in captured.values():
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
     check_captured(captured, folder)
-    keys = layer_keys(args, folder, captured)
+    keys = layer_keys(options, folder, captured)
     parts = {layer: partial / file.name for layer, file in captured.items()}
-    wanted = folder.moe_layers if args.layers is None else range(*args.layers)
-    with working_in(partial, shared=args.layers is not None):
+    wanted = folder.moe_layers if options.layers is None else range(*options.layers)
+    with working_in(partial, shared=options.layers is not None):
         todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
         try:
             reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
             for layer, inputs in zip(todo, reading, strict=True):
-                rows, packed = calibrate_layer(folder, layer, inputs, scheme, method)
+                if inputs.gradient is None and any(loss.needs_gradient for loss in losses[len(BUILTIN) :]):
+                    raise UserError(
+                        f"{captured[layer]}: holds no gradient, which {', '.join(options.more_losses)} needs;"
+                        " run capture with --gradient"
+                    )
+                rows, packed = calibrate_layer(folder, layer, inputs, scheme, method, losses)
                 facts = {"key": keys[layer], "rows": rows, "fisher": inputs.gradient is not None}
                 layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in packed.items()}
                 with write_rows(parts[layer], layout, facts) as writer:
@@ -146,48 +199,34 @@ def calibrate(args: argparse.Namespace) -> None:
                 f"layer {missing} does not fit in the GPU's memory: lower calibrate.sequences, run fewer jobs on the"
                 " GPU at a time, or set runtime.device: cpu"
             ) from error
-        if args.layers is None:
+        if options.layers is None:
             done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
-            write_result(Path(args.out), scheme, method, fingerprint(folder), done)
+            write_result(options, scheme, fingerprint(folder), done)
             shutil.rmtree(partial)
 
 
-def write_result(out: Path, scheme: Scheme, method: Method, model: str, parts: list[tuple[Path, Any]]) -> None:
+def write_result(options: CalibrateOptions, scheme: Scheme, model: str, parts: list[tuple[Path, Any]]) -> None:
     """Both files of the step from those of the layers, each with its key."""
     from mxmoe_steps.models.raw import tensors_of, write_tensors
     from mxmoe_steps.tables import LOSSES, write_table
 
     found = [finished(part, key) for part, key in parts]
-    facts = {"model": model, "quantizer": method.name, "scheme": scheme.name}
+    facts = {"model": model, "quantizer": options.quantizer, "scheme": scheme.name}
     tensors = [item for part, _ in parts for item in tensors_of(part).items()]
-    write_tensors(out / f"{scheme}.safetensors", tensors, facts)
+    write_tensors(options.out / f"{scheme}.safetensors", tensors, facts)
     rows = [row for layer in found for row in layer["rows"]]
-    columns = dict(zip(LOSSES.schema.names, map(list, zip(*rows, strict=True)), strict=True))
-    write_table(LOSSES, out / f"{scheme}.parquet", columns, facts | {"fisher": found[-1]["fisher"]})
+    *known, more = map(list, zip(*rows, strict=True))
+    columns = dict(zip(LOSSES.schema.names, known, strict=True))
+    columns |= dict(zip(options.more_losses, map(list, zip(*more, strict=True)), strict=True))
+    write_table(LOSSES, options.out / f"{scheme}.parquet", columns, facts | {"fisher": found[-1]["fisher"]})
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--model", required=True, help="local checkpoint folder or hub id")
-    parser.add_argument("--capture", required=True, help="folder that capture wrote")
-    parser.add_argument("--quantizer", required=True, choices=QUANTIZERS)
-    parser.add_argument("--scheme", required=True, help="for example w4a16 or w8a8_fp8")
-    parser.add_argument("--damping", type=finite, default=0.01, help="GPTQ: fraction of the mean Hessian diagonal")
-    add_runtime(parser)
-    parser.add_argument(
-        "--layers",
-        type=natural,
-        nargs=2,
-        metavar=("K", "L"),
-        help="only do layers K ... L-1, for a later run without it",
-    )
-    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    args = parser.parse_args()
-    scheme = parse_scheme(args.scheme)
-    outputs = [f"{args.out}/{scheme}.{kind}" for kind in ("parquet", "safetensors")]
-    with recorded(args.made_from, outputs) if args.layers is None else nullcontext():
-        calibrate(args)
+    options = parse(CalibrateOptions, __doc__)
+    outputs = [options.out / f"{options.scheme}.{kind}" for kind in ("parquet", "safetensors")]
+    with recorded(options.made_from, outputs) if options.layers is None else nullcontext():
+        calibrate(options)
 
 
 if __name__ == "__main__":

@@ -20,31 +20,61 @@ with the same --out: --until K with rising K, --down-to K with falling K (not wi
 run without either. The bytes are those of one job.
 """
 
-import argparse
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
-from mxmoe_steps.arguments import (
-    add_borders,
-    add_model,
-    add_runtime,
-    add_text,
-    folder_to_write,
-    natural,
-    parser_for,
-    positive,
-)
+from pydantic import Field, model_validator
+
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Count, Flag, Natural, Sequences
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import TextAmount, TextThroughModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.models.borders import Borders, Routing, Seen
+    from mxmoe_steps.models.streaming import StreamedModel
 
 
-def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
+class CapturedText(TextAmount):
+    """Calibration text."""
+
+    text: Annotated[str, Flag("NAME")] = Field(description="text source to calibrate on")
+    sequences: Sequences = Field(128, description="calibration sequences")
+    gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
+
+
+class CaptureOptions(CapturedText, TextThroughModel):
+    """Options of the step."""
+
+    until: Annotated[Count | None, Flag("LAYER", decides=False)] = Field(
+        None, description="only bring the text up to this layer"
+    )
+    down_to: Annotated[Natural | None, Flag("LAYER", decides=False)] = Field(
+        None, description="only bring the gradient down to this layer"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.down_to is not None and not self.gradient:
+            raise ValueError("--down-to is about gradients; leave it out with --no-gradient")
+        return self
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this is the job that writes the result."""
+        return self.until is None and self.down_to is None
+
+
+def captured(model: "StreamedModel", layer: int, routing: "Routing") -> "dict[str, Tensor]":
     """What a layer's file says of one run of tokens; within ``model.loaded`` of the layer."""
     import torch
 
@@ -60,14 +90,16 @@ def captured(model: Any, layer: int, routing: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def layer_file(borders: Any, layer: int, facts: dict[str, Any]) -> Iterator[Any]:
+def layer_file(
+    borders: "Borders", layer: int, facts: dict[str, Any]
+) -> "Iterator[Callable[[dict[str, Tensor]], None]]":
     """Yields what to call with the tensors of every run; the layer's file waits beside the borders."""
     from mxmoe_steps.models.rows import write_rows
 
     with ExitStack() as stack:
         writer: Any = None
 
-        def write(tensors: dict[str, Any]) -> None:
+        def write(tensors: "dict[str, Tensor]") -> None:
             nonlocal writer
             if writer is None:
                 rows = borders.tokens.numel()
@@ -81,7 +113,7 @@ def layer_file(borders: Any, layer: int, facts: dict[str, Any]) -> Iterator[Any]
     print(f"capture: layer {layer}", file=sys.stderr, flush=True)
 
 
-def head_gradient(model: Any, borders: Any, runs: list[slice], seed: int) -> None:
+def head_gradient(model: "StreamedModel", borders: "Borders", runs: list[slice], seed: int) -> None:
     """Write the loss's gradient at the last border: labels drawn from the model, a few tokens' logits at a time."""
     import torch
 
@@ -101,7 +133,7 @@ def head_gradient(model: Any, borders: Any, runs: list[slice], seed: int) -> Non
             writer.append("hidden", torch.cat(gradients).view(hidden.shape))
 
 
-def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dict[str, Any]) -> None:
+def backward(model: "StreamedModel", borders: "Borders", runs: list[slice], layer: int, facts: dict[str, Any]) -> None:
     """Take the gradient from border ``layer`` + 1 to border ``layer``; writes the layer's file where it has experts."""
     import torch
 
@@ -110,8 +142,8 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
     from mxmoe_steps.models.streaming import layer_path
 
     has_experts = layer in model.folder.moe_layers
-    probes: list[Any] = []
-    found: list[Any] = []
+    probes: list[Tensor] = []
+    found: list[Routing] = []
 
     def add_probe(_module: Any, _args: Any, output: Any) -> Any:
         summed = output[0] if isinstance(output, tuple) else output
@@ -122,7 +154,7 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
         stack.enter_context(model.loaded(layer_path(layer)))
         target = write_rows(borders.gradient(layer), borders.layout, {"border": layer})
         writer = stack.enter_context(target)
-        write = stack.enter_context(layer_file(borders, layer, facts) if has_experts else nullcontext())
+        write = stack.enter_context(layer_file(borders, layer, facts)) if has_experts else None
         if has_experts:
             stack.enter_context(hooked(model.moe(layer).experts, found.append))
             stack.callback(model.moe(layer).register_forward_hook(add_probe).remove)
@@ -140,23 +172,27 @@ def backward(model: Any, borders: Any, runs: list[slice], layer: int, facts: dic
                     " set model.dtype to bfloat16 or float32, or calibrate.gradient to false"
                 )
             writer.append("hidden", below)
-            if has_experts:
+            if write is not None:
                 write(captured(model, layer, found[0]) | {"gradient": gradient[0].flatten(0, 1)})
 
 
-def capture_forward(model: Any, borders: Any, runs: list[slice], last: int, facts: dict[str, Any]) -> None:
+def capture_forward(
+    model: "StreamedModel", borders: "Borders", runs: list[slice], last: int, facts: dict[str, Any]
+) -> None:
     """Capture layers 0 ... last - 1 without gradients."""
     from mxmoe_steps.models.borders import forward
 
     @contextmanager
-    def watch(layer: int) -> Iterator[Any]:
+    def watch(layer: int) -> "Iterator[Seen]":
         with layer_file(borders, layer, facts) as write:
             yield lambda routing: write(captured(model, layer, routing))
 
     forward(model, borders, runs, last, watch)
 
 
-def capture_backward(model: Any, borders: Any, runs: list[slice], first: int, facts: dict[str, Any], seed: int) -> None:
+def capture_backward(
+    model: "StreamedModel", borders: "Borders", runs: list[slice], first: int, facts: dict[str, Any], seed: int
+) -> None:
     """Capture with gradients, from the last layer, or from where an earlier run stopped, down to layer ``first``."""
     from mxmoe_steps.models.borders import forward, unwatched
 
@@ -174,7 +210,7 @@ def capture_backward(model: Any, borders: Any, runs: list[slice], first: int, fa
         borders.gradient(layer + 1).unlink(missing_ok=True)
 
 
-def capture(args: argparse.Namespace) -> None:
+def capture(options: CaptureOptions) -> None:
     """Capture every MoE layer of the model on one text."""
     import torch
 
@@ -185,34 +221,26 @@ def capture(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
-    if args.no_gradient and args.down_to is not None:
-        raise UserError("--down-to is about gradients; leave it out with --no-gradient")
-    start_torch(args)
-    path = resolve_model(args.model, code=args.trust_remote_code)
-    tokens = torch.from_numpy(read_texts(args, path, [args.text], "calibration")[args.text])
-    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
-    runs = runs_of([args.sequences], args.batch)
-    facts = {
-        "text": args.text, "sequences": args.sequences, "length": args.length, "model": fingerprint(model.folder)
-    }  # fmt: skip
-    with Borders.locked(args):
-        borders = Borders(model, tokens, "mxmoe_steps.capture", args)
-        if args.no_gradient:
-            capture_forward(model, borders, runs, min(args.until or model.layers, model.layers), facts)
-        elif args.until is not None:
-            forward(model, borders, runs, min(args.until, model.layers), unwatched, keep=True)
+    start_torch(options)
+    path = resolve_model(options.model, code=options.trust_remote_code)
+    tokens = torch.from_numpy(read_texts(options, path, [options.text], "calibration")[options.text])
+    model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
+    runs = runs_of([options.sequences], options.batch)
+    facts = {"text": options.text, "sequences": options.sequences, "length": options.length}
+    facts |= {"model": fingerprint(model.folder)}
+    with Borders.locked(options):
+        borders = Borders(model, tokens, "mxmoe_steps.capture", options)
+        if not options.gradient:
+            capture_forward(model, borders, runs, min(options.until or model.layers, model.layers), facts)
+        elif options.until is not None:
+            forward(model, borders, runs, min(options.until, model.layers), unwatched, keep=True)
         else:
-            capture_backward(model, borders, runs, args.down_to or 0, facts, args.seed)
-        if is_last(args):
-            finish(model, borders, Path(args.out))
+            capture_backward(model, borders, runs, options.down_to or 0, facts, options.seed)
+        if options.is_last:
+            finish(model, borders, options.out)
 
 
-def is_last(args: argparse.Namespace) -> bool:
-    """Whether this is the job that writes the result."""
-    return args.until is None and args.down_to is None
-
-
-def finish(model: Any, borders: Any, out: Path) -> None:
+def finish(model: "StreamedModel", borders: "Borders", out: Path) -> None:
     """Put the layers' files in their place, all at once; `UserError` if one of an earlier run is gone."""
     files = [borders.folder / f"layer-{layer:03d}.safetensors" for layer in model.folder.moe_layers]
     for file in files:
@@ -230,18 +258,9 @@ def finish(model: Any, borders: Any, out: Path) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    add_model(parser)
-    add_text(parser, several=False)
-    add_runtime(parser)
-    parser.add_argument("--no-gradient", action="store_true", help="skip the backward pass (no fisher losses)")
-    add_borders(parser)
-    parser.add_argument("--until", type=positive, metavar="K", help="only bring the text up to layer K")
-    parser.add_argument("--down-to", type=natural, metavar="K", help="only bring the gradient down to layer K")
-    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [args.out]) if is_last(args) else nullcontext():
-        capture(args)
+    options = parse(CaptureOptions, __doc__)
+    with recorded(options.made_from, [options.out]) if options.is_last else nullcontext():
+        capture(options)
 
 
 if __name__ == "__main__":

@@ -6,44 +6,65 @@ that some allocation meets. Writes nothing; exit status 2 and one line say what 
 model of the hub is downloaded.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mxmoe_steps.arguments import add_model, natural, parser_for, positive
+from pydantic import Field
+
 from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.extensions import load
+from mxmoe_steps.options.base import Flag, Schemes, StepOptions
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import Compute, Extended, Limits, OfModel, Precision, Texts
 
 if TYPE_CHECKING:
-    from mxmoe_steps.data.sources import Source
+    from mxmoe_steps.data.sources import TextSource
     from mxmoe_steps.models.families import ModelFolder
+
+Reading = Annotated[list[str], Field(min_length=3), Flag("SEQUENCES LENGTH NAME")]
 
 _MOST_SHARED = 0.1  # of the characters of a text; short documents, such as headings, may well come twice
 
 
-def check(args: argparse.Namespace) -> None:
+class CheckOptions(OfModel, Precision, Extended, Texts, Limits, Compute, StepOptions):
+    """Options of the step."""
+
+    trace: Reading = Field(description="what trace reads: sequences, length and names of texts")
+    calibrate: Reading = Field(description="what calibrate reads")
+    evaluate: Reading = Field(description="what evaluate reads")
+    candidates: Schemes = Field(description="schemes that blocks may take")
+    problems: Annotated[list[str], Flag("GRANULARITY=BITS")] = Field(description="of the sweep")
+
+
+def check(options: CheckOptions) -> None:
     """Raise `UserError` for the first thing that is wrong."""
     from mxmoe_steps.data.reading import TextReader
     from mxmoe_steps.models.families import resolve_model
     from mxmoe_steps.models.loading import resolve_device
     from mxmoe_steps.models.streaming import StreamedModel
 
-    resolve_device(args.device)
-    path = resolve_model(args.model, code=args.trust_remote_code)
-    model = StreamedModel(path, args.dtype, "cpu", args.trust_remote_code)
-    reader = TextReader(path, args.sources, args.seed, args.trust_remote_code)
-    for option, split in (("trace", "calibration"), ("calibrate", "calibration"), ("evaluate", "test")):
-        sequences, length, *texts = getattr(args, option)
+    resolve_device(options.device)
+    path = resolve_model(options.model, code=options.trust_remote_code)
+    model = StreamedModel(path, options.dtype, "cpu", options.trust_remote_code)
+    load(options.extensions)
+    reader = TextReader(path, options.sources, options.seed, options.trust_remote_code)
+    for option, reading, split in (
+        ("trace", options.trace, "calibration"),
+        ("calibrate", options.calibrate, "calibration"),
+        ("evaluate", options.evaluate, "test"),
+    ):
+        sequences, length, *texts = reading
         if int(length) > (longest := getattr(model.model.config, "max_position_embeddings", None) or int(length)):
             raise UserError(f"{option}.length: {length}, but {path} knows positions of {longest} tokens; lower it")
         for text in texts:
             reader.read(text, split, int(sequences), int(length))
-    check_apart(reader.sources, args.calibrate[2:], args.evaluate[2:])
-    check_budgets(args, model.folder)
-    print(f"check: {args.model} and its texts are fit for use", file=sys.stderr)
+    check_apart(reader.sources, options.calibrate[2:], options.evaluate[2:])
+    check_budgets(options, model.folder)
+    print(f"check: {options.model} and its texts are fit for use", file=sys.stderr)
 
 
-def check_apart(sources: Mapping[str, "Source"], calibrate: list[str], evaluate: list[str]) -> None:
+def check_apart(sources: Mapping[str, "TextSource"], calibrate: list[str], evaluate: list[str]) -> None:
     """`UserError` where documents to evaluate on are among those to calibrate on."""
     from mxmoe_steps.data.sources import documents, key_of
 
@@ -58,19 +79,20 @@ def check_apart(sources: Mapping[str, "Source"], calibrate: list[str], evaluate:
             )
 
 
-def check_budgets(args: argparse.Namespace, folder: "ModelFolder") -> None:
+def check_budgets(options: CheckOptions, folder: "ModelFolder") -> None:
     """`UserError` for a budget that no allocation of the candidates meets, given what is fixed."""
-    from mxmoe_steps.allocation.constraints import parse_constraints
+    from mxmoe_steps.allocation.constraints import parse_constraints, split_setting
     from mxmoe_steps.allocation.reachable import check_reachable
-    from mxmoe_steps.existence import blocks_of
+    from mxmoe_steps.config.existence import blocks_of
     from mxmoe_steps.schemes import parse_scheme
 
-    constraints = parse_constraints(args.fix, args.min_bits, [], args.max_schemes, args.tie_gate_up)
-    candidates = sorted(map(parse_scheme, args.candidates))
-    check_reachable(blocks_of(folder, sizes=True), candidates, constraints, args.scope, args.problem)
+    constraints = parse_constraints(options.fix, options.min_bits, [], options.max_schemes, options.tie_gate_up)
+    candidates = sorted(map(parse_scheme, options.candidates))
+    problems = [split_setting(text, "--problems") for text in options.problems]
+    check_reachable(blocks_of(folder, sizes=True), candidates, constraints, options.scope, problems)
 
 
-def parts(sources: Mapping[str, "Source"], names: Iterable[str]) -> Iterator[str]:
+def parts(sources: Mapping[str, "TextSource"], names: Iterable[str]) -> Iterator[str]:
     """Names of sources, those of its parts instead of a mix."""
     from mxmoe_steps.data.sources import MixText
 
@@ -81,24 +103,7 @@ def parts(sources: Mapping[str, "Source"], names: Iterable[str]) -> Iterator[str
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    add_model(parser)
-    parser.add_argument("--sources", required=True, help="JSON object: name -> text source")
-    for step in ("trace", "calibrate", "evaluate"):
-        parser.add_argument(
-            f"--{step}", nargs="+", required=True, metavar="N", help=f"what {step} reads: SEQUENCES LENGTH NAME ..."
-        )
-    add = parser.add_argument
-    add("--seed", type=natural, default=0)
-    add("--device", default="cpu", help="where the steps will compute; must be there (default cpu)")
-    add("--candidates", nargs="+", required=True, metavar="SCHEME", help="schemes that blocks may take")
-    add("--problem", action="append", nargs=2, required=True, metavar=("GRANULARITY", "BITS"), help="of the sweep")
-    add("--scope", default="model", choices=["layer", "model"], help="whether the budget holds in each layer")
-    add("--fix", action="append", default=[], metavar="SELECTOR=SCHEME", help="as of frontier")
-    add("--min-bits", action="append", default=[], metavar="SELECTOR=BITS", help="as of frontier")
-    add("--max-schemes", type=positive, metavar="K", help="different schemes per layer")
-    add("--tie-gate-up", action="store_true", help="gate and up of an expert take the same scheme")
-    check(parser.parse_args())
+    check(parse(CheckOptions, __doc__))
 
 
 if __name__ == "__main__":

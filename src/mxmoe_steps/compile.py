@@ -5,41 +5,48 @@ generator's source, and the run-time library they load. Compiled code is kept in
 change of the candidates compiles only what is new.
 """
 
-import argparse
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Annotated
 
-from mxmoe_steps.arguments import folder_to_write, parser_for, positive
+from pydantic import Field
+
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Flag, OutFolder, Schemes, StepOptions, Threads
+from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.schemes import parse_scheme
 
 
-def compile_kernels(args: argparse.Namespace) -> None:
-    """Compile whatever is not in the cache and copy it all to ``args.out``."""
+class CompileOptions(StepOptions):
+    """Options of the step."""
+
+    schemes: Schemes = Field(description="schemes whose kernels to compile")
+    threads: Annotated[Threads, Flag("THREADS", decides=False)] = Field(1, description="kernels compiled at a time")
+    out: OutFolder = Field(description="folder to write")
+
+
+def compile_kernels(options: CompileOptions) -> None:
+    """Compile whatever is not in the cache and copy it all to ``options.out``."""
     from mxmoe_steps.kernels.build import build, runtime_library
     from mxmoe_steps.timing.launches import formats_of, kernel_configs
 
-    configs = kernel_configs(formats_of([parse_scheme(text) for text in args.schemes]))
+    configs = kernel_configs(formats_of([parse_scheme(text) for text in options.schemes]))
     runtime = runtime_library()
-    with ProcessPoolExecutor(args.threads, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
         libraries = list(pool.map(build, configs))
-    with atomic_folder(args.out) as folder:
+    with atomic_folder(options.out) as folder:
         for file in (runtime, *libraries):
             shutil.copy(file, folder)
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
-    parser.add_argument("--threads", type=positive, default=1, help="kernels compiled at a time (default 1)")
-    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [args.out]):
-        compile_kernels(args)
+    options = parse(CompileOptions, __doc__)
+    with recorded(options.made_from, [options.out]):
+        compile_kernels(options)
 
 
 if __name__ == "__main__":

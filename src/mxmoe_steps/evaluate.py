@@ -7,23 +7,52 @@ with the language-model head, which both share. That costs H numbers per token i
 One decoder layer is in memory at a time, and a run that was stopped goes on at the last finished one.
 """
 
-import argparse
 import math
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
-from mxmoe_steps.arguments import add_borders, add_model, add_runtime, file_to_write, parser_for, positive
+from pydantic import Field, model_validator
+
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.evaluations import read_manifest
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import InFile, Names, OutFile
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import Sources, TextThroughModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.models.borders import Borders
+    from mxmoe_steps.models.families import ModelFolder
+    from mxmoe_steps.models.streaming import StreamedModel
+
+
+class EvaluateOptions(TextThroughModel):
+    """Options of the step."""
+
+    sources: Sources = Field({}, description="for the original: JSON object, name -> text source")
+    texts: Names = Field([], description="text sources to evaluate on")
+    save_reference: OutFile | None = Field(None, description="keep tokens and hidden states of the original here")
+    reference: InFile | None = Field(None, description="what --save-reference kept: its text, and KL from it")
+    out: OutFile = Field(description="JSON file to write")
+
+    @model_validator(mode="after")
+    def _one_text(self) -> Self:
+        if (self.reference is None) == (not self.sources or not self.texts):
+            raise ValueError("give either --reference, or --sources with --texts")
+        return self
+
 
 _MOST_NLL = 700.0  # nats; e to the power of more is no float64
 
 
-def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[float, float]:
+def score(
+    model: "StreamedModel", hidden: "Tensor", tokens: "Tensor", reference: "Tensor | None"
+) -> tuple[float, float]:
     """Sums of ``nll`` and ``kl`` (original to model), in nats, over the predicted tokens of some sequences.
 
     ``hidden`` final hidden states [B, L, H], ``tokens`` int64 [B, L], ``reference``: hidden states of the original, or
@@ -48,12 +77,12 @@ def score(model: Any, hidden: Any, tokens: Any, reference: Any | None) -> tuple[
 class Reference:
     """What --save-reference kept of the original: its text, and its final hidden states, read as they are needed."""
 
-    def __init__(self, path: str, model: Any) -> None:
+    def __init__(self, path: Path, model: "StreamedModel") -> None:
         from mxmoe_steps.facts import ReferenceFacts
         from mxmoe_steps.models.raw import FLOATING, TensorFile
         from mxmoe_steps.models.rows import read_rows
 
-        self.path = Path(path)
+        self.path = path
         if not self.path.is_file():
             raise UserError(f"{path}: no such reference; evaluate the original with --save-reference first")
         self._file = file = TensorFile(self.path, "evaluate the original with --save-reference again")
@@ -71,7 +100,7 @@ class Reference:
             if shape[1] < 2 or self.tokens[text].min() < 0 or self.tokens[text].max() >= config.vocab_size:
                 raise file.error(f"{name} holds no text of {model.folder.path}")
 
-    def hidden(self, text: str, rows: slice = slice(None)) -> Any:
+    def hidden(self, text: str, rows: slice = slice(None)) -> "Tensor":
         """Final hidden states [S, L, H] of some sequences of a text; `UserError` for NaN or infinity."""
         from mxmoe_steps.models.rows import read_rows
 
@@ -81,7 +110,10 @@ class Reference:
         return hidden
 
 
-def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, reference: Any, keep: str | None) -> Any:
+def measure(
+    model: "StreamedModel", borders: "Borders", texts: "dict[str, Tensor]", batch: int, reference: Reference | None,
+    keep: Path | None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """Metrics of every text, int64 [S, L], whose last border was reached; ``keep``: file for a reference."""
     import torch
 
@@ -98,7 +130,7 @@ def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, referen
             layout = {f"tokens.{text}": (torch.int64, tuple(tokens.shape)) for text, tokens in texts.items()}
             layout |= {f"hidden.{text}": (model.dtype, (*tokens.shape, hidden_size)) for text, tokens in texts.items()}
             facts = {"model": fingerprint(model.folder), "texts": sorted(texts)}
-            writer = stack.enter_context(write_rows(Path(keep), layout, facts))
+            writer = stack.enter_context(write_rows(keep, layout, facts))
         for text, tokens in texts.items():
             sums = [0.0, 0.0]
             for low in range(0, len(tokens), batch):
@@ -120,14 +152,14 @@ def measure(model: Any, borders: Any, texts: dict[str, Any], batch: int, referen
     return metrics
 
 
-def known_facts(folder: Any) -> dict[str, Any]:
+def known_facts(folder: "ModelFolder") -> dict[str, Any]:
     """What is known of a checkpoint, original or quantized: allocation summary and size on disk."""
     if folder.is_packed:
         return read_manifest(folder.path)
     return {"allocation": None, "weights_bytes": sum(file.stat().st_size for file in set(folder.files.values()))}
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(options: EvaluateOptions) -> None:
     """Evaluate one checkpoint on every text."""
     import torch
 
@@ -137,49 +169,34 @@ def evaluate(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
-    if (args.reference is None) == (args.sources is None or args.texts is None):
-        raise UserError("give either --reference, or --sources with --texts")
-    start_torch(args)
-    path = resolve_model(args.model, packed=True, code=args.trust_remote_code)
-    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
+    start_torch(options)
+    path = resolve_model(options.model, packed=True, code=options.trust_remote_code)
+    model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
     known = known_facts(model.folder)
-    if args.save_reference is not None and model.folder.is_packed:
+    if options.save_reference is not None and model.folder.is_packed:
         raise UserError("--save-reference keeps the original's hidden states; give --model the original")
-    reference = None if args.reference is None else Reference(args.reference, model)
+    reference = None if options.reference is None else Reference(options.reference, model)
     if reference is None:
-        found = read_texts(args, path, args.texts, "test")
+        found = read_texts(options, path, options.texts, "test")
         texts = {text: torch.from_numpy(tokens) for text, tokens in found.items()}
     else:
         texts = reference.tokens
-    runs = runs_of([len(tokens) for tokens in texts.values()], args.batch)
-    with Borders.locked(args):
-        borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", args)
+    runs = runs_of([len(tokens) for tokens in texts.values()], options.batch)
+    with Borders.locked(options):
+        borders = Borders(model, torch.cat(list(texts.values())), "mxmoe_steps.evaluate", options)
         forward(model, borders, runs, model.layers, unwatched)
-        metrics = measure(model, borders, texts, args.batch, reference, args.save_reference)
+        metrics = measure(model, borders, texts, options.batch, reference, options.save_reference)
         mean = {key: sum(one[key] for one in metrics.values()) / len(metrics) for key in ("nll", "kl")}
         overall = mean | {"perplexity": math.exp(mean["nll"])}
-        write_json(args.out, known | {"texts": metrics, "overall": overall})
+        write_json(options.out, known | {"texts": metrics, "overall": overall})
         borders.remove()
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    add_model(parser)
-    parser.add_argument("--sources", help="JSON object: name -> text source")
-    parser.add_argument("--texts", nargs="+", metavar="NAME", help="sources to evaluate on")
-    parser.add_argument("--sequences", type=positive, default=32, help="sequences per text (default 32)")
-    parser.add_argument("--length", type=positive, default=512, help="tokens per sequence (default 512)")
-    parser.add_argument(
-        "--save-reference", type=file_to_write, metavar="FILE", help="keep tokens and hidden states of the original"
-    )
-    parser.add_argument("--reference", metavar="FILE", help="what --save-reference kept: its text, and KL from it")
-    add_runtime(parser)
-    add_borders(parser)
-    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [file for file in (args.out, args.save_reference) if file is not None]):
-        evaluate(args)
+    options = parse(EvaluateOptions, __doc__)
+    with recorded(options.made_from, [file for file in (options.out, options.save_reference) if file is not None]):
+        evaluate(options)
 
 
 if __name__ == "__main__":

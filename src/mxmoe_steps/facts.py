@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NotRequired
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from mxmoe_steps.quantizers.method import QuantizerName
+from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.records import STRICT, Count, Expert, Index, Name, Positive, Quantity, SchemeName, Total
 
 
@@ -150,7 +150,19 @@ class PartFacts(TypedDict):
     fisher: bool
     key: dict[str, Any]  # what decides the bytes
     rows: list[
-        tuple[Index, Expert, Literal["gate", "up", "down"], Count, Count, Positive, Total, Quantity, Quantity, bool]
+        tuple[
+            Index,
+            Expert,
+            Literal["gate", "up", "down"],
+            Count,
+            Count,
+            Positive,
+            Total,
+            Quantity,
+            Quantity,
+            bool,
+            list[Quantity],
+        ]
     ]
 
 

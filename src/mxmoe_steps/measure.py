@@ -5,15 +5,28 @@ prefill kernels, mixtures also as one launch per scheme. `profile` fits the time
 the kernels do not run on, the table is empty and `profile` writes the data-sheet estimate.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import file_to_write, parser_for, positive
+from pydantic import Field
+
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Count, InFolder, OutFile, Schemes, StepOptions
+from mxmoe_steps.options.command_line import parse
+
+
+class MeasureOptions(StepOptions):
+    """Options of the step."""
+
+    schemes: Schemes = Field(description="schemes whose kernels to measure")
+    kernels: InFolder | None = Field(None, description="folder that compile wrote (default: the kernel cache)")
+    problems: Count = Field(200, description="random problems of one scheme, and as many mixed")
+    rounds: Count = Field(5, description="times that every launch is visited")
+    repeats: Count = Field(3, description="replays that count at each visit, by their median")
+    out: OutFile = Field(description="parquet file to write")
 
 
 def has_gpu() -> bool:
@@ -53,7 +66,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def measure(args: argparse.Namespace) -> None:
+def measure(options: MeasureOptions) -> None:
     """Measure and write the table."""
     from mxmoe_steps.kernels.architectures import CAPABILITIES, for_capability
     from mxmoe_steps.schemes import parse_scheme
@@ -70,23 +83,23 @@ def measure(args: argparse.Namespace) -> None:
             f" they are for {CAPABILITIES}), so its times will be the estimate from its data sheet",
             file=sys.stderr,
         )
-        write_table(MEASUREMENTS, args.out, columns, facts)
+        write_table(MEASUREMENTS, options.out, columns, facts)
         return
-    if args.kernels:
-        os.environ["MXMOE_KERNEL_CACHE"] = args.kernels
+    if options.kernels:
+        os.environ["MXMOE_KERNEL_CACHE"] = str(options.kernels)
     import torch
 
     from mxmoe_steps.timing.gpu import Bench, Job
 
     torch.manual_seed(0)
-    formats = formats_of([parse_scheme(text) for text in args.schemes])
+    formats = formats_of([parse_scheme(text) for text in options.schemes])
     jobs = [Job(launch, phase) for launch, phase in tile_launches(formats, facts["sms"])]
-    for launch in problem_launches(formats, args.problems):
+    for launch in problem_launches(formats, options.problems):
         for phase in architecture.phases:
             jobs.append(Job(launch, phase))
             if launch.mixed:
                 jobs.append(Job(launch, phase, apart=True))
-    times, clocks = Bench(jobs).measure(args.rounds, args.repeats)
+    times, clocks = Bench(jobs).measure(options.rounds, options.repeats)
     for number, (job, us) in enumerate(zip(jobs, times, strict=True)):
         launch = job.launch
         row = {
@@ -100,28 +113,17 @@ def measure(args: argparse.Namespace) -> None:
     facts |= {
         "clocks": clocks,
         "kernels": kernel_hashes(architecture, formats),
-        "repeats": args.repeats,
-        "rounds": args.rounds,
+        "repeats": options.repeats,
+        "rounds": options.rounds,
     }
-    write_table(MEASUREMENTS, args.out, columns, facts)
+    write_table(MEASUREMENTS, options.out, columns, facts)
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
-    parser.add_argument("--kernels", help="folder that compile wrote (default: the kernel cache)")
-    parser.add_argument(
-        "--problems", type=positive, default=200, help="random problems of one scheme, and as many mixed"
-    )
-    parser.add_argument("--rounds", type=positive, default=5, help="times that every launch is visited (default 5)")
-    parser.add_argument(
-        "--repeats", type=positive, default=3, help="replays that count at each visit, by their median (default 3)"
-    )
-    parser.add_argument("--out", type=file_to_write, required=True, help="parquet file to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [args.out]):
-        measure(args)
+    options = parse(MeasureOptions, __doc__)
+    with recorded(options.made_from, [options.out]):
+        measure(options)
 
 
 if __name__ == "__main__":

@@ -5,16 +5,38 @@ The error on held-out problems goes into the table and to stderr. For a GPU that
 a roofline estimate from its data sheet, and every result that uses them says so.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
-from mxmoe_steps.arguments import file_to_write, parser_for
+from pydantic import Field, model_validator
+
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Flag, InFile, OutFile, Schemes, StepOptions
+from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.estimate import HARDWARE, data_sheets, estimate_profile, measured_file, read_hardware
+
+
+class ProfileOptions(StepOptions):
+    """Options of the step."""
+
+    hardware: Annotated[str | None, Flag("GPU")] = Field(None, description="a GPU that the package knows, e.g. h100")
+    measurements: InFile | None = Field(None, description="instead: table that measure wrote")
+    schemes: Schemes = Field(description="schemes to know the times of")
+    out: OutFile = Field(description="parquet file to write")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.hardware is None) == (self.measurements is None):
+            raise ValueError("give one of --hardware and --measurements")
+        return self
+
+    @property
+    def measured(self) -> Path | None:
+        """The measurements to fit: those of this machine, or of a named GPU if there are any."""
+        return self.measurements if self.hardware is None else measured_file(self.hardware)
 
 
 def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]], dict[str, Any]]:
@@ -72,32 +94,26 @@ def summary(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def profile(args: argparse.Namespace) -> None:
+def profile(options: ProfileOptions) -> None:
     """Write the profile."""
     from mxmoe_steps.tables import PROFILE, write_table
 
-    schemes = [parse_scheme(text) for text in args.schemes]
-    path = Path(args.measurements) if args.measurements else measured_file(args.hardware)
-    if path is None:
-        columns, facts = estimate_profile(schemes, read_hardware(args.hardware))
-    else:
+    schemes = [parse_scheme(text) for text in options.schemes]
+    if (path := options.measured) is not None:
         columns, facts = fit_profile(path, schemes)
+    else:
+        assert options.hardware is not None
+        columns, facts = estimate_profile(schemes, read_hardware(options.hardware))
     if not facts["estimate"]:
         print(summary(facts), file=sys.stderr)
-    write_table(PROFILE, args.out, columns, facts)
+    write_table(PROFILE, options.out, columns, facts)
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--hardware", help="a GPU that the package knows, e.g. h100")
-    source.add_argument("--measurements", help="table that measure wrote")
-    parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
-    parser.add_argument("--out", type=file_to_write, required=True, help="parquet file to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [args.out]):
-        profile(args)
+    options = parse(ProfileOptions, __doc__)
+    with recorded(options.made_from, [options.out]):
+        profile(options)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ Snakemake compares the *values* of a rule's params. A rule therefore carries one
 its step imports, directly or not, and one per package whose version can change results. A stamp is the
 hash of the module's syntax tree without docstrings, so comments and layout re-run nothing.
 
+A user's modules (`mxmoe_steps.extensions`) and what stands beside them are stamped in the same way, with the version of
+every package that they import.
+
 Modules that decide no bytes have no stamp: this one, the records of what results are made from, and `inference`,
 which serves finished checkpoints and which no step runs.
 """
@@ -26,16 +29,25 @@ _DECIDING = {  # packages whose version can change results, each with those that
 }
 
 
+_FOLDERS: list[Path] = []  # of a user's modules
+
+
+def add_folder(folder: Path) -> None:
+    """Follow imports of modules in ``folder``, too."""
+    if folder not in _FOLDERS:
+        _FOLDERS.append(folder)
+        module_file.cache_clear()
+        imported.cache_clear()
+
+
 @cache
 def module_file(module: str) -> Path | None:
-    """Source file of one of our modules, None when ``module`` is not one."""
-    parts = module.split(".")
-    if parts[0] != PACKAGE:
-        return None
-    base = _ROOT.joinpath(*parts[1:])
-    for candidate in (base.with_suffix(".py"), base / "__init__.py"):
-        if candidate.is_file():
-            return candidate
+    """Source file of one of our modules or of a user's, None when ``module`` is neither."""
+    first, *rest = module.split(".")
+    for base in [_ROOT.joinpath(*rest)] if first == PACKAGE else [folder.joinpath(first, *rest) for folder in _FOLDERS]:
+        for candidate in (base.with_suffix(".py"), base / "__init__.py"):
+            if candidate.is_file():
+                return candidate
     return None
 
 
@@ -120,14 +132,24 @@ def _plain(node: object) -> object:
     return [_plain(one) for one in node] if isinstance(node, list) else repr(node)
 
 
-def stamps(module: str, *packages: str, without: Collection[str] = ()) -> dict[str, str]:
+def stamps(
+    module: str, *packages: str, without: Collection[str] = (), extensions: Collection[str] = ()
+) -> dict[str, str]:
     """Params of a rule: ``code_<module>`` for every module used, ``version_<package>`` for packages that matter.
 
-    ``packages`` are added to those that the modules import. ``without``: modules that the rule's jobs never run.
+    ``packages`` are added to those that the modules import. ``without``: modules that the rule's jobs never run, unless
+    the user's modules ``extensions`` do.
     """
-    modules = closure(module, without)
+    modules = sorted({*closure(module, without), *(used for name in extensions for used in closure(name))})
     code = {f"code_{name.removeprefix(f'{PACKAGE}.')}": f"{name}@{module_hash(name)}" for name in modules}
     used = {name.partition(".")[0] for one in modules for name in _imports(one)} & _DECIDING.keys()
     used |= {other for name in used for other in _DECIDING[name]} | set(packages)
+    used |= {name for one in modules if not one.startswith(PACKAGE) for name in _packages(one)}
     versions = {f"version_{package}": f"{package} {metadata.version(package)}" for package in sorted(used)}
     return {key.replace(".", "_").replace("-", "_"): value for key, value in (code | versions).items()}
+
+
+def _packages(module: str) -> set[str]:
+    """The installed packages that a user's module imports."""
+    names = {name.partition(".")[0] for name in _imports(module)} - {PACKAGE}
+    return {name for name in names if any(metadata.distributions(name=name))}

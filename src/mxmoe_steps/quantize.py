@@ -6,25 +6,41 @@ names, and everything else from the original checkpoint. Writes a folder that
 Nothing compiled is inside, and no code but, with --trust-remote-code, the Python files that come with the model.
 """
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mxmoe_steps.arguments import folder_to_write, parser_for
+from pydantic import Field
+
 from mxmoe_steps.atomic import atomic_folder, write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.quantizers.method import Method
+from mxmoe_steps.options.base import InFile, InFolder, OutFolder, StepOptions
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import OfModel, RemoteCode
+from mxmoe_steps.quantizers.names import is_rotated
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+
+if TYPE_CHECKING:
+    from mxmoe_steps.models.families import ModelFolder
+    from mxmoe_steps.models.raw import RawTensor
+
+
+class QuantizeOptions(OfModel, RemoteCode, StepOptions):
+    """Options of the step."""
+
+    allocation: InFile = Field(description="allocation.json that solve wrote")
+    packed: InFolder = Field(description="folder of one quantizer that calibrate wrote")
+    out: OutFolder = Field(description="checkpoint folder to write")
+
 
 _SHARD_BYTES = 4 << 30
 
 Assignment = dict[tuple[int, int], tuple[str, str, str]]
 
 
-def packed_name(folder: Any, layer: int, expert: int, block: str, part: str) -> str:
+def packed_name(folder: "ModelFolder", layer: int, expert: int, block: str, part: str) -> str:
     """Name of a packed tensor in our checkpoints: the module path in transformers, for every family."""
     from mxmoe_steps.models.families import moe_path
 
@@ -38,19 +54,19 @@ def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any
     blocks: dict[str, dict[str, list[int]]] = {}
     for (layer, expert), names in sorted(assignment.items()):
         blocks.setdefault(str(layer), {})[str(expert)] = [schemes.index(name) for name in names]
-    rotation = {"rotation": "hadamard"} if Method(quantizer).rotated else {}
+    rotation = {"rotation": "hadamard"} if is_rotated(quantizer) else {}
     return {"quant_method": "mxmoe", "version": 1, "schemes": schemes, "blocks": blocks, **rotation}
 
 
 def checkpoint_tensors(
-    folder: Any, assignment: Assignment, packed: Path, quantizer: str, model: str
-) -> list[tuple[str, Any]]:
+    folder: "ModelFolder", assignment: Assignment, packed: Path, quantizer: str, model: str
+) -> "list[tuple[str, RawTensor]]":
     """(name, `RawTensor`) of the whole new checkpoint."""
     from mxmoe_steps.models.store import PackedStore
 
     stores: dict[str, PackedStore] = {}
     original = {name: folder.raw(name) for name in folder.files}
-    replaced: list[tuple[str, Any]] = []
+    replaced: list[tuple[str, RawTensor]] = []
     for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
             original.pop(folder.place(layer, expert, block).tensor, None)  # one of all experts goes with the first
@@ -64,17 +80,17 @@ def checkpoint_tensors(
                 continue
             if scheme not in stores:
                 stores[scheme] = PackedStore(packed, parse_scheme(scheme), quantizer, model)
-            shape = folder.raw_block(layer, expert, block).shape
-            for part, tensor in stores[scheme].block(layer, expert, block, shape).items():
+            rows, columns = folder.raw_block(layer, expert, block).shape
+            for part, tensor in stores[scheme].block(layer, expert, block, (rows, columns)).items():
                 replaced.append((packed_name(folder, layer, expert, block, part), tensor))
     return [*original.items(), *replaced]
 
 
-def write_shards(tensors: list[tuple[str, Any]], out: Path) -> None:
+def write_shards(tensors: "list[tuple[str, RawTensor]]", out: Path) -> None:
     """``model.safetensors``, or numbered shards with an index when the weights exceed one shard."""
     from mxmoe_steps.models.raw import write_tensors
 
-    shards: list[list[tuple[str, Any]]] = [[]]
+    shards: list[list[tuple[str, RawTensor]]] = [[]]
     size = 0
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         size += tensor.nbytes
@@ -93,27 +109,29 @@ def write_shards(tensors: list[tuple[str, Any]], out: Path) -> None:
     write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
-def quantize(args: argparse.Namespace) -> None:
+def quantize(options: QuantizeOptions) -> None:
     """Write the checkpoint of one allocation; the folder appears when it is complete."""
     from mxmoe_steps.allocation.files import read_allocation
     from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
 
-    folder = open_model(resolve_model(args.model, code=args.trust_remote_code))
-    allocation = read_allocation(args.allocation)
+    folder = open_model(resolve_model(options.model, code=options.trust_remote_code))
+    allocation = read_allocation(options.allocation)
     assignment = {(layer, expert): tuple(schemes) for layer, expert, *schemes in allocation["assignment"]}
     expected = {(layer, expert) for layer in folder.moe_layers for expert in folder.expert_ids()}
     if set(assignment) != expected:
         layer, expert = min(set(assignment) ^ expected)
         raise UserError(
-            f"{args.allocation}: layer {layer}, expert {expert} is not in both the allocation and {args.model};"
+            f"{options.allocation}: layer {layer}, expert {expert} is not in both the allocation and {options.model};"
             " solve again for this model"
         )
     model = fingerprint(folder)
     if allocation["model"] != model:
-        raise UserError(f"{args.allocation}: was solved for another model than {args.model}; solve again for this one")
-    tensors = checkpoint_tensors(folder, assignment, Path(args.packed), allocation["quantizer"], model)
-    out = Path(args.out)
+        raise UserError(
+            f"{options.allocation}: was solved for another model than {options.model}; solve again for this one"
+        )
+    tensors = checkpoint_tensors(folder, assignment, options.packed, allocation["quantizer"], model)
+    out = options.out
     with atomic_folder(out) as partial:
         write_shards(tensors, partial)
         packed_config = {
@@ -122,10 +140,10 @@ def quantize(args: argparse.Namespace) -> None:
             "quantization_config": quantization_config(assignment, allocation["quantizer"]),
         }
         config = folder.config | packed_config
-        if not args.trust_remote_code:
+        if not options.trust_remote_code:
             config.pop("auto_map", None)  # it names code that is not in the new folder, and that nothing was run with
         write_json(partial / "config.json", config)
-        for file in folder.copied_files(args.trust_remote_code):
+        for file in folder.copied_files(options.trust_remote_code):
             (partial / file.relative_to(folder.path)).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, partial / file.relative_to(folder.path))
         summary = {key: value for key, value in allocation.items() if key != "assignment"}
@@ -136,15 +154,9 @@ def quantize(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--model", required=True, help="local checkpoint folder or hub id")
-    parser.add_argument("--trust-remote-code", action="store_true", help="copy Python code that comes with the model")
-    parser.add_argument("--allocation", required=True, help="allocation.json that solve wrote")
-    parser.add_argument("--packed", required=True, help="folder of one quantizer that calibrate wrote")
-    parser.add_argument("--out", type=folder_to_write, required=True, help="checkpoint folder to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [args.out]):
-        quantize(args)
+    options = parse(QuantizeOptions, __doc__)
+    with recorded(options.made_from, [options.out]):
+        quantize(options)
 
 
 if __name__ == "__main__":

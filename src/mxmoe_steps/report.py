@@ -4,21 +4,43 @@ Reads every evaluated checkpoint with its allocation, the trace, the losses and 
 summary.csv (a row per checkpoint), report.html and the figures as SVG files.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from mxmoe_steps.arguments import file_to_write, folder_to_write, natural, parser_for, positive
+from pydantic import Field
+
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Count, Flag, InFile, InFiles, InFolder, OutFile, OutFolder, StepOptions, Tokens
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import DrawnLoss, Seeded
+
+
+class ReportOptions(DrawnLoss, Seeded, StepOptions):
+    """Options of the step."""
+
+    title: Annotated[str, Flag("NAME")] = Field(description="name of the model")
+    evaluations: InFiles = Field(description="what evaluate wrote")
+    allocations: InFiles = Field(description="what solve wrote")
+    frontiers: InFiles = Field(description="frontiers to draw")
+    losses: InFiles = Field(description="losses to draw, one per scheme")
+    trace: InFolder = Field(description="folder that trace wrote")
+    profile: InFile = Field(description="table that profile wrote")
+    traffic_text: Annotated[str, Flag("NAME")] = Field(description="traced text that times assume")
+    tokens: list[Tokens] = Field(description="tokens in a step, for predicted times")
+    steps: Count = Field(16, description="sampled steps that times average over")
+    html: OutFile = Field(description="page to write")
+    csv: OutFile = Field(description="table to write")
+    figures: OutFolder = Field(description="folder for the SVG files")
+
 
 _TOKEN_COUNTS = 8  # columns of predicted times; of more, some
 _VARIES = 1.05  # predicted times that differ by less than this factor are called equal
 
 
-def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> dict[str, dict[int, float]]:
+def predicted_times(options: ReportOptions, allocations: dict[str, Any]) -> dict[str, dict[int, float]]:
     """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
     from mxmoe_steps.allocation.blocks import read_losses
     from mxmoe_steps.reporting.figures import spread
@@ -26,19 +48,23 @@ def predicted_times(args: argparse.Namespace, allocations: dict[str, Any]) -> di
     from mxmoe_steps.timing.profile import read_profile
     from mxmoe_steps.timing.traffic import sample_traffic
 
-    losses = read_losses(args.losses, "out_sq", False)
+    losses = read_losses(options.losses, "out_sq", False)
     blocks = losses.blocks
     experts = set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
     for name, allocation in allocations.items():
         assigned = {(layer, expert) for layer, expert, *_ in allocation["assignment"]}
         if allocation["model"] != losses.model or assigned != experts:
-            raise UserError(f"allocation {name} and {args.losses[0]} are of different models; solve again for this one")
-    profile = read_profile(args.profile)
+            raise UserError(
+                f"allocation {name} and {options.losses[0]} are of different models; solve again for this one"
+            )
+    profile = read_profile(options.profile)
     times: dict[str, dict[int, float]] = {name: {} for name in allocations}
-    for tokens in spread(sorted(args.tokens), _TOKEN_COUNTS):
-        traffic = sample_traffic(args.trace, [args.traffic_text], tokens, "auto", args.steps, args.seed)
+    for tokens in spread(sorted(options.tokens), _TOKEN_COUNTS):
+        traffic = sample_traffic(options.trace, [options.traffic_text], tokens, "auto", options.steps, options.seed)
         if traffic.model != losses.model:
-            raise UserError(f"{args.trace} and {args.losses[0]} are of different models; trace and calibrate one model")
+            raise UserError(
+                f"{options.trace} and {options.losses[0]} are of different models; trace and calibrate one model"
+            )
         tables: Tables = {}
         for name, allocation in allocations.items():
             times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile, tables)
@@ -81,30 +107,30 @@ def held_out_errors(facts: dict[str, Any]) -> str:
     )
 
 
-def read_inputs(args: argparse.Namespace) -> tuple[list[Any], dict[str, Any]]:
+def read_inputs(options: ReportOptions) -> tuple[list[Any], dict[str, Any]]:
     """Evaluated checkpoints and, by name, the allocations of all but the original."""
     from mxmoe_steps.allocation.files import read_allocation
     from mxmoe_steps.evaluations import read_evaluation
     from mxmoe_steps.reporting.summary import Checkpoint
 
-    allocations = {Path(path).stem: read_allocation(path) for path in args.allocations}
+    allocations = {path.stem: read_allocation(path) for path in options.allocations}
     checkpoints = []
-    for path in args.evaluations:
-        metrics, name = read_evaluation(path), Path(path).stem
+    for path in options.evaluations:
+        metrics, name = read_evaluation(path), path.stem
         if metrics["allocation"] is not None and name not in allocations:
             raise UserError(f"{path}: no allocation of that name among --allocations")
         if metrics["allocation"] is not None and not metrics["allocation"].items() <= allocations[name].items():
             raise UserError(f"{path}: was evaluated under another allocation; run quantize and evaluate again")
         checkpoints.append(Checkpoint(name, metrics, allocations.get(name)))
-    for path, checkpoint in zip(args.evaluations, checkpoints, strict=True):
+    for path, checkpoint in zip(options.evaluations, checkpoints, strict=True):
         if checkpoint.metrics["texts"].keys() != checkpoints[0].metrics["texts"].keys():
-            raise UserError(f"{path}: was evaluated on other texts than {args.evaluations[0]}; run evaluate again")
+            raise UserError(f"{path}: was evaluated on other texts than {options.evaluations[0]}; run evaluate again")
     if not any(checkpoint.allocation is None for checkpoint in checkpoints):
         raise UserError("--evaluations holds no evaluation of the original model")
     return checkpoints, allocations
 
 
-def report(args: argparse.Namespace) -> None:
+def report(options: ReportOptions) -> None:
     """Write the table, the figures and the page."""
     from mxmoe_steps.allocation.files import read_frontier
     from mxmoe_steps.reporting import figures
@@ -112,21 +138,21 @@ def report(args: argparse.Namespace) -> None:
     from mxmoe_steps.reporting.summary import headlines, summary_table
     from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table
 
-    checkpoints, allocations = read_inputs(args)
+    checkpoints, allocations = read_inputs(options)
     original = next(checkpoint.name for checkpoint in checkpoints if checkpoint.allocation is None)
     some = next(iter(allocations.values()))
     unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
     unquantized = {"assignment": unpacked, "model": some["model"], "timed_as": {}}
-    times = predicted_times(args, {**allocations, original: unquantized})
+    times = predicted_times(options, {**allocations, original: unquantized})
     losses = {}
-    for path in args.losses:
+    for path in options.losses:
         rows, facts = read_table(LOSSES, path)
         losses[facts["scheme"]] = rows.to_pandas()
-    tiles, profile_facts = read_table(PROFILE, args.profile)
+    tiles, profile_facts = read_table(PROFILE, options.profile)
     estimate = bool(profile_facts["estimate"])
     table = summary_table(checkpoints, times, estimate)
-    frontiers = [read_frontier(path) for path in args.frontiers]
-    for path, (facts, _) in zip(args.frontiers, frontiers, strict=True):
+    frontiers = [read_frontier(path) for path in options.frontiers]
+    for path, (facts, _) in zip(options.frontiers, frontiers, strict=True):
         if facts["model"] != some["model"]:
             raise UserError(f"{path} and the allocations are of different models; run frontier again for this one")
     ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
@@ -136,9 +162,9 @@ def report(args: argparse.Namespace) -> None:
         "speed": figures.speed(table, estimate),
         "frontier": figures.frontiers(frontiers, ordered, estimate),
         "allocation": figures.allocation(maps or ordered),
-        "sensitivity": figures.sensitivity(losses, args.metric),
+        "sensitivity": figures.sensitivity(losses, options.metric),
         "times": figures.times(tiles.to_pandas(), profile_facts),
-        "traffic": figures.traffic(read_table(TRAFFIC, Path(args.trace) / "traffic.parquet")[0].to_pandas()),
+        "traffic": figures.traffic(read_table(TRAFFIC, options.trace / "traffic.parquet")[0].to_pandas()),
     }
     lines = headlines(table)
     parts = [
@@ -147,15 +173,15 @@ def report(args: argparse.Namespace) -> None:
     ]
     timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
     note = time_note(times, profile_facts, timed_as)
-    html = page(f"Mixed-precision quantization of {args.title}", lines, [note], parts)
+    html = page(f"Mixed-precision quantization of {options.title}", lines, [note], parts)
     for name, svg in drawn.items():
-        _write(Path(args.figures) / f"{name}.svg", svg)
-    _write(args.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    _write(args.html, html)
-    print("\n".join([f"report   {args.html}", f"summary  {args.csv}", *lines]), file=sys.stderr)
+        _write(options.figures / f"{name}.svg", svg)
+    _write(options.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    _write(options.html, html)
+    print("\n".join([f"report   {options.html}", f"summary  {options.csv}", *lines]), file=sys.stderr)
 
 
-def _write(path: str | Path, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -189,28 +215,10 @@ TEXTS = {
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--title", required=True, help="name of the model")
-    parser.add_argument("--evaluations", nargs="+", required=True, metavar="FILE", help="what evaluate wrote")
-    parser.add_argument("--allocations", nargs="+", required=True, metavar="FILE", help="what solve wrote")
-    parser.add_argument("--frontiers", nargs="+", required=True, metavar="FILE", help="frontiers to draw")
-    parser.add_argument("--losses", nargs="+", required=True, metavar="FILE", help="losses to draw, one per scheme")
-    parser.add_argument("--trace", required=True, help="folder that trace wrote")
-    parser.add_argument("--profile", required=True, help="table that profile wrote")
-    parser.add_argument("--traffic-text", required=True, metavar="NAME", help="traced text that times assume")
-    parser.add_argument(
-        "--tokens", nargs="+", type=positive, required=True, help="tokens in a step, for predicted times"
-    )
-    parser.add_argument("--metric", default="fisher", choices=["fisher", "out_sq"], help="loss to draw")
-    parser.add_argument("--steps", type=positive, default=16, help="sampled steps that times average over (default 16)")
-    parser.add_argument("--seed", type=natural, default=0, help="seed of the sampled steps")
-    parser.add_argument("--html", type=file_to_write, required=True, help="page to write")
-    parser.add_argument("--csv", type=file_to_write, required=True, help="table to write")
-    parser.add_argument("--figures", type=folder_to_write, required=True, help="folder for the SVG files")
-    args = parser.parse_args()
-    figures = [f"{args.figures}/{name}.svg" for name in sorted(HEADINGS)]
-    with recorded(args.made_from, [args.html, args.csv, *figures]):
-        report(args)
+    options = parse(ReportOptions, __doc__)
+    figures = [options.figures / f"{name}.svg" for name in sorted(HEADINGS)]
+    with recorded(options.made_from, [options.html, options.csv, *figures]):
+        report(options)
 
 
 if __name__ == "__main__":

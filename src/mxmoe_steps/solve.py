@@ -5,37 +5,65 @@ the minimum lies on the frontier's hull. ``--max-time-us`` and ``--max-loss`` ta
 under a ceiling on the whole model and state its proven gap to all allocations.
 """
 
-import argparse
 import math
-from typing import Any
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
 
 from mxmoe_steps.allocation.files import DIGITS, read_frontier, write_allocation
 from mxmoe_steps.allocation.pick import Part, Vertex, pick_by_r, pick_under_ceiling
-from mxmoe_steps.arguments import file_to_write, finite, parser_for, zero_to_one
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Ceiling, Exponent, Flag, InFile, Options, OutFile, StepOptions
+from mxmoe_steps.options.command_line import parse
+
+
+class Goals(Options):
+    """What to ask of a frontier: one of these."""
+
+    r: Exponent | None = Field(None, description="accuracy against time: minimise loss^r time^(1-r), 0 to 1")
+    max_time_us: Annotated[Ceiling | None, Flag("MICROSECONDS")] = Field(
+        None, description="instead of r: the most accurate allocation within this predicted time of all expert layers"
+    )
+    max_loss: Annotated[Ceiling | None, Flag("LOSS")] = Field(
+        None, description="instead of r: the fastest allocation within this predicted loss"
+    )
+
+
+class SolveOptions(Goals, StepOptions):
+    """Options of the step."""
+
+    frontier: InFile = Field(description="file that frontier wrote")
+    out: OutFile = Field(description="JSON file to write")
+
+    @model_validator(mode="after")
+    def _one_goal(self) -> Self:
+        if [self.r, self.max_time_us, self.max_loss].count(None) != 2:
+            raise ValueError("give one of --r, --max-time-us and --max-loss")
+        return self
+
 
 PROVEN = 1e-6  # gap up to which a choice counts as optimal; beyond it the gap tells what may be missed
 
 
-def choose(args: argparse.Namespace, parts: list[Part], power: float) -> tuple[list[Vertex], float, float]:
+def choose(options: SolveOptions, parts: list[Part], power: float) -> tuple[list[Vertex], float, float]:
     """Vertices, the objective they reach and its proven lower bound.
 
     The objective of r under scope layer is the geometric mean of the layers' objectives.
     """
-    if args.r is not None:
-        picks = [pick_by_r(part, args.r, power) for part in parts]
+    if options.r is not None:
+        picks = [pick_by_r(part, options.r, power) for part in parts]
         value = math.prod(value ** (1 / len(picks)) for _, value, _ in picks)
         bound = math.prod(bound ** (1 / len(picks)) for _, _, bound in picks)
         return [vertex for vertex, _, _ in picks], value, bound
-    max_loss_sum = args.max_loss ** (1 / power) if args.max_loss is not None else None
+    max_loss_sum = options.max_loss ** (1 / power) if options.max_loss is not None else None
     try:
-        vertices, value, bound = pick_under_ceiling(parts, args.max_time_us, max_loss_sum)
+        vertices, value, bound = pick_under_ceiling(parts, options.max_time_us, max_loss_sum)
     except ValueError as error:
-        least = error.args[0] if args.max_time_us is not None else error.args[0] ** power
-        flag = "--max-time-us" if args.max_time_us is not None else "--max-loss"
+        least = error.args[0] if options.max_time_us is not None else error.args[0] ** power
+        flag = "--max-time-us" if options.max_time_us is not None else "--max-loss"
         raise UserError(f"{flag}: the smallest value this frontier reaches is {least:.6g}") from None
-    return vertices, *((value**power, bound**power) if args.max_time_us is not None else (value, bound))
+    return vertices, *((value**power, bound**power) if options.max_time_us is not None else (value, bound))
 
 
 def expand(facts: dict[str, Any], vertices: list[Vertex]) -> list[list[Any]]:
@@ -45,18 +73,18 @@ def expand(facts: dict[str, Any], vertices: list[Vertex]) -> list[list[Any]]:
     return [[*key, *schemes[3 * i : 3 * i + 3]] for i, key in enumerate(experts)]
 
 
-def solve(args: argparse.Namespace) -> None:
+def solve(options: SolveOptions) -> None:
     """Pick and write an allocation."""
-    facts, parts = read_frontier(args.frontier)
+    facts, parts = read_frontier(options.frontier)
     power = 0.5 if facts["loss"] == "root_sum_squares" else 1.0
-    vertices, value, bound = choose(args, parts, power)
+    vertices, value, bound = choose(options, parts, power)
     gap = (value - bound) / value if value else 0.0
     kept = (
         "budget_bits", "candidates", "constraints", "device", "gap_limit", "granularity", "metric", "model",
         "proved_by", "quantizer", "scope", "time_is_estimate", "timed_as", "tokens", "traffic",
     )  # fmt: skip
     write_allocation(
-        args.out,
+        options.out,
         {
             **{key: facts[key] for key in kept},
             "assignment": expand(facts, vertices),
@@ -65,11 +93,11 @@ def solve(args: argparse.Namespace) -> None:
             "gap": gap,
             "loss": math.fsum(vertex.loss_sum for vertex in vertices) ** power,
             "loss_form": facts["loss"],
-            "max_loss": args.max_loss,
-            "max_time_us": args.max_time_us,
+            "max_loss": options.max_loss,
+            "max_time_us": options.max_time_us,
             "objective": value,
             "price": sum(vertex.price for vertex in vertices) / len(vertices),
-            "r": args.r,
+            "r": options.r,
             "status": "optimal" if gap <= PROVEN else "bounded",
             "tile_tokens": [vertex.tile_tokens for vertex in vertices] if vertices[0].tile_tokens else None,
             "time_us": math.fsum(vertex.time_us for vertex in vertices),
@@ -79,16 +107,9 @@ def solve(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--frontier", required=True, help="file that frontier wrote")
-    goal = parser.add_mutually_exclusive_group(required=True)
-    goal.add_argument("--r", type=zero_to_one, help="weight of the loss, 0 to 1; the paper uses 0.75")
-    goal.add_argument("--max-time-us", type=finite, help="most accurate allocation under this time")
-    goal.add_argument("--max-loss", type=finite, help="fastest allocation under this loss")
-    parser.add_argument("--out", type=file_to_write, required=True, help="JSON file to write")
-    args = parser.parse_args()
-    with recorded(args.made_from, [args.out]):
-        solve(args)
+    options = parse(SolveOptions, __doc__)
+    with recorded(options.made_from, [options.out]):
+        solve(options)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ the schema metadata under ``mxmoe``, with a checksum of facts and rows.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -46,6 +46,12 @@ class TableKind:
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     schemes: tuple[str, ...] = ()
     least_rows: int = 1
+    more: bool = False  # columns of quantities may follow
+
+    def schema_of(self, names: Iterable[str]) -> pa.Schema:
+        """Of a table with these columns."""
+        more = sorted(set(names) - set(self.schema.names)) if self.more else []
+        return pa.schema([*self.schema, *((name, pa.float64()) for name in more)])
 
 
 class _Header(TypedDict):
@@ -121,7 +127,10 @@ LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
         "fisher": _QUANTITY,
     },
     {"block": BLOCKS},
+    more=True,  # losses that a user's modules add
 )
+
+NOT_LOSSES = frozenset(LOSSES.schema.names) - {"out_sq", "fisher"}  # columns
 
 MEASUREMENTS = TableKind(  # written by measure: one row per timed launch
     "measurements",
@@ -189,7 +198,7 @@ def write_table(
     kind: TableKind, path: str | PathLike[str], columns: dict[str, list[Any]], facts: dict[str, Any]
 ) -> None:
     """Write ``columns`` sorted by the kind's keys, with ``facts`` in the metadata, atomically."""
-    table = pa.table(columns, schema=kind.schema).sort_by([(key, "ascending") for key in kind.keys])
+    table = pa.table(columns, schema=kind.schema_of(columns)).sort_by([(key, "ascending") for key in kind.keys])
     header = {"kind": kind.name, "version": kind.version, "facts": facts, "sha256": _checksum(table, facts)}
     table = table.replace_schema_metadata({_METADATA_KEY: canonical_json(header).encode()})
     with atomic_path(path) as temporary:
@@ -219,7 +228,7 @@ def read_table(kind: TableKind, path: str | PathLike[str]) -> tuple[pa.Table, di
         raise UserError(
             f"{path}: is a {found[0]} table of version {found[1]}; expected {kind.name} version {kind.version}"
         )
-    if not table.schema.equals(kind.schema, check_metadata=False):
+    if not table.schema.equals(kind.schema_of(table.column_names), check_metadata=False):
         raise UserError(f"{path}: columns differ from those of a {kind.name} table of version {kind.version}; {fix}")
     facts = parse_record(path, kind.facts, fix, canonical_json(header["facts"]))
     if table.num_rows < kind.least_rows:
@@ -243,8 +252,8 @@ def _check_column(kind: TableKind, path: Any, table: pa.Table, name: str) -> Non
     if pa.types.is_list(column.type):
         values, rows = pc.list_flatten(column), pc.list_parent_indices(column)
     good = pc.is_valid(values)
-    if name in kind.limits:
-        least, most = kind.limits[name]
+    if (limits := kind.limits.get(name) or (None if name in kind.schema.names else _QUANTITY)) is not None:
+        least, most = limits
         good = pc.fill_null(pc.and_(pc.greater_equal(values, least), pc.less_equal(values, most)), False)
     elif name in kind.choices or name in kind.schemes:
         choices = kind.choices.get(name) or [text for text in pc.unique(values).to_pylist() if is_canonical(text)]
@@ -259,8 +268,8 @@ def _refuse(kind: TableKind, path: Any, table: pa.Table, name: str, row: int) ->
     keys = " ".join(f"{key} {table.column(key)[row].as_py()}" for key in kind.keys)
     value = table.column(name)[row].as_py()
     expected = "is not one that it can be"
-    if name in kind.limits:
-        expected = "is not from {:g} to {:g}".format(*kind.limits[name])
+    if name in kind.limits or name not in kind.schema.names:
+        expected = "is not from {:g} to {:g}".format(*kind.limits.get(name, _QUANTITY))
     raise UserError(f"{path}: {name} of {keys} is {value!r}, which {expected}; run the {kind.step} step again")
 
 

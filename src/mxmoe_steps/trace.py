@@ -9,27 +9,43 @@ A run that was stopped goes on at the last finished layer. --until K stops at la
 rising K and the same --out, the last one without --until, does the work of one: same bytes.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from mxmoe_steps.arguments import (
-    add_borders,
-    add_model,
-    add_runtime,
-    add_text,
-    folder_to_write,
-    parser_for,
-    positive,
-)
+from pydantic import Field
+
 from mxmoe_steps.errors import run_cli
 from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Count, Flag, Names
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import TextAmount, TextThroughModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.models.borders import Borders, Routing, Seen
+    from mxmoe_steps.models.families import ModelFolder
+    from mxmoe_steps.models.streaming import StreamedModel
 
 
-def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None:
+class TracedTexts(TextAmount):
+    """Expert traffic."""
+
+    texts: Names = Field(description="text sources to trace", min_length=1)
+
+
+class TraceOptions(TracedTexts, TextThroughModel):
+    """Options of the step."""
+
+    until: Annotated[Count | None, Flag("LAYER", decides=False)] = Field(
+        None, description="stop when the layers before this one are done"
+    )
+
+
+def trace_layers(model: "StreamedModel", borders: "Borders", runs: list[slice], last: int) -> None:
     """Route the borders' text through layers 0 ... last - 1; keeps each layer's routing beside the borders."""
     import torch
 
@@ -37,8 +53,8 @@ def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None
     from mxmoe_steps.models.rows import write_rows
 
     @contextmanager
-    def watch(layer: int) -> Iterator[Any]:
-        found: list[Any] = []
+    def watch(layer: int) -> "Iterator[Seen]":
+        found: list[Routing] = []
         yield found.append
         ids = torch.cat([ids.to("cpu", torch.int16) for _, ids, _ in found]).view(*borders.tokens.shape, -1)
         weights = torch.cat([weights.to("cpu", torch.float32) for _, _, weights in found]).view(ids.shape)
@@ -51,12 +67,12 @@ def trace_layers(model: Any, borders: Any, runs: list[slice], last: int) -> None
     forward(model, borders, runs, last, watch)
 
 
-def routing_file(borders: Any, layer: int) -> Path:
+def routing_file(borders: "Borders", layer: int) -> Path:
     """Where a traced layer waits for the last: ids and weights [S, L, k] of all texts."""
-    return Path(borders.folder / f"routing-{layer:03d}.safetensors")
+    return borders.folder / f"routing-{layer:03d}.safetensors"
 
 
-def traffic_rows(text: str, layer: int, ids: Any, weights: Any, experts: int) -> dict[str, list[Any]]:
+def traffic_rows(text: str, layer: int, ids: "Tensor", weights: "Tensor", experts: int) -> dict[str, list[Any]]:
     """`tables.TRAFFIC` columns of one text and layer from ids and weights [S, L, k]."""
     import torch
 
@@ -78,7 +94,7 @@ def traffic_rows(text: str, layer: int, ids: Any, weights: Any, experts: int) ->
     }
 
 
-def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
+def write_traffic(options: TraceOptions, folder: "ModelFolder", borders: "Borders") -> None:
     """Both files of the step from what every layer left beside the borders."""
     from safetensors.torch import load_file
 
@@ -93,21 +109,21 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
         for tensor in tensors_of(routing_file(borders, layer)).values():
             tensor.check()
         found = load_file(routing_file(borders, layer))
-        for number, text in enumerate(args.texts):
-            ids, weights = (found[name].split(args.sequences)[number] for name in ("ids", "weights"))
+        for number, text in enumerate(options.texts):
+            ids, weights = (found[name].split(options.sequences)[number] for name in ("ids", "weights"))
             routing[f"{text}/{layer}"] = ids
             for name, values in traffic_rows(text, layer, ids, weights, folder.experts).items():
                 columns[name] += values
     facts = {
         "experts": folder.experts,
         "layers": folder.moe_layers,
-        "length": args.length,
+        "length": options.length,
         "model": fingerprint(folder),
-        "sequences": args.sequences,
-        "texts": sorted(args.texts),
+        "sequences": options.sequences,
+        "texts": sorted(options.texts),
         "top_k": ids.shape[-1],
     }
-    out = Path(args.out)
+    out = options.out
     write_table(TRAFFIC, out / "traffic.parquet", columns, facts)
     layout = {name: (ids.dtype, tuple(ids.shape)) for name, ids in routing.items()}
     with write_rows(out / "routing.safetensors", layout, facts) as writer:
@@ -115,8 +131,8 @@ def write_traffic(args: argparse.Namespace, folder: Any, borders: Any) -> None:
             writer.append(name, ids)
 
 
-def trace(args: argparse.Namespace) -> None:
-    """Trace every text of ``args.texts``."""
+def trace(options: TraceOptions) -> None:
+    """Trace every text of ``options.texts``."""
     import torch
 
     from mxmoe_steps.data.reading import read_texts
@@ -125,36 +141,29 @@ def trace(args: argparse.Namespace) -> None:
     from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
 
-    start_torch(args)
-    path = resolve_model(args.model, code=args.trust_remote_code)
-    found = read_texts(args, path, args.texts, "calibration")
-    tokens = torch.cat([torch.from_numpy(found[text]) for text in args.texts])
-    model = StreamedModel(path, args.dtype, args.device, args.trust_remote_code)
-    runs = runs_of([args.sequences] * len(args.texts), args.batch)
+    start_torch(options)
+    path = resolve_model(options.model, code=options.trust_remote_code)
+    found = read_texts(options, path, options.texts, "calibration")
+    tokens = torch.cat([torch.from_numpy(found[text]) for text in options.texts])
+    model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
+    runs = runs_of([options.sequences] * len(options.texts), options.batch)
     end = model.folder.moe_layers[-1] + 1
-    with Borders.locked(args):
-        borders = Borders(model, tokens, "mxmoe_steps.trace", args)
-        trace_layers(model, borders, runs, min(args.until or end, end))
-        if args.until is None:
+    with Borders.locked(options):
+        borders = Borders(model, tokens, "mxmoe_steps.trace", options)
+        trace_layers(model, borders, runs, min(options.until or end, end))
+        if options.until is None:
             try:
-                write_traffic(args, model.folder, borders)
+                write_traffic(options, model.folder, borders)
             finally:  # also what turned out to be damaged
                 borders.remove()
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    add_model(parser)
-    add_text(parser, several=True)
-    add_runtime(parser)
-    add_borders(parser)
-    parser.add_argument("--until", type=positive, metavar="K", help="stop when layers 0 ... K-1 are done")
-    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    args = parser.parse_args()
-    outputs = [Path(args.out) / name for name in ("traffic.parquet", "routing.safetensors")]
-    with recorded(args.made_from, outputs) if args.until is None else nullcontext():
-        trace(args)
+    options = parse(TraceOptions, __doc__)
+    outputs = [options.out / name for name in ("traffic.parquet", "routing.safetensors")]
+    with recorded(options.made_from, outputs) if options.until is None else nullcontext():
+        trace(options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Single values of a configuration: as people write them, and as results are named after them. Stdlib only."""
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ def distinct(names: list[str]) -> list[str]:
     """The same names; `ValueError` for one that comes twice."""
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"{name!r} is listed twice; list every text once")
+            raise ValueError(f"{name!r} is listed twice; list everything once")
     return names
 
 
@@ -61,3 +62,16 @@ def exact(value: float) -> str:
     """A number in as few digits as tell it from every other: 3, 2.25, 0.3333333333333333."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
+
+
+def from_json(value: Any) -> Any:
+    """What the command line gives as one JSON object; anything else is left to be refused by its type."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(
+            f"not a JSON object ({error}); for example"
+            ' \'{"en": {"package": "wiki-en"}, "mine": {"files": ["notes.txt"]}}\''
+        ) from None

@@ -221,15 +221,14 @@ def test_layers_on_two_gpus_give_the_logits_of_one(checkpoints: dict[str, str], 
 
 def main() -> None:
     """Build the kernels of the checkpoints into folders in ``argv[1]``: run where there is a compiler and no GPU."""
-    import argparse
     import tempfile
 
-    from mxmoe_steps.inference.build import build_checkpoint
+    from mxmoe_steps.inference.build import BuildOptions, build_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
         for name in LAYERS:
             path, out = make_checkpoint(Path(folder), name), Path(sys.argv[1]) / name
-            build_checkpoint(argparse.Namespace(checkpoint=path, threads=2, out=str(out)))
+            build_checkpoint(BuildOptions(checkpoint=path, threads=2, out=out))
 
 
 if __name__ == "__main__":

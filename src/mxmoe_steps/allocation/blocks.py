@@ -1,7 +1,9 @@
 """The linear blocks of a model and what each scheme does to them: losses and weight bits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,7 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme, parse_scheme
-from mxmoe_steps.tables import LOSSES, read_table
-
-METRICS = ("out_sq", "fisher")
+from mxmoe_steps.tables import LOSSES, NOT_LOSSES, read_table
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,15 @@ class Losses:
     model: str = ""  # fingerprint, empty if made up
 
 
-def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
+def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Losses:
     """Read one LOSSES table per scheme; ``original`` adds w16a16, whose loss is zero and needs no table.
 
     `UserError`: tables of different quantizers or models, a scheme twice, a missing block, no losses of that
     metric, bits that are not the scheme's.
     """
     tables = {}
-    quantizers: dict[str, str] = {}
-    models: dict[str, str] = {}
+    quantizers: dict[str | Path, str] = {}
+    models: dict[str | Path, str] = {}
     for path in paths:
         table, facts = read_table(LOSSES, path)
         scheme = parse_scheme(facts["scheme"])
@@ -79,6 +79,9 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
                 " solve.metric: out_sq"
             )
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        if metric not in columns.keys() - NOT_LOSSES:
+            others = sorted(columns.keys() - NOT_LOSSES)
+            raise UserError(f"{path}: has no losses {metric!r}, but {', '.join(others)}; calibrate with it")
         _check_bits(columns, scheme, path)
         kind = np.array([BLOCKS.index(block) for block in columns["block"]], np.int64)
         order = np.lexsort((kind, columns["expert"], columns["layer"]))
@@ -113,7 +116,7 @@ def read_losses(paths: list[str], metric: str, original: bool) -> Losses:
     return Losses(blocks, schemes, loss, bits, quantizers[paths[0]], models[paths[0]])
 
 
-def _check_bits(columns: dict[str, NDArray[Any]], scheme: Scheme, path: str) -> None:
+def _check_bits(columns: dict[str, NDArray[Any]], scheme: Scheme, path: str | Path) -> None:
     """Raise unless the bits of every block are those of its scheme."""
     widths, place = np.unique(columns["in_features"], return_inverse=True)
     expected = np.array([scheme.bits(int(width)) for width in widths])[place]
@@ -126,7 +129,7 @@ def _check_bits(columns: dict[str, NDArray[Any]], scheme: Scheme, path: str) -> 
         )
 
 
-def _check_whole_experts(blocks: Blocks, path: str) -> None:
+def _check_whole_experts(blocks: Blocks, path: str | Path) -> None:
     """Raise unless every expert has gate, up and down."""
     for layer, expert in sorted(set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))):
         kinds = blocks.kind[(blocks.layer == layer) & (blocks.expert == expert)].tolist()
@@ -135,7 +138,7 @@ def _check_whole_experts(blocks: Blocks, path: str) -> None:
             raise UserError(f"{path}: layer {layer} expert {expert} has losses for {found}; calibrate it again")
 
 
-def _check_same_blocks(blocks: Blocks, table: dict[str, Any], path: str) -> None:
+def _check_same_blocks(blocks: Blocks, table: dict[str, Any], path: str | Path) -> None:
     """Raise unless ``table`` holds exactly the blocks of the first table."""
     keys = np.stack([blocks.layer, blocks.expert, blocks.kind, blocks.out_features, blocks.in_features], 1)
     names = ("layer", "expert", "kind", "out_features", "in_features")

@@ -1,6 +1,7 @@
 """Frontier and allocation files: JSON, read and checked in one place. No numpy."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -8,7 +9,7 @@ from typing_extensions import TypedDict
 
 from mxmoe_steps.allocation.pick import Part, Vertex, corners
 from mxmoe_steps.atomic import write_json
-from mxmoe_steps.quantizers.method import QuantizerName
+from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.records import (
     STRICT,
     Count,
@@ -57,7 +58,7 @@ class _Problem(TypedDict):
     device: Name
     gap_limit: Share
     granularity: Literal["block", "expert", "layer", "uniform"]
-    metric: Literal["out_sq", "fisher"]
+    metric: Name
     model: Name  # fingerprint
     proved_by: Literal["cp-sat", "states"]
     quantizer: QuantizerName
@@ -114,7 +115,7 @@ class _Allocation(AllocationSummary):
     assignment: Annotated[list[tuple[Index, Expert, SchemeName, SchemeName, SchemeName]], Field(min_length=1)]
 
 
-def write_frontier(path: str, facts: dict[str, Any], parts: list[Part]) -> None:
+def write_frontier(path: str | Path, facts: dict[str, Any], parts: list[Part]) -> None:
     """Write the parts (each with its layers in ``facts["parts"]`` order) and the facts."""
     content = {
         "kind": "frontier",
@@ -128,7 +129,7 @@ def write_frontier(path: str, facts: dict[str, Any], parts: list[Part]) -> None:
     write_json(path, content)
 
 
-def read_frontier(path: str) -> tuple[dict[str, Any], list[Part]]:
+def read_frontier(path: str | Path) -> tuple[dict[str, Any], list[Part]]:
     """The facts and parts of a frontier file; `UserError` names what is missing, out of range or at odds."""
     facts = read_record(path, _Frontier, "run the frontier step again", _check_frontier)
     return facts, [_part(part) for part in facts.pop("parts")]
@@ -175,12 +176,12 @@ def _check_part(part: Any, place: str, blocks: int, digits: str) -> None:
         raise ValueError(f"{place}.cuts: do not bound loss_sum and time_us")
 
 
-def write_allocation(path: str, content: dict[str, Any]) -> None:
+def write_allocation(path: str | Path, content: dict[str, Any]) -> None:
     """Write an allocation; see `read_allocation`."""
     write_json(path, {"kind": "allocation", "version": VERSION, **content})
 
 
-def read_allocation(path: str) -> dict[str, Any]:
+def read_allocation(path: str | Path) -> dict[str, Any]:
     """An allocation; ``assignment`` rows are (layer, expert, gate, up, down) with canonical scheme names.
 
     `UserError` names what is missing, out of range or at odds.

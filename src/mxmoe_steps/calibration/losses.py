@@ -13,6 +13,7 @@ from functools import partial
 import torch
 
 from mxmoe_steps.calibration.inputs import Batch, LayerInputs
+from mxmoe_steps.calibration.loss import Loss
 from mxmoe_steps.models.gating import Function, Gating
 from mxmoe_steps.quantizers.grid import QuantizedWeight, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
@@ -28,22 +29,23 @@ def layer_losses(
     gating: Gating,
     scheme: Scheme,
     method: Method,
+    losses: Sequence[Loss],
 ) -> torch.Tensor:
-    """float64 [E, 3, 2] on the CPU: per expert and block (gate, up, down) out_sq and fisher of `tables.LOSSES`.
+    """float64 [E, 3, L] on the CPU: per expert and block (gate, up, down) every one of L ``losses``.
 
     ``weights``: the originals, three [E, N, K] in any precision; ``quantized``: what `quantize_layer` made of them;
     ``gating``: that of the same experts.
     """
     seen = None if scheme.act_bits == 16 else partial(_seen, scheme=scheme, rotated=method.rotated)
-    losses = []
+    found = []
     for index, expert in enumerate(experts):
         own = [block[index].float() for block in weights]
         restored = [stack[index].dequantize() for stack in quantized]
         changes = [
             (rotate(new) if method.rotated else new) - original for new, original in zip(restored, own, strict=True)
         ]
-        losses.append(expert_losses(inputs.batches(expert), own, changes, gating[index], seen))
-    return torch.stack(losses).cpu() / torch.tensor([1.0, len(inputs)])
+        found.append(expert_losses(inputs.batches(expert), own, changes, gating[index], seen, losses))
+    return torch.stack(found).cpu() / torch.tensor([float(len(inputs) if loss.per_token else 1) for loss in losses])
 
 
 def _seen(x: torch.Tensor, scheme: Scheme, rotated: bool) -> torch.Tensor:
@@ -57,15 +59,16 @@ def expert_losses(
     changes: Sequence[torch.Tensor],
     gating: Gating,
     seen: Function | None,
+    losses: Sequence[Loss],
 ) -> torch.Tensor:
-    """Losses of one expert, float64 [3, 2]: per block the summed squared change and the summed Fisher estimate.
+    """One expert's sums over its tokens, float64 [3, L]: per block every one of L ``losses``.
 
     ``weights`` and ``changes`` (quantized minus original): float32 (gate, up, down), each [N, K]. ``seen`` maps a
     block's input to what its kernel would multiply, None for 16-bit activations. Only one block is quantized at a
     time (MxMoE, section 3.2).
     """
     gate, up, down = weights
-    sums = torch.zeros(3, 2, dtype=torch.float64, device=gate.device)
+    sums = torch.zeros(3, len(losses), dtype=torch.float64, device=gate.device)
     with _tensor_cores():
         for batch in batches:
             gated, raised = batch.x @ gate.T, batch.x @ up.T
@@ -73,10 +76,10 @@ def expert_losses(
             moved_gate = gating.of_gate(moved_gate.add_(gated))
             moved_up = gating.change_of_up(raised, moved_up)
             gated, raised = gating.of_gate(gated), gating.of_up(raised)
-            sums[0] += _output_losses((moved_gate.sub_(gated).mul_(raised)) @ down.T, batch)
-            sums[1] += _output_losses(moved_up.mul_(gated) @ down.T, batch)
+            sums[0] += _sums((moved_gate.sub_(gated).mul_(raised)) @ down.T, batch, losses)
+            sums[1] += _sums(moved_up.mul_(gated) @ down.T, batch, losses)
             (moved,) = _product_changes(gated.mul_(raised), (down,), changes[2:], seen)
-            sums[2] += _output_losses(moved, batch)
+            sums[2] += _sums(moved, batch, losses)
     return sums
 
 
@@ -91,13 +94,9 @@ def _product_changes(
     return [(entering @ change.T).add_(noise @ weight.T) for weight, change in zip(weights, changes, strict=True)]
 
 
-def _output_losses(change: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """float64 [2]: sum over tokens of ||dy||^2 and of (g . dy)^2 / 2, dy the weighted change of the output."""
-    squares = (torch.linalg.vector_norm(change, dim=-1) * batch.scale).double().square().sum()
-    if batch.gradient is None:
-        return torch.stack((squares, torch.zeros_like(squares)))
-    along = torch.linalg.vecdot(change, batch.gradient) * batch.scale
-    return torch.stack((squares, 0.5 * along.double().square().sum()))
+def _sums(change: torch.Tensor, batch: Batch, losses: Sequence[Loss]) -> torch.Tensor:
+    """float64 [L]: every loss of a change of the expert's output [n, H]."""
+    return torch.stack([loss.of(change, batch) for loss in losses])
 
 
 @contextmanager

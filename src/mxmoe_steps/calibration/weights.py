@@ -1,6 +1,6 @@
-"""Quantized weights of all experts of a layer: round-to-nearest or GPTQ, plain or rotated.
+"""Quantized weights of all experts of a layer, plain or rotated, by any registered quantizer.
 
-Experts share their shapes, so they are quantized in stacks, as many experts at a time as the workspace holds. GPTQ's
+Experts share their shapes, so they are quantized in stacks, as many experts at a time as the workspace holds. A
 Hessian weighs every token by its squared router weight, because that is how the token's error enters the layer's
 output. gate and up have the same input and therefore one Hessian: they are quantized as the rows of one matrix.
 """
@@ -11,9 +11,9 @@ import torch
 
 from mxmoe_steps.calibration.inputs import Batch, LayerInputs
 from mxmoe_steps.models.gating import Gating
-from mxmoe_steps.quantizers.gptq import Hessians, gptq
-from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate, round_to_nearest
+from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate
 from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.quantizers.hessians import Hessians
 from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import Scheme
 
@@ -35,8 +35,11 @@ def quantize_layer(
     ``gating`` is that of the same experts. The stacks of a rotating method multiply rotated inputs.
     """
     gate, up, down = weights
-    if not method.gptq:
-        return [_rounded(block, scheme, method) for block in weights]
+    if not method.uses_hessians:
+        return [
+            concatenate([_quantized(block[stack], scheme, method) for stack in _stacks(*block.shape)])
+            for block in weights
+        ]
     width, hidden = gate.shape[1:]
     tokens = torch.tensor([inputs.tokens(expert) for expert in experts], device=gate.device)
     every = torch.zeros(hidden, hidden, dtype=torch.float64, device=gate.device)
@@ -50,11 +53,11 @@ def quantize_layer(
             blocks = gate[stack][index].float(), up[stack][index].float()
             own = gating[stack.start + index]
             add_moments(entering[index], inner[stack][index], inputs.batches(expert), *blocks, own)
-        hessians = Hessians(entering, tokens[stack], every)
-        gate_up.append(_gptq(torch.cat((gate[stack], up[stack]), dim=1), hessians, scheme, method))
+        hessians = Hessians(entering, tokens[stack], every, method.damping)
+        gate_up.append(_quantized(torch.cat((gate[stack], up[stack]), dim=1), scheme, method, hessians))
     pooled = inner.sum(0) / tokens.sum().clamp_min(1)
     downs = [
-        _gptq(down[stack], Hessians(inner[stack], tokens[stack], pooled), scheme, method)
+        _quantized(down[stack], scheme, method, Hessians(inner[stack], tokens[stack], pooled, method.damping))
         for stack in _stacks(len(experts), hidden, width)
     ]
     both = concatenate(gate_up)
@@ -69,15 +72,13 @@ def _stacks(experts: int, out_features: int, in_features: int) -> Iterator[slice
         yield slice(low, low + size)
 
 
-def _rounded(weight: torch.Tensor, scheme: Scheme, method: Method) -> QuantizedWeight:
-    stacks = (weight[stack].float() for stack in _stacks(*weight.shape))
-    return concatenate([round_to_nearest(rotate(part) if method.rotated else part, scheme) for part in stacks])
-
-
-def _gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, method: Method) -> QuantizedWeight:
+def _quantized(
+    weight: torch.Tensor, scheme: Scheme, method: Method, hessians: Hessians | None = None
+) -> QuantizedWeight:
+    weight = weight.float()
     if method.rotated:
-        return gptq(rotate(weight.float()), hessians.rotated(), scheme, method.damping)
-    return gptq(weight.float(), hessians, scheme, method.damping)
+        weight, hessians = rotate(weight), None if hessians is None else hessians.rotated()
+    return method.kind().quantize(weight, scheme, hessians)
 
 
 def add_moments(

@@ -1,6 +1,6 @@
 """The token sequences that a step's command line asks for, checked: text of this model, and nothing degenerate."""
 
-import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy.typing as npt
 from mxmoe_steps.data.parsing import parse_sources
 from mxmoe_steps.data.tokens import load_sequences
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.extensions import load
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.loading import load_tokenizer
+from mxmoe_steps.options.shared import TextThroughModel
 
 _MOST_UNKNOWN = 0.05  # of the tokens
 _MOST_OF_ONE = 0.5  # of the tokens; in prose, code, tables and JSON none makes up more than 0.17
@@ -20,12 +22,12 @@ _LEAST_DISTINCT = 0.01  # of the windows; 1 of prose, 0.7 of Python code, 0.2 of
 
 
 class TextReader:
-    """Reads the text sources of a command line with a model's tokenizer; see `arguments.add_text`.
+    """Reads the text sources of a command line with a model's tokenizer; see `options.shared`.
 
     `UserError` for a folder without tokenizer, or with that of another model.
     """
 
-    def __init__(self, model: Path, sources: str, seed: int, trust_remote_code: bool) -> None:
+    def __init__(self, model: Path, sources: Mapping[str, Any], seed: int, trust_remote_code: bool) -> None:
         self.sources, self.seed = parse_sources(sources), seed
         self.tokenizer = load_tokenizer(model, trust_remote_code)
         check_tokenizer(self.tokenizer, open_model(model).vocabulary, model)
@@ -37,10 +39,13 @@ class TextReader:
         return tokens
 
 
-def read_texts(args: argparse.Namespace, model: Path, texts: list[str], split: str) -> dict[str, Any]:
+def read_texts(
+    options: TextThroughModel, model: Path, texts: list[str], split: str
+) -> dict[str, npt.NDArray[np.int64]]:
     """Tokens int64 [sequences, length] of every text that a step asks for."""
-    reader = TextReader(model, args.sources, args.seed, args.trust_remote_code)
-    return {text: reader.read(text, split, args.sequences, args.length) for text in texts}
+    load(options.extensions)
+    reader = TextReader(model, options.sources, options.seed, options.trust_remote_code)
+    return {text: reader.read(text, split, options.sequences, options.length) for text in texts}
 
 
 def check_tokenizer(tokenizer: Any, rows: int, model: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mxmoe_steps.data.files import Document
-from mxmoe_steps.data.sources import MixText, Source, documents
+from mxmoe_steps.data.sources import MixText, TextSource, documents
 from mxmoe_steps.errors import UserError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def _text(document: Document, tokenizer: "PreTrainedTokenizerBase") -> str:
 
 
 def load_sequences(
-    sources: Mapping[str, Source],
+    sources: Mapping[str, TextSource],
     name: str,
     split: str,
     tokenizer: "PreTrainedTokenizerBase",

@@ -4,20 +4,23 @@ Writes a folder that is complete by itself: where ``MXMOE_KERNEL_CACHE`` names i
 GPU without a compiler. Layers whose experts have no kernels are left out.
 """
 
-import argparse
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
-from mxmoe_steps.arguments import folder_to_write, parser_for, positive
+from pydantic import Field
+
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.architecture import Configuration
 from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build, runtime_library
+from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Threads
+from mxmoe_steps.options.command_line import parse
 
 
-def checkpoint_kernels(path: str) -> list[Configuration]:
+def checkpoint_kernels(path: Path) -> list[Configuration]:
     """The grouped GEMMs of a checkpoint's layers, each once."""
     from mxmoe_steps.inference.gpu import expert_modules, plan_of
     from mxmoe_steps.models.families import moe_path
@@ -37,23 +40,27 @@ def checkpoint_kernels(path: str) -> list[Configuration]:
     return list(configs.values())
 
 
-def build_checkpoint(args: argparse.Namespace) -> None:
-    """Compile what is not in the cache and copy it all to ``args.out``."""
-    with ProcessPoolExecutor(args.threads, get_context("spawn")) as pool:
-        libraries = list(pool.map(build, [*checkpoint_kernels(args.checkpoint), *map(TokenKernel, TOKEN_KERNELS)]))
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
+class BuildOptions(StepOptions):
+    """Options of the command."""
+
+    checkpoint: InFolder = Field(description="folder that the quantize step wrote")
+    threads: Annotated[Threads, Flag("THREADS", decides=False)] = Field(1, description="kernels compiled at a time")
+    out: OutFolder = Field(description="folder to write")
+
+
+def build_checkpoint(options: BuildOptions) -> None:
+    """Compile what is not in the cache and copy it all to ``options.out``."""
+    kernels = [*checkpoint_kernels(options.checkpoint), *map(TokenKernel, TOKEN_KERNELS)]
+    with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
+        libraries = list(pool.map(build, kernels))
+    options.out.mkdir(parents=True, exist_ok=True)
     for file in (runtime_library(), *libraries):
-        shutil.copy(file, folder)
+        shutil.copy(file, options.out)
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--checkpoint", required=True, help="folder that the quantize step wrote")
-    parser.add_argument("--threads", type=positive, default=1, help="kernels compiled at a time (default 1)")
-    parser.add_argument("--out", type=folder_to_write, required=True, help="folder to write")
-    build_checkpoint(parser.parse_args())
+    build_checkpoint(parse(BuildOptions, __doc__))
 
 
 if __name__ == "__main__":

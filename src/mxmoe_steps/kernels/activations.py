@@ -28,13 +28,13 @@ THREADS = 192  # of a block that makes rows: 1408 features, eight a thread, leav
 WARPS = THREADS // 32
 WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
-AT_ONCE = 8  # rows that a thread of `Combine` waits for together
+AT_ONCE = 6  # rows that a thread of `Combine` waits for together; more take over 64 registers
 
 
 class Rows:
     """What `SwiGlu` and `Quantize` share: their arguments, and how a block makes a row.
 
-    ``given``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations. ``chosen``,
+    ``inputs``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations. ``chosen``,
     ``row``, ``needs``, ``shared``: as for `tokens.DispatchTokens`, of the down blocks. ``outputs``: `rounding.Outputs`.
     """
 
@@ -43,7 +43,7 @@ class Rows:
     @cute.jit
     def __call__(
         self,
-        given: cute.Tensor,
+        inputs: cute.Tensor,
         chosen: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -56,19 +56,19 @@ class Rows:
             largest: cute.struct.MemRange[Int32, WARPS]
 
         self.Shared = Shared
-        grid, counts = self.grid(given, chosen, shared)
-        self.kernel(given, chosen, row, needs, outputs, shared, *counts).launch(
+        grid, counts = self.grid(inputs, chosen, shared)
+        self.kernel(inputs, chosen, row, needs, outputs, shared, *counts).launch(
             grid=grid, block=(THREADS, 1, 1), use_pdl=True, stream=stream
         )
 
-    def grid(self, given: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
         """Blocks of the launch, and what else the kernel must know of them."""
         raise NotImplementedError
 
     @cute.jit
     def by_block(
         self,
-        given: cute.Tensor,
+        inputs: cute.Tensor,
         first: Int32,
         mask: Int32,
         steps: Int32,
@@ -89,7 +89,7 @@ class Rows:
             rounds = (total - thread + (THREADS - 1)) // THREADS
             for j in cutlass.range(rounds, unroll=1):  # backwards: the first vector is in the registers at the end
                 held = thread + (rounds - 1 - j) * THREADS
-                self.product(given, first + held // steps * tokens, held % steps, steps, vector.bf16)
+                self.product(inputs, first + held // steps * tokens, held % steps, steps, vector.bf16)
                 pair = rounding.larger_of(pair, vector.bf16)
             largest = rounding.largest_of_block(pair, largest_of_warps)
         scales = rounding.Scales.of(largest)
@@ -98,11 +98,11 @@ class Rows:
         for i in cutlass.range(thread, total, THREADS, unroll=1):
             target = first + i // steps * tokens
             if i != held:
-                self.product(given, target, i % steps, steps, vector.bf16)
+                self.product(inputs, target, i % steps, steps, vector.bf16)
             rounding.encode(vector, mask, scales)
             rounding.store(vector, mask, written, target, i % steps)
 
-    def product(self, given: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of the activations of row ``row`` into ``eight``."""
         raise NotImplementedError
 
@@ -110,16 +110,16 @@ class Rows:
 class SwiGlu(Rows):
     """``silu(gate) * up`` of every row, in float32 and rounded once to bfloat16, as the operand of the down blocks.
 
-    ``given``: bfloat16 [rows, 2 K], gate first.
+    ``inputs``: bfloat16 [rows, 2 K], gate first.
     """
 
-    def grid(self, given: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
         return (chosen.shape[1] + cutlass.min(shared, 1), chosen.shape[0], 1), ()
 
     @cute.kernel
     def kernel(
         self,
-        given: cute.Tensor,
+        inputs: cute.Tensor,
         chosen: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -142,14 +142,14 @@ class SwiGlu(Rows):
         cute.arch.griddepcontrol_wait()
         largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
         self.by_block(
-            given, first, mask, given.shape[1] // (2 * VECTOR), slices, tokens, rounding.Outputs(*outputs),
+            inputs, first, mask, inputs.shape[1] // (2 * VECTOR), slices, tokens, rounding.Outputs(*outputs),
             largest_of_warps, thread,
         )  # fmt: skip
 
     @cute.jit
-    def product(self, given: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of a row's product into ``eight``."""
-        vectors = rounding.vectors(given, row)
+        vectors = rounding.vectors(inputs, row)
         gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
         cute.autovec_copy(vectors[None, at], gate)
         cute.autovec_copy(vectors[None, at + steps], up)
@@ -164,17 +164,17 @@ class Quantize(Rows):
     """
 
     @cute.jit
-    def grid(self, given: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
         tokens, top_k = chosen.shape
         blocks = tokens * top_k
-        if given.shape[1] <= WARP_VECTORS * VECTOR:
+        if inputs.shape[1] <= WARP_VECTORS * VECTOR:
             blocks = (blocks + (WARPS - 1)) // WARPS
         return (blocks + cutlass.min(shared, 1) * tokens, 1, 1), (blocks,)
 
     @cute.kernel
     def kernel(
         self,
-        given: cute.Tensor,
+        inputs: cute.Tensor,
         chosen: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -188,7 +188,7 @@ class Quantize(Rows):
         written = rounding.Outputs(*outputs)
         cute.arch.griddepcontrol_launch_dependents()
         tokens = chosen.shape[0]
-        entries, steps = tokens * chosen.shape[1], given.shape[1] // VECTOR
+        entries, steps = tokens * chosen.shape[1], inputs.shape[1] // VECTOR
         experts = cute.make_tensor(chosen.iterator, cute.make_layout(entries))
         rows = cute.make_tensor(row.iterator, cute.make_layout(entries))
         if (block < routed_blocks) & (steps <= WARP_VECTORS):
@@ -196,7 +196,7 @@ class Quantize(Rows):
             if entry < entries:
                 target, mask = rows[entry], needs[Int32(experts[entry])] & rounding.EIGHT_BITS
                 cute.arch.griddepcontrol_wait()
-                self.by_warp(given, target, mask, steps, written)
+                self.by_warp(inputs, target, mask, steps, written)
         else:
             first, mask, slices = Int32(0), Int32(0), Int32(1)
             if block < routed_blocks:
@@ -207,13 +207,13 @@ class Quantize(Rows):
             cute.arch.griddepcontrol_wait()
             if mask != 0:
                 largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
-                self.by_block(given, first, mask, steps, slices, tokens, written, largest_of_warps, thread)
+                self.by_block(inputs, first, mask, steps, slices, tokens, written, largest_of_warps, thread)
 
     @cute.jit
-    def by_warp(self, given: cute.Tensor, row: Int32, mask: Int32, steps: Int32, written: rounding.Outputs) -> None:
+    def by_warp(self, inputs: cute.Tensor, row: Int32, mask: Int32, steps: Int32, written: rounding.Outputs) -> None:
         """Make the types of ``mask`` of one row."""
         lane = cute.arch.lane_idx()
-        vectors = rounding.vectors(given, row)
+        vectors = rounding.vectors(inputs, row)
         held = cute.make_rmem_tensor((VECTOR // 2, WARP_VECTORS // 32), Int32)
         held.fill(0)
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
@@ -237,13 +237,13 @@ class Quantize(Rows):
                 rounding.store(vector, mask, written, row, lane + 32 * j)
 
     @cute.jit
-    def product(self, given: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of a row into ``eight``."""
-        cute.autovec_copy(rounding.vectors(given, row)[None, at], eight)
+        cute.autovec_copy(rounding.vectors(inputs, row)[None, at], eight)
 
 
 class Combine:
-    """Row t of ``out``, bfloat16 [tokens, N]: the sum of the token's rows of ``given`` [rows, N] times their weights.
+    """Row t of ``out``, bfloat16 [tokens, N]: the sum of the token's rows of ``inputs`` [rows, N] times their weights.
 
     ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``row`` [tokens, top_k]. The ``shared`` rows of a
     token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
@@ -252,7 +252,7 @@ class Combine:
     @cute.jit
     def __call__(
         self,
-        given: cute.Tensor,
+        inputs: cute.Tensor,
         row: cute.Tensor,
         weights: cute.Tensor,
         gate: cute.Tensor,
@@ -268,7 +268,7 @@ class Combine:
 
         self.Shared = Shared
         span = COMBINE_THREADS * VECTOR
-        self.kernel(given, row, weights, gate, out, shared, gated).launch(
+        self.kernel(inputs, row, weights, gate, out, shared, gated).launch(
             grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1),
             block=(COMBINE_THREADS, 1, 1),
             use_pdl=True,
@@ -278,7 +278,7 @@ class Combine:
     @cute.kernel
     def kernel(
         self,
-        given: cute.Tensor,
+        inputs: cute.Tensor,
         row: cute.Tensor,
         weights: cute.Tensor,
         gate: cute.Tensor,
@@ -309,7 +309,7 @@ class Combine:
             routed.fill(0.0)
             common.fill(0.0)
             for first in cutlass.range(0, entries, AT_ONCE, unroll=1):
-                self.add(given, (rows, factors), (first, top_k, entries), at, (routed, common))
+                self.add(inputs, (rows, factors), (first, top_k, entries), at, (routed, common))
             factor = Float32(1.0)
             if gated != 0:
                 factor = rounding.sigmoid(logit)
@@ -319,7 +319,7 @@ class Combine:
             cute.autovec_copy(rounded, rounding.vectors(out, token)[None, at])
 
     @cute.jit
-    def add(self, given: cute.Tensor, listed: tuple, span: tuple, at: Int32, sums: tuple) -> None:
+    def add(self, inputs: cute.Tensor, listed: tuple, span: tuple, at: Int32, sums: tuple) -> None:
         """Add vector ``at`` of the next rows, at most `AT_ONCE`, which are loaded together.
 
         ``listed``: rows and their factors; ``span``: the next one, the first shared one and their end; ``sums``: of
@@ -329,7 +329,7 @@ class Combine:
         loaded = cute.make_rmem_tensor((VECTOR, AT_ONCE), BFloat16)
         for j in cutlass.range_constexpr(AT_ONCE):
             entry = cutlass.min(first + j, end - 1)  # no branches between loads
-            cute.autovec_copy(rounding.vectors(given, rows[entry])[None, at], loaded[None, j])
+            cute.autovec_copy(rounding.vectors(inputs, rows[entry])[None, at], loaded[None, j])
         for j in cutlass.range_constexpr(AT_ONCE):
             if first + j < top_k:
                 for e in cutlass.range_constexpr(VECTOR):

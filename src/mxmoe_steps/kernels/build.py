@@ -7,7 +7,6 @@ As a command it compiles what a layer with the given schemes needs: the kernels 
 and the token kernels.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -19,13 +18,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.arguments import parser_for
+from pydantic import Field
+
 from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.architectures import ARCHITECTURES, DEFAULT
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.options.base import Count, InFolder, OutFile, Schemes, StepOptions
+from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.provenance import closure, module_hash
 from mxmoe_steps.schemes import parse_scheme
 
@@ -232,25 +234,32 @@ def _fake_weights(format_: Format) -> Any:
     return _fake(_boundary_type(format_.operand), (sym_int(), sym_int(), sym_int(divisibility=64)), 16)
 
 
-def build_schemes(args: argparse.Namespace) -> None:
-    """Compile the kernels of ``args.schemes`` and write which library is which."""
-    formats = tuple(sorted({kernel_format(parse_scheme(text)) for text in args.schemes}))
-    kernels: dict[str, Kernel] = {phase: DEFAULT.config(formats, phase, args.max_problems) for phase in DEFAULT.phases}
+class BuildOptions(StepOptions):
+    """Options of the command."""
+
+    schemes: Schemes = Field(description="schemes whose kernels to compile")
+    max_problems: Count = Field(128, description="experts x blocks of one launch")
+    cache: InFolder | None = Field(
+        None, description="folder of compiled kernels (default: $MXMOE_KERNEL_CACHE or the user's cache)"
+    )
+    out: OutFile = Field(description="JSON file to write: the library of every kernel")
+
+
+def build_schemes(options: BuildOptions) -> None:
+    """Compile the kernels of ``options.schemes`` and write which library is which."""
+    formats = tuple(sorted({kernel_format(parse_scheme(text)) for text in options.schemes}))
+    kernels: dict[str, Kernel] = {
+        phase: DEFAULT.config(formats, phase, options.max_problems) for phase in DEFAULT.phases
+    }
     kernels |= {name: TokenKernel(name) for name in TOKEN_KERNELS}
-    cache = None if args.cache is None else Path(args.cache)
-    libraries = {name: build(kernel, cache).name for name, kernel in kernels.items()}
+    libraries = {name: build(kernel, options.cache).name for name, kernel in kernels.items()}
     record = {"formats": [format_.name for format_ in formats], "architecture": DEFAULT.target, "libraries": libraries}
-    write_json(args.out, record)
+    write_json(options.out, record)
 
 
 def main() -> None:
     """Command line."""
-    parser = parser_for(__doc__)
-    parser.add_argument("--schemes", nargs="+", required=True, metavar="SCHEME")
-    parser.add_argument("--max-problems", type=int, default=128, help="experts x blocks of one launch (default 128)")
-    parser.add_argument("--cache", help="folder of compiled kernels (default $MXMOE_KERNEL_CACHE or the user's cache)")
-    parser.add_argument("--out", required=True, help="JSON file to write: the library of every kernel")
-    build_schemes(parser.parse_args())
+    build_schemes(parse(BuildOptions, __doc__))
 
 
 if __name__ == "__main__":

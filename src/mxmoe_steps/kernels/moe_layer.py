@@ -60,7 +60,7 @@ class LayerGemm:
     gemms: dict[str, GroupGemm]
     zeroed: bool
 
-    def __call__(self, given: dict[str, Activations], routed: Routed) -> torch.Tensor:
+    def __call__(self, activations: dict[str, Activations], routed: Routed) -> torch.Tensor:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
         device = routed.offsets.device
         experts = routed.offsets.shape[0] - 1 - routed.shared
@@ -69,7 +69,7 @@ class LayerGemm:
         )
         new = torch.zeros if self.zeroed else torch.empty
         out = new(routed.rows, self.columns, dtype=torch.bfloat16, device=device)
-        return self.gemms[phase](given, routed.offsets, out)
+        return self.gemms[phase](activations, routed.offsets, out)
 
 
 class MoeLayer:
@@ -123,13 +123,13 @@ class MoeLayer:
     def _run(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         up, down = self.gate_up, self.down
         routed = sort_by_expert(chosen, self.plan.experts, self.plan.slices)
-        given, logits = dispatch(x, routed, up.needs, up.plan.operands, self.gate)
-        return combine(down(self.activate(up(given, routed), routed), routed), routed, weights, logits)
+        activations, logits = dispatch(x, routed, up.needs, up.plan.operands, self.gate)
+        return combine(down(self.activate(up(activations, routed), routed), routed), routed, weights, logits)
 
-    def activate(self, made: torch.Tensor, routed: Routed) -> dict[str, Activations]:
-        """The down blocks' operands from what the gate/up launch made: gate and up, or already their product."""
+    def activate(self, gate_up: torch.Tensor, routed: Routed) -> dict[str, Activations]:
+        """The down blocks' operands from the output of the gate/up launch: gate and up, or already their product."""
         act = quantize if self.gate_up.plan.gated else swiglu
-        return act(made, routed, self.down.needs, self.down.plan.operands)
+        return act(gate_up, routed, self.down.needs, self.down.plan.operands)
 
 
 @cache
@@ -161,13 +161,13 @@ def _entries(read: Read, source: Source) -> KernelWeights:
         return values.unflatten(1, (count, -1)).transpose(0, 1)
 
     blocks = ("gate", "up") if source.block == "gate_up" else (source.block,)
-    given = [read(source.expert, block) for block in blocks]
+    weights = [read(source.expert, block) for block in blocks]
 
     def entries(part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        parts = [cut(part(weight)) for weight in given]
+        parts = [cut(part(weight)) for weight in weights]
         return parts[0] if len(parts) == 1 else gate_and_up(*parts)
 
-    first = given[0]  # up has the same scheme
+    first = weights[0]  # up has the same scheme
     if isinstance(first, torch.Tensor):
         return original_weights(entries(lambda weight: weight))
     zeros = None if first.zeros is None else entries(attrgetter("zeros"))

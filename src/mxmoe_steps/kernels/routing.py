@@ -59,18 +59,18 @@ def dispatch(
     needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
     experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second.
     """
-    made, outputs = _outputs(x, routed, operands)
+    activations, outputs = _outputs(x, routed, operands)
     if gate is None:
         spare = _spare(x.device)["bf16"].values
         token_kernel("dispatch", x.device)(
             x, routed.chosen, routed.row, needs, outputs, (spare, spare[0]), routed.shared
         )
-        return made, None
+        return activations, None
     logits = torch.empty(x.shape[0], dtype=torch.bfloat16, device=x.device)
     token_kernel("dispatch_gated", x.device)(
         x, routed.chosen, routed.row, needs, outputs, (gate, logits), routed.shared
     )
-    return made, logits
+    return activations, logits
 
 
 def swiglu(
@@ -81,36 +81,36 @@ def swiglu(
     ``needs`` and ``operands`` as for `dispatch`. The ``shared`` rows of a token are slices of one row: they get one
     scale, and the last expert's needs.
     """
-    made, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
+    activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
     token_kernel("swiglu", gate_up.device)(gate_up, routed.chosen, routed.row, needs, outputs, routed.shared)
-    return made
+    return activations
 
 
 def quantize(
     products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
 ) -> dict[str, Activations]:
     """``silu(gate) * up``, bfloat16 [rows, K], as the operands of the down blocks; otherwise as `swiglu`."""
-    given = {"bf16": Activations(products)} if "bf16" in operands else {}
+    unrounded = {"bf16": Activations(products)} if "bf16" in operands else {}
     eight_bits = [operand for operand in operands if operand != "bf16"]
     if not eight_bits:
-        return given
-    made, outputs = _outputs(products, routed, eight_bits)
+        return unrounded
+    activations, outputs = _outputs(products, routed, eight_bits)
     token_kernel("quantize", products.device)(products, routed.chosen, routed.row, needs, outputs, routed.shared)
-    return given | made
+    return unrounded | activations
 
 
 def combine(
-    given: torch.Tensor, routed: Routed, weights: torch.Tensor, logits: torch.Tensor | None = None
+    rows: torch.Tensor, routed: Routed, weights: torch.Tensor, logits: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Weighted sum of each token's rows of ``given``, bfloat16 [rows, N], in float32; bfloat16 [tokens, N].
+    """Weighted sum of each token's ``rows``, bfloat16 [rows, N], in float32; bfloat16 [tokens, N].
 
     ``weights``: bfloat16 or float32 [tokens, top_k]. Shared rows count once, times the sigmoid of ``logits``, bfloat16
     [tokens], if there are any.
     """
-    out = torch.empty(routed.chosen.shape[0], given.shape[1], dtype=torch.bfloat16, device=given.device)
-    gates = _spare(given.device)["bf16"].values[0] if logits is None else logits
-    function = token_kernel("combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32", given.device)
-    function(given, routed.row, weights, gates, out, routed.shared, int(logits is not None))
+    out = torch.empty(routed.chosen.shape[0], rows.shape[1], dtype=torch.bfloat16, device=rows.device)
+    gates = _spare(rows.device)["bf16"].values[0] if logits is None else logits
+    function = token_kernel("combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32", rows.device)
+    function(rows, routed.row, weights, gates, out, routed.shared, int(logits is not None))
     return out
 
 
@@ -118,13 +118,15 @@ Outputs = tuple[torch.Tensor, ...]  # bfloat16, fp8, its scales, int8, its scale
 
 
 def _outputs(
-    given: torch.Tensor, routed: Routed, operands: Collection[str], features: int | None = None
+    like: torch.Tensor, routed: Routed, operands: Collection[str], features: int | None = None
 ) -> tuple[dict[str, Activations], Outputs]:
     """New operands of [rows, features], and the arguments of a kernel that fills them."""
-    made = {operand: _empty(operand, routed.rows, features or given.shape[1], given.device) for operand in operands}
-    full = _spare(given.device) | made
+    activations = {
+        operand: _empty(operand, routed.rows, features or like.shape[1], like.device) for operand in operands
+    }
+    full = _spare(like.device) | activations
     bf16, fp8, int8 = full["bf16"], full["fp8"], full["int8"]
-    return made, (bf16.values, fp8.values, fp8.scales, int8.values, int8.scales)  # type: ignore[return-value]
+    return activations, (bf16.values, fp8.values, fp8.scales, int8.values, int8.scales)  # type: ignore[return-value]
 
 
 def _empty(operand: str, rows: int, features: int, device: torch.device) -> Activations:

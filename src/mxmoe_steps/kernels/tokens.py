@@ -63,12 +63,12 @@ class SortByExpert:
         rows = cute.make_tensor(row.iterator, cute.make_layout(entries))
         each = SORT_THREADS * self.blocks
         rounds = (entries + (each - 1)) // each
-        mine = block * SORT_THREADS + thread
+        first_entry = block * SORT_THREADS + thread
         cute.arch.griddepcontrol_launch_dependents()
         counts[thread] = Int32(0)
         cute.arch.sync_threads()
         for i in cutlass.range(rounds, unroll=4):
-            entry = mine + i * each
+            entry = first_entry + i * each
             if entry < entries:
                 cute.arch.atomic_add(counts.iterator + Int32(flat[entry]), Int32(1))
         self.meet()
@@ -97,7 +97,7 @@ class SortByExpert:
                 offsets[0] = Int32(0)
         cute.arch.sync_threads()
         for i in cutlass.range(rounds, unroll=4):
-            entry = mine + i * each
+            entry = first_entry + i * each
             if entry < entries:
                 rows[entry] = cute.arch.atomic_add(following.iterator + Int32(flat[entry]), Int32(1))
         self.meet()  # nobody leaves while its counts may be read
@@ -193,29 +193,29 @@ class DispatchTokens:
                 expert = Int32(chosen[token, thread])
             masks[thread] = needs[expert]
         cute.arch.sync_threads()
-        wanted = Int32(0)
+        types = Int32(0)
         for j in cutlass.range(entries, unroll=1):
-            wanted |= masks[j]
+            types |= masks[j]
 
-        given = rounding.vectors(x, token)
-        steps = given.shape[1]
+        source = rounding.vectors(x, token)
+        steps = source.shape[1]
         looked_at = Int32(steps)
         if const_expr(not self.gated):
-            looked_at *= Int32((wanted & rounding.EIGHT_BITS) != 0)
+            looked_at *= Int32((types & rounding.EIGHT_BITS) != 0)
         vector = rounding.Vector.make()
         pair, logit = Int32(0), Float32(0.0)
         for i in cutlass.range(thread, looked_at, THREADS, unroll=1):
-            cute.autovec_copy(given[None, i], vector.bf16)
+            cute.autovec_copy(source[None, i], vector.bf16)
             pair = rounding.larger_of(pair, vector.bf16)
             if const_expr(self.gated):
                 logit += self.product(vector.bf16, rounding.vectors(gating[0], Int32(0))[None, i])
         if const_expr(self.gated):
             self.store_logit(logit, memory.sums.get_tensor(cute.make_layout(THREADS // 32)), gating[1], token)
         largest = Float32(1.0)
-        if (wanted & rounding.EIGHT_BITS) != 0:
+        if (types & rounding.EIGHT_BITS) != 0:
             largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
         scales = rounding.Scales.of(largest)
-        cute.autovec_copy(given[None, cutlass.min(thread, steps - 1)], vector.bf16)
+        cute.autovec_copy(source[None, cutlass.min(thread, steps - 1)], vector.bf16)
 
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
@@ -228,8 +228,8 @@ class DispatchTokens:
         cute.arch.sync_threads()
         for i in cutlass.range(thread, steps, THREADS, unroll=1):
             if i != thread:
-                cute.autovec_copy(given[None, i], vector.bf16)
-            rounding.encode(vector, wanted, scales)
+                cute.autovec_copy(source[None, i], vector.bf16)
+            rounding.encode(vector, types, scales)
             for j in cutlass.range(entries, unroll=2):
                 rounding.store(vector, masks[j], written, rows[j], i)
 

@@ -5,7 +5,6 @@ when it is complete and after everything that was to be learned from the layers 
 goes on from the furthest border it finds, and ranges of layers can be jobs of their own: the bytes are the same.
 """
 
-import argparse
 import hashlib
 import json
 import shutil
@@ -23,13 +22,12 @@ from mxmoe_steps.models.families import PACKED_MODULES
 from mxmoe_steps.models.raw import tensors_of
 from mxmoe_steps.models.rows import is_whole, read_rows, write_rows
 from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.options.shared import Waiting
 from mxmoe_steps.provenance import file_marks, stamps
 
 Routing = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], expert ids [T, k], router weights [T, k]
 Seen = Callable[[Routing], None]
 Watch = Callable[[int], AbstractContextManager[Seen]]
-
-_PLACES = ("out", "borders", "until", "down_to", "save_reference", "made_from")  # options that do not decide bytes
 
 
 class Borders:
@@ -39,13 +37,13 @@ class Borders:
     ``layout``: of a border's file.
     """
 
-    def __init__(self, model: StreamedModel, tokens: torch.Tensor, step: str, args: argparse.Namespace) -> None:
-        self.folder, self.tokens = _folder(args), tokens
+    def __init__(self, model: StreamedModel, tokens: torch.Tensor, step: str, options: Waiting) -> None:
+        self.folder, self.tokens = options.waiting_room, tokens
         key = {
-            "options": {name: value for name, value in vars(args).items() if name not in _PLACES},
+            "options": options.deciding(),
             "code": stamps(step, without=() if model.folder.is_packed else PACKED_MODULES),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "checkpoint": vars(args).get("made_from") or file_marks(model.folder.sources),
+            "checkpoint": options.made_from or file_marks(model.folder.sources),
         }
         self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "hidden": (model.dtype, (*tokens.shape, model.model.config.hidden_size))
@@ -71,9 +69,9 @@ class Borders:
         return path.is_file() and is_whole(path, self.layout)
 
     @staticmethod
-    def locked(args: argparse.Namespace) -> AbstractContextManager[None]:
+    def locked(options: Waiting) -> AbstractContextManager[None]:
         """Within the block no other process works in the same folder."""
-        return working_in(_folder(args))
+        return working_in(options.waiting_room)
 
     def hidden(self, border: int) -> Path:
         """File of hidden states ``hidden`` [S, L, H]."""
@@ -86,10 +84,6 @@ class Borders:
     def remove(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    return Path(args.borders or f"{args.out}.borders")
 
 
 def runs_of(sequences: Sequence[int], batch: int) -> list[slice]:

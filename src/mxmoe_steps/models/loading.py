@@ -1,6 +1,5 @@
 """The tokenizer of a checkpoint, its model without weights, the device to compute on, and PyTorch's settings."""
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.options.shared import Compute
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -54,9 +54,9 @@ def resolve_device(device: str) -> torch.device:
     return found
 
 
-def start_torch(args: argparse.Namespace) -> None:
+def start_torch(options: Compute) -> None:
     """Fix what decides the bytes of a result: thread count, seed, deterministic kernels."""
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False

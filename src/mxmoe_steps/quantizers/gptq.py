@@ -6,58 +6,23 @@ diagonal while the grid is fixed beforehand for consecutive columns, so the stor
 plain one.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from mxmoe_steps.quantizers.grid import QuantizedWeight, find_grid, quantized
-from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.quantizers.hessians import Hessians
 from mxmoe_steps.schemes import Scheme
 
 _BLOCK = 128  # columns whose updates are applied lazily in one matrix product
 
 
-@dataclass(frozen=True)
-class Hessians:
-    """Input second moments of a stack of experts.
-
-    ``sums``: float64 [E, K, K], sum over the expert's tokens of w^2 x x^T with w the router weight,
-    so that the quadratic form is the squared error of the layer output.
-    ``tokens``: int64 [E]. An expert's Hessian is shrunk toward ``layer``, the mean over all tokens
-    (float64 [K, K]): with n tokens of K features it keeps n / (n + K) of its own, because the rest
-    of its K directions is noise. An expert that saw no token uses the layer's alone.
-    """
-
-    sums: torch.Tensor
-    tokens: torch.Tensor
-    layer: torch.Tensor
-
-    def rotated(self) -> "Hessians":
-        """The second moments of inputs that `rotate` has rotated."""
-        return Hessians(rotate(rotate(self.sums).mT), self.tokens, rotate(rotate(self.layer).mT))
-
-    def shrunk(self, damping: float) -> torch.Tensor:
-        """float64 [E, K, K], positive definite: shrunk and damped by ``damping`` x mean diagonal."""
-        in_features = self.sums.shape[-1]
-        tokens = self.tokens.to(self.sums.dtype).view(-1, 1, 1)
-        mixed = self.sums / tokens.clamp_min(1)
-        scale = _mean_diagonal(mixed) / _mean_diagonal(self.layer.unsqueeze(0)).clamp_min(1e-30)
-        scale = torch.where(tokens > 0, scale, torch.ones_like(scale))
-        kept = tokens / (tokens + in_features)
-        mixed.mul_(kept).addcmul_((1 - kept) * scale, self.layer)
-        damp = damping * _mean_diagonal(mixed).clamp_min(1e-30)
-        mixed.diagonal(dim1=-2, dim2=-1).add_(damp.squeeze(-1))
-        return mixed
-
-
-def gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme, damping: float) -> QuantizedWeight:
+def gptq(weight: torch.Tensor, hessians: Hessians, scheme: Scheme) -> QuantizedWeight:
     """Quantize ``weight``, float32 [E, N, K], under ``scheme`` with error feedback.
 
     Raises ValueError when a damped Hessian is still not positive definite (name of the cause: NaN or
     infinite activations).
     """
     experts, _, in_features = weight.shape
-    hessian = hessians.shrunk(damping)
+    hessian = hessians.shrunk()
     diagonal = hessian.diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
     grid = find_grid(weight, scheme, importance=diagonal.float())
@@ -105,8 +70,3 @@ def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
     if bad:
         raise ValueError(f"Hessians of stacked experts {bad} are not positive definite; are activations finite?")
     return factors
-
-
-def _mean_diagonal(matrix: torch.Tensor) -> torch.Tensor:
-    """[E, K, K] to [E, 1, 1]."""
-    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1).view(-1, 1, 1)

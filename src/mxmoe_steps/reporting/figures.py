@@ -177,8 +177,8 @@ def sensitivity(losses: dict[str, pd.DataFrame], metric: str) -> str:
         axes[row, 0].set_ylabel(scheme.replace("_", "\n", 1), fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("expert")
-    label = "estimated KL, nats per token" if metric == "fisher" else "squared change of the layer output"
-    figure.colorbar(image, ax=axes, shrink=0.6).set_label(label)
+    known = {"fisher": "estimated KL, nats per token", "out_sq": "squared change of the layer output"}
+    figure.colorbar(image, ax=axes, shrink=0.6).set_label(known.get(metric, metric))
     return to_svg(figure)
 
 

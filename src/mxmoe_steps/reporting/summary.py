@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from mxmoe_steps.quantizers.method import QUANTIZERS
+from mxmoe_steps.quantizers.names import is_rotated
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,16 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
             }
         )
-    order = ["original", *(f"uniform {quantizer}" for quantizer in QUANTIZERS), "ours"]
     table = pd.DataFrame(rows).astype({"tokens": "Int64"})
-    table["_order"] = table["kind"].map(order.index)
+    order = {kind: place for place, kind in enumerate(sorted(set(table["kind"]), key=_place))}
+    table["_order"] = table["kind"].map(order)
     table = table.sort_values(["budget_bits", "_order", "checkpoint"], na_position="first", ignore_index=True)
     return table.drop(columns="_order")
+
+
+def _place(kind: str) -> tuple[Any, ...]:
+    """The original, then uniform ones, rounding first and rotated ones last, then ours."""
+    return {"original": 0, "ours": 2}.get(kind, 1), is_rotated(kind), not kind.startswith("uniform rtn"), kind
 
 
 def _goal(allocation: dict[str, Any]) -> str:

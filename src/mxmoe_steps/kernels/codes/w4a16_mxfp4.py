@@ -28,7 +28,7 @@ RAISE = 126 - SHRINK  # what is added to the exponent of a scale
 
 
 class W4A16Mxfp4(Format):
-    """3.75 instructions a register, and one more to make the factors of eight.
+    """3.75 instructions a register, and half a one to make factors.
 
     Numbers of a row: the exponents of its four scales in a chunk, a byte each, as those of bfloat16 factors.
     Terms: the factors of the first row's two groups in half a chunk, then those of the second row's.

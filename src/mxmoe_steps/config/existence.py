@@ -1,11 +1,16 @@
-"""Whether what a configuration names exists: kernels on the chosen hardware, blocks of the model. No PyTorch."""
+"""Whether what a configuration names exists: texts, kernels on the chosen hardware, blocks of the model. No PyTorch."""
 
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.constraints import parse_constraints, select
+from mxmoe_steps.data.parsing import parse_source
+from mxmoe_steps.data.sources import SOURCES, MixText
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.models.families import ModelFolder
@@ -13,7 +18,53 @@ from mxmoe_steps.schemes import BLOCKS, ORIGINAL, parse_scheme
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
 
 if TYPE_CHECKING:
-    from mxmoe_steps.config import Config, Solve
+    from mxmoe_steps.config.sections import Config, Solve
+
+
+def check_texts(config: "Config") -> None:
+    """`ValueError` for a text source that cannot be read or is not there."""
+    sources = {}
+    for name, value in config.texts.items():
+        try:
+            sources[name] = parse_source(name, value)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+    used = {
+        "trace.texts": config.trace.texts,
+        "calibrate.text": [config.calibrate.text],
+        "evaluate.texts": config.evaluate.texts,
+    }
+    for name, source in sources.items():
+        if isinstance(source, MixText):
+            used[f"texts.{name}.mix"] = list(source.mix)
+        missing = [file for file in source.local_files() if not Path(file).is_file()]
+        if missing:
+            (key,) = SOURCES.keys() & config.texts[name].keys()
+            raise ValueError(f"texts.{name}.{key}: no such file {missing[0]}")
+    for key, names in used.items():
+        known(key, names, list(sources), "a text source")
+
+
+def check_budgets(config: "Config") -> None:
+    """`ValueError` where no candidate can go as low as a budget; `frontier` knows the exact figure."""
+    wide = 1 << 20  # input features: per-channel overhead vanishes, so this is a lower bound
+    least = min(config.calibrate.schemes, key=lambda name: parse_scheme(name).bits(wide))
+    bits = parse_scheme(least).bits(wide)
+    for grid in config.sweep:
+        if min(grid.budget_bits) < bits:
+            raise ValueError(
+                f"sweep: budget_bits {min(grid.budget_bits):g} is below {bits:g}, what the smallest candidate"
+                f" {least} takes; raise the budget or add a smaller scheme to calibrate.schemes"
+            )
+
+
+def known(key: str, names: Sequence[str], among: Sequence[str], what: str) -> None:
+    """`ValueError` with a likely correction for a name that is not ``among`` those that there are."""
+    for name in names:
+        if name not in among:
+            close = difflib.get_close_matches(name, among, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(among)}"
+            raise ValueError(f"{key}: {name!r} is not {what}; {hint}")
 
 
 def timed_as(config: "Config") -> dict[str, str]:

@@ -1,0 +1,92 @@
+"""What a configuration asks of the steps: schemes, problems, ranges of layers, memory; and one commit of its model."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mxmoe_steps.atomic import write_json
+from mxmoe_steps.calibration.loss import BUILTIN, LOSSES
+from mxmoe_steps.config.existence import timed_as
+from mxmoe_steps.config.points import Point
+from mxmoe_steps.config.sections import Config
+from mxmoe_steps.data.parsing import parse_source
+from mxmoe_steps.extensions import file_of
+from mxmoe_steps.job_memory import Sizes, job_memory
+from mxmoe_steps.models.families import ModelFolder, describe_model
+from mxmoe_steps.quantizers.method import Method
+from mxmoe_steps.schemes import ORIGINAL
+from mxmoe_steps.values import exact
+
+
+def pinned_model(asked: str, pin: Path, is_first: bool) -> tuple[str, ModelFolder]:
+    """How to name a model so that all jobs of a run mean the same one, and its description.
+
+    The process that is first to ask writes a hub model's commit to the file ``pin``; the others take it from there.
+    """
+    if is_first:
+        path, described = describe_model(asked)
+        write_json(pin, {asked: path})
+        return path, described
+    return describe_model(json.loads(pin.read_text(encoding="utf-8")).get(asked, asked))
+
+
+def candidates(config: Config) -> list[str]:
+    """Schemes that a block may take."""
+    return [*sorted(config.calibrate.schemes), *([ORIGINAL.name] if config.solve.keep_original else [])]
+
+
+def timed_schemes(config: Config) -> list[str]:
+    """Schemes whose kernels count for the candidates, and for blocks that stay at 16 bits."""
+    kernels = timed_as(config)
+    return sorted({*(kernels.get(scheme, scheme) for scheme in config.calibrate.schemes), ORIGINAL.name})
+
+
+def least_budgets(points: Iterable[Point]) -> list[str]:
+    """``GRANULARITY=BITS`` with the smallest budget of the sweep: whoever meets it meets the others."""
+    budgets: dict[str, float] = {}
+    for point in points:
+        budgets[point.granularity] = min(budgets.get(point.granularity, point.budget_bits), point.budget_bits)
+    return [f"{granularity}={exact(bits)}" for granularity, bits in sorted(budgets.items())]
+
+
+def part_borders(config: Config, model: ModelFolder) -> list[int]:
+    """Layers at which a job of `trace` or `capture` hands over to the next; none when one job does it all."""
+    step = config.runtime.layers_per_job
+    return [] if step is None else list(range(step, int(model.config["num_hidden_layers"]), step))
+
+
+def memory_of_steps(config: Config, model: ModelFolder) -> dict[str, int]:
+    """Step -> MiB of memory that one of its jobs needs."""
+    sections = (config.trace, config.calibrate, config.evaluate)
+    return job_memory(
+        Sizes.of(model),
+        element=4 if config.model.dtype == "float32" else 2,
+        run_tokens=config.runtime.batch * max(section.length for section in sections),
+        calibration_tokens=config.calibrate.sequences * config.calibrate.length,
+    )
+
+
+def extensions_of_texts(config: Config, names: Iterable[str]) -> list[str]:
+    """The user's modules that the text sources of ``names`` are from."""
+    return _files(type(parse_source(name, value)) for name, value in used_sources(config, names).items())
+
+
+def extensions_of_calibration(config: Config, quantizer: str) -> list[str]:
+    """The user's modules that a quantizer and the losses are from."""
+    return _files([Method(quantizer).kind, LOSSES[config.solve.metric]])
+
+
+def more_losses(config: Config) -> list[str]:
+    """Losses to compute besides the built-in ones."""
+    return [] if config.solve.metric in BUILTIN else [config.solve.metric]
+
+
+def _files(kinds: Iterable[type]) -> list[str]:
+    return sorted({file for kind in kinds if (file := file_of(kind)) is not None})
+
+
+def used_sources(config: Config, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The text sources that ``names`` need, with the parts of mixes."""
+    wanted = {part for name in names for part in (name, *config.texts[name].get("mix", []))}
+    return {name: config.texts[name] for name in sorted(wanted)}
