@@ -76,8 +76,13 @@ def schemes_of(run: str, expert: int) -> tuple[str, str, str]:
     return run, run, run
 
 
-def write_checkpoint(run: str, folder: Path, layers: int) -> None:
-    """A packed checkpoint with random codes: slices of one pool, so that it takes seconds."""
+def write_checkpoint(
+    run: str, folder: Path, layers: int, schemes: Callable[[int], tuple[str, str, str]] | None = None
+) -> None:
+    """A packed checkpoint with random codes: slices of one pool, so that it takes seconds.
+
+    ``schemes`` of an expert's blocks, instead of the run's.
+    """
     from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION
     from mxmoe_steps.packing import packed_width
     from mxmoe_steps.quantize import quantization_config
@@ -116,7 +121,8 @@ def write_checkpoint(run: str, folder: Path, layers: int) -> None:
         tensors |= {f"{base}.mlp.gate.weight": part(normal, SHAPE["num_experts"], hidden)}
         tensors |= {f"{base}.mlp.shared_expert_gate.weight": part(normal, 1, hidden)}
         for expert in (*range(SHAPE["num_experts"]), SHARED):
-            names = tuple(parse_scheme(name).name for name in schemes_of(run, expert))
+            stated = schemes_of(run, expert) if schemes is None else schemes(expert)
+            names = tuple(parse_scheme(name).name for name in stated)
             assignment[layer, expert] = names
             inner = SHAPE["shared_expert_intermediate_size" if expert == SHARED else "moe_intermediate_size"]
             module = f"{base}.mlp." + ("shared_expert" if expert == SHARED else f"experts.{expert}")

@@ -43,7 +43,7 @@ class TorchLayer:
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the CPU were a Hopper GPU."""
-    monkeypatch.setattr(gpu, "_device_for_kernels", lambda moe: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "check_hardware", lambda *_: None)
     monkeypatch.setattr(gpu, "MoeLayer", TorchLayer)
 
 
@@ -142,6 +142,21 @@ def test_some_layers_may_have_kernels_and_others_not(
     with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
         move(mxmoe_steps.load_quantized(str(path)))
     assert "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4" in caplog.text
+
+
+def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> None:
+    path = make_packed(tmp_path, "qwen2_moe", ["w8a8_fp8", "w4a16"])
+    moe = mxmoe_steps.load_quantized(str(path)).get_submodule(moe_path(0))
+    family = FAMILIES["qwen2_moe"]
+    experts = gpu.expert_modules(moe, family)
+    here, plan = (gpu.plan_of(experts, family, "silu", elsewhere) for elsewhere in (False, True))
+    assert plan.elsewhere
+    assert (plan.experts, plan.slices) == (here.experts + 1, here.slices) == (5, 2)
+    for launch, other in ((plan.gate_up, here.gate_up), (plan.down, here.down)):
+        assert launch.needs == (*other.needs[:4], 0, *other.needs[4:])
+        assert launch.stacks == other.stacks
+        moved = [(expert + (expert >= 4), *rest) for expert, *rest in other.problems]
+        assert list(launch.problems) == moved
 
 
 def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -249,3 +249,24 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+@pytest.mark.parametrize("slices", [0, 4])
+def test_experts_of_other_gpus_add_nothing(slices: int) -> None:
+    sizes = (2048, 1408, slices)
+    torch.manual_seed(3)
+    schemes = schemes_of(MIXTURES[0], 7, slices, 3)
+    weights = random_weights(schemes, sizes)
+    plan = plan_layer(schemes, 2048, 1408, 1408 * slices, elsewhere=True)
+    layer = MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0))
+    for tokens in (1, 16, 700):
+        x = torch.randn(tokens, 2048, device="cuda").bfloat16()
+        chosen = torch.rand(tokens, 8, device="cuda").topk(4).indices  # 7 is any expert elsewhere
+        mixing = torch.rand(tokens, 4, device="cuda")
+        torch.full((tokens * 8, 2048), float("nan"), device="cuda")  # what new tensors may lie on
+        out = layer(x, chosen, mixing)
+        here = chosen < 7
+        expected = reference.moe_layer(
+            x, chosen.where(here, 0), mixing.where(here, 0), lambda e, b: weights[e, b], shared=slices > 0
+        )
+        assert (out - expected).norm() / expected.norm() < FP8_BOUND

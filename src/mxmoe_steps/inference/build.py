@@ -22,7 +22,7 @@ from mxmoe_steps.options.command_line import parse
 
 def checkpoint_kernels(path: Path) -> list[Configuration]:
     """The grouped GEMMs of a checkpoint's layers, each once."""
-    from mxmoe_steps.inference.gpu import plan_of
+    from mxmoe_steps.inference.gpu import expert_modules, plan_of
     from mxmoe_steps.models.families import moe_path
     from mxmoe_steps.models.streaming import StreamedModel
 
@@ -30,7 +30,8 @@ def checkpoint_kernels(path: Path) -> list[Configuration]:
     configs: dict[str, Configuration] = {}
     for layer in model.folder.moe_layers:
         try:
-            plan = plan_of(model.model.get_submodule(moe_path(layer)), model.folder.family, model.folder.activation)
+            experts = expert_modules(model.model.get_submodule(moe_path(layer)), model.folder.family)
+            plan = plan_of(experts, model.folder.family, model.folder.activation)
         except UserError as error:
             print(f"layer {layer}: {error}")
             continue

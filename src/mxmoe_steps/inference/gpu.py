@@ -5,7 +5,7 @@ The others keep the reference arithmetic of `mxmoe_steps.models.packed`, and one
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -59,7 +59,7 @@ class KernelMoe(nn.Module):
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
             _, weights, chosen = getattr(self, self.router_name)(tokens)
-        out = _experts_on_kernels(self.layer, tokens.bfloat16(), chosen, weights, number=self.number)
+        out = _experts_on_kernels(self.layer, tokens.bfloat16(), chosen, weights, key=self.number)
         return out.to(hidden.dtype).view(hidden.shape)
 
     def _save_to_state_dict(self, *_: Any) -> None:
@@ -70,26 +70,29 @@ def _router_name(moe: nn.Module) -> str:
     return "router" if hasattr(moe, "router") else "gate"
 
 
-def _expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
-    """Number -> module of gate_proj, up_proj and down_proj."""
+def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
+    """Number -> module of gate_proj, up_proj and down_proj, of a transformers MoE module with packed experts."""
     routed = dict(enumerate(moe.get_submodule("experts").children()))
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
 
 
-def plan_of(moe: nn.Module, family: Family, activation: str) -> LayerPlan:
-    """The launches of a MoE module with packed experts; `UserError` says why there are no kernels for it."""
+def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str, elsewhere: bool = False) -> LayerPlan:
+    """The launches of a layer of packed ``experts``; `UserError` says why there are no kernels for it.
+
+    ``experts``: modules of gate_proj, up_proj and down_proj, numbered from 0, and `SHARED` if there is one;
+    ``elsewhere``: other GPUs have more, see `LayerPlan`.
+    """
     if activation not in ("silu", "swish"):
         raise UserError(f"the kernels have no activation {activation}")
     if family.clamped:
         raise UserError("the kernels do not clamp gate and up")
-    experts = _expert_modules(moe, family)
     schemes = {}
     for number, expert in experts.items():
         gate, up, down = (_scheme(expert.get_submodule(f"{block}_proj")) for block in BLOCKS)
         schemes[number] = (gate, up, down)
     down_proj: Any = experts[0].down_proj
     shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
-    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features)
+    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere)
 
 
 def _scheme(linear: Any) -> Scheme:
@@ -102,31 +105,45 @@ def _scheme(linear: Any) -> Scheme:
     return ORIGINAL
 
 
-def _device_for_kernels(moe: nn.Module) -> torch.device:
-    """Where the module is; `UserError` if the kernels do not run there."""
-    router = next(moe.get_submodule(_router_name(moe)).parameters())
-    if router.device.type != "cuda":
-        raise UserError(f"on the {router.device.type}")
-    if for_capability(torch.cuda.get_device_capability(router.device)) is None:
-        raise UserError(f"the kernels are for {NAMES} GPUs, not for {torch.cuda.get_device_name(router.device)}")
-    if router.dtype != torch.bfloat16:
-        raise UserError(f"the kernels compute in bfloat16, not in {str(router.dtype).removeprefix('torch.')}")
+def check_hardware(device: torch.device, dtype: torch.dtype) -> None:
+    """`UserError` if the kernels do not run there, on hidden states of that precision."""
+    if device.type != "cuda":
+        raise UserError(f"on the {device.type}")
+    if for_capability(torch.cuda.get_device_capability(device)) is None:
+        raise UserError(f"the kernels are for {NAMES} GPUs, not for {torch.cuda.get_device_name(device)}")
+    if dtype != torch.bfloat16:
+        raise UserError(f"the kernels compute in bfloat16, not in {str(dtype).removeprefix('torch.')}")
     if importlib.util.find_spec("tvm_ffi") is None:
         raise UserError("the extra [cuda] is not installed: pip install 'mxmoe-steps[cuda]'")
-    return router.device
 
 
-def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
-    device = _device_for_kernels(moe)
-    experts = _expert_modules(moe, family)
+def layer_on_kernels(
+    experts: Mapping[int, nn.Module],
+    family: Family,
+    activation: str,
+    device: torch.device,
+    gate: torch.Tensor | None = None,
+    elsewhere: bool = False,
+) -> MoeLayer:
+    """`plan_of` these experts with their weights in kernel order on ``device``, or its `UserError`.
+
+    ``gate``: weight [1, H] of the shared expert's gate, if it has one.
+    """
 
     def read(expert: int, block: str) -> QuantizedWeight | torch.Tensor:
         linear: Any = experts[expert].get_submodule(f"{block}_proj")
         return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
 
+    return MoeLayer(plan_of(experts, family, activation, elsewhere), read, device, gate)
+
+
+def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
+    router = next(moe.get_submodule(_router_name(moe)).parameters())
+    check_hardware(router.device, router.dtype)
     gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate)
     gate_weight = None if gate is None else gate.weight.detach()
-    return KernelMoe(moe, family, MoeLayer(plan_of(moe, family, activation), read, device, gate_weight))
+    layer = layer_on_kernels(expert_modules(moe, family), family, activation, router.device, gate_weight)
+    return KernelMoe(moe, family, layer)
 
 
 def use_kernels(model: Any, layers: Iterable[int]) -> bool:

@@ -47,7 +47,10 @@ IN_KERNEL_ORDER = "the experts are in kernel order; copy the checkpoint, or load
 
 @dataclass(frozen=True)
 class LayerGemm:
-    """One of the layer's grouped GEMMs on a GPU; ``columns``: width of a row of its output; ``gemms`` by phase."""
+    """One of the layer's grouped GEMMs on a GPU; ``columns``: width of a row of its output; ``gemms`` by phase.
+
+    ``zeroed``: rows that no expert here writes are zero.
+    """
 
     plan: LaunchPlan
     architecture: Architecture
@@ -55,6 +58,7 @@ class LayerGemm:
     columns: int
     needs: torch.Tensor
     gemms: dict[str, GroupGemm]
+    zeroed: bool
 
     def __call__(self, activations: dict[str, Activations], routed: Routed) -> torch.Tensor:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
@@ -63,7 +67,8 @@ class LayerGemm:
         phase = self.architecture.phase_for(
             routed.chosen.numel(), experts, routed.shared, self.plan.strips, processors(device), self.by_warp
         )
-        out = torch.empty(routed.rows, self.columns, dtype=torch.bfloat16, device=device)
+        new = torch.zeros if self.zeroed else torch.empty
+        out = new(routed.rows, self.columns, dtype=torch.bfloat16, device=device)
         return self.gemms[phase](activations, routed.offsets, out)
 
 
@@ -94,8 +99,8 @@ class MoeLayer:
     def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Routed and shared experts' sum, bfloat16 [tokens, hidden].
 
-        ``x``: bfloat16 [tokens, hidden]; ``chosen``: int64 [tokens, top_k]; ``weights``: bfloat16 or float32, the
-        same shape.
+        ``x``: bfloat16 [tokens, hidden]; ``chosen``: int64 [tokens, top_k], below ``plan.experts``; ``weights``:
+        bfloat16 or float32, the same shape.
         """
         check_device(x, "x")
         tokens, top_k = chosen.shape
@@ -140,7 +145,8 @@ def _prepare(plan: LayerPlan, launch: LaunchPlan, columns: int, read: Read, devi
     architecture = architecture_of(device)
     kernels = launch.kernels(architecture)
     gemms = {phase: GroupGemm(_kernel(config), weights, problems) for phase, config in kernels.items()}
-    return LayerGemm(launch, architecture, architecture.by_warp(launch.formats), columns, needs, gemms)
+    zeroed = plan.elsewhere and launch is plan.down  # the sum reads all rows of a token
+    return LayerGemm(launch, architecture, architecture.by_warp(launch.formats), columns, needs, gemms, zeroed)
 
 
 def _entries(read: Read, source: Source) -> KernelWeights:

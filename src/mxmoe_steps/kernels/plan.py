@@ -64,7 +64,10 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """A layer of ``experts`` routed experts and ``slices`` of a shared one, [hidden] to [hidden] features."""
+    """A layer of ``experts`` routed experts and ``slices`` of a shared one, [hidden] to [hidden] features.
+
+    ``elsewhere``: the last of ``experts`` stands for all that are on other GPUs. It has no blocks and adds nothing.
+    """
 
     experts: int
     slices: int
@@ -72,15 +75,20 @@ class LayerPlan:
     intermediate: int
     gate_up: LaunchPlan
     down: LaunchPlan
+    elsewhere: bool = False
 
 
-def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0) -> LayerPlan:
+def plan_layer(
+    schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0, elsewhere: bool = False
+) -> LayerPlan:
     """Plan a layer from the schemes of its experts, numbered from 0, and of `SHARED` if it has that.
 
     ``intermediate``, ``shared``: widths of a routed and of the shared expert. Gate and up are multiplied in their own
-    launch if they have the same scheme in every expert. `UserError` says why there is no kernel for it.
+    launch if they have the same scheme in every expert. ``elsewhere``: other GPUs have more experts, see `LayerPlan`.
+    `UserError` says why there is no kernel for it.
     """
-    experts = len(schemes) - (SHARED in schemes)
+    here = len(schemes) - (SHARED in schemes)
+    experts = here + elsewhere
     slices = 0
     if SHARED in schemes:
         slices = shared_slices(shared, intermediate)
@@ -88,7 +96,7 @@ def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, s
             raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
     if experts + slices > MAX_EXPERTS:
         raise UserError(f"{experts} experts and {slices} shared; the sort kernel takes {MAX_EXPERTS} together")
-    order = [*([SHARED] if slices else []), *range(experts)]
+    order = [*([SHARED] if slices else []), *range(here)]
     gated = _gated(schemes)
     gate_up, down = (
         _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, k)
@@ -97,7 +105,7 @@ def plan_layer(schemes: Mapping[int, Schemes], hidden: int, intermediate: int, s
             ({"down": 0}, hidden, intermediate),
         )
     )
-    return LayerPlan(experts, slices, hidden, intermediate, gate_up, down)
+    return LayerPlan(experts, slices, hidden, intermediate, gate_up, down, elsewhere)
 
 
 def _gated(schemes: Mapping[int, Schemes]) -> bool:

@@ -24,23 +24,26 @@ def register(owner: object) -> int:
 
 
 def define(
-    schema: str, run: Callable[..., torch.Tensor], tags: Sequence[torch.Tag] = ()
+    schema: str,
+    run: Callable[..., torch.Tensor],
+    tags: Sequence[torch.Tag] = (),
+    find: Callable[[Any], Any] = _OBJECTS.__getitem__,
 ) -> Callable[..., torch.Tensor]:
-    """A call of ``run`` with an object, tensors and the object's number, as the operator ``mxmoe::schema`` for graphs.
+    """A call of ``run`` with an object, tensors and the object's key, as the operator ``mxmoe::schema`` for graphs.
 
-    The operator takes the tensors, hidden states first, and the number; it makes hidden states of the same shape, and
-    has no gradient. Outside of graphs ``run`` is called as it is: PyTorch's dispatcher costs a call tens of
-    microseconds of the host.
+    The operator takes the tensors, hidden states first, and the key, a number or text by which ``find`` has the object;
+    it makes hidden states of the same shape, and has no gradient. Outside of graphs ``run`` is called as it is:
+    PyTorch's dispatcher costs a call tens of microseconds of the host.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=tuple(tags))
-    _LIBRARY.impl(name, lambda *arguments: run(_OBJECTS[arguments[-1]], *arguments[:-1]), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, lambda *arguments: run(find(arguments[-1]), *arguments[:-1]), "CompositeExplicitAutograd")
     torch.library.register_fake(f"mxmoe::{name}", lambda hidden, *_: torch.empty_like(hidden), lib=_LIBRARY)
     operator = getattr(torch.ops.mxmoe, name).default
 
-    def call(owner: object, *tensors: torch.Tensor | None, number: int) -> torch.Tensor:
+    def call(owner: object, *tensors: torch.Tensor | None, key: int | str) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return operator(*tensors, number)
+            return operator(*tensors, key)
         return run(owner, *tensors)
 
     return call

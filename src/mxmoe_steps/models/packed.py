@@ -111,7 +111,7 @@ class MixedExperts(nn.ModuleList):
 
     def forward(self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """[T, H], expert ids [T, k] and router weights [T, k] to the routed sum [T, H]."""
-        return _packed_experts(self, hidden, top_k_index, top_k_weights, number=self.number)
+        return _packed_experts(self, hidden, top_k_index, top_k_weights, key=self.number)
 
     def routed_sum(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """What the operator computes: one expert after another, each on its tokens."""

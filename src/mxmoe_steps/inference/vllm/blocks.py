@@ -1,0 +1,137 @@
+"""A rank's share of the packed blocks of a layer: how it is cut, how it is loaded, whether it is whole.
+
+Nothing here knows an engine. An engine hands over whole tensors of the checkpoint, in any order, and those of all
+experts; what another rank keeps is dropped.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.finite import bad_numbers
+from mxmoe_steps.schemes import CODES_PER_UNIT, Scheme
+
+_FIX = "run the quantize step again"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What tensor-parallel ``rank`` of ``ranks`` keeps of a block [N, K]: rows of gate and up, columns of down."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    def check(self, block: str, scheme: Scheme, shape: tuple[int, int], rotated: bool) -> None:
+        """`UserError` unless the whole block, of that ``shape``, can be cut: in bytes, groups and rotation."""
+        if self.ranks == 1:
+            return
+        features = shape[block == "down"]
+        width, rest = divmod(features, self.ranks)
+        why = None
+        if rest:
+            why = f"{features} features do not divide by {self.ranks} ranks"
+        elif block == "down" and not scheme.is_original:
+            group = scheme.group_size(features)
+            if rotated:
+                why = "its inputs are rotated as a whole"
+            elif width % CODES_PER_UNIT:
+                why = f"{width} input features of a rank fill no whole bytes"
+            elif width % group and group % width:
+                why = f"groups of {group} and the {width} input features of a rank do not nest"
+        if why is not None:
+            raise UserError(
+                f"a {block} block under {scheme} cannot be cut for tensor parallelism: {why}; use expert parallelism,"
+                " which keeps experts whole (--enable-expert-parallel, with --data-parallel-size instead of"
+                " --tensor-parallel-size where there is a shared expert)"
+            )
+
+    def of(self, tensor: torch.Tensor, part: str, block: str, scheme: Scheme, in_features: int) -> torch.Tensor:
+        """This rank's share of a ``part`` of a whole block with ``in_features`` inputs."""
+        if self.ranks == 1:
+            return tensor
+        if block != "down":
+            return tensor.chunk(self.ranks)[self.rank]
+        if part == "bias":  # ranks' results are added
+            return tensor if self.rank == 0 else torch.zeros_like(tensor)
+        width = in_features // self.ranks
+        first, last = self.rank * width, (self.rank + 1) * width
+        if part == "qweight":
+            first, last = first * scheme.weight_bits // 8, last * scheme.weight_bits // 8
+        elif part in ("scales", "zeros"):
+            group = scheme.group_size(in_features)
+            first, last = first // group, -(-last // group)
+        return tensor[:, first:last]
+
+
+@dataclass(frozen=True)
+class _Block:
+    scheme: Scheme
+    shape: tuple[int, int]  # in the checkpoint
+    linear: nn.Module  # this rank's share
+
+
+class Blocks:
+    """Blocks of one layer that wait for their tensors."""
+
+    def __init__(self, layer: int, share: Share) -> None:
+        self._layer, self._share = layer, share
+        self._blocks: dict[tuple[int, str], _Block] = {}
+        self._missing: dict[tuple[int, str, str], None] = {}  # in order
+
+    def add(self, expert: int, block: str, scheme: Scheme, shape: tuple[int, int], linear: Any) -> None:
+        """A block whose share ``linear`` holds; ``shape``: of the whole. `UserError` unless it can be cut."""
+        try:
+            self._share.check(block, scheme, shape, getattr(linear, "rotated", False))
+        except UserError as error:
+            raise UserError(f"layer {self._layer}: {error}") from None
+        linear.requires_grad_(False)
+        self._blocks[expert, block] = _Block(scheme, shape, linear)
+        self._missing |= dict.fromkeys((expert, block, part) for part in linear.state_dict())
+
+    def load(self, expert: int, block: str, part: str, tensor: torch.Tensor) -> None:
+        """Keep this rank's share of a whole ``tensor``; `UserError` for one that is not what it should be."""
+        where = f"layer {self._layer}, expert {expert}, {block}: {part}"
+        found = self._blocks[expert, block]
+        if (expert, block, part) not in self._missing:
+            stored = ", ".join(found.linear.state_dict())
+            raise UserError(f"{where} comes twice, or is no part of a block under {found.scheme} ({stored})")
+        target, shape = getattr(found.linear, part), self._shape(found, part)
+        right_type = tensor.is_floating_point() if part in ("weight", "bias") else tensor.dtype == target.dtype
+        if tuple(tensor.shape) != shape or not right_type:
+            raise UserError(
+                f"{where} is {tensor.dtype} {list(tensor.shape)}, expected {target.dtype} {list(shape)}; {_FIX}"
+            )
+        target.copy_(self._share.of(tensor, part, block, found.scheme, found.shape[1]))
+        del self._missing[expert, block, part]
+
+    def missing(self) -> Iterator[tuple[tuple[int, str, str], torch.Tensor]]:
+        """(expert, block, part) of all that has not come, and the tensor for this rank's share of it."""
+        for expert, block, part in self._missing:
+            yield (expert, block, part), getattr(self._blocks[expert, block].linear, part)
+
+    def finish(self) -> None:
+        """`UserError` unless all tensors have come and hold numbers."""
+        if self._missing:
+            expert, block, part = next(iter(self._missing))
+            more = f" and {len(self._missing) - 1} others are" if len(self._missing) > 1 else " is"
+            raise UserError(
+                f"the checkpoint lacks tensors: layer {self._layer}, expert {expert}, {block}: {part}{more} missing;"
+                f" {_FIX}"
+            )
+        for (expert, block), found in self._blocks.items():
+            if (bad := bad_numbers(found.linear)) is not None:
+                raise UserError(
+                    f"layer {self._layer}, expert {expert}, {block}: {bad} holds NaN or infinity, or a scale that is"
+                    f" not positive; {_FIX}"
+                )
+
+    @staticmethod
+    def _shape(block: _Block, part: str) -> tuple[int, ...]:
+        """Of a part in the checkpoint."""
+        if part == "bias":
+            return block.shape[:1]
+        return block.shape if part == "weight" else block.scheme.parts(*block.shape)[part][1]

@@ -1,0 +1,63 @@
+"""What vLLM calls for the linear layers of a shared expert: gate and up beside each other, and down."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from vllm.model_executor.layers.linear import LinearMethodBase
+
+from mxmoe_steps.inference.vllm.blocks import Blocks, Share
+from mxmoe_steps.inference.vllm.layer import PackedLayer
+from mxmoe_steps.inference.vllm.routed import register_loaders
+from mxmoe_steps.models.packed import make_linear
+from mxmoe_steps.schemes import BLOCKS, SHARED
+
+BLOCKS_OF = {"gate_up_proj": ("gate", "up"), **{f"{block}_proj": (block,) for block in BLOCKS}}  # of a linear layer
+
+
+class PackedLinearMethod(LinearMethodBase):
+    """Some ``blocks`` of the shared expert of a layer, whose results lie beside each other."""
+
+    def __init__(self, packed: PackedLayer, blocks: tuple[str, ...]) -> None:
+        self.packed, self.names = packed, blocks
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **_: Any,
+    ) -> None:
+        """Packed blocks of this rank, empty, on the current device, and parameters that load them."""
+        ranks = input_size // input_size_per_partition * (output_size // sum(output_partition_sizes))
+        share = Share(layer.tp_rank if ranks > 1 else 0, ranks)
+        self.blocks = Blocks(self.packed.number, share)
+        schemes = dict(zip(BLOCKS, self.packed.schemes[SHARED], strict=True))
+        layer.packed = nn.ModuleList()
+        for block, features in zip(self.names, output_partition_sizes, strict=True):
+            linear: Any = make_linear(schemes[block], features, input_size_per_partition, self.packed.rotated, False)
+            shape = (features, input_size) if block == "down" else (features * ranks, input_size)
+            self.blocks.add(SHARED, block, schemes[block], shape, linear)
+            layer.packed.append(linear)
+
+        def loader(part: str) -> Callable[..., None]:
+            def load(param: Any, loaded_weight: torch.Tensor, shard_id: int = 0) -> None:
+                self.blocks.load(SHARED, self.names[shard_id], part, loaded_weight)
+
+            return load
+
+        register_loaders(layer, "", params_dtype, loader)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that all have come."""
+        self.blocks.finish()
+        self.packed.shared |= {f"{block}_proj": linear for block, linear in zip(self.names, layer.packed, strict=True)}
+        self.packed.loaded()
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., K] to [..., N]."""
+        return torch.cat([linear(x) for linear in layer.packed], -1)

@@ -1,0 +1,56 @@
+"""What stands in for the GPU kernels on a CPU, so that their wiring can be tested there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mxmoe_steps.kernels.plan import LayerPlan
+from mxmoe_steps.schemes import BLOCKS, SHARED
+
+
+class Kernels:
+    """`MoeLayer` in torch, exact, on the CPU."""
+
+    calls = 0
+
+    def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
+        self.plan, self.gate, self.experts = plan, gate, plan.experts - plan.elsewhere
+        numbers = [*range(self.experts), *([SHARED] if plan.slices else [])]
+        self.weights = {(number, block): self._dense(read(number, block)) for number in numbers for block in BLOCKS}
+
+    @staticmethod
+    def _dense(block: Any) -> torch.Tensor:
+        return block.clone() if isinstance(block, torch.Tensor) else block.dequantize()
+
+    def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up, down = (self.weights[expert, block] for block in BLOCKS)
+        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        assert chosen.dtype == torch.int64
+        Kernels.calls += 1
+        out = torch.zeros_like(x)
+        for expert in range(self.experts):
+            out += self._run(expert, x) * (weights * (chosen == expert)).sum(-1, keepdim=True)
+        if self.plan.slices:
+            out += self._run(SHARED, x) * (1 if self.gate is None else (x @ self.gate.T).sigmoid())
+        return out
+
+
+def stand_in(replace: Callable[[Any, str, Any], Any] = setattr) -> None:
+    """As if the CPU were a Hopper GPU."""
+    from vllm.model_executor.layers import utils
+
+    from mxmoe_steps.inference import gpu
+    from mxmoe_steps.inference.vllm import layer
+
+    replace(layer, "check_hardware", lambda *_: None)
+    replace(gpu, "MoeLayer", Kernels)
+    replace(Kernels, "calls", 0)
+    # On a CPU vLLM packs 16-bit weights in an order of its own, and the kernels read those of a shared expert's gate.
+    replace(utils, "dispatch_cpu_unquantized_gemm", _keep_order)
+
+
+def _keep_order(linear: Any, **_: Any) -> None:
+    linear.cpu_linear = torch.nn.functional.linear

@@ -1,0 +1,73 @@
+"""What is refused, with one sentence."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import engine
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.vllm import layer
+from mxmoe_steps.inference.vllm.config import PackedConfig, check_version
+from mxmoe_steps.models.packed import MixedExperts
+
+
+def test_a_missing_tensor_is_named(demo: Path, demo_tokens: torch.Tensor, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(demo, broken)
+    lost = "model.layers.3.mlp.experts.2.up_proj.scales"
+    for file in broken.glob("*.safetensors"):
+        tensors = load_file(file)
+        tensors.pop(lost, None)
+        save_file(tensors, file, metadata={"format": "pt"})
+    found, log = engine.run_alone(broken, demo_tokens, tmp_path)
+    assert found is None
+    assert "the checkpoint lacks tensors: layer 3, expert 2, up: scales is missing" in log
+
+
+@pytest.mark.parametrize(("lora", "eplb", "why"), [(object(), False, "LoRA"), (None, True, "EPLB")])
+def test_options_are_refused_by_name(lora: object, eplb: bool, why: str) -> None:
+    options = SimpleNamespace(lora_config=lora, parallel_config=SimpleNamespace(enable_eplb=eplb))
+    with pytest.raises(UserError, match=f"^{why} .* does not work with packed experts"):
+        layer.check_options(options)
+
+
+def test_reference_arithmetic_on_a_gpu_is_asked_for_and_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(layer.logger, "warning", lambda text, *values: warnings.append(text % values))
+    packed, experts = object.__new__(layer.PackedLayer), MixedExperts([])
+    packed.number, packed.device, packed.eager = 3, torch.device("cuda"), False
+    with pytest.raises(UserError, match=r"^layer 3: no GPU kernels \(why\), .* add --enforce-eager"):
+        packed._stay(experts, "why")
+    packed.eager = True
+    packed._stay(experts, "why")
+    assert warnings == ["mxmoe: the experts of layer 3 run reference arithmetic, slowly (why)"]
+    assert packed.compute == experts.routed_sum
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0"])
+def test_versions_of_vllm(version: str) -> None:
+    with pytest.raises(UserError, match=rf"^vLLM {version}: packed checkpoints need vLLM from 0\.25\.1 up to"):
+        check_version(version)
+
+
+def test_versions_that_are_supported() -> None:
+    for version in ("0.25.1", "0.32.0+cpu", "0.33.0", "0.33.1.dev5+g1234"):
+        check_version(version)
+
+
+def test_versions_of_the_format(demo: Path) -> None:
+    stated = json.loads((demo / "config.json").read_text())["quantization_config"]
+    with pytest.raises(UserError, match="version"):
+        PackedConfig.from_config(stated | {"version": 2})
+
+
+def test_models_of_another_type(demo: Path) -> None:
+    stated = json.loads((demo / "config.json").read_text())["quantization_config"]
+    model = SimpleNamespace(to_dict=lambda: {"model_type": "llama"})
+    with pytest.raises(UserError, match="model_type 'llama' is none of deepseek_v2"):
+        PackedConfig.from_config(stated).maybe_update_config("folder", model)

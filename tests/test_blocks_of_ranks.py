@@ -1,0 +1,113 @@
+"""A rank's share of packed blocks: cuts put together give the whole, and what does not fit is named."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.vllm.blocks import Blocks, Share
+from mxmoe_steps.models.packed import make_linear
+from mxmoe_steps.quantizers.grid import round_to_nearest
+from mxmoe_steps.schemes import parse_scheme
+
+N, K = 64, 256
+
+
+def whole(text: str, seed: int = 0, biased: bool = False) -> dict[str, torch.Tensor]:
+    """A block [N, K] as a checkpoint stores it."""
+    weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
+    scheme = parse_scheme(text)
+    parts = {"weight": weight} if scheme.is_original else round_to_nearest(weight, scheme).tensors()
+    return parts | ({"bias": weight[:, 0].clone()} if biased else {})
+
+
+def share_of(text: str, block: str, rank: int, ranks: int, rotated: bool = False, biased: bool = False) -> Any:
+    """The linear of one rank, not loaded, and what loads it."""
+    scheme = parse_scheme(text)
+    shape = (N, K // ranks) if block == "down" else (N // ranks, K)
+    linear = make_linear(scheme, *shape, rotated, biased)
+    blocks = Blocks(3, Share(rank, ranks))
+    blocks.add(5, block, scheme, (N, K), linear)
+    return linear, blocks
+
+
+def loaded(text: str, block: str, rank: int, ranks: int, biased: bool = False) -> nn.Module:
+    linear, blocks = share_of(text, block, rank, ranks, biased=biased)
+    for part, tensor in whole(text, biased=biased).items():
+        blocks.load(5, block, part, tensor)
+    blocks.finish()
+    return linear
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("block", ["gate", "up", "down"])
+@pytest.mark.parametrize("text", ["w4a16_g128", "w3a16_g32", "w1a16_g64", "w8a16", "w2a16_g-1_sym", "w16a16"])
+def test_ranks_together_compute_the_whole(text: str, block: str, ranks: int) -> None:
+    x = torch.randn(7, K, generator=torch.Generator().manual_seed(1))
+    expected = loaded(text, block, 0, 1, biased=True)(x)
+    shares = [loaded(text, block, rank, ranks, biased=True) for rank in range(ranks)]
+    if block == "down":
+        found = sum(share(part) for share, part in zip(shares, x.chunk(ranks, -1), strict=True))
+    else:
+        found = torch.cat([share(x) for share in shares], -1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "ranks", "rotated", "why"),
+    [
+        ("w4a16_g96", 2, False, "groups of 96 and the 128 input features of a rank do not nest"),
+        ("w4a16_g32", 64, False, "4 input features of a rank fill no whole bytes"),
+        ("w4a16_g32", 3, False, "256 features do not divide by 3 ranks"),
+        ("w4a16_g128", 2, True, "its inputs are rotated as a whole"),
+    ],
+)
+def test_what_cannot_be_cut(text: str, ranks: int, rotated: bool, why: str) -> None:
+    with pytest.raises(UserError, match=rf"^layer 3: a down block .* {why}; use expert parallelism"):
+        share_of(text, "down", 0, ranks, rotated)
+
+
+def test_gate_and_up_are_cut_rotated_or_not() -> None:
+    share_of("w4a16_g96", "gate", 0, 2, rotated=True)
+
+
+def test_a_missing_part_is_named() -> None:
+    _, blocks = share_of("w4a16", "up", 0, 1)
+    parts = whole("w4a16")
+    blocks.load(5, "up", "qweight", parts["qweight"])
+    with pytest.raises(UserError, match="lacks tensors: layer 3, expert 5, up: scales and 1 others are missing"):
+        blocks.finish()
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "why"),
+    [
+        ("qweight", lambda t: t[:, :-1], r"qweight is torch.uint8 \[64, 127\], expected torch.uint8 \[64, 128\]"),
+        ("scales", lambda t: t.float(), r"scales is torch.float32 \[64, 2\], expected torch.bfloat16 \[64, 2\]"),
+        ("weight", lambda t: t, "weight comes twice, or is no part of a block under w4a16_g128_asym"),
+    ],
+)
+def test_a_part_that_does_not_fit_is_named(part: str, change: Any, why: str) -> None:
+    _, blocks = share_of("w4a16", "up", 0, 1)
+    tensor = change(whole("w4a16").get(part, torch.zeros(N, K)))
+    with pytest.raises(UserError, match=f"layer 3, expert 5, up: {why}"):
+        blocks.load(5, "up", part, tensor)
+
+
+def test_a_part_comes_once() -> None:
+    _, blocks = share_of("w16a16", "up", 0, 1)
+    blocks.load(5, "up", "weight", whole("w16a16")["weight"])
+    with pytest.raises(UserError, match="expert 5, up: weight comes twice"):
+        blocks.load(5, "up", "weight", whole("w16a16")["weight"])
+
+
+def test_scales_that_are_no_numbers_are_named() -> None:
+    _, blocks = share_of("w4a16", "down", 0, 1)
+    parts = whole("w4a16")
+    parts["scales"][2, 1] = float("nan")
+    for part, tensor in parts.items():
+        blocks.load(5, "down", part, tensor)
+    with pytest.raises(UserError, match="layer 3, expert 5, down: scales holds NaN"):
+        blocks.finish()
