@@ -159,8 +159,8 @@ class FixedRouting(torch.nn.Module):
         """As `Qwen2MoeTopKRouter`."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         logits = torch.nn.functional.linear(tokens, self.weight) * 0 + self.noise[: len(tokens)]
-        weights, chosen = torch.topk(logits.softmax(-1, dtype=torch.float32), self.top_k, dim=-1)
-        return logits, weights.to(logits.dtype), chosen
+        weights, expert_ids = torch.topk(logits.softmax(-1, dtype=torch.float32), self.top_k, dim=-1)
+        return logits, weights.to(logits.dtype), expert_ids
 
 
 def load(run: str, folder: Path, layers: int) -> Any:

@@ -76,7 +76,7 @@ def make_layer(run: str, workload: Workload) -> tuple[MoeLayer, dict[tuple[int, 
 
 
 def inputs(workload: Workload, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, chosen experts and router weights."""
+    """Hidden states, expert_ids experts and router weights."""
     x = torch.randn(tokens, workload.hidden, device="cuda").bfloat16()
     weights = torch.rand(tokens, workload.top_k, device="cuda").softmax(-1).bfloat16()
     return x, workload.choices(tokens).cuda(), weights
@@ -102,15 +102,15 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
     layer, weights = make_layer(run, workload)
     cells = []
     for count in tokens:
-        x, chosen, mixing = inputs(workload, count)
+        x, expert_ids, mixing = inputs(workload, count)
         up, down, plan = layer.gate_up, layer.down, layer.plan
-        routed = sort_by_expert(chosen, plan.experts, plan.slices)
+        routed = sort_by_expert(expert_ids, plan.experts, plan.slices)
         given, logits = dispatch(x, routed, up.needs, up.plan.operands, layer.gate)
         products = up(given, routed)
         acted = layer.activate(products, routed)
         rows = down(acted, routed)
         stages: dict[str, Callable[[], object]] = {
-            "sort": lambda: sort_by_expert(chosen, plan.experts, plan.slices),  # noqa: B023
+            "sort": lambda: sort_by_expert(expert_ids, plan.experts, plan.slices),  # noqa: B023
             "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands, layer.gate),  # noqa: B023
             "gate_up": lambda: up(given, routed),  # noqa: B023
             "swiglu": lambda: layer.activate(products, routed),  # noqa: B023
@@ -120,11 +120,11 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
         if up.plan.gated and down.plan.operands == ("bf16",):
             del stages["swiglu"]  # part of gate_up
         cell = {"run": run, "T": count, "floor_us": floor_of(layer, workload, count)}
-        cell |= {"us": timer(lambda: layer(x, chosen, mixing))}  # noqa: B023
+        cell |= {"us": timer(lambda: layer(x, expert_ids, mixing))}  # noqa: B023
         cell |= {stage: timer(function) for stage, function in stages.items()}
         if count == CHECKED_TOKENS:
-            out = layer(x, chosen, mixing).double()
-            exact = reference.moe_layer(x, chosen, mixing, lambda e, b: weights[e, b], logits, plan.slices > 0)
+            out = layer(x, expert_ids, mixing).double()
+            exact = reference.moe_layer(x, expert_ids, mixing, lambda e, b: weights[e, b], logits, plan.slices > 0)
             cell |= {"error": ((out - exact).norm() / exact.norm()).item()}
         cells.append(cell)
     return cells
@@ -150,10 +150,10 @@ def measure_peer(timer: Timer, workload: Workload, tokens: tuple[int, ...]) -> l
         parameter.normal_(std=0.02)
     cells = []
     for count in tokens:
-        x, chosen, mixing = inputs(workload, count)
+        x, expert_ids, mixing = inputs(workload, count)
 
         def run() -> torch.Tensor:
-            routed = module.experts(x, chosen, mixing)  # noqa: B023
+            routed = module.experts(x, expert_ids, mixing)  # noqa: B023
             if not slices:
                 return routed
             shared = module.shared_expert(x)  # noqa: B023

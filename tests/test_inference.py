@@ -35,9 +35,9 @@ class TorchLayer:
     def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
         self.plan, self.read, self.device, self.gate = plan, read, device, gate
 
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = None if self.gate is None else (x @ self.gate.T).squeeze(-1)
-        return reference.moe_layer(x, chosen, weights, self.read, logits, self.plan.slices > 0).bfloat16()
+        return reference.moe_layer(x, expert_ids, weights, self.read, logits, self.plan.slices > 0).bfloat16()
 
 
 @pytest.fixture

@@ -93,23 +93,23 @@ def make_layer(
 
 
 def route(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Skewed choices, the last expert never chosen if there is a choice, and their weights."""
+    """Skewed choices, the last expert never expert_ids if there is a choice, and their weights."""
     logits = torch.randn(tokens, experts, device="cuda") - torch.arange(experts, device="cuda") * 4 / experts
     if experts > top_k:
         logits[:, -1] = -torch.inf
-    weights, chosen = logits.softmax(-1).topk(top_k)
-    return chosen, weights
+    weights, expert_ids = logits.softmax(-1).topk(top_k)
+    return expert_ids, weights
 
 
 def error_of(layer: MoeLayer, weights: Weights, tokens: int, top_k: int) -> float:
     x = torch.randn(tokens, layer.plan.hidden, device="cuda").bfloat16()
-    chosen, mixing = route(tokens, layer.plan.experts, top_k)
+    expert_ids, mixing = route(tokens, layer.plan.experts, top_k)
     mixing = mixing.bfloat16() if tokens % 2 else mixing
     logits = None if layer.gate is None else (x.double() @ layer.gate.double().T)[:, 0].bfloat16()
-    out = layer(x, chosen, mixing)
+    out = layer(x, expert_ids, mixing)
     shared = layer.plan.slices > 0
-    exact = reference.moe_layer(x, chosen, mixing, lambda e, block: weights[e, block], logits, shared)
-    assert torch.equal(out, layer(x, chosen, mixing)), "not the same bits twice"
+    exact = reference.moe_layer(x, expert_ids, mixing, lambda e, block: weights[e, block], logits, shared)
+    assert torch.equal(out, layer(x, expert_ids, mixing)), "not the same bits twice"
     return ((out.double() - exact).norm() / exact.norm()).item()
 
 
@@ -171,24 +171,24 @@ def test_products_in_the_gate_up_launch_are_those_of_swiglu(
     one, other = (MoeLayer(each, lambda *block: weights[block], torch.device("cuda", 0)) for each in plans)
     for tokens in (1, 3, 40, 700):  # latency, decode and prefill kernels
         x = torch.randn(tokens, hidden, device="cuda").bfloat16()
-        chosen, mixing = route(tokens, 8, 4)
-        assert torch.equal(one(x, chosen, mixing), other(x, chosen, mixing)), tokens
+        expert_ids, mixing = route(tokens, 8, 4)
+        assert torch.equal(one(x, expert_ids, mixing), other(x, expert_ids, mixing)), tokens
 
 
 def test_the_first_call_of_a_layer_can_be_captured_and_follows_its_inputs() -> None:
     layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5, gated=True)
     x = torch.randn(40, 2048, device="cuda").bfloat16()
-    chosen, mixing = route(40, 16, 4)
+    expert_ids, mixing = route(40, 16, 4)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = layer(x, chosen, mixing)
+        out = layer(x, expert_ids, mixing)
     for _ in range(3):
         x.copy_(torch.randn(40, 2048, device="cuda"))
-        for target, new in zip((chosen, mixing), route(40, 16, 4), strict=True):
+        for target, new in zip((expert_ids, mixing), route(40, 16, 4), strict=True):
             target.copy_(new)
         graph.replay()
-        assert torch.equal(out, layer(x, chosen, mixing))
+        assert torch.equal(out, layer(x, expert_ids, mixing))
 
 
 def test_launches_that_overlap_give_what_launches_apart_give() -> None:
@@ -226,11 +226,11 @@ def test_calls_on_several_streams_do_not_disturb_each_other() -> None:
 def test_long_inputs_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, _ = make_layer(["w16a16"], 8, QWEN, 7, gated=True)
     x = torch.randn(1000, 2048, device="cuda").bfloat16()
-    chosen, mixing = route(1000, 8, 4)
-    whole = layer(x, chosen, mixing)
+    expert_ids, mixing = route(1000, 8, 4)
+    whole = layer(x, expert_ids, mixing)
     monkeypatch.setattr(moe_layer, "MOST_TOKENS", 300)
-    assert torch.equal(layer(x, chosen, mixing), whole)
-    assert layer(x[:0], chosen[:0], mixing[:0]).shape == (0, 2048)
+    assert torch.equal(layer(x, expert_ids, mixing), whole)
+    assert layer(x[:0], expert_ids[:0], mixing[:0]).shape == (0, 2048)
 
 
 def main() -> None:
@@ -261,12 +261,12 @@ def test_experts_of_other_gpus_add_nothing(slices: int) -> None:
     layer = MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0))
     for tokens in (1, 16, 700):
         x = torch.randn(tokens, 2048, device="cuda").bfloat16()
-        chosen = torch.rand(tokens, 8, device="cuda").topk(4).indices  # 7 is any expert elsewhere
+        expert_ids = torch.rand(tokens, 8, device="cuda").topk(4).indices  # 7 is any expert elsewhere
         mixing = torch.rand(tokens, 4, device="cuda")
         torch.full((tokens * 8, 2048), float("nan"), device="cuda")  # what new tensors may lie on
-        out = layer(x, chosen, mixing)
-        here = chosen < 7
+        out = layer(x, expert_ids, mixing)
+        here = expert_ids < 7
         expected = reference.moe_layer(
-            x, chosen.where(here, 0), mixing.where(here, 0), lambda e, b: weights[e, b], shared=slices > 0
+            x, expert_ids.where(here, 0), mixing.where(here, 0), lambda e, b: weights[e, b], shared=slices > 0
         )
         assert (out - expected).norm() / expected.norm() < FP8_BOUND

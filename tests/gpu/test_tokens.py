@@ -14,23 +14,23 @@ pytestmark = needs_kernels
 
 
 def route(tokens: int, experts: int, top_k: int, shared: int) -> Routed:
-    chosen = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=1).indices
-    return sort_by_expert(chosen, experts, shared)
+    expert_ids = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=1).indices
+    return sort_by_expert(expert_ids, experts, shared)
 
 
 def rows_of(routed: Routed) -> torch.Tensor:
     """[tokens, top_k + shared]: all rows of every token, on the CPU."""
-    tokens, top_k = routed.chosen.shape
-    shared = torch.arange(tokens)[:, None] + tokens * torch.arange(top_k, top_k + routed.shared)
+    tokens, top_k = routed.expert_ids.shape
+    shared = torch.arange(tokens)[:, None] + tokens * torch.arange(top_k, top_k + routed.slices)
     return torch.cat([routed.row.cpu().long(), shared], 1)
 
 
 def experts_of(routed: Routed) -> torch.Tensor:
     """[tokens, top_k + shared]: the experts that those rows belong to."""
-    tokens = len(routed.chosen)
+    tokens = len(routed.expert_ids)
     experts = routed.offsets.shape[0] - 1
-    last = torch.arange(experts - routed.shared, experts).expand(tokens, -1)
-    return torch.cat([routed.chosen.cpu(), last], 1)
+    last = torch.arange(experts - routed.slices, experts).expand(tokens, -1)
+    return torch.cat([routed.expert_ids.cpu(), last], 1)
 
 
 @pytest.mark.parametrize("shared", [0, 3])

@@ -27,12 +27,12 @@ class Kernels:
         gate, up, down = (self.weights[expert, block] for block in BLOCKS)
         return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        assert chosen.dtype == torch.int64
+    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        assert expert_ids.dtype == torch.int64
         Kernels.calls += 1
         out = torch.zeros_like(x)
         for expert in range(self.experts):
-            out += self._run(expert, x) * (weights * (chosen == expert)).sum(-1, keepdim=True)
+            out += self._run(expert, x) * (weights * (expert_ids == expert)).sum(-1, keepdim=True)
         if self.plan.slices:
             out += self._run(SHARED, x) * (1 if self.gate is None else (x @ self.gate.T).sigmoid())
         return out

@@ -26,18 +26,18 @@ from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme
 log = logging.getLogger("mxmoe_steps")
 
 
-def _experts(layer: MoeLayer, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Routed and shared experts of hidden states [T, H], chosen experts and their weights [T, k]."""
+def _experts(layer: MoeLayer, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Routed and shared experts of hidden states [T, H], expert ids and their weights [T, k]."""
     if hidden.device != layer.device:
         raise UserError(
             f"the experts are in kernel order on {layer.device}, their input is on {hidden.device};"
             " load the checkpoint again for that device"
         )
-    return layer(hidden, chosen, weights)
+    return layer(hidden, expert_ids, weights)
 
 
 _experts_on_kernels = define(
-    "experts_on_kernels(Tensor hidden, Tensor chosen, Tensor weights, int number) -> Tensor", _experts
+    "experts_on_kernels(Tensor hidden, Tensor expert_ids, Tensor weights, int number) -> Tensor", _experts
 )
 
 
@@ -58,8 +58,8 @@ class KernelMoe(nn.Module):
         """[..., H] to [..., H]."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
-            _, weights, chosen = getattr(self, self.router_name)(tokens)
-        out = _experts_on_kernels(self.layer, tokens.bfloat16(), chosen, weights, key=self.number)
+            _, weights, expert_ids = getattr(self, self.router_name)(tokens)
+        out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
         return out.to(hidden.dtype).view(hidden.shape)
 
     def _save_to_state_dict(self, *_: Any) -> None:

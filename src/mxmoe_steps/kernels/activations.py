@@ -34,8 +34,9 @@ AT_ONCE = 6  # rows that a thread of `Combine` waits for together; more take ove
 class Rows:
     """What `SwiGlu` and `Quantize` share: their arguments, and how a block makes a row.
 
-    ``inputs``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations. ``chosen``,
-    ``row``, ``needs``, ``shared``: as for `tokens.DispatchTokens`, of the down blocks. ``outputs``: `rounding.Outputs`.
+    ``inputs``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations.
+    ``expert_ids``, ``row``, ``needs``, ``slices``: as for `tokens.DispatchTokens`, of the down blocks. ``outputs``:
+    `rounding.Outputs`.
     """
 
     kernel: Any  # a subclass's
@@ -44,11 +45,11 @@ class Rows:
     def __call__(
         self,
         inputs: cute.Tensor,
-        chosen: cute.Tensor,
+        expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
         outputs: tuple,
-        shared: Int32,
+        slices: Int32,
         stream: Any,
     ) -> None:
         @cute.struct
@@ -56,12 +57,12 @@ class Rows:
             largest: cute.struct.MemRange[Int32, WARPS]
 
         self.Shared = Shared
-        grid, counts = self.grid(inputs, chosen, shared)
-        self.kernel(inputs, chosen, row, needs, outputs, shared, *counts).launch(
+        grid, counts = self.grid(inputs, expert_ids, slices)
+        self.kernel(inputs, expert_ids, row, needs, outputs, slices, *counts).launch(
             grid=grid, block=(THREADS, 1, 1), use_pdl=True, stream=stream
         )
 
-    def grid(self, inputs: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
         """Blocks of the launch, and what else the kernel must know of them."""
         raise NotImplementedError
 
@@ -113,36 +114,36 @@ class SwiGlu(Rows):
     ``inputs``: bfloat16 [rows, 2 K], gate first.
     """
 
-    def grid(self, inputs: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
-        return (chosen.shape[1] + cutlass.min(shared, 1), chosen.shape[0], 1), ()
+    def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
+        return (expert_ids.shape[1] + cutlass.min(slices, 1), expert_ids.shape[0], 1), ()
 
     @cute.kernel
     def kernel(
         self,
         inputs: cute.Tensor,
-        chosen: cute.Tensor,
+        expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
         outputs: tuple,
-        shared: Int32,
+        slices: Int32,
     ) -> None:
         entry, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
         cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
-        tokens, top_k = chosen.shape[0], chosen.shape[1]
-        first, mask, slices = Int32(0), Int32(0), Int32(1)
+        tokens, top_k = expert_ids.shape[0], expert_ids.shape[1]
+        first, mask, count = Int32(0), Int32(0), Int32(1)
         if entry < top_k:
             first = row[token, entry]
-            mask = needs[Int32(chosen[token, entry])]
+            mask = needs[Int32(expert_ids[token, entry])]
         else:
             first = tokens * top_k + token
             mask = needs[needs.shape[0] - 1]
-            slices = shared
+            count = slices
         cute.arch.griddepcontrol_wait()
         largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
         self.by_block(
-            inputs, first, mask, inputs.shape[1] // (2 * VECTOR), slices, tokens, rounding.Outputs(*outputs),
+            inputs, first, mask, inputs.shape[1] // (2 * VECTOR), count, tokens, rounding.Outputs(*outputs),
             largest_of_warps, thread,
         )  # fmt: skip
 
@@ -164,22 +165,22 @@ class Quantize(Rows):
     """
 
     @cute.jit
-    def grid(self, inputs: cute.Tensor, chosen: cute.Tensor, shared: Int32) -> tuple[tuple, tuple]:
-        tokens, top_k = chosen.shape
+    def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
+        tokens, top_k = expert_ids.shape
         blocks = tokens * top_k
         if inputs.shape[1] <= WARP_VECTORS * VECTOR:
             blocks = (blocks + (WARPS - 1)) // WARPS
-        return (blocks + cutlass.min(shared, 1) * tokens, 1, 1), (blocks,)
+        return (blocks + cutlass.min(slices, 1) * tokens, 1, 1), (blocks,)
 
     @cute.kernel
     def kernel(
         self,
         inputs: cute.Tensor,
-        chosen: cute.Tensor,
+        expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
         outputs: tuple,
-        shared: Int32,
+        slices: Int32,
         routed_blocks: Int32,
     ) -> None:
         block, _, _ = cute.arch.block_idx()
@@ -187,9 +188,9 @@ class Quantize(Rows):
         memory = SmemAllocator().allocate(self.Shared)
         written = rounding.Outputs(*outputs)
         cute.arch.griddepcontrol_launch_dependents()
-        tokens = chosen.shape[0]
-        entries, steps = tokens * chosen.shape[1], inputs.shape[1] // VECTOR
-        experts = cute.make_tensor(chosen.iterator, cute.make_layout(entries))
+        tokens = expert_ids.shape[0]
+        entries, steps = tokens * expert_ids.shape[1], inputs.shape[1] // VECTOR
+        experts = cute.make_tensor(expert_ids.iterator, cute.make_layout(entries))
         rows = cute.make_tensor(row.iterator, cute.make_layout(entries))
         if (block < routed_blocks) & (steps <= WARP_VECTORS):
             entry = block * WARPS + cute.arch.warp_idx()
@@ -198,16 +199,16 @@ class Quantize(Rows):
                 cute.arch.griddepcontrol_wait()
                 self.by_warp(inputs, target, mask, steps, written)
         else:
-            first, mask, slices = Int32(0), Int32(0), Int32(1)
+            first, mask, count = Int32(0), Int32(0), Int32(1)
             if block < routed_blocks:
                 first, mask = rows[block], needs[Int32(experts[block])]
             else:
-                first, mask, slices = entries + block - routed_blocks, needs[needs.shape[0] - 1], shared
+                first, mask, count = entries + block - routed_blocks, needs[needs.shape[0] - 1], slices
             mask = mask & rounding.EIGHT_BITS
             cute.arch.griddepcontrol_wait()
             if mask != 0:
                 largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
-                self.by_block(inputs, first, mask, steps, slices, tokens, written, largest_of_warps, thread)
+                self.by_block(inputs, first, mask, steps, count, tokens, written, largest_of_warps, thread)
 
     @cute.jit
     def by_warp(self, inputs: cute.Tensor, row: Int32, mask: Int32, steps: Int32, written: rounding.Outputs) -> None:
@@ -245,7 +246,7 @@ class Quantize(Rows):
 class Combine:
     """Row t of ``out``, bfloat16 [tokens, N]: the sum of the token's rows of ``inputs`` [rows, N] times their weights.
 
-    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``row`` [tokens, top_k]. The ``shared`` rows of a
+    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``row`` [tokens, top_k]. The ``slices`` rows of a
     token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
     """
 
@@ -257,7 +258,7 @@ class Combine:
         weights: cute.Tensor,
         gate: cute.Tensor,
         out: cute.Tensor,
-        shared: Int32,
+        slices: Int32,
         gated: Int32,
         stream: Any,
     ) -> None:
@@ -268,7 +269,7 @@ class Combine:
 
         self.Shared = Shared
         span = COMBINE_THREADS * VECTOR
-        self.kernel(inputs, row, weights, gate, out, shared, gated).launch(
+        self.kernel(inputs, row, weights, gate, out, slices, gated).launch(
             grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1),
             block=(COMBINE_THREADS, 1, 1),
             use_pdl=True,
@@ -283,7 +284,7 @@ class Combine:
         weights: cute.Tensor,
         gate: cute.Tensor,
         out: cute.Tensor,
-        shared: Int32,
+        slices: Int32,
         gated: Int32,
     ) -> None:
         part, token, _ = cute.arch.block_idx()
@@ -292,7 +293,7 @@ class Combine:
         rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES))
         factors = memory.factors.get_tensor(cute.make_layout(MAX_ENTRIES))
         top_k = row.shape[1]
-        entries = top_k + shared
+        entries = top_k + slices
         if thread < entries:
             rows[thread] = out.shape[0] * thread + token
             if thread < top_k:

@@ -180,11 +180,11 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
     kind, _, variant = name.partition("_")
-    chosen, row = (_fake(number, (sym_int(), sym_int()), 4) for number in (Int64, Int32))
+    expert_ids, row = (_fake(number, (sym_int(), sym_int()), 4) for number in (Int64, Int32))
     needs, count = _fake(Int32, (sym_int(),), 4), Int32(1)
     bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(2)]
     if kind == "sort":
-        return SortByExpert(int(variant)), [chosen, row, _fake(Int32, (sym_int(),), 4), count]
+        return SortByExpert(int(variant)), [expert_ids, row, _fake(Int32, (sym_int(),), 4), count]
     if kind == "combine":
         number, size = (BFloat16, 2) if variant == "bf16" else (Float32, 4)
         weights = _fake(number, (sym_int(), sym_int()), size)
@@ -194,9 +194,9 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
-        return DispatchTokens(variant == "gated"), [bf16[0], chosen, row, needs, outputs, gating, count]
+        return DispatchTokens(variant == "gated"), [bf16[0], expert_ids, row, needs, outputs, gating, count]
     generator = {"swiglu": SwiGlu, "quantize": Quantize}[kind]()
-    return generator, [bf16[0], chosen, row, needs, outputs, count]
+    return generator, [bf16[0], expert_ids, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:

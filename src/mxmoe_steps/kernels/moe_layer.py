@@ -63,9 +63,9 @@ class LayerGemm:
     def __call__(self, activations: dict[str, Activations], routed: Routed) -> torch.Tensor:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
         device = routed.offsets.device
-        experts = routed.offsets.shape[0] - 1 - routed.shared
+        experts = routed.offsets.shape[0] - 1 - routed.slices
         phase = self.architecture.phase_for(
-            routed.chosen.numel(), experts, routed.shared, self.plan.strips, processors(device), self.by_warp
+            routed.expert_ids.numel(), experts, routed.slices, self.plan.strips, processors(device), self.by_warp
         )
         new = torch.zeros if self.zeroed else torch.empty
         out = new(routed.rows, self.columns, dtype=torch.bfloat16, device=device)
@@ -96,16 +96,16 @@ class MoeLayer:
     def __reduce__(self) -> str:
         raise UserError(IN_KERNEL_ORDER)
 
-    def __call__(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Routed and shared experts' sum, bfloat16 [tokens, hidden].
 
-        ``x``: bfloat16 [tokens, hidden]; ``chosen``: int64 [tokens, top_k], below ``plan.experts``; ``weights``:
+        ``x``: bfloat16 [tokens, hidden]; ``expert_ids``: int64 [tokens, top_k], below ``plan.experts``; ``weights``:
         bfloat16 or float32, the same shape.
         """
         check_device(x, "x")
-        tokens, top_k = chosen.shape
+        tokens, top_k = expert_ids.shape
         check_tensor("x", x, torch.bfloat16, 2, self.device, (tokens, self.plan.hidden))
-        check_tensor("chosen experts", chosen, torch.int64, 2, self.device)
+        check_tensor("expert ids", expert_ids, torch.int64, 2, self.device)
         kind = torch.bfloat16 if weights.dtype == torch.bfloat16 else torch.float32
         check_tensor("weights", weights, kind, 2, self.device, (tokens, top_k))
         entries = top_k + self.plan.slices
@@ -114,15 +114,15 @@ class MoeLayer:
         at_once = min(MOST_TOKENS, MOST_ELEMENTS // (entries * max(2 * self.plan.intermediate, self.plan.hidden)))
         if torch.cuda.current_device() != self.device.index:  # kernels go to the current device
             with torch.cuda.device(self.device):
-                return self(x, chosen, weights)
+                return self(x, expert_ids, weights)
         if 0 < tokens <= at_once:
-            return self._run(x, chosen, weights)
-        parts = zip(x.split(at_once), chosen.split(at_once), weights.split(at_once), strict=True)
+            return self._run(x, expert_ids, weights)
+        parts = zip(x.split(at_once), expert_ids.split(at_once), weights.split(at_once), strict=True)
         return torch.cat([self._run(*part) for part in parts]) if tokens else torch.empty_like(x)
 
-    def _run(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         up, down = self.gate_up, self.down
-        routed = sort_by_expert(chosen, self.plan.experts, self.plan.slices)
+        routed = sort_by_expert(expert_ids, self.plan.experts, self.plan.slices)
         activations, logits = dispatch(x, routed, up.needs, up.plan.operands, self.gate)
         return combine(down(self.activate(up(activations, routed), routed), routed), routed, weights, logits)
 

@@ -49,7 +49,7 @@ def quantize_tokens(x: torch.Tensor, operand: str) -> tuple[torch.Tensor, torch.
 
 def moe_layer(
     x: torch.Tensor,
-    chosen: torch.Tensor,
+    expert_ids: torch.Tensor,
     weights: torch.Tensor,
     read: Callable[[int, str], QuantizedWeight | torch.Tensor],
     gate: torch.Tensor | None = None,
@@ -70,8 +70,8 @@ def moe_layer(
         return linear(read(expert, "down"), (inner * inner.sigmoid() * up).bfloat16()).double()
 
     result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
-    for expert in chosen.unique().tolist():
-        token, slot = (chosen == expert).nonzero(as_tuple=True)
+    for expert in expert_ids.unique().tolist():
+        token, slot = (expert_ids == expert).nonzero(as_tuple=True)
         result.index_add_(0, token, run(expert, x[token]) * weights[token, slot, None].double())
     if shared:
         result += run(SHARED, x) * (1.0 if gate is None else gate.double().sigmoid()[:, None])

@@ -23,27 +23,27 @@ CLUSTER_ENTRIES = 6144  # more are sorted faster by eight blocks than by one
 class Routed:
     """Tokens sorted by expert.
 
-    ``chosen``: int64 [tokens, top_k], the router's choices; ``row``: int32 [tokens, top_k], the row of each.
-    ``shared`` experts with the last numbers take every token: token t of the s-th is row ``tokens * (top_k + s) + t``.
-    ``offsets``: int32 [experts + shared + 1], first row of each expert. ``rows``: of all experts.
+    ``expert_ids``: int64 [tokens, top_k], the router's choices; ``row``: int32 [tokens, top_k], the row of each.
+    ``slices`` experts with the last numbers take every token: token t of the s-th is row ``tokens * (top_k + s) + t``.
+    ``offsets``: int32 [experts + slices + 1], first row of each expert. ``rows``: of all experts.
     """
 
-    chosen: torch.Tensor
+    expert_ids: torch.Tensor
     row: torch.Tensor
     offsets: torch.Tensor
-    shared: int
+    slices: int
     rows: int
 
 
-def sort_by_expert(chosen: torch.Tensor, experts: int, shared: int = 0) -> Routed:
+def sort_by_expert(expert_ids: torch.Tensor, experts: int, slices: int = 0) -> Routed:
     """Sort the router's choices, int64 [tokens, top_k] on the GPU with values below ``experts``."""
-    tokens, top_k = chosen.shape
-    row = torch.empty_like(chosen, dtype=torch.int32)
-    offsets = torch.empty(experts + shared + 1, dtype=torch.int32, device=chosen.device)
-    token_kernel("sort_8" if tokens * top_k > CLUSTER_ENTRIES else "sort_1", chosen.device)(
-        chosen, row, offsets, shared
+    tokens, top_k = expert_ids.shape
+    row = torch.empty_like(expert_ids, dtype=torch.int32)
+    offsets = torch.empty(experts + slices + 1, dtype=torch.int32, device=expert_ids.device)
+    token_kernel("sort_8" if tokens * top_k > CLUSTER_ENTRIES else "sort_1", expert_ids.device)(
+        expert_ids, row, offsets, slices
     )
-    return Routed(chosen, row, offsets, shared, tokens * (top_k + shared))
+    return Routed(expert_ids, row, offsets, slices, tokens * (top_k + slices))
 
 
 def dispatch(
@@ -55,7 +55,7 @@ def dispatch(
 ) -> tuple[dict[str, Activations], torch.Tensor | None]:
     """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for 8-bit types.
 
-    ``needs``: int32 [experts + shared], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
+    ``needs``: int32 [experts + slices], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
     needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
     experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second.
     """
@@ -63,12 +63,12 @@ def dispatch(
     if gate is None:
         spare = _spare(x.device)["bf16"].values
         token_kernel("dispatch", x.device)(
-            x, routed.chosen, routed.row, needs, outputs, (spare, spare[0]), routed.shared
+            x, routed.expert_ids, routed.row, needs, outputs, (spare, spare[0]), routed.slices
         )
         return activations, None
     logits = torch.empty(x.shape[0], dtype=torch.bfloat16, device=x.device)
     token_kernel("dispatch_gated", x.device)(
-        x, routed.chosen, routed.row, needs, outputs, (gate, logits), routed.shared
+        x, routed.expert_ids, routed.row, needs, outputs, (gate, logits), routed.slices
     )
     return activations, logits
 
@@ -78,11 +78,11 @@ def swiglu(
 ) -> dict[str, Activations]:
     """``silu(gate) * up`` of gate_up, bfloat16 [rows, 2 K], rounded to bfloat16, as the operands of the down blocks.
 
-    ``needs`` and ``operands`` as for `dispatch`. The ``shared`` rows of a token are slices of one row: they get one
+    ``needs`` and ``operands`` as for `dispatch`. The ``slices`` rows of a token are slices of one row: they get one
     scale, and the last expert's needs.
     """
     activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
-    token_kernel("swiglu", gate_up.device)(gate_up, routed.chosen, routed.row, needs, outputs, routed.shared)
+    token_kernel("swiglu", gate_up.device)(gate_up, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return activations
 
 
@@ -95,7 +95,7 @@ def quantize(
     if not eight_bits:
         return unrounded
     activations, outputs = _outputs(products, routed, eight_bits)
-    token_kernel("quantize", products.device)(products, routed.chosen, routed.row, needs, outputs, routed.shared)
+    token_kernel("quantize", products.device)(products, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return unrounded | activations
 
 
@@ -107,10 +107,10 @@ def combine(
     ``weights``: bfloat16 or float32 [tokens, top_k]. Shared rows count once, times the sigmoid of ``logits``, bfloat16
     [tokens], if there are any.
     """
-    out = torch.empty(routed.chosen.shape[0], rows.shape[1], dtype=torch.bfloat16, device=rows.device)
+    out = torch.empty(routed.expert_ids.shape[0], rows.shape[1], dtype=torch.bfloat16, device=rows.device)
     gates = _spare(rows.device)["bf16"].values[0] if logits is None else logits
     function = token_kernel("combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32", rows.device)
-    function(rows, routed.row, weights, gates, out, routed.shared, int(logits is not None))
+    function(rows, routed.row, weights, gates, out, routed.slices, int(logits is not None))
     return out
 
 

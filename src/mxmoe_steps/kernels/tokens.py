@@ -28,15 +28,18 @@ THREADS = 256  # of a block that dispatches a token
 class SortByExpert:
     """Counting sort of the router's choices, at most `MAX_EXPERTS` experts, by a cluster of ``blocks``.
 
-    ``chosen``: int64 [tokens, top_k]. Writes ``row`` int32 [tokens, top_k], the row of every choice, and ``offsets``
-    int32 [experts + shared + 1], the first row of each expert. The last ``shared`` experts take every token.
+    ``expert_ids``: int64 [tokens, top_k]. Writes ``row`` int32 [tokens, top_k], the row of every choice, and
+    ``offsets`` int32 [experts + slices + 1], the first row of each expert. The last ``slices`` experts take every
+    token.
     """
 
     def __init__(self, blocks: int) -> None:
         self.blocks = blocks
 
     @cute.jit
-    def __call__(self, chosen: cute.Tensor, row: cute.Tensor, offsets: cute.Tensor, shared: Int32, stream: Any) -> None:
+    def __call__(
+        self, expert_ids: cute.Tensor, row: cute.Tensor, offsets: cute.Tensor, slices: Int32, stream: Any
+    ) -> None:
         @cute.struct
         class Shared:
             counts: cute.struct.MemRange[Int32, MAX_EXPERTS]
@@ -44,12 +47,12 @@ class SortByExpert:
             sums: cute.struct.MemRange[Int32, SORT_THREADS // 32]
 
         self.Shared = Shared
-        self.kernel(chosen, row, offsets, shared).launch(
+        self.kernel(expert_ids, row, offsets, slices).launch(
             grid=(self.blocks, 1, 1), block=(SORT_THREADS, 1, 1), cluster=(self.blocks, 1, 1), stream=stream
         )
 
     @cute.kernel
-    def kernel(self, chosen: cute.Tensor, row: cute.Tensor, offsets: cute.Tensor, shared: Int32) -> None:
+    def kernel(self, expert_ids: cute.Tensor, row: cute.Tensor, offsets: cute.Tensor, slices: Int32) -> None:
         thread, _, _ = cute.arch.thread_idx()
         block, _, _ = cute.arch.block_idx()
         lane, warp = cute.arch.lane_idx(), cute.arch.warp_idx()
@@ -57,9 +60,9 @@ class SortByExpert:
         counts = memory.counts.get_tensor(cute.make_layout(MAX_EXPERTS))
         following = memory.next.get_tensor(cute.make_layout(MAX_EXPERTS))
         sums = memory.sums.get_tensor(cute.make_layout(SORT_THREADS // 32))
-        tokens, top_k = chosen.shape[0], chosen.shape[1]
-        entries, experts = tokens * top_k, offsets.shape[0] - 1 - shared
-        flat = cute.make_tensor(chosen.iterator, cute.make_layout(entries))
+        tokens, top_k = expert_ids.shape[0], expert_ids.shape[1]
+        entries, experts = tokens * top_k, offsets.shape[0] - 1 - slices
+        flat = cute.make_tensor(expert_ids.iterator, cute.make_layout(entries))
         rows = cute.make_tensor(row.iterator, cute.make_layout(entries))
         each = SORT_THREADS * self.blocks
         rounds = (entries + (each - 1)) // each
@@ -91,7 +94,7 @@ class SortByExpert:
         if block == 0:
             if thread < experts:
                 offsets[thread + 1] = upto
-            elif thread < experts + shared:
+            elif thread < experts + slices:
                 offsets[thread + 1] = entries + (thread - experts + 1) * tokens
             if thread == 0:
                 offsets[0] = Int32(0)
@@ -134,8 +137,8 @@ class SortByExpert:
 class DispatchTokens:
     """Every token's row of ``x``, bfloat16 [tokens, K], to the rows of the experts that it goes to.
 
-    ``chosen`` and ``row`` as in `SortByExpert`; then ``shared`` experts that take every token, token t in row
-    ``tokens * (top_k + s) + t`` of expert ``experts + s``. ``needs``: int32 [experts + shared], mask of the operand
+    ``expert_ids`` and ``row`` as in `SortByExpert`; then ``slices`` experts that take every token, token t in row
+    ``tokens * (top_k + s) + t`` of expert ``experts + s``. ``needs``: int32 [experts + slices], mask of the operand
     types that an expert reads; no others are written. An 8-bit type gets one float32 scale per row.
     ``gating``: the weight [1, K] of the shared expert's gate and its logits [tokens], both bfloat16; they are written
     where it is ``gated``, and nobody looks at either otherwise.
@@ -148,12 +151,12 @@ class DispatchTokens:
     def __call__(
         self,
         x: cute.Tensor,
-        chosen: cute.Tensor,
+        expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
         outputs: tuple,
         gating: tuple,
-        shared: Int32,
+        slices: Int32,
         stream: Any,
     ) -> None:
         @cute.struct
@@ -164,7 +167,7 @@ class DispatchTokens:
             masks: cute.struct.MemRange[Int32, MAX_ENTRIES]
 
         self.Shared = Shared
-        self.kernel(x, chosen, row, needs, outputs, gating, shared).launch(
+        self.kernel(x, expert_ids, row, needs, outputs, gating, slices).launch(
             grid=(x.shape[0], 1, 1), block=(THREADS, 1, 1), use_pdl=True, stream=stream
         )
 
@@ -172,12 +175,12 @@ class DispatchTokens:
     def kernel(
         self,
         x: cute.Tensor,
-        chosen: cute.Tensor,
+        expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
         outputs: tuple,
         gating: tuple,
-        shared: Int32,
+        slices: Int32,
     ) -> None:
         token, _, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
@@ -185,12 +188,12 @@ class DispatchTokens:
         rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES))
         masks = memory.masks.get_tensor(cute.make_layout(MAX_ENTRIES))
         written = rounding.Outputs(*outputs)
-        tokens, top_k = x.shape[0], chosen.shape[1]
-        entries = top_k + shared
+        tokens, top_k = x.shape[0], expert_ids.shape[1]
+        entries = top_k + slices
         if thread < entries:
             expert = needs.shape[0] - entries + thread
             if thread < top_k:
-                expert = Int32(chosen[token, thread])
+                expert = Int32(expert_ids[token, thread])
             masks[thread] = needs[expert]
         cute.arch.sync_threads()
         types = Int32(0)

@@ -47,10 +47,10 @@ class PackedLayer:
         self.scale = 1.0  # of router weights
         self.compute: Callable[..., torch.Tensor] = _not_loaded
 
-    def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Sum of this rank's experts, [T, H], of hidden states [T, H], global expert numbers and weights [T, k]."""
-        chosen = chosen if self.local is None else self.local[chosen]
-        return self.compute(hidden, chosen, weights if self.scale == 1.0 else weights * self.scale)
+        expert_ids = expert_ids if self.local is None else self.local[expert_ids]
+        return self.compute(hidden, expert_ids, weights if self.scale == 1.0 else weights * self.scale)
 
     def loaded(self) -> None:
         """Tell that routed experts, or a block of the shared one, are complete; once all are, choose what computes."""
@@ -123,9 +123,11 @@ class SharedExpert(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[T, H] to [T, H]."""
-        chosen = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
-        weights = torch.ones_like(chosen, dtype=torch.float32) if self.gate is None else self.gate(hidden)[0].sigmoid()
-        return self.layer(hidden, chosen, weights)
+        expert_ids = torch.zeros(len(hidden), 1, dtype=torch.int64, device=hidden.device)
+        weights = (
+            torch.ones_like(expert_ids, dtype=torch.float32) if self.gate is None else self.gate(hidden)[0].sigmoid()
+        )
+        return self.layer(hidden, expert_ids, weights)
 
 
 def check_options(engine: VllmConfig) -> None:
@@ -149,7 +151,7 @@ def _of_current_model(layer_name: str) -> PackedLayer:
 
 # By name, as vLLM's own operators: what it compiles is kept on disk, for processes whose layers are other objects.
 packed_layer = define(
-    "packed_layer(Tensor hidden, Tensor chosen, Tensor weights, str name) -> Tensor",
+    "packed_layer(Tensor hidden, Tensor expert_ids, Tensor weights, str name) -> Tensor",
     PackedLayer.__call__,
     find=_of_current_model,
 )
