@@ -78,8 +78,8 @@ def captured(model: "StreamedModel", layer: int, routing: "Routing") -> "dict[st
     """What a layer's file says of one run of tokens; within ``model.loaded`` of the layer."""
     import torch
 
-    hidden, ids, weights = (tensor.detach() for tensor in routing)
-    tensors = {"hidden": hidden, "ids": ids.to(torch.int16), "weights": weights.float()}
+    hidden, expert_ids, weights = (tensor.detach() for tensor in routing)
+    tensors = {"hidden": hidden, "ids": expert_ids.to(torch.int16), "weights": weights.float()}
     family = model.folder.family
     if family.shared_gate is not None:
         gate = model.moe(layer).get_submodule(family.shared_gate)

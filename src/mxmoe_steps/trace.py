@@ -56,28 +56,30 @@ def trace_layers(model: "StreamedModel", borders: "Borders", runs: list[slice], 
     def watch(layer: int) -> "Iterator[Seen]":
         found: list[Routing] = []
         yield found.append
-        ids = torch.cat([ids.to("cpu", torch.int16) for _, ids, _ in found]).view(*borders.tokens.shape, -1)
-        weights = torch.cat([weights.to("cpu", torch.float32) for _, _, weights in found]).view(ids.shape)
+        by_batch = [expert_ids.to("cpu", torch.int16) for _, expert_ids, _ in found]
+        expert_ids = torch.cat(by_batch).view(*borders.tokens.shape, -1)
+        weights = torch.cat([weights.to("cpu", torch.float32) for _, _, weights in found]).view(expert_ids.shape)
         print(f"trace: layer {layer}", file=sys.stderr, flush=True)
-        layout = {"ids": (torch.int16, ids.shape), "weights": (torch.float32, ids.shape)}
+        layout = {"ids": (torch.int16, expert_ids.shape), "weights": (torch.float32, expert_ids.shape)}
         with write_rows(routing_file(borders, layer), layout, {"layer": layer}) as writer:
-            writer.append("ids", ids)
+            writer.append("ids", expert_ids)
             writer.append("weights", weights)
 
     forward(model, borders, runs, last, watch)
 
 
 def routing_file(borders: "Borders", layer: int) -> Path:
-    """Where a traced layer waits for the last: ids and weights [S, L, k] of all texts."""
+    """Where a traced layer waits for the last: expert ids and weights [S, L, k] of all texts."""
     return borders.folder / f"routing-{layer:03d}.safetensors"
 
 
-def traffic_rows(text: str, layer: int, ids: "Tensor", weights: "Tensor", experts: int) -> dict[str, list[Any]]:
-    """`tables.TRAFFIC` columns of one text and layer from ids and weights [S, L, k]."""
+def traffic_rows(text: str, layer: int, expert_ids: "Tensor", weights: "Tensor", experts: int) -> dict[str, list[Any]]:
+    """`tables.TRAFFIC` columns of one text and layer from expert ids and weights [S, L, k]."""
     import torch
 
-    flat = ids.long().flatten()
-    per_sequence = torch.stack([torch.bincount(row.long().flatten(), minlength=experts) for row in ids])  # [S, E]
+    flat = expert_ids.long().flatten()
+    counts = [torch.bincount(row.long().flatten(), minlength=experts) for row in expert_ids]
+    per_sequence = torch.stack(counts)  # [S, E]
     tokens = per_sequence.sum(0)
     weight = weights.double().flatten()
     return {
@@ -110,9 +112,9 @@ def write_traffic(options: TraceOptions, folder: "ModelFolder", borders: "Border
             tensor.check()
         found = load_file(routing_file(borders, layer))
         for number, text in enumerate(options.texts):
-            ids, weights = (found[name].split(options.sequences)[number] for name in ("ids", "weights"))
-            routing[f"{text}/{layer}"] = ids
-            for name, values in traffic_rows(text, layer, ids, weights, folder.experts).items():
+            expert_ids, weights = (found[name].split(options.sequences)[number] for name in ("ids", "weights"))
+            routing[f"{text}/{layer}"] = expert_ids
+            for name, values in traffic_rows(text, layer, expert_ids, weights, folder.experts).items():
                 columns[name] += values
     facts = {
         "experts": folder.experts,
@@ -121,14 +123,14 @@ def write_traffic(options: TraceOptions, folder: "ModelFolder", borders: "Border
         "model": fingerprint(folder),
         "sequences": options.sequences,
         "texts": sorted(options.texts),
-        "top_k": ids.shape[-1],
+        "top_k": expert_ids.shape[-1],
     }
     out = options.out
     write_table(TRAFFIC, out / "traffic.parquet", columns, facts)
-    layout = {name: (ids.dtype, tuple(ids.shape)) for name, ids in routing.items()}
+    layout = {name: (expert_ids.dtype, tuple(expert_ids.shape)) for name, expert_ids in routing.items()}
     with write_rows(out / "routing.safetensors", layout, facts) as writer:
-        for name, ids in routing.items():
-            writer.append(name, ids)
+        for name, expert_ids in routing.items():
+            writer.append(name, expert_ids)
 
 
 def trace(options: TraceOptions) -> None:
