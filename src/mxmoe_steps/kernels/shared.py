@@ -22,7 +22,7 @@ def strips(out_features: Iterable[int]) -> int:
 def interleave(kinds: Sequence[tuple[bool, Hashable]]) -> list[int]:
     """Order of problems, of which ``kinds`` says whether they are slices of a shared expert, and their format.
 
-    Measured (docs/kernels.md): slices have many rows and compute, most others wait for memory.
+    Measured (docs/measurements/scheduler.md): slices have many rows and compute, most others wait for memory.
     """
     count, seen = Counter(kinds), Counter[tuple[bool, Hashable]]()
     keys = []

@@ -87,6 +87,6 @@ def _files(kinds: Iterable[type]) -> list[str]:
 
 
 def used_sources(config: Config, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The text sources that ``names`` need, with the parts of mixes."""
-    wanted = {part for name in names for part in (name, *config.texts[name].get("mix", []))}
-    return {name: config.texts[name] for name in sorted(wanted)}
+    """The text sources that ``names`` need, with the members of mixes."""
+    needed = {source for name in names for source in (name, *config.texts[name].get("mix", []))}
+    return {name: config.texts[name] for name in sorted(needed)}

@@ -58,9 +58,9 @@ class Hopper(Architecture):
         return tuple(tile.tokens for tile in _tiles(format_, phase, self._blocks_per_sm((format_,), phase)))
 
     def phase_for(self, rows: int, experts: int, slices: int, strips: int, sms: int, by_warp: bool) -> str:
-        """Measured on an H100 (docs/kernels.md): decode kernels are ahead up to 32 tokens an expert, latency kernels up
-        to four, unless their tiles, multiplied by warpgroups, just need a second round: those of the decode kernel are
-        half as many and need one.
+        """Measured on an H100 (docs/measurements/gemm.md): decode kernels are ahead up to 32 tokens an expert, latency
+        kernels up to four, unless their tiles, multiplied by warpgroups, just need a second round: those of the decode
+        kernel are half as many and need one.
         """
         if rows <= MOST_LATENCY * experts:
             rounds = (min(rows, experts) + slices) * strips / sms
@@ -97,7 +97,7 @@ def _depth(format_: Format, tokens: int, blocks_per_sm: int) -> int:
     per_group = GROUP // block_features(format_)
     fits = [
         groups * per_group
-        for groups in (1, 2)  # with four, a mixture's loops take their addresses from few registers (docs/kernels.md)
+        for groups in (1, 2)  # with four, a mixture's loops lose uniform registers (docs/measurements/ring.md)
         if groups * format_.chunk_bytes * blocks_per_sm <= WEIGHT_LIMIT
         and groups * per_group * tokens * ROW_BYTES * blocks_per_sm <= TOKEN_LIMIT
     ]
