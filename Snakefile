@@ -17,6 +17,7 @@ include: "rules/frontier.smk"
 include: "rules/solve.smk"
 include: "rules/quantize.smk"
 include: "rules/evaluate.smk"
+include: "rules/time.smk"
 include: "rules/report.smk"
 
 

@@ -15,7 +15,6 @@ w2a16, w4a16 and w8a8_fp8 for every block at random.
 import argparse
 import json
 import random
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +26,15 @@ from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
-from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert
+from mxmoe_steps.kernels.routing import dispatch, sort_by_expert
 from mxmoe_steps.schemes import SHARED, parse_scheme
+from mxmoe_steps.timing.stages import STAGES, stages_of
 from mxmoe_steps.timing.timer import Timer
 
 TOKENS = (1, 16, 64, 256, 1024, 4096, 8192)
 SLICES = {"qwen1.5-moe": 4, "deepseek-v2-lite": 2, "mixtral-8x7b": 0}  # width of the shared expert / routed
 GATED = ("qwen1.5-moe",)
 RUNS = ("w16a16", "w8a8_fp8", "w4a16", "hot", "blocks")
-STAGES = ("sort", "dispatch", "gate_up", "swiglu", "down", "combine")
 CHECKED_TOKENS = 16
 DRAWN_TOKENS = (16, 256, 1024, 8192)
 
@@ -103,28 +102,16 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
     cells = []
     for count in tokens:
         x, expert_ids, mixing = inputs(workload, count)
-        up, down, plan = layer.gate_up, layer.down, layer.plan
-        routed = sort_by_expert(expert_ids, plan.experts, plan.slices)
-        given, logits = dispatch(x, routed, up.needs, up.plan.operands, layer.gate)
-        products = up(given, routed)
-        acted = layer.activate(products, routed)
-        rows = down(acted, routed)
-        stages: dict[str, Callable[[], object]] = {
-            "sort": lambda: sort_by_expert(expert_ids, plan.experts, plan.slices),  # noqa: B023
-            "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands, layer.gate),  # noqa: B023
-            "gate_up": lambda: up(given, routed),  # noqa: B023
-            "swiglu": lambda: layer.activate(products, routed),  # noqa: B023
-            "down": lambda: down(acted, routed),  # noqa: B023
-            "combine": lambda: combine(rows, routed, mixing, logits),  # noqa: B023
-        }
-        if up.plan.gated and down.plan.operands == ("bf16",):
-            del stages["swiglu"]  # part of gate_up
+        stages = stages_of(layer, x, expert_ids, mixing)
         cell = {"run": run, "T": count, "floor_us": floor_of(layer, workload, count)}
         cell |= {"us": timer(lambda: layer(x, expert_ids, mixing))}  # noqa: B023
         cell |= {stage: timer(function) for stage, function in stages.items()}
         if count == CHECKED_TOKENS:
             out = layer(x, expert_ids, mixing).double()
-            exact = reference.moe_layer(x, expert_ids, mixing, lambda e, b: weights[e, b], logits, plan.slices > 0)
+            routed = sort_by_expert(expert_ids, layer.plan.experts, layer.plan.slices)
+            _, logits = dispatch(x, routed, layer.gate_up.needs, layer.gate_up.plan.operands, layer.gate)
+            shared = layer.plan.slices > 0
+            exact = reference.moe_layer(x, expert_ids, mixing, lambda e, b: weights[e, b], logits, shared)
             cell |= {"error": ((out - exact).norm() / exact.norm()).item()}
         cells.append(cell)
     return cells

@@ -38,6 +38,7 @@ REPORT_INPUTS = {
     "traffic": [TRACE_FILES["traffic"]],
     "routing": [TRACE_FILES["routing"]],
     "profile": [PROFILE],
+    "times": [TIMES] if IS_LOCAL else [],
 }
 REPORT_PARAMS = {
     **stamps("mxmoe_steps.report"),
@@ -81,9 +82,10 @@ rule report:
         flags=just(REPORT_FLAGS),
         made_from=made_from(REPORT["html"]),
         trace=folder_of("traffic"),
+        times=f"--times {shlex.quote(TIMES)}" if IS_LOCAL else "",
         figures=lambda wildcards, output: str(Path(output.figures[0]).parent),
     shell:
         "python -m mxmoe_steps.report {params.flags} --made-from {params.made_from} --evaluations {input.evaluations:q}"
         " --allocations {input.allocations:q} --frontiers {input.frontiers:q} --losses {input.losses:q}"
-        " --trace {params.trace:q} --profile {input.profile:q} --figures {params.figures:q} --csv {output.csv:q}"
+        " --trace {params.trace:q} --profile {input.profile:q} {params.times} --figures {params.figures:q} --csv {output.csv:q}"
         " --html {output.html:q} 2> {log:q}"

@@ -61,7 +61,9 @@ def write_losses(folder: Path, schemes, layers=2, experts=4, hidden=256, wide=12
     return paths
 
 
-def write_trace(folder: Path, layers=2, experts=4, top_k=2, sequences=8, length=32, seed=0, texts=("prose",)) -> str:
+def write_trace(
+    folder: Path, layers=2, experts=4, top_k=2, sequences=8, length=32, seed=0, texts=("prose",), model="toy"
+) -> str:
     """A trace folder with skewed routing."""
     from safetensors.numpy import save_file
 
@@ -80,7 +82,7 @@ def write_trace(folder: Path, layers=2, experts=4, top_k=2, sequences=8, length=
                     columns[name].append(value)
     facts = {
         "experts": experts, "layers": list(range(layers)), "length": length, "sequences": sequences,
-        "texts": sorted(texts), "top_k": top_k, "model": "toy",
+        "texts": sorted(texts), "top_k": top_k, "model": model,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_table(TRAFFIC, folder / "traffic.parquet", columns, facts)

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mxmoe_steps.report import time_note
+from mxmoe_steps.report import measured_note, time_note
 from mxmoe_steps.reporting import figures
 from mxmoe_steps.reporting.figures import model_hull
-from mxmoe_steps.reporting.summary import Checkpoint, headlines, summary_table, time_columns
+from mxmoe_steps.reporting.page import table_html
+from mxmoe_steps.reporting.summary import Checkpoint, headlines, prediction_errors, summary_table, time_columns
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -107,6 +108,20 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120"]
     assert time_columns(table) == {"estimated_layer_us_64_tokens": 64, "estimated_layer_us_8192_tokens": 8192}
     assert list(table["size_mb"]) == [2.5] * 4
+    assert prediction_errors(table) == {}
+    assert measured_note(table, None) == []
+    measured = {
+        "original": {64: {"layer": 9.0}},
+        "ours": {64: {"layer": 4.0, "gate_up": 0.75, "down": 0.5}, 8192: {"layer": 8.0, "gate_up": 2.0, "down": 2.0}},
+    }
+    timed = summary_table(checkpoints, times, True, {checkpoints[0].name: measured["ours"], **measured})
+    at_64 = timed.set_index("kind")["measured_moe_us_64_tokens"].dropna()
+    assert at_64.to_dict() == {"original": 9.0, checkpoints[0].kind: 4.0}
+    assert prediction_errors(timed) == {64: [pytest.approx(0.2)], 8192: [-0.25]}
+    (note,) = measured_note(timed, {"device": "GPU", "date": "2026-01-01", "text": "web"})
+    assert "on GPU (2026-01-01) under the routing of web" in note
+    assert "off by 20.0 % at 64 tokens (+20.0 to +20.0 %); 25.0 % at 8192 tokens (-25.0 to -25.0 %)." in note
+    assert "<th>GEMMs µs, 64 tok</th><th>layer µs, 64 tok</th>" in table_html(timed, True)
     (line,) = headlines(table)
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")

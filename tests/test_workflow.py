@@ -84,14 +84,14 @@ def test_an_edit_runs_exactly_what_it_touches(
     assert planned(project) == jobs
 
 
-def test_a_local_profile_compiles_and_measures(project: Path) -> None:
+def test_a_local_profile_compiles_measures_and_times(project: Path) -> None:
     settings = yaml.safe_load(yaml.safe_dump(SETTINGS))
     settings["calibrate"]["schemes"] = ["w2a16", "w4a16", "w8a8_fp8"]
-    for hardware, steps in (("local", {"compile": 1, "measure": 1, "profile": 1}), ("h100", {"profile": 1})):
+    for hardware, steps in (("local", {"compile": 1, "measure": 1, "profile": 1, "time": 1}), ("h100", {"profile": 1})):
         settings["profile"]["hardware"] = hardware
         write_settings(project, settings)
         jobs = planned(project)
-        assert {rule: jobs[rule] for rule in ("compile", "measure", "profile") if rule in jobs} == steps
+        assert {rule: jobs[rule] for rule in ("compile", "measure", "profile", "time") if rule in jobs} == steps
 
 
 def test_comments_key_order_and_docstrings_run_nothing(project: Path) -> None:

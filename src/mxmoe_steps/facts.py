@@ -61,6 +61,24 @@ class MeasurementFacts(TypedDict):
     rounds: NotRequired[Count]
 
 
+class TimeFacts(TypedDict):
+    """Of what `time` wrote."""
+
+    __pydantic_config__ = STRICT  # type: ignore[misc]
+
+    compiler: Name
+    cuda: Name
+    date: Name
+    device: Name
+    driver: str
+    model: Name
+    repeats: Count
+    rounds: Count
+    steps: Count
+    text: Name  # whose routing
+    torch: Name
+
+
 class Errors(TypedDict):
     """Relative errors."""
 

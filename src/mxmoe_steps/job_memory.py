@@ -60,6 +60,7 @@ def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: 
         "solve": _LIGHT,
         "quantize": _LIGHT + max(sizes.experts, sizes.embedding) * element,
         "evaluate": forward,
+        "time": _START + layer,
         "report": 2 * _LIGHT,
     }
     return {step: -(-memory >> 20) for step, memory in found.items()}

@@ -34,8 +34,8 @@ def has_gpu() -> bool:
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def environment() -> dict[str, Any]:
-    """The GPU and the versions; `UserError` if there is no GPU."""
+def environment(step: str = "measure") -> dict[str, Any]:
+    """The GPU and the versions; `UserError`, for that step, if there is no GPU."""
     import subprocess
     from datetime import date
 
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
     if not torch.cuda.is_available():
         raise UserError(
-            "measure needs a CUDA GPU and this machine has none: run it on a machine with one, or set"
+            f"{step} needs a CUDA GPU and this machine has none: run it on a machine with one, or set"
             " profile.hardware to a known GPU, e.g. h100"
         )
     properties = torch.cuda.get_device_properties(0)

@@ -28,6 +28,7 @@ class ReportOptions(DrawnLoss, Seeded, StepOptions):
     losses: InFiles = Field(description="losses to draw, one per scheme")
     trace: InFolder = Field(description="folder that trace wrote")
     profile: InFile = Field(description="table that profile wrote")
+    times: InFile | None = Field(None, description="what time wrote: measured times of the checkpoints' layers")
     traffic_text: Annotated[str, Flag("NAME")] = Field(description="traced text that times assume")
     tokens: list[Tokens] = Field(description="tokens in a step, for predicted times")
     steps: Count = Field(16, description="sampled steps that times average over")
@@ -107,6 +108,40 @@ def held_out_errors(facts: dict[str, Any]) -> str:
     )
 
 
+def measured_times(options: ReportOptions, model: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Facts of what `time` wrote, and its summary; None and nothing where it was not run."""
+    from mxmoe_steps.tables import TIMES, read_table
+    from mxmoe_steps.timing.times import summary
+
+    if options.times is None:
+        return None, {}
+    rows, facts = read_table(TIMES, options.times)
+    if facts["model"] != model:
+        raise UserError(f"{options.times} and the allocations are of different models; run time again for this one")
+    return facts, summary(rows.to_pylist())
+
+
+def measured_note(table: Any, facts: dict[str, Any] | None) -> list[str]:
+    """Where the layers were timed, and how far predictions are off."""
+    from statistics import median
+
+    from mxmoe_steps.reporting.summary import prediction_errors
+
+    if facts is None:
+        return []
+    errors = [
+        f"{100 * median(map(abs, found)):.1f} % at {tokens} tokens"
+        f" ({100 * min(found):+.1f} to {100 * max(found):+.1f} %)"
+        for tokens, found in prediction_errors(table).items()
+        if found
+    ]
+    off = f" The predicted times of their expert GEMMs are off by {'; '.join(errors)}." if errors else ""
+    return [
+        f"Layers were measured on {facts['device']} ({facts['date']}) under the routing of {facts['text']}; the"
+        f" original's are transformers' bfloat16 experts, the faster of its implementations.{off}"
+    ]
+
+
 def read_inputs(options: ReportOptions) -> tuple[list[Any], dict[str, Any]]:
     """Evaluated checkpoints and, by name, the allocations of all but the original."""
     from mxmoe_steps.allocation.files import read_allocation
@@ -150,7 +185,8 @@ def report(options: ReportOptions) -> None:
         losses[facts["scheme"]] = rows.to_pandas()
     tiles, profile_facts = read_table(PROFILE, options.profile)
     estimate = bool(profile_facts["estimate"])
-    table = summary_table(checkpoints, times, estimate)
+    timed_facts, measured = measured_times(options, some["model"])
+    table = summary_table(checkpoints, times, estimate, measured)
     frontiers = [read_frontier(path) for path in options.frontiers]
     for path, (facts, _) in zip(options.frontiers, frontiers, strict=True):
         if facts["model"] != some["model"]:
@@ -172,8 +208,8 @@ def report(options: ReportOptions) -> None:
         *((HEADINGS[name], TEXTS[name], figure(svg)) for name, svg in drawn.items()),
     ]
     timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
-    note = time_note(times, profile_facts, timed_as)
-    html = page(f"Mixed-precision quantization of {options.title}", lines, [note], parts)
+    notes = [time_note(times, profile_facts, timed_as), *measured_note(table, timed_facts)]
+    html = page(f"Mixed-precision quantization of {options.title}", lines, notes, parts)
     for name, svg in drawn.items():
         _write(options.figures / f"{name}.svg", svg)
     _write(options.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))

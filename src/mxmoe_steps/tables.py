@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.facts import LossFacts, MeasurementFacts, ProfileFacts, TrafficFacts
+from mxmoe_steps.facts import LossFacts, MeasurementFacts, ProfileFacts, TimeFacts, TrafficFacts
 from mxmoe_steps.records import STRICT, parse_record
 from mxmoe_steps.schemes import BLOCKS, SHARED, is_canonical
 
@@ -168,6 +168,28 @@ MEASUREMENTS = TableKind(  # written by measure: one row per timed launch
     {"kind": ("tile", "problem"), "block": ("gate_up", "down")},
     schemes=("carried", "schemes"),
     least_rows=0,  # of a GPU that has no kernels
+)
+
+TIMES = TableKind(  # written by time: one row per timed launch, or sequence of launches, of a checkpoint's layer
+    "times",
+    "time",
+    1,
+    pa.schema(
+        [
+            ("checkpoint", pa.string()),  # or original
+            ("layer", pa.int32()),
+            ("tokens", pa.int32()),  # in a step
+            ("step", pa.int32()),  # which of the sampled steps
+            (
+                "stage",
+                pa.string(),
+            ),  # a launch, or layer; of the original an implementation of transformers
+            ("us", pa.list_(pa.float64())),  # microseconds in every round
+        ]
+    ),
+    ("checkpoint", "layer", "tokens", "step", "stage"),
+    TimeFacts,
+    {"layer": _INDEX, "tokens": _COUNT, "step": _INDEX, "us": (1e-3, 1e9)},
 )
 
 PROFILE = TableKind(  # written by profile, one table per GPU

@@ -52,6 +52,8 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
     label = "est." if estimate else "pred."
     heads = ["checkpoint", "quantizer", "bits", "perplexity", "KL", "MB"]
     heads += [f"{label} µs, {tokens} tok" for tokens in times.values()]
+    measured = {name: name.split("_")[3] for name in table.columns if name.startswith("measured_")}
+    heads += [f"{'GEMMs' if '_gemms_' in name else 'layer'} µs, {tokens} tok" for name, tokens in measured.items()]
     heads += [f"ppl {name.removeprefix('perplexity_')}" for name in texts]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     budget = None
@@ -61,7 +63,8 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
             rows.append(f'<tr class="budget"><td colspan="{len(heads)}">at most {budget:g} bits</td></tr>')
         cells = [_name(row), "" if pd.isna(row["quantizer"]) else row["quantizer"], f"{row['bits']:.3f}"]
         cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['size_mb']:.2f}"]
-        cells += [f"{row[name]:.2f}" for name in times] + [f"{row[name]:.2f}" for name in texts]
+        cells += ["" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in (*times, *measured)]
+        cells += [f"{row[name]:.2f}" for name in texts]
         kind = row["kind"].split()[0]
         rows.append(f'<tr class="{kind}">' + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'

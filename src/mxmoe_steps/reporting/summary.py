@@ -1,5 +1,6 @@
 """The summary table: one row per evaluated checkpoint, and what it says in a few lines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,11 +34,18 @@ class Checkpoint:
         return str(self.allocation["assignment"][0][2]) if self.allocation["granularity"] == "uniform" else "mixed"
 
 
-def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, float]], estimate: bool) -> pd.DataFrame:
+def summary_table(
+    checkpoints: list[Checkpoint],
+    times: dict[str, dict[int, float]],
+    estimate: bool,
+    measured: Mapping[str, Mapping[int, Mapping[str, float]]] | None = None,
+) -> pd.DataFrame:
     """One row per checkpoint, sorted by budget, kind and name.
 
     ``times``: checkpoint name -> tokens in a step -> predicted microseconds of one MoE layer's expert
     GEMMs, the mean over layers; their columns begin with ``estimated`` where no kernel was measured.
+    ``measured``: checkpoint -> tokens -> stage -> microseconds, what `timing.checkpoints.summary` finds: the expert
+    GEMMs, to be set beside the predicted ones, and the whole layer.
     ``size_mb`` is the size of the weights on disk.
     """
     rows = []
@@ -59,6 +67,7 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
                 "kl": checkpoint.metrics["overall"]["kl"],
                 "size_mb": checkpoint.metrics["weights_bytes"] / 1e6,
                 **{time_column(tokens, estimate): us for tokens, us in times[checkpoint.name].items()},
+                **_measured_columns((measured or {}).get(checkpoint.name, {})),
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
             }
         )
@@ -67,6 +76,26 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
     table["_order"] = table["kind"].map(order)
     table = table.sort_values(["budget_bits", "_order", "checkpoint"], na_position="first", ignore_index=True)
     return table.drop(columns="_order")
+
+
+def _measured_columns(by_tokens: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    columns = {}
+    for tokens, stages in sorted(by_tokens.items()):
+        if "gate_up" in stages:
+            columns[f"measured_gemms_us_{tokens}_tokens"] = stages["gate_up"] + stages["down"]
+        columns[f"measured_moe_us_{tokens}_tokens"] = stages["layer"]
+    return columns
+
+
+def prediction_errors(table: pd.DataFrame) -> dict[int, list[float]]:
+    """Tokens -> relative errors of the predicted times of expert GEMMs, one per checkpoint that was timed."""
+    errors = {}
+    for column, tokens in time_columns(table).items():
+        measured = f"measured_gemms_us_{tokens}_tokens"
+        if measured in table:
+            timed = table.dropna(subset=[measured])
+            errors[tokens] = (timed[column] / timed[measured] - 1).tolist()
+    return errors
 
 
 def _place(kind: str) -> tuple[Any, ...]:

@@ -13,9 +13,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 class Timer:
-    """Flushes by reading: lines that a write left would be written back in the measured time."""
+    """Flushes by reading: lines that a write left would be written back in the measured time.
+
+    Graphs share the memory of what they write: one of them runs at a time, and nobody reads it.
+    """
 
     def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
         self._flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -23,7 +27,7 @@ class Timer:
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             run()
         return graph
 

@@ -1,8 +1,10 @@
 """Sampled inference steps: how many rows, one per routed token, each expert of each layer gets in a forward step."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +37,7 @@ class Routing:
     """The experts of every token that `trace` wrote into ``folder``; `UserError` where its files are damaged."""
 
     def __init__(self, folder: str | Path) -> None:
+        self._folder = folder
         table, self.facts = read_table(TRAFFIC, Path(folder) / "traffic.parquet")
         self._file = TensorFile(Path(folder) / "routing.safetensors", _FIX)
         if self._file.facts(TrafficFacts) != self.facts:
@@ -46,6 +49,14 @@ class Routing:
                 f"{folder}/traffic.parquet: its rows are not those of its texts, layers and experts; {_FIX}"
             )
         self._tokens = table.column("tokens").to_numpy().reshape(len(texts), len(layers), experts)
+
+    def check_texts(self, texts: Sequence[str]) -> None:
+        """`UserError` for a text that was not traced."""
+        unknown = sorted(set(texts) - set(self.facts["texts"]))
+        if unknown:
+            raise UserError(
+                f"{self._folder}: no text {unknown[0]!r} in this trace; it has {', '.join(self.facts['texts'])}"
+            )
 
     def expert_ids(self, text: str, layer: int) -> NDArray[np.int16]:
         """int16 [tokens, top-k] of one text and layer; `UserError` where they contradict the table."""
@@ -79,30 +90,37 @@ def sample_positions(
     return flat.ravel()[:tokens]
 
 
+def sample_steps(
+    facts: dict[str, Any], texts: Sequence[str], tokens: int, kind: str, steps: int, seed: int
+) -> list[tuple[str, NDArray[np.int64]]]:
+    """Text and positions, as of `sample_positions`, of ``steps`` steps of ``tokens`` tokens; texts take turns.
+
+    ``kind`` auto goes by ``tokens``. Fewer steps are the first of more.
+    """
+    if tokens < 1:
+        raise UserError(f"tokens per step must be at least 1, not {tokens}")
+    if kind == "auto":
+        kind = "decode" if tokens <= DECODE_TOKENS else "prefill"
+    generator = np.random.default_rng(seed)
+    turns = [texts[step % len(texts)] for step in range(steps)]
+    return [(text, sample_positions(kind, tokens, facts["sequences"], facts["length"], generator)) for text in turns]
+
+
 def sample_traffic(
     folder: str | Path, texts: list[str], tokens: int, kind: str = "auto", steps: int = 16, seed: int = 0
 ) -> Traffic:
     """Sample ``steps`` forward steps of ``tokens`` tokens from the routing that `trace` wrote.
 
-    Texts (default: all) take turns. ``kind`` of the steps: prefill or decode, see `sample_positions`; auto goes by
-    ``tokens``. An expert that no sampled step reaches gets one row in a fraction of a step that follows its traffic in
-    the whole trace, so no expert is free. `UserError` for a text that was not traced.
+    Texts are all by default; ``kind`` of the steps: prefill or decode, see `sample_steps`. An expert that no sampled
+    step reaches gets one row in a fraction of a step that follows its traffic in the whole trace, so no expert is free.
+    `UserError` for a text that was not traced.
     """
     routing = Routing(folder)
     facts = routing.facts
     texts = texts or facts["texts"]
-    unknown = sorted(set(texts) - set(facts["texts"]))
-    if unknown:
-        raise UserError(f"{folder}: no text {unknown[0]!r} in this trace; it has {', '.join(facts['texts'])}")
-    if tokens < 1:
-        raise UserError(f"tokens per step must be at least 1, not {tokens}")
+    routing.check_texts(texts)
     layers, experts = tuple(facts["layers"]), facts["experts"]
-    if kind == "auto":
-        kind = "decode" if tokens <= DECODE_TOKENS else "prefill"
-    generator = np.random.default_rng(seed)
-    shape = (facts["sequences"], facts["length"])
-    turns = [texts[step % len(texts)] for step in range(steps)]
-    positions = [(text, sample_positions(kind, tokens, *shape, generator)) for text in turns]
+    positions = sample_steps(facts, texts, tokens, kind, steps, seed)
     rows = np.zeros((len(layers), steps, experts), np.int64)
     seen = np.zeros((len(layers), experts))  # tokens of each expert in all the texts
     for index, layer in enumerate(layers):
@@ -112,7 +130,7 @@ def sample_traffic(
         for step, (text, places) in enumerate(positions):
             rows[index, step] = np.bincount(expert_ids[text][places].ravel(), minlength=experts)
     weight = np.full(rows.shape, 1 / steps)
-    expected = tokens * np.maximum(seen, 0.5) / (shape[0] * shape[1] * len(texts))
+    expected = tokens * np.maximum(seen, 0.5) / (facts["sequences"] * facts["length"] * len(texts))
     layer, expert = np.nonzero(rows.sum(1) == 0)
     rows[layer, 0, expert] = 1
     weight[layer, 0, expert] = np.minimum(1 / steps, expected[layer, expert])

@@ -1,0 +1,123 @@
+"""Times of the MoE layers of checkpoints on a GPU, beside the original's experts in transformers.
+
+Everything behind the router is timed: the whole layer, and each of its launches. All that is compared in a layer and a
+step is captured first and then replayed in rounds of random order.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.gpu import expert_modules, layer_on_kernels
+from mxmoe_steps.kernels.moe_layer import MoeLayer
+from mxmoe_steps.models.families import Family
+from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.timing.stages import stages_of
+from mxmoe_steps.timing.timer import Timer
+from mxmoe_steps.timing.times import ORIGINAL, WHOLE
+from mxmoe_steps.timing.traffic import Routing, sample_steps
+
+_GATHERED = 16  # tokens up to which transformers' batched_mm is tried: it copies the weights of every chosen expert
+
+log = logging.getLogger("mxmoe_steps")
+Calls = dict[tuple[str, str], Callable[[], object]]  # checkpoint and stage -> launches
+
+
+@dataclass(frozen=True)
+class Step:
+    """What enters the experts of a layer: hidden states [T, H], expert ids int64 [T, k], router weights [T, k]."""
+
+    x: torch.Tensor
+    expert_ids: torch.Tensor
+    weights: torch.Tensor
+
+
+class Steps:
+    """Sampled steps of a traced text; hidden states and router weights are random, times do not depend on them."""
+
+    def __init__(self, routing: Routing, text: str, tokens: int, count: int, hidden: int, seed: int) -> None:
+        self._routing, self._hidden, self._seed = routing, hidden, seed
+        self._positions = sample_steps(routing.facts, [text], tokens, "auto", count, seed)
+
+    def of(self, layer: int) -> Iterator[Step]:
+        """The steps as they reach a layer."""
+        generator = torch.Generator("cuda").manual_seed(self._seed)
+        for text, positions in self._positions:
+            ids = torch.from_numpy(self._routing.expert_ids(text, layer)[positions]).long().cuda()
+            x = torch.randn(len(ids), self._hidden, device="cuda", generator=generator).bfloat16()
+            weights = torch.rand(ids.shape, device="cuda", generator=generator).softmax(-1).bfloat16()
+            yield Step(x, ids, weights)
+
+
+def on_kernels(model: StreamedModel, number: int) -> MoeLayer:
+    """A layer of a packed checkpoint on the kernels; `UserError` where there are none for it."""
+    family = model.folder.family
+    with model.loaded(layer_path(number)):
+        moe = model.moe(number)
+        gate = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
+        return layer_on_kernels(expert_modules(moe, family), family, model.folder.activation, model.device, gate)
+
+
+def in_transformers(moe: Any, family: Family, step: Step) -> Callable[[], torch.Tensor]:
+    """Routed and shared experts of the original's MoE module."""
+
+    def run() -> torch.Tensor:
+        routed: torch.Tensor = moe.experts(step.x, step.expert_ids, step.weights)
+        if family.shared is None:
+            return routed
+        shared = moe.get_submodule(family.shared)(step.x)
+        if family.shared_gate is not None:
+            shared = torch.sigmoid(moe.get_submodule(family.shared_gate)(step.x)) * shared
+        return routed + shared
+
+    return run
+
+
+def captured_original(
+    timer: Timer, original: StreamedModel, number: int, step: Step
+) -> dict[tuple[str, str], torch.cuda.CUDAGraph]:
+    """The original's experts in each of transformers' implementations that can run them, as stages."""
+    graphs = {}
+    for name in ("grouped_mm", *(["batched_mm"] if len(step.x) <= _GATHERED else [])):
+        original.model.config._experts_implementation = name
+        try:
+            run = in_transformers(original.moe(number), original.folder.family, step)
+            graphs[ORIGINAL, name] = timer.capture(run)
+        except (RuntimeError, NotImplementedError, KeyError) as error:
+            log.warning("time: transformers' %s cannot run layer %d: %s", name, number, str(error).splitlines()[0])
+    return graphs
+
+
+def layer_times(
+    timer: Timer, original: StreamedModel, layers: Mapping[str, MoeLayer], number: int, step: Step,
+    rounds: int, repeats: int, seed: int,
+) -> dict[tuple[str, str], list[float]]:  # fmt: skip
+    """(checkpoint, stage) -> microseconds in every round; within ``original.loaded(layer_path(number))``."""
+    graphs = captured_original(timer, original, number, step)
+    for name, layer in layers.items():
+        stages = stages_of(layer, step.x, step.expert_ids, step.weights)
+        stages[WHOLE] = lambda layer=layer: layer(step.x, step.expert_ids, step.weights)  # type: ignore[misc]
+        graphs |= {(name, stage): timer.capture(run) for stage, run in stages.items()}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
+    for found in timer.rounds(graphs, rounds, repeats, seed):
+        for key, us in found.items():
+            times[key].append(us)
+    return times
+
+
+def usable_layers(models: Mapping[str, StreamedModel], number: int, said: set[str]) -> dict[str, MoeLayer]:
+    """The layer of every checkpoint that has kernels for it; why another has none is logged once, in ``said``."""
+    layers = {}
+    for name, model in models.items():
+        try:
+            layers[name] = on_kernels(model, number)
+        except UserError as error:
+            reason = f"time: {name}: layer {number} is not timed: {error}"
+            if name not in said:
+                log.warning("%s", reason)
+            said.add(name)
+    return layers

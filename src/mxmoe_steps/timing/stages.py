@@ -1,0 +1,36 @@
+"""The six launches of a MoE layer one by one, as functions to time."""
+
+from collections.abc import Callable
+
+import torch
+
+from mxmoe_steps.kernels.moe_layer import MoeLayer
+from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert
+
+STAGES = ("sort", "dispatch", "gate_up", "swiglu", "down", "combine")
+
+
+def stages_of(
+    layer: MoeLayer, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """Stage -> its launch on what the stages before it make of x [T, H], expert ids and router weights [T, k].
+
+    Without ``swiglu`` where that is part of ``gate_up``.
+    """
+    up, down, plan = layer.gate_up, layer.down, layer.plan
+    routed = sort_by_expert(expert_ids, plan.experts, plan.slices)
+    activations, logits = dispatch(x, routed, up.needs, up.plan.operands, layer.gate)
+    products = up(activations, routed)
+    inner = layer.activate(products, routed)
+    rows = down(inner, routed)
+    stages: dict[str, Callable[[], object]] = {
+        "sort": lambda: sort_by_expert(expert_ids, plan.experts, plan.slices),
+        "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands, layer.gate),
+        "gate_up": lambda: up(activations, routed),
+        "swiglu": lambda: layer.activate(products, routed),
+        "down": lambda: down(inner, routed),
+        "combine": lambda: combine(rows, routed, weights, logits),
+    }
+    if up.plan.gated and down.plan.operands == ("bf16",):
+        del stages["swiglu"]
+    return stages
