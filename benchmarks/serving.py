@@ -26,6 +26,7 @@ what the file has. Without parts, the checkpoints are written to ``--folder`` an
 """
 
 import argparse
+import collections
 import json
 import os
 import random
@@ -156,32 +157,37 @@ def fix_routing() -> None:
 
 
 class Graphs:
-    """Remembers the CUDA graph that was replayed last."""
+    """Counts the replays of CUDA graphs.
+
+    The graph of a batch is the one that is replayed most: where prompts fill more than a step, some sequences end later
+    than others, in the graph of a smaller batch.
+    """
 
     def __init__(self) -> None:
         import torch
 
-        self.last: Any = None
+        self.replays: collections.Counter[Any] = collections.Counter()
         self.replay = replay = torch.cuda.CUDAGraph.replay
 
-        def remember(graph: Any) -> None:
-            self.last = graph
+        def count(graph: Any) -> None:
+            self.replays[graph] += 1
             replay(graph)
 
-        torch.cuda.CUDAGraph.replay = remember
+        torch.cuda.CUDAGraph.replay = count
 
     def milliseconds(self) -> float:
-        """Of the GPU for the last graph; NaN if there was none."""
+        """Of the GPU for the graph of the batch since the last clear; NaN if there was none."""
         import torch
 
-        if self.last is None:
+        if not self.replays:
             return float("nan")
+        ((graph, _),) = self.replays.most_common(1)
         times = []
         for _ in range(7):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             for _ in range(REPLAYS):
-                self.replay(self.last)
+                self.replay(graph)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end) / REPLAYS)
@@ -197,13 +203,15 @@ def fill(model: Any) -> None:
     eight_bits = any(one.is_floating_point() and one.element_size() == 1 for one in parameters.values())
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if "scale" in name:
-                parameter.fill_(0.02 / 60 if eight_bits else 0.005)
-            elif name.endswith("weight_packed"):
+            if name.endswith("weight_packed"):
                 parameter.random_(-(2**31), 2**31 - 1, generator=generator)
-            elif parameter.is_floating_point() and parameter.dim() == 1:
-                parameter.fill_(float("norm" in name))
-            elif parameter.is_floating_point():
+            elif name.endswith("weight_scale"):
+                parameter.fill_(0.02 / 60 if eight_bits else 0.005)
+            elif name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("weight") and parameter.dim() == 1:  # of a norm
+                parameter.fill_(1)
+            elif name.endswith("weight"):
                 spread = 60 if parameter.element_size() == 1 else 0.02
                 for part in parameter.data.view(-1).split(2**26):
                     noise = torch.randn(part.shape, generator=generator, device=part.device, dtype=torch.bfloat16)
@@ -294,7 +302,7 @@ def offline(arguments: argparse.Namespace) -> None:
 
     if "decode" in arguments.parts:
         for batch in batches:
-            graphs.last = None
+            graphs.replays.clear()
             seconds(batch, PROMPT, SKIPPED)
             short, long = (median(batch, PROMPT, new) for new in (SKIPPED, SKIPPED + NEW))
             found(**{f"graph {batch}": graphs.milliseconds(), f"step {batch}": (long - short) / NEW * 1e3})
