@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu_marks import needs_kernels
 
-from mxmoe_steps.kernels import moe_layer, plan, reference
+from mxmoe_steps.kernels import launch, moe_layer, plan, reference
 from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.formats import FORMATS
@@ -233,24 +233,6 @@ def test_long_inputs_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layer(x[:0], expert_ids[:0], mixing[:0]).shape == (0, 2048)
 
 
-def main() -> None:
-    """Build every kernel that these tests load: run where there is a compiler and no GPU."""
-    plans = [layer_plan([name], 8, QWEN, 1) for name in UNIFORM]
-    plans += [layer_plan(names, 16, QWEN, seed) for names in MIXTURES for seed in (1, 2, 33, 517, 8192)]
-    shapes = [(1, (256, 128, 0)), (3, (128, 256, 1)), (8, (4096, 14336, 0)), (100, (256, 128, 2))]
-    plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
-    plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
-    plans += [plan_layer(by_expert(names), QWEN[0], QWEN[1], QWEN[1] * QWEN[2]) for names in BY_EXPERT]
-    launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
-    configs = {config for launch in launches for config in launch.kernels(DEFAULT).values()}
-    for config in configs | {replace(config, gated=False) for config in configs}:
-        print(build(config), config.name, flush=True)
-
-
-if __name__ == "__main__":
-    main()
-
-
 @pytest.mark.parametrize("slices", [0, 4])
 def test_experts_of_other_gpus_add_nothing(slices: int) -> None:
     sizes = (2048, 1408, slices)
@@ -270,3 +252,35 @@ def test_experts_of_other_gpus_add_nothing(slices: int) -> None:
             x, expert_ids.where(here, 0), mixing.where(here, 0), lambda e, b: weights[e, b], shared=slices > 0
         )
         assert (out - expected).norm() / expected.norm() < FP8_BOUND
+
+
+def test_the_default_type_of_new_tensors_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines set another one while they load a model."""
+    monkeypatch.setattr(launch, "_ones", launch._ones.__wrapped__)
+    torch.manual_seed(1)
+    weights = random_weights(schemes_of(["w4a16"], 8, QWEN[2], 1), QWEN)
+    plan = layer_plan(["w4a16"], 8, QWEN, 1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert error_of(layer, weights, 16, 4) < ASYMMETRIC_BOUND
+
+
+def main() -> None:
+    """Build every kernel that these tests load: run where there is a compiler and no GPU."""
+    plans = [layer_plan([name], 8, QWEN, 1) for name in UNIFORM]
+    plans += [layer_plan(names, 16, QWEN, seed) for names in MIXTURES for seed in (1, 2, 33, 517, 8192)]
+    shapes = [(1, (256, 128, 0)), (3, (128, 256, 1)), (8, (4096, 14336, 0)), (100, (256, 128, 2))]
+    plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
+    plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
+    plans += [plan_layer(by_expert(names), QWEN[0], QWEN[1], QWEN[1] * QWEN[2]) for names in BY_EXPERT]
+    launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
+    configs = {config for launch in launches for config in launch.kernels(DEFAULT).values()}
+    for config in configs | {replace(config, gated=False) for config in configs}:
+        print(build(config), config.name, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -236,7 +236,8 @@ def check_tensor(
 @cache
 def _ones(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What stands in for the scales that a format does not have: of tokens [1], of weights [1, 1]."""
-    return torch.ones(1, device=device), torch.ones(1, 1, device=device)
+    one = torch.ones(1, dtype=torch.float32, device=device)  # engines change the default type while they load
+    return one, one.view(1, 1)
 
 
 @cache

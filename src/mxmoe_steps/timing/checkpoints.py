@@ -59,7 +59,8 @@ def on_kernels(model: StreamedModel, number: int) -> MoeLayer:
     with model.loaded(layer_path(number)):
         moe = model.moe(number)
         gate = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
-        return layer_on_kernels(expert_modules(moe, family), family, model.folder.activation, model.device, gate)
+        device = next(moe.parameters()).device  # of the router, with its number
+        return layer_on_kernels(expert_modules(moe, family), family, model.folder.activation, device, gate)
 
 
 def in_transformers(moe: Any, family: Family, step: Step) -> Callable[[], torch.Tensor]:

@@ -19,7 +19,7 @@ class Timer:
     """
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.MemPool()  # outlives its graphs
         self._flush = torch.ones(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
 
     def capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -27,7 +27,7 @@ class Timer:
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=self._pool.id):
             run()
         return graph
 
