@@ -187,7 +187,7 @@ def test_the_command_compiles_what_a_mixture_needs(tmp_path: Path, monkeypatch: 
     build.main()
     record = json.loads(out.read_text())
     assert record["formats"] == ["w2a16_g128_asym", "w4a16_g128_asym", "w8a8_g-1_sym_fp8"]
-    assert list(record["libraries"]) == sorted([*HOPPER.phases, *build.TOKEN_KERNELS])
+    assert list(record["libraries"]) == sorted([*HOPPER.phases, *HOPPER.token_kernels])
     formats = tuple(kernel_format(parse_scheme(name)) for name in ("w8a8_fp8", "w4a16", "w1a16"))
     assert asked[: len(HOPPER.phases)] == [HOPPER.config(formats, phase) for phase in HOPPER.phases]
 
