@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-from kernel_weights import random_weight
 
-from mxmoe_steps.kernels.codes.format import OPERAND_BITS, Format
-from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.mma.config import STEP_BYTES
 from mxmoe_steps.kernels.mma.fragments import STEPS, stored_offset, token_offset, weight_offset
 

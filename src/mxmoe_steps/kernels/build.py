@@ -188,9 +188,10 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
     outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
-        return DispatchTokens(architecture, variant == "gated"), [bf16[0], expert_ids, row, needs, outputs, gating, count]
-    generator = {"swiglu": SwiGlu, "quantize": Quantize}[kind](architecture)
-    return generator, [bf16[0], expert_ids, row, needs, outputs, count]
+        generator = DispatchTokens(architecture, variant == "gated")
+        return generator, [bf16[0], expert_ids, row, needs, outputs, gating, count]
+    rows = {"swiglu": SwiGlu, "quantize": Quantize}[kind](architecture)
+    return rows, [bf16[0], expert_ids, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:

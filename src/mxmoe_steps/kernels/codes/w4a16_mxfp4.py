@@ -91,7 +91,4 @@ class W4A16Mxfp4(Format):
         ]
         group = block % 4 // 2
         product = f"{MINUS_ZERO} fma.rn.bf16x2 {{$w0}}, t, {{$r0}}, n;"
-        return [
-            ptx.either(masked[register], product, terms[2 * (register % 2) + group])
-            for register in range(4)
-        ]
+        return [ptx.either(masked[register], product, terms[2 * (register % 2) + group]) for register in range(4)]

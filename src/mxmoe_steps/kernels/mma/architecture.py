@@ -32,6 +32,7 @@ class MmaSync(Architecture):
     """A few tokens: small, split tiles; some: small tiles; many: large tiles, by twice as many warps."""
 
     phase_rows: ClassVar[Mapping[str, int]] = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
+    configuration: ClassVar[type[MmaConfig]]
     generator: ClassVar[str] = f"{__package__}.group_gemm"
     overlaps: ClassVar[bool] = False
     clusters: ClassVar[bool] = False
@@ -68,7 +69,7 @@ class MmaSync(Architecture):
         if phase == "decode":
             much = self.configuration.shared_bytes >= MUCH_SHARED
             return Shape((16, 32, 48, 64), 1, 1, 2) if much else Shape((16, 32, 64), 2, 1, 1)
-        return Shape((16, 32, 64, 96, 128, 192), 2, 1, 1)
+        return Shape((16, 32, 64, 96, 128), 2, 1, 1)
 
     def _tokens(self, format_: Format, shape: Shape) -> tuple[int, ...]:
         grouped = format_.decoded and format_.operand != "bf16"
@@ -84,7 +85,7 @@ class Sm80(MmaSync):
     gpus: ClassVar[str] = "A100, A30"
     capability: ClassVar[tuple[int, int]] = (8, 0)
     target: ClassVar[str] = "sm_80"
-    configuration: ClassVar[type] = A100
+    configuration: ClassVar[type[MmaConfig]] = A100
     operands: ClassVar[tuple[str, ...]] = ("bf16", "int8")
 
 
@@ -93,7 +94,7 @@ class Sm86(MmaSync):
     gpus: ClassVar[str] = "RTX 3090, A40, A10"
     capability: ClassVar[tuple[int, int]] = (8, 6)
     target: ClassVar[str] = "sm_86"
-    configuration: ClassVar[type] = Ampere
+    configuration: ClassVar[type[MmaConfig]] = Ampere
     operands: ClassVar[tuple[str, ...]] = ("bf16", "int8")
 
 
@@ -102,7 +103,7 @@ class Sm89(MmaSync):
     gpus: ClassVar[str] = "RTX 4090, L40S, L4"
     capability: ClassVar[tuple[int, int]] = (8, 9)
     target: ClassVar[str] = "sm_89"
-    configuration: ClassVar[type] = Ada
+    configuration: ClassVar[type[MmaConfig]] = Ada
 
 
 class Sm120(MmaSync):
@@ -110,7 +111,7 @@ class Sm120(MmaSync):
     gpus: ClassVar[str] = "RTX 5090"
     capability: ClassVar[tuple[int, int]] = (12, 0)
     target: ClassVar[str] = "sm_120a"
-    configuration: ClassVar[type] = Blackwell
+    configuration: ClassVar[type[MmaConfig]] = Blackwell
 
 
 class MmaOnHopper(MmaSync):
@@ -120,7 +121,7 @@ class MmaOnHopper(MmaSync):
     gpus: ClassVar[str] = HOPPER.gpus
     capability: ClassVar[tuple[int, int]] = HOPPER.capability
     target: ClassVar[str] = HOPPER.target
-    configuration: ClassVar[type] = OnHopper
+    configuration: ClassVar[type[MmaConfig]] = OnHopper
 
 
 GPUS: tuple[MmaSync, ...] = (Sm80(), Sm86(), Sm89(), Sm120())

@@ -24,9 +24,9 @@ class MmaConfig:
     """The tiles of one persistent kernel, sorted, all of the same number of weight rows; a subclass says for which GPU.
 
     ``max_problems`` bounds the problem table (a multiple of 32). An SM runs ``blocks_per_sm`` blocks. ``columns``:
-    groups of `ROW_WARPS` warps that share the tokens of a tile. The slots of a tile are dealt to ``split`` times as many
-    warps, which add up at the end. ``gated``: weights are gate and up, `GATE_ROWS` rows of each in turn, and what is
-    stored is silu(gate) * up, half as wide.
+    groups of `ROW_WARPS` warps that share the tokens of a tile. The slots of a tile are dealt to ``split`` times as
+    many warps, which add up at the end. ``gated``: weights are gate and up, `GATE_ROWS` rows of each in turn, and what
+    is stored is silu(gate) * up, half as wide.
 
     ``shared_bytes``: shared memory of an SM. ``suspends``: whether a thread that waits for a barrier can sleep.
     """

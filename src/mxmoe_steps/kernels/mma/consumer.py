@@ -12,7 +12,6 @@ from mxmoe_steps.kernels.mma.epilogue import Epilogue
 from mxmoe_steps.kernels.mma.main_loops import Warp, loop_of
 from mxmoe_steps.kernels.mma.queue import TileQueue
 from mxmoe_steps.kernels.mma.ring import Ring
-from mxmoe_steps.kernels.sm90.config import Tile
 from mxmoe_steps.kernels.sm90.ring import Position, ceil_div
 from mxmoe_steps.kernels.sm90.scheduler import Place, runs_before
 
@@ -61,7 +60,7 @@ class Consumer:
             position = self.consume(self.config.tiles[first], place, position)
         else:
             middle = (first + last) // 2
-            if runs_before(self.config, middle, place):
+            if runs_before(self.config, middle, place):  # type: ignore[arg-type]
                 position = self.consume_one_of(first, middle, place, position)
             else:
                 position = self.consume_one_of(middle, last, place, position)

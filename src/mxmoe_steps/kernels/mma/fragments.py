@@ -1,8 +1,9 @@
 """Fragments of ``mma.sync`` and where their elements lie in shared memory (CuTe DSL).
 
 Rows of 128 bytes lie in blocks, 16-byte chunk c of row r at ``128 r + 16 (c ^ r % 8)``, so that neither copies nor
-``ldmatrix`` meet in a bank. An instruction multiplies 32 bytes of every row, two chunks, whatever the type: 16 bfloat16,
-32 int8 or e4m3, 64 int4. Fragments of 16 weight rows (A) and 8 tokens (B), lane l, words of four bytes w of a chunk:
+``ldmatrix`` meet in a bank. An instruction multiplies 32 bytes of every row, two chunks, whatever the type: 16
+bfloat16, 32 int8 or e4m3, 64 int4. Fragments of 16 weight rows (A) and 8 tokens (B), lane l, words of four bytes w of
+a chunk:
 
     A  word 0: row l / 4, w = l % 4      1: row + 8     2, 3: the same of the next chunk
     B  word 0: token l / 4, w = l % 4    1: the next chunk

@@ -1,15 +1,15 @@
 """The grouped GEMM of ``mma.sync`` GPUs: one persistent kernel whose main loop is picked per tile (CuTe DSL).
 
-``Y_e^T [N, tokens] = W_e [N, K] . X_e^T`` (swap-AB), as on Hopper: weights on the 16-row side of ``mma.sync``, tokens on
-its 8-wide side. Stored weights are Hopper's, too: the fragments of both instructions are the same.
+``Y_e^T [N, tokens] = W_e [N, K] . X_e^T`` (swap-AB), as on Hopper: weights on the 16-row side of ``mma.sync``, tokens
+on its 8-wide side. Stored weights are Hopper's, too: the fragments of both instructions are the same.
 
 Warps of a block
     warp 0    producer: asynchronous copies of 16 bytes (rows, swizzled on the way; chunks), and the tiles' numbers
     warps 1-  four along the weight rows of a tile, times ``columns`` along its tokens, times ``split`` along K
 
-Ring, tile table and the order of tiles are those of `sm90.group_gemm`. A slot is full when the copies of all lanes of the
-producer have arrived, which a barrier counts (``cp.async.mbarrier.arrive``), and empty when all warps that read it say
-so. Waits poll where a GPU cannot suspend them. There are no clusters, no tensor maps, and launches do not overlap.
+Ring, tile table and the order of tiles are those of `sm90.group_gemm`. A slot is full when the copies of all lanes of
+the producer have arrived, which a barrier counts (``cp.async.mbarrier.arrive``), and empty when all warps that read it
+say so. Waits poll where a GPU cannot suspend them. There are no clusters, no tensor maps, and launches do not overlap.
 
     producer    | copy 0 | copy 1 | copy 2 | copy 3 | (tile 2) copy 0 ...
     consumers     wait 0 | fetch or decode, multiply, step by step | free 0 | wait 1 | ... | epilogue 1
@@ -22,7 +22,7 @@ and the first adds them in order, so that a launch gives the same bits every tim
 from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32, Int64, Uint8, cute
+from cutlass import Int32, Int64, Uint8, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels.codes.format import TILE_ROWS
@@ -116,7 +116,7 @@ class GroupGemm:
             initialize(barriers + thread, count)
         table_layout = cute.make_layout((config.max_problems, TABLE_FIELDS), stride=(TABLE_FIELDS, 1))
         table = TileTable(
-            config,
+            config,  # type: ignore[arg-type]  # it has what a table asks for
             shared.ends.get_tensor(cute.make_layout(config.max_problems + 1)),
             shared.table.get_tensor(table_layout),
         )

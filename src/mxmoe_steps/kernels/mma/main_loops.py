@@ -50,11 +50,8 @@ class MainLoop:
         views = self.views()
         for slot in cutlass.range(self.slots, unroll=1):
             begin = ring.begin(self.tile, position.end)
-            if const_expr(split == 1):
-                ring.wait_full(position)
-                self.multiply_slot(acc, views, begin)
-                ring.release(position.stage, Boolean(True))
-            elif slot & (split - 1) == self.warp.part:
+            mine = Boolean(True) if const_expr(split == 1) else slot & (split - 1) == self.warp.part
+            if mine:
                 ring.wait_full(position)
                 self.multiply_slot(acc, views, begin)
                 ring.release(position.stage, Boolean(True))

@@ -83,7 +83,7 @@ class Producer:
             filled, drawn = self.load(self.config.tiles[first], place, filled)
         else:
             middle = (first + last) // 2
-            if runs_before(self.config, middle, place):
+            if runs_before(self.config, middle, place):  # type: ignore[arg-type]
                 filled, drawn = self.load_one_of(first, middle, place, filled)
             else:
                 filled, drawn = self.load_one_of(middle, last, place, filled)
@@ -146,10 +146,7 @@ class Producer:
         start = source + Int64(slot) * Int64(chunks * chunk)
         for run in cutlass.range_constexpr(runs):
             for first in cutlass.range_constexpr(0, size, 32 * CHUNK_BYTES):
-                rest = size - first
-                if const_expr(rest >= 32 * CHUNK_BYTES):
-                    copy(target + (run * size + first) + at, start + Int64(run * chunk + first), Int32(CHUNK_BYTES))
-                elif at < rest:
+                if at < size - first:
                     copy(target + (run * size + first) + at, start + Int64(run * chunk + first), Int32(CHUNK_BYTES))
 
     @cute.jit
