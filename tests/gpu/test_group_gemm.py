@@ -21,7 +21,7 @@ from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
-from mxmoe_steps.kernels.layouts import kernel_weights, original_weights
+from mxmoe_steps.kernels.layouts import gate_and_up, kernel_weights, original_weights
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, round_to_nearest
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
@@ -270,6 +270,39 @@ def test_launches_overlap_in_everything_but_tokens(architecture: Architecture, n
         assert torch.equal(steps[-1], alone)
 
 
+GATED = ("w16a16", "w4a16", "w8a8", "w4a8")
+
+
+@on_architectures
+@pytest.mark.parametrize("phase", sorted(PHASES))
+@pytest.mark.parametrize("name", GATED)
+def test_gated_launches_store_products(architecture: Architecture, name: str, phase: str) -> None:
+    torch.manual_seed(29)
+    scheme, n, k = parse_scheme(name), 96, 256
+    experts, offsets = len(ROWS), torch.tensor([0, *ROWS]).cumsum(0).tolist()
+    dense = [(torch.randn(experts, n, k, device="cuda") * 0.1).bfloat16() for _ in range(2)]
+    if scheme.is_original:
+        stored, packed = dense, [original_weights(gate_and_up(*dense))]
+    else:
+        stored = [quantize(one, scheme) for one in dense]
+        codes, scales = (gate_and_up(*(getattr(one, part) for one in stored)) for part in ("codes", "scales"))
+        zeros = None if stored[0].zeros is None else gate_and_up(*(one.zeros for one in stored))
+        packed = [kernel_weights(QuantizedWeight(scheme, codes, scales, zeros))]
+    x = torch.randn(offsets[-1], k, device="cuda").bfloat16()
+    config = architecture.config((packed[0].format,), phase, gated=True)
+    table = problem_table([(e, 0, e, 0) for e in range(experts)], packed, experts, n, "cuda", gated=True)
+    out = torch.full((offsets[-1] + 40, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+    given = activations_of(torch.cat([x, x[:40]]), config.operands)
+    GroupGemmKernel(config)(given, packed, table, torch.tensor(offsets, dtype=torch.int32, device="cuda"), out)
+    problems = [(e, 0, e, 0) for e in range(experts)]
+    gate, up = (
+        reference.group_gemm(x, offsets, problems, [one], n, torch.float64).bfloat16().double() for one in stored
+    )
+    exact = gate * gate.sigmoid() * up
+    assert out[offsets[-1] :].isnan().all()
+    assert relative_error(out[: offsets[-1]], exact) < 2 * ASYMMETRIC_BOUND
+
+
 def main() -> None:
     """Build every kernel that the tests in this folder load: run where there is a compiler and no GPU."""
     cache = Path(sys.argv[1]) if len(sys.argv) > 1 else None
@@ -279,6 +312,9 @@ def main() -> None:
         for formats in [*alone, mixture]:
             for phase in architecture.phases:
                 print(build(architecture.config(formats, phase), cache), flush=True)
+        for format_ in (kernel_format(parse_scheme(name)) for name in GATED):
+            for phase in architecture.phases:
+                print(build(architecture.config((format_,), phase, gated=True), cache), flush=True)
         for name in architecture.token_kernels:
             print(build(TokenKernel(name, architecture), cache), flush=True)
 

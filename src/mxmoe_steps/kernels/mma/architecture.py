@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.codes.format import GROUP, HALF_ROWS, TILE_ROWS, Format
-from mxmoe_steps.kernels.mma.config import A100, Ada, Ampere, Blackwell, MmaConfig, OnHopper
+from mxmoe_steps.kernels.mma.config import A100, MMA_TOKENS, Ada, Ampere, Blackwell, MmaConfig, OnHopper
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.kernels.sm90.config import Tile, block_features
 
-LARGEST_GROUPED = 128  # tokens of a tile where sums of a group have registers of their own
+MOST_GROUPED = 6  # token blocks of a warp where sums of a group have registers of their own
 MUCH_SHARED = 160 * 1024  # bytes of an SM, from which on it runs two decode blocks
 
 # Tokens of an expert, on average, up to which latency and decode kernels are ahead
@@ -73,7 +73,8 @@ class MmaSync(Architecture):
 
     def _tokens(self, format_: Format, shape: Shape) -> tuple[int, ...]:
         grouped = format_.decoded and format_.operand != "bf16"
-        return tuple(n for n in shape.tokens if n <= LARGEST_GROUPED or not grouped)
+        largest = MOST_GROUPED * MMA_TOKENS * shape.columns if grouped else shape.tokens[-1]
+        return tuple(n for n in shape.tokens if n <= largest)
 
     def _tile(self, format_: Format, tokens: int, phase: str) -> Tile:
         depth = GROUP // block_features(format_) if format_.decoded else 1

@@ -22,6 +22,8 @@ from mxmoe_steps.kernels.sm90.config import ROW_BYTES
 
 CHUNK_BYTES = 16
 STEPS = ROW_BYTES // STEP_BYTES  # instructions that a block of rows takes
+LANES = ROW_BYTES // CHUNK_BYTES  # that copy a row
+ROWS_AT_ONCE = 32 // LANES
 
 INSTRUCTIONS = {
     "bf16": "m16n8k16.row.col.f32.bf16.bf16.f32",
@@ -33,6 +35,16 @@ INSTRUCTIONS = {
 def stored_offset(row: Any, chunk: Any) -> Any:
     """Byte of a block where a 16-byte chunk of a row is stored."""
     return row * ROW_BYTES + ((chunk ^ (row & 7)) * CHUNK_BYTES)
+
+
+def copied(lane: Any) -> tuple[Any, Any]:
+    """Row and chunk that ``lane`` copies first; `ROWS_AT_ONCE` rows are copied at a time."""
+    return lane >> (LANES.bit_length() - 1), lane & (LANES - 1)
+
+
+def copied_offset(lane: Any, step: int) -> Any:
+    """Byte of a block where the ``step``-th chunk that ``lane`` copies is stored: every second one four rows on."""
+    return (stored_offset(*copied(lane)) ^ step % 2 * ROWS_AT_ONCE * CHUNK_BYTES) + step * ROWS_AT_ONCE * ROW_BYTES
 
 
 def weight_offset(lane: Any) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import cutlass
 from cutlass import Boolean, Float32, Int32, const_expr, cute
@@ -20,8 +20,6 @@ from mxmoe_steps.kernels.sm90.registers import Scratch, fetch_codes, fetch_scale
 from mxmoe_steps.kernels.sm90.ring import Chunks, Position
 from mxmoe_steps.kernels.sm90.warp_loop import MAGIC_BITS
 
-MOST_AHEAD = 8  # token blocks of a warp whose next fragments have registers, too
-
 
 @dataclass(frozen=True)
 class Warp:
@@ -36,6 +34,8 @@ class Warp:
 @dataclass(frozen=True)
 class MainLoop:
     """Multiplies a warp's share of a tile into sums (4, token blocks, row blocks); ``slots`` of the tile."""
+
+    most_ahead: ClassVar[int] = 4  # token blocks whose next fragments have registers, too
 
     config: MmaConfig
     tile: Tile
@@ -93,7 +93,7 @@ class MainLoop:
 
     def ahead(self, fetches: list[Callable[[], Any]]) -> Iterator[Any]:
         """What ``fetches`` give, each asked for before the one ahead of it is used, if registers suffice."""
-        if len(self.token_blocks) > MOST_AHEAD:
+        if len(self.token_blocks) > self.most_ahead:
             yield from (fetch() for fetch in fetches)
             return
         following = fetches[0]()
@@ -111,6 +111,8 @@ class MainLoop:
 
 class RowsLoop(MainLoop):
     """Weights in rows, as the tokens are. Fragments of a step are fetched while the step before is multiplied."""
+
+    most_ahead = 8
 
     def multiply_slot(self, acc: cute.Tensor, views: Any, begin: Int32) -> None:
         """As `MainLoop.multiply_slot`."""

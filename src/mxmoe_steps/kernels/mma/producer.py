@@ -8,16 +8,13 @@ from cutlass import Boolean, Int32, Int64, const_expr, cute
 from mxmoe_steps.kernels.codes.format import GROUP, HALF_ROWS, OPERAND_BITS, TILE_ROWS
 from mxmoe_steps.kernels.mma.asynchronous import arrive_when_copied, copy, wait
 from mxmoe_steps.kernels.mma.config import MmaConfig
-from mxmoe_steps.kernels.mma.fragments import CHUNK_BYTES, stored_offset
+from mxmoe_steps.kernels.mma.fragments import CHUNK_BYTES, ROWS_AT_ONCE, copied, copied_offset
 from mxmoe_steps.kernels.mma.queue import TileQueue
 from mxmoe_steps.kernels.mma.ring import Ring
 from mxmoe_steps.kernels.sm90.config import ROW_BYTES, Tile
 from mxmoe_steps.kernels.sm90.producer import DRAW_SLOTS, Filled, draw
 from mxmoe_steps.kernels.sm90.ring import ceil_div
 from mxmoe_steps.kernels.sm90.scheduler import Place, TileTable, runs_before
-
-LANES = ROW_BYTES // CHUNK_BYTES  # that copy a row
-ROWS_AT_ONCE = 32 // LANES
 
 
 @dataclass(frozen=True)
@@ -116,10 +113,10 @@ class Producer:
 
     def rows_from(self, tile: Tile, tensor: cute.Tensor, row: Int64) -> Rows:
         """Rows of a tensor of operands from ``row`` on."""
-        lane = cute.arch.lane_idx()
-        column = (lane & (LANES - 1)) * CHUNK_BYTES
+        first_row, chunk = copied(cute.arch.lane_idx())
+        column = chunk * CHUNK_BYTES
         pitch = self.sources.features * OPERAND_BITS[tile.format.operand] >> 3
-        start = tensor.iterator.toint() + (row + (lane >> (LANES.bit_length() - 1))) * Int64(pitch) + Int64(column)
+        start = tensor.iterator.toint() + (row + Int64(first_row)) * Int64(pitch) + Int64(column)
         return Rows(start, pitch, pitch - column)
 
     def weight_source(self, tile: Tile, place: Place) -> Rows | Int64:
@@ -163,9 +160,7 @@ class Producer:
         """Start the copies of a slot's blocks of ``rows`` rows; those from the ``valid``-th on are zero, and with
         ``beyond``, rows past the first half, which nobody stores, are those of the first half once more."""
         lane = cute.arch.lane_idx()
-        first_row = lane >> (LANES.bit_length() - 1)
-        even = stored_offset(first_row, lane & (LANES - 1))
-        odd = even ^ (ROWS_AT_ONCE * CHUNK_BYTES)  # rows 4 to 7 of eight
+        first_row, _ = copied(lane)
         for d in cutlass.range_constexpr(tile.depth):
             done = (slot * tile.depth + d) * ROW_BYTES
             size = cutlass.select_(done < source.left, Int32(CHUNK_BYTES), Int32(0))
@@ -175,8 +170,7 @@ class Producer:
                 if const_expr(i * ROWS_AT_ONCE == HALF_ROWS and rows == TILE_ROWS):
                     address = cutlass.select_(beyond, start, address)
                 own = cutlass.select_(first_row + i * ROWS_AT_ONCE < valid, size, Int32(0))
-                place = (odd if i % 2 else even) + (d * rows + i * ROWS_AT_ONCE) * ROW_BYTES
-                copy(target + place, address, own)
+                copy(target + (copied_offset(lane, i) + d * rows * ROW_BYTES), address, own)
                 address = address + Int64(source.pitch * ROWS_AT_ONCE)
 
     @cute.jit
