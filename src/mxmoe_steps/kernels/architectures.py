@@ -9,7 +9,7 @@ BUILT: tuple[Architecture, ...] = (*ARCHITECTURES, ON_HOPPER)  # also what no GP
 DEFAULT = ARCHITECTURES[0]  # where no GPU says: what is compiled ahead of time, and what times are predicted for
 PHASE_ROWS, PHASES = DEFAULT.phase_rows, DEFAULT.phases
 
-NAMES = " or ".join(one.name for one in ARCHITECTURES)
+NAMES = " or ".join((", ".join(one.name for one in ARCHITECTURES[:-1]), ARCHITECTURES[-1].name))
 CAPABILITIES = ", ".join("{}.{} ({})".format(*one.capability, one.gpus) for one in ARCHITECTURES)
 
 
