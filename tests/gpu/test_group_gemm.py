@@ -2,7 +2,7 @@
 
 On a Hopper GPU also the kernels of ``mma.sync`` GPUs, compiled for it. Without one
 
-    python tests/gpu/test_group_gemm.py [FOLDER]
+    PYTHONPATH=src:tests python tests/gpu/test_group_gemm.py [FOLDER [ARCHITECTURE]]
 
 compiles what the tests load into a folder for `MXMOE_KERNEL_CACHE`, by default the one that it names.
 """
@@ -306,7 +306,7 @@ def test_gated_launches_store_products(architecture: Architecture, name: str, ph
 def main() -> None:
     """Build every kernel that the tests in this folder load: run where there is a compiler and no GPU."""
     cache = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    for architecture in RUN_HERE:
+    for architecture in (one for one in RUN_HERE if one.name in (sys.argv[2:] or one.name)):
         mixture = tuple(kernel_format(scheme) for scheme in mixture_of(architecture))
         alone = [(format_,) for format_ in FORMATS if format_.operand in architecture.operands]
         for formats in [*alone, mixture]:
