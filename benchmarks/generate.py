@@ -425,7 +425,7 @@ def show(results: dict[str, Cells]) -> None:
 def build_kernels() -> None:
     """Compile what the runs load."""
     from mxmoe_steps.kernels.architectures import DEFAULT
-    from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
+    from mxmoe_steps.kernels.build import TokenKernel, build
     from mxmoe_steps.kernels.plan import plan_layer
     from mxmoe_steps.schemes import SHARED, parse_scheme
 
@@ -440,7 +440,7 @@ def build_kernels() -> None:
         )
         for config in {config for launch in (plan.gate_up, plan.down) for config in launch.kernels(DEFAULT).values()}:
             print(build(config), config.name, flush=True)
-    for name in TOKEN_KERNELS:
+    for name in DEFAULT.token_kernels:
         print(build(TokenKernel(name)), name)
 
 

@@ -2,13 +2,14 @@
 
     python benchmarks/group_gemm.py --build            # compile what the benchmark loads; needs no GPU
     python benchmarks/group_gemm.py --out times.json   # measure; needs an H100
+    python benchmarks/group_gemm.py --architectures "Hopper by mma.sync" Hopper    # kernels of other GPUs beside
 
 One cell is the two grouped GEMMs of one MoE layer, gate_up [T*topk, H] x [E, 2I, H]^T and down
 [T*topk, I] x [E, H, I]^T, times added; activation quantization, permutation and SwiGLU are not in it.
 Traffic is skewed (Gumbel top-k over popularity 1/sqrt(rank)). All runs of a GEMM and number of tokens are captured in
 CUDA graphs and visited in rounds in random order, L2 flushed before every replay; a time is the median over rounds.
 Outputs are checked against float64 on a few experts. A row named after a scheme alone is of the kernels that a layer
-picks.
+picks; kernels of the GPU's second and further --architectures have its name behind their scheme.
 The floor is max(operations / tensor rate, bytes / read rate) with the rates this GPU class reaches.
 """
 
@@ -19,13 +20,15 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
 from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.codes.format import GROUP, HALF_ROWS, TILE_ROWS, Format
 from mxmoe_steps.kernels.formats import kernel_format
@@ -141,8 +144,8 @@ def error_of(
     return worst
 
 
-def kernel_of(formats: tuple[Format, ...], phase: str) -> GroupGemmKernel:
-    return GroupGemmKernel(DEFAULT.config(formats, phase))
+def kernel_of(formats: tuple[Format, ...], phase: str, architecture: Architecture = DEFAULT) -> GroupGemmKernel:
+    return GroupGemmKernel(architecture.config(formats, phase))
 
 
 class Step:
@@ -159,11 +162,13 @@ class Step:
         self.out = torch.empty(sum(rows), columns, dtype=torch.bfloat16, device="cuda")
 
 
-def our_runs(packed: KernelWeights, step: Step, table: torch.Tensor) -> dict[str, Callable[[], object]]:
+def our_runs(
+    architecture: Architecture, packed: KernelWeights, step: Step, table: torch.Tensor
+) -> dict[str, Callable[[], object]]:
     """Our kernels on one grouped GEMM, by phase."""
     format_ = packed.format
     given = {format_.operand: step.given[format_.operand]}
-    kernels = {phase: kernel_of((format_,), phase) for phase in PHASES}
+    kernels = {phase: kernel_of((format_,), phase, architecture) for phase in architecture.phases}
     return {phase: partial(kernel, given, [packed], table, step.offsets, step.out) for phase, kernel in kernels.items()}
 
 
@@ -196,7 +201,13 @@ def torch_runs(
 
 
 def measure_gemm(
-    timer: Timer, schemes: list[Scheme], workload: Workload, gemm: str, tokens: tuple[int, ...], peers: bool
+    timer: Timer,
+    architectures: list[Architecture],
+    schemes: list[Scheme],
+    workload: Workload,
+    gemm: str,
+    tokens: tuple[int, ...],
+    peers: bool,
 ) -> list[dict[str, Any]]:
     """Our kernels and torch's on one grouped GEMM over the token counts; all runs of a count take turns."""
     n, k = workload.gemms[gemm]
@@ -212,15 +223,18 @@ def measure_gemm(
     for count in tokens:
         step = Step(workload.routing(count), n, k, operands)
         runs: dict[tuple[str, str], Callable[[], object]] = {}
-        formats, errors, graphs = {}, {}, {}
-        for scheme, (weight, packed) in zip(schemes, made, strict=True):
+        formats, errors, graphs, makers = {}, {}, {}, {}
+        for (scheme, (weight, packed)), architecture in product(zip(schemes, made, strict=True), architectures):
+            if packed.format.operand not in architecture.operands:
+                continue
             table = problem_table(problems, [packed], workload.experts, n, "cuda")
-            formats[scheme.name] = packed.format
-            for phase, run in our_runs(packed, step, table).items():
+            name = scheme.name if architecture is architectures[0] else f"{scheme.name} {architecture.name}"
+            formats[name], makers[name] = packed.format, architecture
+            for phase, run in our_runs(architecture, packed, step, table).items():
                 step.out.fill_(math.nan)
-                graphs[scheme.name, phase] = timer.capture(run)
-                errors[scheme.name, phase] = error_of(step.out, step.x, weight, step.rows)
-                runs[scheme.name, phase] = run
+                graphs[name, phase] = timer.capture(run)
+                errors[name, phase] = error_of(step.out, step.x, weight, step.rows)
+                runs[name, phase] = run
         for name, (format_, run) in torch_runs(dense, dense8, dense_scales, step).items() if peers else ():
             formats[name] = format_
             try:
@@ -232,9 +246,8 @@ def measure_gemm(
         for name, phase in graphs:
             us = [one[name, phase] for one in taken]
             rows = sum(step.rows)
-            picked = DEFAULT.phase_for(
-                rows, workload.experts, 0, n // HALF_ROWS, sms, DEFAULT.by_warp((formats[name],))
-            )
+            maker = makers.get(name, DEFAULT)
+            picked = maker.phase_for(rows, workload.experts, 0, n // HALF_ROWS, sms, maker.by_warp((formats[name],)))
             cells.append({
                 "workload": workload.name, "gemm": gemm, "run": name, "phase": phase, "picked": phase in ("", picked),
                 "T": count, "us": statistics.median(us), "spread": (max(us) - min(us)) / statistics.median(us),
@@ -265,13 +278,13 @@ def table_of(cells: list[dict[str, Any]]) -> dict[str, dict[int, tuple[float, fl
 
 def print_table(name: str, cells: list[dict[str, Any]], tokens: tuple[int, ...]) -> None:
     """One row per run, gate_up + down: microseconds / multiple of the floor, and the worst error."""
-    print(f"{name}: us / x floor" + "".join(f"{count:>14}" for count in tokens) + "   worst error")
+    print(f"{name}: us / x floor".ljust(48) + "".join(f"{count:>14}" for count in tokens) + "   worst error")
     for run, mine in table_of(cells).items():
         texts = [
             f"{us:.1f}/{us / floor:.2f}" if us else "-" for us, floor, _ in (mine.get(T, (0, 1, 0)) for T in tokens)
         ]
         worst = max(error for *_, error in mine.values())
-        print(f"{run:<34}" + "".join(f"{text:>14}" for text in texts) + f"   {worst:.1e}", flush=True)
+        print(f"{run:<48}" + "".join(f"{text:>14}" for text in texts) + f"   {worst:.1e}", flush=True)
 
 
 def print_means(cells: list[dict[str, Any]], tokens: tuple[int, ...]) -> None:
@@ -279,30 +292,36 @@ def print_means(cells: list[dict[str, Any]], tokens: tuple[int, ...]) -> None:
     names = dict.fromkeys(cell["workload"] for cell in cells)
     tables = [table_of([cell for cell in cells if cell["workload"] == name]) for name in names]
     ranges = [[T for T in tokens if low <= T <= high] for low, high in ((1, 1), (2, 1023), (1024, 1 << 30))]
-    print("time / floor, geometric means" + "".join(f"{', '.join(map(str, some)) or '-':>20}" for some in ranges))
+    heads = "".join(f"{', '.join(map(str, some)) or '-':>20}" for some in ranges)
+    print("time / floor, geometric means".ljust(48) + heads)
     for run in dict.fromkeys(cell["run"] for cell in cells):
         texts = []
         for some in ranges:
             pairs = [table[run][count] for table in tables for count in some if count in table[run]]
             mean = f"{statistics.geometric_mean(us / floor for us, floor, _ in pairs):.3f}" if pairs else "-"
             texts.append(f"{mean:>20}")
-        print(f"{run:<29}" + "".join(texts), flush=True)
+        print(f"{run:<48}" + "".join(texts), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="compile the kernels and stop")
     parser.add_argument("--schemes", nargs="*", default=list(SCHEMES))
+    parser.add_argument("--architectures", nargs="*", default=[DEFAULT.name], choices=[one.name for one in BUILT])
     parser.add_argument("--workloads", nargs="*", default=[workload.name for workload in WORKLOADS])
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--out", type=Path, help="write every cell as JSON")
     arguments = parser.parse_args()
     schemes = [parse_scheme(name) for name in arguments.schemes]
+    by_name = {one.name: one for one in BUILT}
+    architectures = [by_name[name] for name in arguments.architectures]
     if arguments.build:
-        for scheme in schemes:
-            for phase in PHASES:
-                print(build(DEFAULT.config((kernel_format(scheme),), phase)), scheme, phase)
+        for architecture, scheme in product(architectures, schemes):
+            if kernel_format(scheme).operand in architecture.operands:
+                for phase in architecture.phases:
+                    config = architecture.config((kernel_format(scheme),), phase)
+                    print(build(config), architecture.name, scheme, phase, flush=True)
         return
     torch.manual_seed(0)
     timer, tokens = Timer(), tuple(arguments.tokens)
@@ -311,7 +330,7 @@ def main() -> None:
     for workload in (w for w in WORKLOADS if w.name in arguments.workloads):
         cells: list[dict[str, Any]] = []
         for gemm in workload.gemms:
-            cells += measure_gemm(timer, schemes, workload, gemm, tokens, not arguments.no_peers)
+            cells += measure_gemm(timer, architectures, schemes, workload, gemm, tokens, not arguments.no_peers)
             torch.cuda.empty_cache()
         print_table(workload.name, cells, tokens)
         everything += cells

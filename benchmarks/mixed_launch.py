@@ -35,7 +35,8 @@ from group_gemm import REPEATS, ROUNDS, Step, kernel_of, random_weights, torch_r
 from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation, Case, read_allocations, solve
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
 from mxmoe_steps.kernels.build import build
 from mxmoe_steps.kernels.codes.format import TILE_ROWS, Format
 from mxmoe_steps.kernels.formats import kernel_format
@@ -53,13 +54,13 @@ REFERENCE = ("qwen1.5-moe+shared", "hot", {512: 379, 1024: 453, 8192: 2677})  # 
 Problem = tuple[int, Format, int]  # expert, format, output column
 
 
-def build_all(allocations: Sequence[Allocation]) -> None:
+def build_all(architecture: Architecture, allocations: Sequence[Allocation]) -> None:
     """Compile every mixture and each of its formats alone, for every phase."""
     launches = [launch for a in allocations for launch in (a.plan.gate_up, a.plan.down)]
     groups = {launch.formats: None for launch in launches}
     groups |= {(format_,): None for group in groups for format_ in group}
     sizes = []
-    for config in (DEFAULT.config(group, phase) for group in groups for phase in PHASES):
+    for config in (architecture.config(group, phase) for group in groups for phase in architecture.phases):
         library = build(config)
         sizes.append(library.stat().st_size)
         print(f"{library} {sizes[-1] / 2**20:.2f} MiB {config.name}", flush=True)
@@ -98,9 +99,9 @@ class Gemm:
 class GemmStep(Step):
     """What one forward step gives to a `Gemm`, and where it writes."""
 
-    def __init__(self, gemm: Gemm, rows: list[int]) -> None:
+    def __init__(self, architecture: Architecture, gemm: Gemm, rows: list[int]) -> None:
         super().__init__(rows, gemm.n * gemm.blocks, gemm.k, {format_.operand for format_ in gemm.packed})
-        self.gemm = gemm
+        self.architecture, self.gemm = architecture, gemm
 
     def entry(self, problem: Problem) -> int:
         """Place in a stack."""
@@ -110,7 +111,7 @@ class GemmStep(Step):
     def call(self, problems: Sequence[Problem], phase: str) -> Call:
         """The launch of ``problems``, in this order, by the kernel of their formats."""
         formats = tuple(sorted({format_ for _, format_, _ in problems}))
-        kernel = kernel_of(formats, phase)
+        kernel = kernel_of(formats, phase, self.architecture)
         weights = [self.gemm.packed[format_] for format_ in formats]
         placed = [(p[0], formats.index(p[1]), self.entry(p), p[2]) for p in problems]
         table = problem_table(placed, weights, len(self.rows), self.out.shape[1], "cuda")
@@ -196,7 +197,11 @@ def torch_calls(step: GemmStep) -> dict[str, Callable[[], object]]:
 
 
 def measure(
-    timer: Timer, gemms: dict[str, Gemm], allocations: Sequence[Allocation], streams: list[torch.cuda.Stream]
+    timer: Timer,
+    architecture: Architecture,
+    gemms: dict[str, Gemm],
+    allocations: Sequence[Allocation],
+    streams: list[torch.cuda.Stream],
 ) -> list[dict[str, Any]]:
     """All variants of the allocations of one case and number of tokens."""
     case, tokens = allocations[0].case, allocations[0].tokens
@@ -204,12 +209,12 @@ def measure(
     errors: dict[tuple[str, ...], float] = {}
     kept: list[Callable[[], object]] = []  # graphs do not keep alive what they read
     for gemm_name, gemm in gemms.items():
-        step = GemmStep(gemm, case.rows(tokens))
+        step = GemmStep(architecture, gemm, case.rows(tokens))
         for allocation in allocations:
             launch = getattr(allocation.plan, gemm_name)
             problems = [(expert, launch.formats[number], column) for expert, number, _, column in launch.problems]
             samples = step.samples(problems)
-            for phase in PHASES:
+            for phase in architecture.phases:
                 for variant, run in variants(step, problems, allocation.tiles, phase, streams).items():
                     key = (allocation.name, variant, phase, gemm_name)
                     graphs[key] = timer.capture(run)
@@ -300,7 +305,9 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--budgets", nargs="*", default=[*BUDGETS, "hot"], help="of mixed allocations; or hot")
     parser.add_argument("--out", type=Path, help="write every cell as JSON")
+    parser.add_argument("--architecture", default=DEFAULT.name, choices=[one.name for one in BUILT])
     arguments = parser.parse_args()
+    architecture = next(one for one in BUILT if one.name == arguments.architecture)
     if arguments.solve:
         solve(arguments.allocations)
         return
@@ -310,7 +317,7 @@ def main() -> None:
         if a.case.name in arguments.workloads and a.tokens in arguments.tokens
     ]
     if arguments.build:
-        build_all(allocations)
+        build_all(architecture, allocations)
         return
     torch.manual_seed(0)
     timer, streams = Timer(), [torch.cuda.Stream() for _ in range(len({s for a in allocations for s in a.schemes}))]
@@ -323,7 +330,7 @@ def main() -> None:
         cells = []
         for tokens in dict.fromkeys(a.tokens for a in mine):
             started = time.perf_counter()
-            cells += measure(timer, gemms, [a for a in mine if a.tokens == tokens], streams)
+            cells += measure(timer, architecture, gemms, [a for a in mine if a.tokens == tokens], streams)
             torch.cuda.empty_cache()
             print(f"{case.name} {tokens} tokens: {time.perf_counter() - started:.1f} s", flush=True)
         print_tables(case, mine, cells)

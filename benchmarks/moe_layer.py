@@ -23,7 +23,7 @@ from group_gemm import WORKLOADS, Workload, floor_us, random_weights
 
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architectures import DEFAULT
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
+from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
 from mxmoe_steps.kernels.routing import dispatch, sort_by_expert
@@ -214,7 +214,7 @@ def main() -> None:
         launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
         for config in {config: None for launch in launches for config in launch.kernels(DEFAULT).values()}:
             print(build(config), config.name, flush=True)
-        for name in TOKEN_KERNELS:
+        for name in DEFAULT.token_kernels:
             print(build(TokenKernel(name)), name)
         return
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build, default_cache, library_path
+from mxmoe_steps.kernels.build import TokenKernel, build, default_cache, library_path
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect
@@ -98,7 +98,7 @@ def test_a_table_of_512_problems_fits(cache: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", TOKEN_KERNELS)
+@pytest.mark.parametrize("name", HOPPER.token_kernels)
 def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, cache: Path) -> None:
     sass = disassemble(build(TokenKernel(name), cache).with_suffix(".cubin"))
     code = inspect(sass)

@@ -99,7 +99,8 @@ def test_steps_are_stamped_with_what_they_run_and_no_more() -> None:
         if step == "frontier":  # what it plans with: names, phases, sizes; no code of a kernel
             kernels = {"kernels", "kernels.architecture", "kernels.architectures", "kernels.limits", "kernels.codes",
                        "kernels.codes.format", "kernels.sm90", "kernels.sm90.architecture",
-                       "kernels.sm90.config", "kernels.shared"}  # fmt: skip
+                       "kernels.sm90.config", "kernels.mma", "kernels.mma.architecture", "kernels.mma.config",
+                       "kernels.shared"}  # fmt: skip
         assert {name for name in modules if name.startswith("mxmoe_steps.kernels")} <= {
             f"mxmoe_steps.{name}" for name in kernels
         }, step

@@ -1,16 +1,27 @@
-"""Every kernel and every token tile on a GPU, against float64 on the dequantized operands."""
+"""Every kernel and every token tile on a GPU, against float64 on the dequantized operands.
+
+On a Hopper GPU also the kernels of ``mma.sync`` GPUs, compiled for it. Without one
+
+    PYTHONPATH=src:tests python tests/gpu/test_group_gemm.py [FOLDER [ARCHITECTURE]]
+
+compiles what the tests load into a folder for `MXMOE_KERNEL_CACHE`, by default the one that it names.
+"""
+
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from gpu_marks import needs_kernels
+from gpu_marks import RUN_HERE, needs_kernels
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architectures import PHASES
+from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
-from mxmoe_steps.kernels.layouts import kernel_weights, original_weights
+from mxmoe_steps.kernels.layouts import gate_and_up, kernel_weights, original_weights
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, round_to_nearest
 from mxmoe_steps.schemes import Scheme, parse_scheme
 
@@ -74,7 +85,12 @@ def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def run_mixture(
-    schemes: list[Scheme], phase: str, rows: list[int], shape: tuple[int, int], seed: int
+    architecture: Architecture,
+    schemes: list[Scheme],
+    phase: str,
+    rows: list[int],
+    shape: tuple[int, int],
+    seed: int,
 ) -> dict[str, float]:
     """One launch with gate and up (two problems an expert), schemes dealt round-robin; errors by scheme."""
     torch.manual_seed(seed)
@@ -95,7 +111,7 @@ def run_mixture(
     offsets = torch.tensor([0, *rows]).cumsum(0).tolist()
     total = offsets[-1]
     x = (torch.randn(total, k, device="cuda") * 0.5 + 0.05).bfloat16()
-    config = DEFAULT.config(tuple(weight.format for weight in packed), phase)
+    config = architecture.config(tuple(weight.format for weight in packed), phase)
     out = torch.full((total + 70, columns), float("nan"), device="cuda", dtype=torch.bfloat16)
     table = problem_table(problems, packed, experts, columns, "cuda")
     on_gpu = torch.tensor(offsets, dtype=torch.int32, device="cuda")
@@ -127,43 +143,72 @@ def scheme_of(format_: Format) -> Scheme:
     return parse_scheme(format_.name)
 
 
+def mixture_of(architecture: Architecture) -> list[Scheme]:
+    """Of all types that its tensor cores multiply."""
+    schemes = map(parse_scheme, MIXTURE)
+    return [scheme for scheme in schemes if kernel_format(scheme).operand in architecture.operands]
+
+
+on_architectures = pytest.mark.parametrize("architecture", RUN_HERE, ids=lambda one: one.name)
+
+
+def on_formats(*formats: Format) -> pytest.MarkDecorator:
+    """``architecture`` and ``format_`` that its tensor cores multiply."""
+    pairs = [
+        pytest.param(one, format_, id=f"{one.name}-{format_.name}")
+        for one in RUN_HERE
+        for format_ in formats
+        if format_.operand in one.operands
+    ]
+    return pytest.mark.parametrize(("architecture", "format_"), pairs)
+
+
 @pytest.mark.parametrize("phase", sorted(PHASES))
-@pytest.mark.parametrize("format_", FORMATS, ids=lambda format_: format_.name)
-def test_every_tile_is_right(format_: Format, phase: str) -> None:
+@on_formats(*FORMATS)
+def test_every_tile_is_right(architecture: Architecture, format_: Format, phase: str) -> None:
     for seed, (shape, rows) in enumerate([((192, 384), ROWS), ((320, 1408), ROWS[::-1]), ((64, 128), [0, 1, 0, 2])]):
-        errors = run_mixture([scheme_of(format_)], phase, rows, shape, seed)
+        errors = run_mixture(architecture, [scheme_of(format_)], phase, rows, shape, seed)
         assert_right(errors)
 
 
 @pytest.mark.parametrize("phase", sorted(PHASES))
-@pytest.mark.parametrize("format_", [f for f in FORMATS if not f.grouped], ids=lambda format_: format_.name)
-def test_features_in_odd_multiples_of_64(format_: Format, phase: str) -> None:
-    errors = run_mixture([scheme_of(format_)], phase, ROWS, (192, 192), 5)
+@on_formats(*(format_ for format_ in FORMATS if not format_.grouped))
+def test_features_in_odd_multiples_of_64(architecture: Architecture, format_: Format, phase: str) -> None:
+    errors = run_mixture(architecture, [scheme_of(format_)], phase, ROWS, (192, 192), 5)
     assert_right(errors)
 
 
+@on_architectures
 @pytest.mark.parametrize("phase", sorted(PHASES))
-def test_a_mixture_is_as_right_as_its_parts(phase: str) -> None:
-    errors = run_mixture([parse_scheme(name) for name in MIXTURE], phase, ROWS, (192, 1408), 9)
+def test_a_mixture_is_as_right_as_its_parts(architecture: Architecture, phase: str) -> None:
+    errors = run_mixture(architecture, mixture_of(architecture), phase, ROWS, (192, 1408), 9)
     assert_right(errors)
 
 
 @pytest.mark.parametrize("name", BORROWERS)
-def test_schemes_that_borrow_a_kernel(name: str) -> None:
-    errors = run_mixture([parse_scheme(name)], "decode", ROWS, (192, 384), 11)
+@on_architectures
+def test_schemes_that_borrow_a_kernel(architecture: Architecture, name: str) -> None:
+    scheme = parse_scheme(name)
+    if kernel_format(scheme).operand not in architecture.operands:
+        pytest.skip("has no tensor cores for it")
+    errors = run_mixture(architecture, [scheme], "decode", ROWS, (192, 384), 11)
     assert_right(errors)
 
 
-def test_long_sums_keep_their_bits() -> None:
-    for name in ("w8a8", "w4a8_fp8", "w4a8", "w4a16"):
-        assert_right(run_mixture([parse_scheme(name)], "prefill", [40, 300], (128, 14336), 13))
-    errors = run_mixture([parse_scheme("w8a8_fp8")], "prefill", [40, 300], (128, 14336), 13)
+@on_architectures
+def test_long_sums_keep_their_bits(architecture: Architecture) -> None:
+    for name in ("w8a8", "w4a8", "w4a16", *(["w4a8_fp8"] if "fp8" in architecture.operands else [])):
+        assert_right(run_mixture(architecture, [parse_scheme(name)], "prefill", [40, 300], (128, 14336), 13))
+    if "fp8" not in architecture.operands:
+        return
+    errors = run_mixture(architecture, [parse_scheme("w8a8_fp8")], "prefill", [40, 300], (128, 14336), 13)
     assert max(errors.values()) < LONG_FP8_BOUND
 
 
 @pytest.mark.parametrize("code", [0, 15])
 @pytest.mark.parametrize("features", [4096, 4224, 14336])
-def test_int8_sums_at_their_limit(code: int, features: int) -> None:
+@on_architectures
+def test_int8_sums_at_their_limit(architecture: Architecture, code: int, features: int) -> None:
     """Every product has the same sign and is the largest: 32 groups just fit into the float32 sums of the kernel."""
     scheme, rows = parse_scheme("w4a8"), 250
     scales = torch.rand(1, 128, features // 128, device="cuda").add(0.5).bfloat16()
@@ -176,21 +221,23 @@ def test_int8_sums_at_their_limit(code: int, features: int) -> None:
     problems = [(0, 0, 0, 0)]
     table = problem_table(problems, packed, 1, 128, "cuda")
     offsets = torch.tensor([0, rows], dtype=torch.int32, device="cuda")
-    config = DEFAULT.config((packed[0].format,), "prefill")
+    config = architecture.config((packed[0].format,), "prefill")
     GroupGemmKernel(config)(activations_of(x, config.operands), packed, table, offsets, out)
     exact = reference.group_gemm(x, [0, rows], problems, [weight], 128, torch.float64)
     assert relative_error(out, exact) < SYMMETRIC_BOUND
 
 
-def test_more_than_64_experts() -> None:
+@on_architectures
+def test_more_than_64_experts(architecture: Architecture) -> None:
     rows = torch.randint(0, 40, (64,), generator=torch.Generator().manual_seed(3)).tolist()
-    errors = run_mixture([parse_scheme("w4a16")], "decode", rows, (128, 256), 17)
+    errors = run_mixture(architecture, [parse_scheme("w4a16")], "decode", rows, (128, 256), 17)
     assert_right(errors)
 
 
 @pytest.mark.parametrize("phase", sorted(PHASES))
 @pytest.mark.parametrize("name", ["w16a16", "w4a16"])
-def test_launches_overlap_in_everything_but_tokens(name: str, phase: str) -> None:
+@on_architectures
+def test_launches_overlap_in_everything_but_tokens(architecture: Architecture, name: str, phase: str) -> None:
     """Launches in a row, each on the outputs of the one before and with the same tile counters: in a CUDA graph, where
     they overlap, and one by one."""
     torch.manual_seed(23)
@@ -200,7 +247,7 @@ def test_launches_overlap_in_everything_but_tokens(name: str, phase: str) -> Non
     packed = [original_weights(dense) if scheme.is_original else kernel_weights(quantize(dense, scheme))]
     table = problem_table([(e, 0, e, 0) for e in range(experts)], packed, experts, n, "cuda")
     offsets = torch.tensor([0, *rows], device="cuda").cumsum(0).int()
-    kernel = GroupGemmKernel(DEFAULT.config((packed[0].format,), phase))
+    kernel = GroupGemmKernel(architecture.config((packed[0].format,), phase))
     start = torch.randn(sum(rows), n, device="cuda").bfloat16()
     steps = [start, *(torch.empty_like(start) for _ in range(count))]
 
@@ -223,14 +270,53 @@ def test_launches_overlap_in_everything_but_tokens(name: str, phase: str) -> Non
         assert torch.equal(steps[-1], alone)
 
 
+GATED = ("w16a16", "w4a16", "w8a8", "w4a8")
+
+
+@on_architectures
+@pytest.mark.parametrize("phase", sorted(PHASES))
+@pytest.mark.parametrize("name", GATED)
+def test_gated_launches_store_products(architecture: Architecture, name: str, phase: str) -> None:
+    torch.manual_seed(29)
+    scheme, n, k = parse_scheme(name), 96, 256
+    experts, offsets = len(ROWS), torch.tensor([0, *ROWS]).cumsum(0).tolist()
+    dense = [(torch.randn(experts, n, k, device="cuda") * 0.1).bfloat16() for _ in range(2)]
+    if scheme.is_original:
+        stored, packed = dense, [original_weights(gate_and_up(*dense))]
+    else:
+        stored = [quantize(one, scheme) for one in dense]
+        codes, scales = (gate_and_up(*(getattr(one, part) for one in stored)) for part in ("codes", "scales"))
+        zeros = None if stored[0].zeros is None else gate_and_up(*(one.zeros for one in stored))
+        packed = [kernel_weights(QuantizedWeight(scheme, codes, scales, zeros))]
+    x = torch.randn(offsets[-1], k, device="cuda").bfloat16()
+    config = architecture.config((packed[0].format,), phase, gated=True)
+    table = problem_table([(e, 0, e, 0) for e in range(experts)], packed, experts, n, "cuda", gated=True)
+    out = torch.full((offsets[-1] + 40, n), float("nan"), device="cuda", dtype=torch.bfloat16)
+    given = activations_of(torch.cat([x, x[:40]]), config.operands)
+    GroupGemmKernel(config)(given, packed, table, torch.tensor(offsets, dtype=torch.int32, device="cuda"), out)
+    problems = [(e, 0, e, 0) for e in range(experts)]
+    gate, up = (
+        reference.group_gemm(x, offsets, problems, [one], n, torch.float64).bfloat16().double() for one in stored
+    )
+    exact = gate * gate.sigmoid() * up
+    assert out[offsets[-1] :].isnan().all()
+    assert relative_error(out[: offsets[-1]], exact) < 2 * ASYMMETRIC_BOUND
+
+
 def main() -> None:
     """Build every kernel that the tests in this folder load: run where there is a compiler and no GPU."""
-    mixture = tuple(kernel_format(parse_scheme(name)) for name in MIXTURE)
-    for formats in [*((format_,) for format_ in FORMATS), mixture]:
-        for phase in PHASES:
-            print(build(DEFAULT.config(formats, phase)), flush=True)
-    for name in TOKEN_KERNELS:
-        print(build(TokenKernel(name)), flush=True)
+    cache = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    for architecture in (one for one in RUN_HERE if one.name in (sys.argv[2:] or one.name)):
+        mixture = tuple(kernel_format(scheme) for scheme in mixture_of(architecture))
+        alone = [(format_,) for format_ in FORMATS if format_.operand in architecture.operands]
+        for formats in [*alone, mixture]:
+            for phase in architecture.phases:
+                print(build(architecture.config(formats, phase), cache), flush=True)
+        for format_ in (kernel_format(parse_scheme(name)) for name in GATED):
+            for phase in architecture.phases:
+                print(build(architecture.config((format_,), phase, gated=True), cache), flush=True)
+        for name in architecture.token_kernels:
+            print(build(TokenKernel(name, architecture), cache), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pydantic import Field
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.architecture import Configuration
 from mxmoe_steps.kernels.architectures import DEFAULT
-from mxmoe_steps.kernels.build import TOKEN_KERNELS, TokenKernel, build, runtime_library
+from mxmoe_steps.kernels.build import TokenKernel, build, runtime_library
 from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Threads
 from mxmoe_steps.options.command_line import parse
 
@@ -50,7 +50,7 @@ class BuildOptions(StepOptions):
 
 def build_checkpoint(options: BuildOptions) -> None:
     """Compile what is not in the cache and copy it all to ``options.out``."""
-    kernels = [*checkpoint_kernels(options.checkpoint), *map(TokenKernel, TOKEN_KERNELS)]
+    kernels = [*checkpoint_kernels(options.checkpoint), *map(TokenKernel, DEFAULT.token_kernels)]
     with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
         libraries = list(pool.map(build, kernels))
     options.out.mkdir(parents=True, exist_ok=True)

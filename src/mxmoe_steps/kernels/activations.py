@@ -17,11 +17,12 @@ is read before the wait for the launch before.
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, cute
+from cutlass import BFloat16, Float32, Int32, const_expr, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import ptx, rounding
-from mxmoe_steps.kernels.limits import MAX_ENTRIES
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.limits import MAX_ENTRIES, OPERAND_MASKS
 from mxmoe_steps.kernels.rounding import VECTOR
 
 THREADS = 192  # of a block that makes rows: 1408 features, eight a thread, leave few idle
@@ -41,6 +42,9 @@ class Rows:
 
     kernel: Any  # a subclass's
 
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+
     @cute.jit
     def __call__(
         self,
@@ -59,12 +63,17 @@ class Rows:
         self.Shared = Shared
         grid, counts = self.grid(inputs, expert_ids, slices)
         self.kernel(inputs, expert_ids, row, needs, outputs, slices, *counts).launch(
-            grid=grid, block=(THREADS, 1, 1), use_pdl=True, stream=stream
+            grid=grid, block=(THREADS, 1, 1), use_pdl=self.architecture.overlaps, stream=stream
         )
 
     def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
         """Blocks of the launch, and what else the kernel must know of them."""
         raise NotImplementedError
+
+    def readable(self, mask: Int32) -> Int32:
+        """The types of ``mask`` that the GPU has: the compiler leaves out what it cannot round to."""
+        every = sum(OPERAND_MASKS.values())
+        return mask if self.architecture.operand_mask == every else mask & self.architecture.operand_mask
 
     @cute.jit
     def by_block(
@@ -130,7 +139,8 @@ class SwiGlu(Rows):
         entry, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
-        cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
+        if const_expr(self.architecture.overlaps):
+            cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
         tokens, top_k = expert_ids.shape[0], expert_ids.shape[1]
         first, mask, count = Int32(0), Int32(0), Int32(1)
         if entry < top_k:
@@ -140,7 +150,9 @@ class SwiGlu(Rows):
             first = tokens * top_k + token
             mask = needs[needs.shape[0] - 1]
             count = slices
-        cute.arch.griddepcontrol_wait()
+        mask = self.readable(mask)
+        if const_expr(self.architecture.overlaps):
+            cute.arch.griddepcontrol_wait()
         largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
         self.by_block(
             inputs, first, mask, inputs.shape[1] // (2 * VECTOR), count, tokens, rounding.Outputs(*outputs),
@@ -187,7 +199,8 @@ class Quantize(Rows):
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
         written = rounding.Outputs(*outputs)
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(self.architecture.overlaps):
+            cute.arch.griddepcontrol_launch_dependents()
         tokens = expert_ids.shape[0]
         entries, steps = tokens * expert_ids.shape[1], inputs.shape[1] // VECTOR
         experts = cute.make_tensor(expert_ids.iterator, cute.make_layout(entries))
@@ -195,8 +208,9 @@ class Quantize(Rows):
         if (block < routed_blocks) & (steps <= WARP_VECTORS):
             entry = block * WARPS + cute.arch.warp_idx()
             if entry < entries:
-                target, mask = rows[entry], needs[Int32(experts[entry])] & rounding.EIGHT_BITS
-                cute.arch.griddepcontrol_wait()
+                target, mask = rows[entry], self.readable(needs[Int32(experts[entry])] & rounding.EIGHT_BITS)
+                if const_expr(self.architecture.overlaps):
+                    cute.arch.griddepcontrol_wait()
                 self.by_warp(inputs, target, mask, steps, written)
         else:
             first, mask, count = Int32(0), Int32(0), Int32(1)
@@ -204,8 +218,9 @@ class Quantize(Rows):
                 first, mask = rows[block], needs[Int32(experts[block])]
             else:
                 first, mask, count = entries + block - routed_blocks, needs[needs.shape[0] - 1], slices
-            mask = mask & rounding.EIGHT_BITS
-            cute.arch.griddepcontrol_wait()
+            mask = self.readable(mask & rounding.EIGHT_BITS)
+            if const_expr(self.architecture.overlaps):
+                cute.arch.griddepcontrol_wait()
             if mask != 0:
                 largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
                 self.by_block(inputs, first, mask, steps, count, tokens, written, largest_of_warps, thread)
@@ -250,6 +265,9 @@ class Combine:
     token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
     """
 
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+
     @cute.jit
     def __call__(
         self,
@@ -272,7 +290,7 @@ class Combine:
         self.kernel(inputs, row, weights, gate, out, slices, gated).launch(
             grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1),
             block=(COMBINE_THREADS, 1, 1),
-            use_pdl=True,
+            use_pdl=self.architecture.overlaps,
             stream=stream,
         )
 
@@ -300,7 +318,8 @@ class Combine:
                 rows[thread] = row[token, thread]
                 factors[thread] = Float32(weights[token, thread])
         cute.arch.sync_threads()
-        cute.arch.griddepcontrol_wait()
+        if const_expr(self.architecture.overlaps):
+            cute.arch.griddepcontrol_wait()
         at = part * COMBINE_THREADS + thread
         if at * VECTOR < out.shape[1]:
             logit = Float32(0.0)

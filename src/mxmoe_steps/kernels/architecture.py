@@ -5,10 +5,17 @@ Every class has a room, a package beside this module with an `Architecture` and 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol
 
-from mxmoe_steps.kernels.codes.format import Format
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.codes.format import OPERAND_BITS, Format
+from mxmoe_steps.kernels.limits import OPERAND_MASKS
+
+CLUSTER_SORT = "sort_8"  # by blocks of a cluster
+TOKEN_KERNELS = (
+    "sort_1", CLUSTER_SORT, "dispatch", "dispatch_gated", "swiglu", "quantize", "combine_bf16", "combine_float32",
+)  # fmt: skip
 
 
 class Configuration(Protocol):
@@ -40,7 +47,9 @@ class Architecture(ABC):
     """``name`` and ``gpus``: as users know it. ``capability``: compute capability of its GPUs. ``target``: its name for
     compilers. ``phase_rows``: weight rows of a tile by phase, those of the fewest tokens first.
 
-    ``configuration``: class of its configurations. ``generator``: module that generates its grouped GEMMs.
+    ``configuration``: class of its configurations. ``generator``: module whose `GroupGemm` generates its grouped GEMMs.
+    ``operands``: types that its tensor cores multiply. ``overlaps``: whether a launch can begin while the one before it
+    runs (programmatic dependent launch). ``clusters``: whether blocks can be launched in clusters.
     """
 
     name: ClassVar[str]
@@ -50,11 +59,33 @@ class Architecture(ABC):
     phase_rows: ClassVar[Mapping[str, int]]
     configuration: ClassVar[type]
     generator: ClassVar[str]
+    operands: ClassVar[tuple[str, ...]] = tuple(OPERAND_BITS)
+    overlaps: ClassVar[bool] = True
+    clusters: ClassVar[bool] = True
 
     @property
     def phases(self) -> tuple[str, ...]:
         """Kernels of a launch, for few tokens to many."""
         return tuple(self.phase_rows)
+
+    @property
+    def operand_mask(self) -> int:
+        """Sum of `OPERAND_MASKS` of the types that an expert can read."""
+        return sum(OPERAND_MASKS[operand] for operand in self.operands)
+
+    @property
+    def token_kernels(self) -> tuple[str, ...]:
+        """Kernels around the grouped GEMMs, by name."""
+        return tuple(name for name in TOKEN_KERNELS if self.clusters or name != CLUSTER_SORT)
+
+    def check(self, formats: Iterable[Format]) -> None:
+        """`UserError` unless its tensor cores multiply all of ``formats``."""
+        for format_ in formats:
+            if format_.operand not in self.operands:
+                raise UserError(
+                    f"scheme {format_.name}: {self.gpus} ({self.target}) have no {format_.operand} tensor cores;"
+                    f" kernels there multiply {', '.join(self.operands)}"
+                )
 
     @abstractmethod
     def config(

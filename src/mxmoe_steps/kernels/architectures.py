@@ -1,13 +1,15 @@
 """Which classes of GPUs there are kernels for. Stdlib only."""
 
 from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.mma.architecture import GPUS, ON_HOPPER
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
 
-ARCHITECTURES: tuple[Architecture, ...] = (HOPPER,)
+ARCHITECTURES: tuple[Architecture, ...] = (HOPPER, *GPUS)
+BUILT: tuple[Architecture, ...] = (*ARCHITECTURES, ON_HOPPER)  # also what no GPU picks
 DEFAULT = ARCHITECTURES[0]  # where no GPU says: what is compiled ahead of time, and what times are predicted for
 PHASE_ROWS, PHASES = DEFAULT.phase_rows, DEFAULT.phases
 
-NAMES = " or ".join(one.name for one in ARCHITECTURES)
+NAMES = " or ".join((", ".join(one.name for one in ARCHITECTURES[:-1]), ARCHITECTURES[-1].name))
 CAPABILITIES = ", ".join("{}.{} ({})".format(*one.capability, one.gpus) for one in ARCHITECTURES)
 
 

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pydantic import Field
 from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
-from mxmoe_steps.kernels.architectures import ARCHITECTURES, DEFAULT
+from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.options.base import Count, InFolder, OutFile, Schemes, StepOptions
@@ -34,9 +34,6 @@ from mxmoe_steps.schemes import parse_scheme
 COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refused
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
-TOKEN_KERNELS = (
-    "sort_1", "sort_8", "dispatch", "dispatch_gated", "swiglu", "quantize", "combine_bf16", "combine_float32",
-)  # fmt: skip
 
 _TOKENS = (f"{__package__}.tokens", f"{__package__}.activations")
 
@@ -49,7 +46,7 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class TokenKernel:
-    """One of `TOKEN_KERNELS`, for GPUs of an architecture."""
+    """One of `Architecture.token_kernels`."""
 
     name: str
     architecture: Architecture = DEFAULT
@@ -62,7 +59,7 @@ def architecture_of(kernel: Kernel) -> Architecture:
     """Whose GPUs it is for."""
     if isinstance(kernel, TokenKernel):
         return kernel.architecture
-    return next(one for one in ARCHITECTURES if isinstance(kernel, one.configuration))
+    return next(one for one in BUILT if isinstance(kernel, one.configuration))
 
 
 def library_path(kernel: Kernel, cache: Path | None = None) -> Path:
@@ -100,7 +97,7 @@ def build(kernel: Kernel, cache: Path | None = None) -> Path:
         folder = Path(name)
         record: dict[str, Any] = {"name": kernel.name}
         if isinstance(kernel, TokenKernel):
-            generator, arguments = _token_kernel(kernel.name)
+            generator, arguments = _token_kernel(kernel)
         else:
             generator, arguments = _group_gemm(kernel)
             record["config"] = kernel.spec()
@@ -158,20 +155,16 @@ def _group_gemm(config: Configuration) -> tuple[Any, list[Any]]:
     from cutlass import Int32
     from cutlass.cute import sym_int
 
-    from mxmoe_steps.kernels.sm90.config import KernelConfig
-    from mxmoe_steps.kernels.sm90.group_gemm import GroupGemm
-
-    generators: dict[type, Any] = {KernelConfig: GroupGemm}  # of every architecture
-
+    generator = import_module(architecture_of(config).generator)
     tensors = tuple(tensor for pair in _fake_pairs(config) for tensor in pair)
     problems = _fake(Int32, (sym_int(), 4), 16)
     offsets = _fake(Int32, (sym_int(),), 4)
     out = _fake(_boundary_type("bf16"), (sym_int(), sym_int(divisibility=8)), 16)
     counters = _fake(Int32, (2,), 4)
-    return generators[type(config)](config), [tensors, problems, offsets, out, counters, Int32(64), Int32(1)]
+    return generator.GroupGemm(config), [tensors, problems, offsets, out, counters, Int32(64), Int32(1)]
 
 
-def _token_kernel(name: str) -> tuple[Any, list[Any]]:
+def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
     """The generator of a token kernel and stand-ins for its arguments."""
     from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import sym_int
@@ -179,24 +172,26 @@ def _token_kernel(name: str) -> tuple[Any, list[Any]]:
     from mxmoe_steps.kernels.activations import Combine, Quantize, SwiGlu
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
-    kind, _, variant = name.partition("_")
+    architecture = kernel.architecture
+    kind, _, variant = kernel.name.partition("_")
     expert_ids, row = (_fake(number, (sym_int(), sym_int()), 4) for number in (Int64, Int32))
     needs, count = _fake(Int32, (sym_int(),), 4), Int32(1)
     bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(2)]
     if kind == "sort":
-        return SortByExpert(int(variant)), [expert_ids, row, _fake(Int32, (sym_int(),), 4), count]
+        return SortByExpert(architecture, int(variant)), [expert_ids, row, _fake(Int32, (sym_int(),), 4), count]
     if kind == "combine":
         number, size = (BFloat16, 2) if variant == "bf16" else (Float32, 4)
         weights = _fake(number, (sym_int(), sym_int()), size)
-        return Combine(), [bf16[0], row, weights, _fake(BFloat16, (sym_int(),), 2), bf16[1], count, count]
+        return Combine(architecture), [bf16[0], row, weights, _fake(BFloat16, (sym_int(),), 2), bf16[1], count, count]
     codes = [_fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16) for operand in ("fp8", "int8")]
     scales = [_fake(Float32, (sym_int(),), 4) for _ in range(2)]
     outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
-        return DispatchTokens(variant == "gated"), [bf16[0], expert_ids, row, needs, outputs, gating, count]
-    generator = {"swiglu": SwiGlu, "quantize": Quantize}[kind]()
-    return generator, [bf16[0], expert_ids, row, needs, outputs, count]
+        generator = DispatchTokens(architecture, variant == "gated")
+        return generator, [bf16[0], expert_ids, row, needs, outputs, gating, count]
+    rows = {"swiglu": SwiGlu, "quantize": Quantize}[kind](architecture)
+    return rows, [bf16[0], expert_ids, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:
@@ -251,7 +246,7 @@ def build_schemes(options: BuildOptions) -> None:
     kernels: dict[str, Kernel] = {
         phase: DEFAULT.config(formats, phase, options.max_problems) for phase in DEFAULT.phases
     }
-    kernels |= {name: TokenKernel(name) for name in TOKEN_KERNELS}
+    kernels |= {name: TokenKernel(name) for name in DEFAULT.token_kernels}
     libraries = {name: build(kernel, options.cache).name for name, kernel in kernels.items()}
     record = {"formats": [format_.name for format_ in formats], "architecture": DEFAULT.target, "libraries": libraries}
     write_json(options.out, record)

@@ -268,7 +268,7 @@ def check_device(tensor: torch.Tensor, name: str) -> None:
 
 @cache
 def token_kernel(name: str, device: torch.device) -> Any:
-    """The function of one of `TOKEN_KERNELS` for a GPU."""
+    """The function of one of `Architecture.token_kernels` for a GPU."""
     return load_kernel(TokenKernel(name, architecture_of(device)))
 
 

@@ -10,17 +10,19 @@ from pathlib import Path
 from mxmoe_steps.errors import UserError
 
 _MMA = re.compile(r"\b([HQI]GMMA)\.64x(\d+)x\d+\S*\s+R(\d+),")
-_WARP_MMA = re.compile(r"\b([HI]MMA)\.\d")
+_WARP_MMA = re.compile(r"\b([HQI]MMA)\.\d")
 _WAIT_ALL = re.compile(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0\b")
 _TO_UNIFORM = re.compile(r"\bR2UR\b")
 _LOCAL = re.compile(r"\b(LDL|STL)\b")
 _INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;")
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA\b.*`\((\.L_x_\d+)\)")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 
 
 @dataclass(frozen=True)
 class MachineCode:
-    """``matrix``: matrix instructions by opcode (HGMMA bf16, QGMMA fp8, IGMMA int8; HMMA, IMMA of one warp).
+    """``matrix``: matrix instructions by opcode (HGMMA bf16, QGMMA fp8, IGMMA int8; HMMA, QMMA, IMMA of one warp).
     ``groups``: those that end a commit group; as many as matrix instructions of warpgroups means that the assembler
     serialized them, for lack of registers mostly. ``spills``: local memory loads and stores. ``registers``: highest
     register number + 1. ``early_reads``: instructions that touch an accumulator after its ``wgmma`` and before the wait
@@ -79,3 +81,19 @@ def inspect(sass: str) -> MachineCode:
         elif used & busy:
             early.append(text)
     return MachineCode(matrix, groups, spills, registers, early, to_uniform, code_bytes)
+
+
+def spills_in_loops(sass: str) -> int:
+    """Local memory loads and stores in the shortest loop around every matrix instruction. What looks like longer ones
+    may lead back from where the wait for a barrier was moved out of the way."""
+    lines = sass.splitlines()
+    labels = {found[1]: at for at, line in enumerate(lines) if (found := _LABEL.match(line))}
+    loops = [
+        range(labels[found[1]], at)
+        for at, line in enumerate(lines)
+        if (found := _BRANCH.search(line)) and labels.get(found[1], at) < at
+    ]
+    multiply = [at for at, line in enumerate(lines) if _WARP_MMA.search(line) or _MMA.search(line)]
+    around = [[loop for loop in loops if at in loop] for at in multiply]
+    shortest = {min(some, key=len) for some in around if some}
+    return sum(_LOCAL.search(lines[at]) is not None for loop in shortest for at in loop)

@@ -12,8 +12,9 @@ from functools import cache
 
 import torch
 
+from mxmoe_steps.kernels.architecture import CLUSTER_SORT
 from mxmoe_steps.kernels.codes.format import EDGE
-from mxmoe_steps.kernels.launch import Activations, token_kernel
+from mxmoe_steps.kernels.launch import Activations, architecture_of, token_kernel
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 
 CLUSTER_ENTRIES = 6144  # more are sorted faster by eight blocks than by one
@@ -40,9 +41,8 @@ def sort_by_expert(expert_ids: torch.Tensor, experts: int, slices: int = 0) -> R
     tokens, top_k = expert_ids.shape
     row = torch.empty_like(expert_ids, dtype=torch.int32)
     offsets = torch.empty(experts + slices + 1, dtype=torch.int32, device=expert_ids.device)
-    token_kernel("sort_8" if tokens * top_k > CLUSTER_ENTRIES else "sort_1", expert_ids.device)(
-        expert_ids, row, offsets, slices
-    )
+    by_cluster = tokens * top_k > CLUSTER_ENTRIES and architecture_of(expert_ids.device).clusters
+    token_kernel(CLUSTER_SORT if by_cluster else "sort_1", expert_ids.device)(expert_ids, row, offsets, slices)
     return Routed(expert_ids, row, offsets, slices, tokens * (top_k + slices))
 
 
@@ -144,8 +144,6 @@ def _spare(device: torch.device) -> dict[str, Activations]:
 
 def prepare(device: torch.device) -> None:
     """Load the kernels and make what all calls on a device share."""
-    from mxmoe_steps.kernels.build import TOKEN_KERNELS
-
-    for name in TOKEN_KERNELS:
+    for name in architecture_of(device).token_kernels:
         token_kernel(name, device)
     _spare(device)

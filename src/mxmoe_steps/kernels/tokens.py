@@ -19,10 +19,12 @@ from cutlass import BFloat16, Float32, Int32, const_expr, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
-from mxmoe_steps.kernels.limits import MAX_ENTRIES, MAX_EXPERTS
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.limits import MAX_ENTRIES, MAX_EXPERTS, OPERAND_MASKS
 
 SORT_THREADS = MAX_EXPERTS
 THREADS = 256  # of a block that dispatches a token
+ALL_OPERANDS = sum(OPERAND_MASKS.values())
 
 
 class SortByExpert:
@@ -33,8 +35,8 @@ class SortByExpert:
     token.
     """
 
-    def __init__(self, blocks: int) -> None:
-        self.blocks = blocks
+    def __init__(self, architecture: Architecture, blocks: int) -> None:
+        self.architecture, self.blocks = architecture, blocks
 
     @cute.jit
     def __call__(
@@ -47,8 +49,9 @@ class SortByExpert:
             sums: cute.struct.MemRange[Int32, SORT_THREADS // 32]
 
         self.Shared = Shared
+        cluster = {"cluster": (self.blocks, 1, 1)} if self.architecture.clusters else {}
         self.kernel(expert_ids, row, offsets, slices).launch(
-            grid=(self.blocks, 1, 1), block=(SORT_THREADS, 1, 1), cluster=(self.blocks, 1, 1), stream=stream
+            grid=(self.blocks, 1, 1), block=(SORT_THREADS, 1, 1), **cluster, stream=stream
         )
 
     @cute.kernel
@@ -67,7 +70,8 @@ class SortByExpert:
         each = SORT_THREADS * self.blocks
         rounds = (entries + (each - 1)) // each
         first_entry = block * SORT_THREADS + thread
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(self.architecture.overlaps):
+            cute.arch.griddepcontrol_launch_dependents()
         counts[thread] = Int32(0)
         cute.arch.sync_threads()
         for i in cutlass.range(rounds, unroll=4):
@@ -144,8 +148,8 @@ class DispatchTokens:
     where it is ``gated``, and nobody looks at either otherwise.
     """
 
-    def __init__(self, gated: bool) -> None:
-        self.gated = gated
+    def __init__(self, architecture: Architecture, gated: bool) -> None:
+        self.architecture, self.gated = architecture, gated
 
     @cute.jit
     def __call__(
@@ -168,7 +172,7 @@ class DispatchTokens:
 
         self.Shared = Shared
         self.kernel(x, expert_ids, row, needs, outputs, gating, slices).launch(
-            grid=(x.shape[0], 1, 1), block=(THREADS, 1, 1), use_pdl=True, stream=stream
+            grid=(x.shape[0], 1, 1), block=(THREADS, 1, 1), use_pdl=self.architecture.overlaps, stream=stream
         )
 
     @cute.kernel
@@ -199,6 +203,8 @@ class DispatchTokens:
         types = Int32(0)
         for j in cutlass.range(entries, unroll=1):
             types |= masks[j]
+        if const_expr(self.architecture.operand_mask != ALL_OPERANDS):
+            types &= self.architecture.operand_mask  # the compiler then leaves out what the GPU cannot round to
 
         source = rounding.vectors(x, token)
         steps = source.shape[1]
@@ -220,8 +226,9 @@ class DispatchTokens:
         scales = rounding.Scales.of(largest)
         cute.autovec_copy(source[None, cutlass.min(thread, steps - 1)], vector.bf16)
 
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        if const_expr(self.architecture.overlaps):
+            cute.arch.griddepcontrol_wait()
+            cute.arch.griddepcontrol_launch_dependents()
         if thread < entries:
             target = tokens * thread + token
             if thread < top_k:

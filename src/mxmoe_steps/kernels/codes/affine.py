@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from mxmoe_steps.quantizers.grid import QuantizedWeight
 
 SHRINK = 16
+# PTX: n = (-0, -0). Products are sums with it: GPUs before Hopper do not multiply bfloat16, but multiply and add.
+MINUS_ZERO = ".reg .b32 n; mov.b32 n, 0x80008000;"
 ZERO_UNIT = -(2.0**-SHRINK)  # of stored zero points: a power of two, so none is rounded
 
 
@@ -78,10 +80,12 @@ class AffineFormat(Format):
         pair = ptx.compute(both, numbers[0])
         factors = [pair + (133 - SHRINK - self.lowest[register] << 7) * 0x10001 for register in (row, row + 2)]
         if self.zeros:
-            offset = ptx.compute("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", pair, ptx.compute(both, numbers[1]))
+            text = f"{MINUS_ZERO} fma.rn.bf16x2 {{$w0}}, {{$r0}}, {{$r1}}, n;"
+            offset = ptx.compute(text, pair, ptx.compute(both, numbers[1]))
         else:
             middle = (0x8000 | 127 + self.bits - 1 - SHRINK << 7) * 0x10001  # -(2**(bits - 1)) * 2**-SHRINK
-            offset = ptx.compute(f".reg .b32 m; mov.b32 m, {middle:#x}; mul.rn.bf16x2 {{$w0}}, {{$r0}}, m;", pair)
+            text = f".reg .b32 m; mov.b32 m, {middle:#x}; {MINUS_ZERO} fma.rn.bf16x2 {{$w0}}, {{$r0}}, m, n;"
+            offset = ptx.compute(text, pair)
         return [*factors, offset]
 
     def weights(self, register: int, terms: Any, *parts: tuple[Any, int]) -> Any:

@@ -13,7 +13,7 @@ A word is a block (register, as `layouts` numbers them); element 1 is 16 bits fu
 from typing import TYPE_CHECKING, Any
 
 from mxmoe_steps.kernels import ptx
-from mxmoe_steps.kernels.codes.affine import SHRINK
+from mxmoe_steps.kernels.codes.affine import MINUS_ZERO, SHRINK
 from mxmoe_steps.kernels.codes.format import GROUP, Field, Format, Load
 from mxmoe_steps.schemes import Scheme
 
@@ -90,7 +90,5 @@ class W4A16Mxfp4(Format):
             [(ptx.right(word, 3), MAGNITUDE), (ptx.right(word, -1), SIGN)],
         ]
         group = block % 4 // 2
-        return [
-            ptx.either(masked[register], "mul.rn.bf16x2 {$w0}, t, {$r0};", terms[2 * (register % 2) + group])
-            for register in range(4)
-        ]
+        product = f"{MINUS_ZERO} fma.rn.bf16x2 {{$w0}}, t, {{$r0}}, n;"
+        return [ptx.either(masked[register], product, terms[2 * (register % 2) + group]) for register in range(4)]

@@ -1,0 +1,1 @@
+"""GPUs whose tensor cores are reached by ``mma.sync``: Ampere, Ada and consumer Blackwell."""
