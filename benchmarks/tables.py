@@ -194,6 +194,38 @@ def generate_ratios() -> str:
     return markdown(("sequences", *GENERATE_RUNS[1:]), rows)
 
 
+SERVING_RUNS = {
+    "bf16": "vLLM, bfloat16 (Triton)",
+    "FP8": "vLLM, FP8 w8a8 (CUTLASS)",
+    "W4A16": "vLLM, W4A16 (Marlin, Machete)",
+    "w8a8_fp8": "w8a8_fp8, this plugin",
+    "5": "a solved mixture of 5 bits, this plugin",
+    "w4a16": "w4a16, this plugin",
+}
+
+
+def serving(part: str) -> str:
+    """Figures of a part by run and size: ``graph``, ``step``, ``first token`` in milliseconds."""
+    figures = {run: {k: v for one in found for k, v in one.items()} for run, found in _serving().items()}
+    sizes = [name.removeprefix(f"{part} ") for name in figures["w4a16"] if name.startswith(f"{part} ")]
+    rows = [
+        (label, *(f"{figures[run][f'{part} {size}']:#.3g}".rstrip(".") for size in sizes))
+        for run, label in SERVING_RUNS.items()
+    ]
+    return markdown(("tokens of the prompt" if part == "first token" else "sequences", *sizes), rows)
+
+
+def serving_http() -> str:
+    """Tokens a second of the server."""
+    rate = {run: one["tokens/s 64"] for run, found in _serving().items() for one in found if "tokens/s 64" in one}
+    return f"{rate['w4a16']:,.0f} tokens a second under w4a16 and {rate['W4A16']:,.0f} under vLLM's W4A16"
+
+
+def _serving() -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = read(MEASUREMENTS / "serving.json")
+    return found
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "profile-machine": profile_machine,
     "profile-errors": profile_errors,
@@ -209,6 +241,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate-steps": generate_steps,
     "generate-tokens": generate_tokens,
     "generate-ratios": generate_ratios,
+    "serving-decode": lambda: serving("graph"),
+    "serving-step": lambda: serving("step"),
+    "serving-first": lambda: serving("first token"),
+    "serving-http": serving_http,
 }
 
 
