@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mxmoe_steps.report import time_note
+from mxmoe_steps.report import published_note, time_note
 from mxmoe_steps.reporting import figures
 from mxmoe_steps.reporting.figures import model_hull
+from mxmoe_steps.reporting.page import table_html
 from mxmoe_steps.reporting.summary import Checkpoint, headlines, summary_table, time_columns
 
 
@@ -92,7 +93,10 @@ def allocation(granularity: str, quantizer: str, **goal: Any) -> dict[str, Any]:
 def test_summary_orders_rows_and_names_what_each_is() -> None:
     def metrics(perplexity: float, kl: float) -> dict[str, Any]:
         overall = {"perplexity": perplexity, "kl": kl}
-        return {"overall": overall, "texts": {"en": overall}, "weights_bytes": 2_500_000}
+        published = {"name": None, "commit": None, "formats": ["fp8"], "expert_bits": 8.5}
+        published |= {"bytes": 4_000_000, "bytes_16_bit": 8_000_000}
+        sizes = {"weights_bytes": 2_500_000, "other_bytes": 500_000}
+        return {"overall": overall, "texts": {"en": overall}, "published": published, **sizes}
 
     checkpoints = [
         Checkpoint("ours", metrics(11, 0.1), allocation("block", "gptq", max_time_us=120.0)),
@@ -103,10 +107,17 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     times = {checkpoint.name: {64: 1.5, 8192: 3.0} for checkpoint in checkpoints}
     table = summary_table(checkpoints, times, estimate=True)
     assert list(table["kind"]) == ["original", "uniform rtn", "uniform gptq", "ours"]
-    assert list(table["scheme"]) == ["w16a16", "w2a16_g128_asym", "w2a16_g128_asym", "mixed"]
+    assert list(table["scheme"]) == ["fp8", "w2a16_g128_asym", "w2a16_g128_asym", "mixed"]
     assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120"]
     assert time_columns(table) == {"estimated_layer_us_64_tokens": 64, "estimated_layer_us_8192_tokens": 8192}
+    assert list(table["bits"]) == [8.5, 2.25, 2.25, 2.25]
     assert list(table["size_mb"]) == [2.5] * 4
+    assert list(table["other_mb"]) == [0.5] * 4
+    assert list(table["of_16_bit"]) == [0.3125] * 4
+    assert list(table["of_published"]) == [0.625] * 4
+    assert "<td>31.2%</td><td>62.5%</td>" in table_html(table, estimate=True)
+    (note,) = published_note(checkpoints[0].metrics["published"])
+    assert "published in fp8: 8.50 bits an expert weight, 4.00 MB, 50.0% of its size in 16 bits" in note
     (line,) = headlines(table)
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")

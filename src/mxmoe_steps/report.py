@@ -93,6 +93,17 @@ def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_a
     return " ".join(sentences)
 
 
+def published_note(original: dict[str, Any]) -> list[str]:
+    """What a reader must know of an original that its publisher quantized."""
+    if not original["formats"]:
+        return []
+    return [
+        f"The original was published in {', '.join(original['formats'])}: {original['expert_bits']:.2f} bits an expert"
+        f" weight, {original['bytes'] / 1e6:.2f} MB, {original['bytes'] / original['bytes_16_bit']:.1%} of its size in"
+        " 16 bits. Losses and KL divergences are against what its weights mean."
+    ]
+
+
 def held_out_errors(facts: dict[str, Any]) -> str:
     """How far the time model is off on launches it was not fitted to, beside how far repeats are apart."""
     parts = [
@@ -173,7 +184,8 @@ def report(options: ReportOptions) -> None:
     ]
     timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
     note = time_note(times, profile_facts, timed_as)
-    html = page(f"Mixed-precision quantization of {options.title}", lines, [note], parts)
+    notes = [note, *published_note(checkpoints[0].metrics["published"])]
+    html = page(f"Mixed-precision quantization of {options.title}", lines, notes, parts)
     for name, svg in drawn.items():
         _write(options.figures / f"{name}.svg", svg)
     _write(options.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
@@ -198,7 +210,8 @@ HEADINGS = {
 TEXTS = {
     "table": "Bits count 16-bit scales and zero points, averaged over all weights of routed and shared experts. "
     "Perplexity and KL divergence are of the packed weights on held-out text. Uniform checkpoints use the best single "
-    "scheme within the budget.",
+    "scheme within the budget. MB are those of all weights on disk, also as shares of the original in 16 bits and as "
+    "it was published; embeddings, attention and layers that predict tokens ahead are not experts and in no budget.",
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
     "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "

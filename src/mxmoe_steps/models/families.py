@@ -15,6 +15,9 @@ from typing import Any, Literal
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, read_index
 from mxmoe_steps.models.raw import FLOATS, RawColumns, RawTensor, tensors_of
+from mxmoe_steps.models.sources.format import CODES, SourceFormat
+from mxmoe_steps.models.sources.formats import source_formats
+from mxmoe_steps.models.sources.tensor import Dequantized
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -48,7 +51,11 @@ EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe
 
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates/*",
+    "tekken.json", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+_COMPANIONS = (
+    "generation_config.json", "*processor_config.json", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*",
+    "USAGE_POLICY*",
 )  # fmt: skip
 _W123 = ("w1", "w3", "w2")
 FAMILIES: Mapping[str, Family] = {
@@ -143,7 +150,13 @@ class ModelFolder:
     @property
     def is_packed(self) -> bool:
         """Whether `quantize` wrote the folder."""
-        return self.config.get("quantization_config") is not None
+        return (self.config.get("quantization_config") or {}).get("quant_method") == "mxmoe"
+
+    @cached_property
+    def formats(self) -> list[SourceFormat]:
+        """How the publisher quantized weights; none where they are in 16 or 32 bits, or packed by `quantize`."""
+        stated = self.config.get("quantization_config")
+        return [] if stated is None or self.is_packed else source_formats(stated, self.path / "config.json")
 
     @property
     def activation(self) -> str:
@@ -151,8 +164,8 @@ class ModelFolder:
         return str(self.config.get("hidden_act", "silu"))
 
     @cached_property
-    def _stored(self) -> dict[str, Path]:
-        """Tensor name in the checkpoint -> file: as for transformers, ``model.safetensors`` comes before an index."""
+    def stored(self) -> dict[str, Path]:
+        """Name of a stored tensor -> file: as for transformers, ``model.safetensors`` comes before an index."""
         single = self.path / "model.safetensors"
         if single.is_file():
             return dict.fromkeys(tensors_of(single), single)
@@ -161,6 +174,29 @@ class ModelFolder:
             if not (self.path / file).is_file():
                 raise UserError(f"{self.path / file}: missing, though the checkpoint's index names it; download it")
         return {name: self.path / file for name, file in weight_map.items()}
+
+    @cached_property
+    def quantized(self) -> dict[str, tuple[SourceFormat, dict[str, str]]]:
+        """Weight that the publisher quantized -> its format, and part -> name of the stored tensor."""
+        return {
+            weight: (source, parts) for source in self.formats for weight, parts in source.find(self.stored).items()
+        }
+
+    @cached_property
+    def _stored(self) -> dict[str, Path]:
+        """The same as if no weight were quantized: each by its own name, with the file of its codes."""
+        codes = {weight: self.stored[parts[CODES]] for weight, (_, parts) in self.quantized.items()}
+        return {name: file for name, file in self.stored.items() if name not in self.consumed} | codes
+
+    @cached_property
+    def consumed(self) -> dict[str, str]:
+        """Name of a stored tensor that goes into weights as they are read, or says nothing of them -> what it is."""
+        found: dict[str, str] = {}
+        for weight, (source, parts) in self.quantized.items():
+            found |= {name: f"{part} of {source.name} weights, which are dequantized" for part, name in parts.items()}
+            beside = source.of_activations(weight, self.stored)
+            found |= dict.fromkeys(beside, f"scales of activations, which go with {source.name} weights")
+        return found
 
     @cached_property
     def _bare(self) -> bool:
@@ -184,8 +220,8 @@ class ModelFolder:
         That of the first tensor of a floating type where ``config.json`` names none.
         """
         stated = self.config.get("dtype", self.config.get("torch_dtype"))
-        if stated is not None:
-            return str(stated)
+        if stated is not None or self.formats:
+            return str(stated or "bfloat16")
         stored = tensors_of(min(self.files.values()))
         return next((FLOATS[stored[name].dtype] for name in sorted(stored) if stored[name].dtype in FLOATS), "float32")
 
@@ -232,25 +268,35 @@ class ModelFolder:
     def raw_block(self, layer: int, expert: int, block: str, parameter: Parameter = "weight") -> RawTensor:
         """The block's weight or bias as bytes of its file."""
         place = self.place(layer, expert, block, parameter)
-        return place.raw(self.raw(place.tensor))
+        tensor = self.raw(place.tensor)
+        return tensor.view(place.read) if isinstance(tensor, Dequantized) else place.raw(tensor)
 
     @cached_property
     def _headers(self) -> dict[Path, dict[str, RawTensor]]:
-        return {file: tensors_of(file) for file in set(self.files.values())}
+        return {file: tensors_of(file) for file in set(self.stored.values())}
 
     def raw(self, name: str) -> RawTensor:
-        """A tensor as bytes of its file; `UserError` unless it is there."""
+        """A tensor as bytes of its file, dequantized where it must be; `UserError` unless it is there."""
         if name not in self.files:
             raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
-        tensor = self._headers[self.files[name]].get(self.stored_name(name))
+        if (found := self.quantized.get(self.stored_name(name))) is None:
+            return self.raw_stored(self.stored_name(name))
+        source, parts = found
+        stored = {part: self.raw_stored(one) for part, one in parts.items()}
+        return Dequantized.of(name, stored, source, self.dtype)
+
+    def raw_stored(self, name: str) -> RawTensor:
+        """One of `stored` as bytes of its file."""
+        file = self.stored[name]
+        tensor = self._headers[file].get(name)
         if tensor is None:
-            raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
+            raise UserError(f"{file}: holds no tensor {name}, which the checkpoint's index says it does")
         return tensor
 
     @property
     def sources(self) -> list[Path]:
         """The files that decide what the model computes."""
-        return sorted({*self.files.values(), self.path / "config.json"})
+        return sorted({*self.stored.values(), self.path / "config.json"})
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -266,7 +312,7 @@ class ModelFolder:
         """What `quantize` copies as it is, with or without `code_files`."""
         return [
             *self.tokenizer_files,
-            *self.path.glob("generation_config.json"),
+            *sorted(file for pattern in _COMPANIONS for file in self.path.glob(pattern) if file.is_file()),
             *(self.code_files if code else []),
         ]
 

@@ -6,7 +6,11 @@ from pathlib import Path
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.description import INDEX, read_index
 
-_SMALL = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")  # configurations and tokenizers
+_SMALL = (  # configurations, tokenizers, licences
+    "*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "vocab.*", "LICEN[CS]E*", "NOTICE*", "COPYING*",
+    "USE_POLICY*", "USAGE_POLICY*",
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates/*"
 _FOLDERS = "*/*"  # patterns match across folders: onnx/ and original/ hold the weights once more
 
 
@@ -30,9 +34,19 @@ def download(path: str, check: Callable[[Path], object], code: bool) -> Path:
     name, commit = path.partition("@")[0], folder.name  # the branch may move meanwhile
     patterns = [*_SMALL, *(["*.py"] if code else []), "model.safetensors"]
     _fetch(path, name, commit, allow_patterns=patterns, ignore_patterns=[_FOLDERS])
+    _fetch(path, name, commit, allow_patterns=[_TEMPLATES])
     if not (folder / "model.safetensors").is_file() and (folder / INDEX).is_file():
         _fetch(path, name, commit, allow_patterns=sorted(set(read_index(folder).values())))
     return folder
+
+
+def name_and_commit(folder: Path) -> tuple[str | None, str | None]:
+    """Of a snapshot in the hub's cache, ``models--ORGANISATION--NAME/snapshots/COMMIT``; None of another folder."""
+    snapshot = folder.resolve()
+    kind, _, name = snapshot.parent.parent.name.partition("--")
+    if snapshot.parent.name != "snapshots" or kind != "models":
+        return None, None
+    return name.replace("--", "/", 1), snapshot.name
 
 
 def _fetch(path: str, name: str, revision: str | None, **patterns: list[str]) -> Path:

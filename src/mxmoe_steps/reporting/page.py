@@ -50,7 +50,7 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
     times = time_columns(table)
     texts = [name for name in table.columns if name.startswith("perplexity_")]
     label = "est." if estimate else "pred."
-    heads = ["checkpoint", "quantizer", "bits", "perplexity", "KL", "MB"]
+    heads = ["checkpoint", "quantizer", "bits", "perplexity", "KL", "MB", "not experts", "of 16 bits", "of published"]
     heads += [f"{label} µs, {tokens} tok" for tokens in times.values()]
     heads += [f"ppl {name.removeprefix('perplexity_')}" for name in texts]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
@@ -60,7 +60,8 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
             budget = row["budget_bits"]
             rows.append(f'<tr class="budget"><td colspan="{len(heads)}">at most {budget:g} bits</td></tr>')
         cells = [_name(row), "" if pd.isna(row["quantizer"]) else row["quantizer"], f"{row['bits']:.3f}"]
-        cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['size_mb']:.2f}"]
+        cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['size_mb']:.2f}", f"{row['other_mb']:.2f}"]
+        cells += [f"{row['of_16_bit']:.1%}", f"{row['of_published']:.1%}"]
         cells += [f"{row[name]:.2f}" for name in times] + [f"{row[name]:.2f}" for name in texts]
         kind = row["kind"].split()[0]
         rows.append(f'<tr class="{kind}">' + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
