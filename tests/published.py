@@ -125,10 +125,15 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], Callable[[str], bool], Callable[
 }  # fmt: skip
 
 
-def publish(format_: str, folder: Path, **extra: Any) -> tuple[Path, Path]:
-    """A tiny model as ``published`` in a source format, and in ``plain`` bfloat16 with the weights that it means."""
+def publish(format_: str, folder: Path, more: Tensors | None = None) -> tuple[Path, Path]:
+    """A tiny model as ``published`` in a source format, and in ``plain`` bfloat16 with the weights that it means.
+
+    ``more``: tensors that it has besides, quantized like the others where their names are like theirs.
+    """
     family, config, chosen, quantized = PUBLISHED[format_]
-    make_checkpoint(family, folder / "plain", dtype=torch.bfloat16, **extra)
+    make_checkpoint(family, folder / "plain", dtype=torch.bfloat16)
+    first = min((folder / "plain").glob("*.safetensors"))
+    save_file(load_file(first) | (more or {}), first, metadata={"format": "pt"})
     (folder / "published").mkdir()
     settings = json.loads((folder / "plain" / "config.json").read_text())
     (folder / "published" / "config.json").write_text(json.dumps(settings | {"quantization_config": config}))
@@ -148,4 +153,6 @@ def publish(format_: str, folder: Path, **extra: Any) -> tuple[Path, Path]:
         weight_map |= dict.fromkeys(stored, file.name)
     if index.is_file():
         (folder / "published" / index.name).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        named = json.loads(index.read_text())["weight_map"] | dict.fromkeys(more or {}, first.name)
+        index.write_text(json.dumps({"metadata": {}, "weight_map": named}))
     return folder / "published", folder / "plain"

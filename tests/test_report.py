@@ -93,7 +93,7 @@ def allocation(granularity: str, quantizer: str, **goal: Any) -> dict[str, Any]:
 def test_summary_orders_rows_and_names_what_each_is() -> None:
     def metrics(perplexity: float, kl: float) -> dict[str, Any]:
         overall = {"perplexity": perplexity, "kl": kl}
-        published = {"name": None, "commit": None, "formats": ["fp8"], "expert_bits": 8.5}
+        published = {"name": "org/name", "commit": "abc", "formats": ["fp8"], "expert_bits": 8.5}
         published |= {"bytes": 4_000_000, "bytes_16_bit": 8_000_000}
         sizes = {"weights_bytes": 2_500_000, "other_bytes": 500_000}
         return {"overall": overall, "texts": {"en": overall}, "published": published, **sizes}
@@ -117,7 +117,8 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     assert list(table["of_published"]) == [0.625] * 4
     assert "<td>31.2%</td><td>62.5%</td>" in table_html(table, estimate=True)
     (note,) = published_note(checkpoints[0].metrics["published"])
-    assert "published in fp8: 8.50 bits an expert weight, 4.00 MB, 50.0% of its size in 16 bits" in note
+    assert note.startswith("The original is org/name at commit abc. It was published in fp8:")
+    assert "published in fp8: 8.50 bits an expert weight and 4.00 MB, 50.0% of its size in 16 bits" in note
     (line,) = headlines(table)
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")

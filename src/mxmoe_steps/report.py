@@ -94,14 +94,18 @@ def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_a
 
 
 def published_note(original: dict[str, Any]) -> list[str]:
-    """What a reader must know of an original that its publisher quantized."""
-    if not original["formats"]:
-        return []
-    return [
-        f"The original was published in {', '.join(original['formats'])}: {original['expert_bits']:.2f} bits an expert"
-        f" weight, {original['bytes'] / 1e6:.2f} MB, {original['bytes'] / original['bytes_16_bit']:.1%} of its size in"
-        " 16 bits. Losses and KL divergences are against what its weights mean."
-    ]
+    """What a reader must know of the original: its commit on the hub, and how its publisher quantized it."""
+    sentences = []
+    if original["name"] is not None:
+        sentences.append(f"The original is {original['name']} at commit {original['commit']}.")
+    if original["formats"]:
+        share = original["bytes"] / original["bytes_16_bit"]
+        sentences.append(
+            f"It was published in {', '.join(original['formats'])}: {original['expert_bits']:.2f} bits an expert weight"
+            f" and {original['bytes'] / 1e6:.2f} MB, {share:.1%} of its size in 16 bits. Losses and KL divergences"
+            " are against what its weights mean."
+        )
+    return [" ".join(sentences)] if sentences else []
 
 
 def held_out_errors(facts: dict[str, Any]) -> str:

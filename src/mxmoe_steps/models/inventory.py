@@ -106,8 +106,10 @@ def _files_left_out(folder: ModelFolder, code: bool) -> Iterable[tuple[str, str]
         inner = file.relative_to(folder.path)
         if file in taken or not file.is_file() or inner.parts[0].startswith("."):
             continue
-        name = inner.name if len(inner.parts) == 1 else f"{inner.parts[0]}/*"
-        yield name, _why(inner)
+        if len(inner.parts) == 1:
+            yield inner.name, _why(inner)
+        else:
+            yield f"{inner.parts[0]}/*", "a folder that transformers does not read"
 
 
 def _why(file: Path) -> str:
