@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
+from mxmoe_steps import check
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.evaluations import read_manifest
 from mxmoe_steps.models.families import open_model
@@ -72,7 +74,7 @@ def test_a_published_model_is_the_one_that_it_means(
     assert [one["published"]["formats"] for one in manifests] == [[format_], []]
     assert manifests[1]["left_out"] == []
     listed = sum(one["count"] for one in manifests[0]["left_out"])
-    source = open_model(published)
+    source = open_model(published).stored
     assert listed == len(source.consumed) == sum(len(parts) for _, parts in source.quantized.values())
     sizes = [one["published"] for one in manifests]
     assert sizes[0]["bytes_16_bit"] == sizes[1]["bytes_16_bit"]
@@ -255,10 +257,36 @@ def test_a_weight_that_is_nan_is_named_and_so_is_one_without_scales(tmp_path: Pa
     with pytest.raises(UserError, match="layer 1, expert 2, up: the weights hold NaN"):
         read_block(folder, 1, range(4), "up")
     index = published / "model.safetensors.index.json"
-    named = {key: one.name for key, one in folder.stored.items() if key != f"{name}_scale_inv"}
+    named = {key: one.name for key, one in folder.stored.listed.items() if key != f"{name}_scale_inv"}
     index.write_text(json.dumps({"weight_map": named}))
     with pytest.raises(UserError, match=rf"{re.escape(name)} is stored as F8_E4M3: the weights are quantized already"):
         StreamedModel(published, "auto", "cpu")
+
+
+def test_check_says_what_a_source_is_and_which_budgets_it_undercuts(tmp_path: Path) -> None:
+    published, plain = publish("mxfp4", tmp_path)
+    options: Any = SimpleNamespace(model="org/name", problems=["block=3.25", "layer=4.5"])
+    lines = list(check.of_source(options, open_model(published)))
+    assert lines == [
+        "org/name is published in mxfp4, 4.25 bits an expert weight, dequantized to bfloat16 as they are read",
+        "a budget of 4.5 bits per layer is no less than the 4.25 bits of the original",
+    ]
+    assert list(check.of_source(options, open_model(plain))) == []
+
+
+def test_what_is_said_of_the_language_model_inside_counts(tmp_path: Path) -> None:
+    """As Kimi K2.5 says it, whose other half sees."""
+    published, _ = publish("pack-quantized", tmp_path)
+    file = published / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"text_config": {"quantization_config": config.pop("quantization_config")}}))
+    assert [source.name for source in open_model(published).formats] == ["pack-quantized"]
+    packed = pack(published, tmp_path / "packed", lambda *_: SCHEMES)
+    written = json.loads((packed / "config.json").read_text())
+    assert written["text_config"] == {}
+    assert written["quantization_config"]["quant_method"] == "mxmoe"
+    assert open_model(packed).is_packed
+    assert open_model(packed).formats == []
 
 
 def test_scales_of_activations_are_left_out_by_name(tmp_path: Path) -> None:
@@ -267,7 +295,7 @@ def test_scales_of_activations_are_left_out_by_name(tmp_path: Path) -> None:
     names = [f"model.layers.1.mlp.experts.{expert}.up_proj.activation_scale" for expert in range(3)]
     file = folder.files["lm_head.weight"]
     save_file(load_file(file) | {name: torch.ones(1) for name in names}, file, metadata={"format": "pt"})
-    weight_map = {name: one.name for name, one in folder.stored.items()} | dict.fromkeys(names, file.name)
+    weight_map = {name: one.name for name, one in folder.stored.listed.items()} | dict.fromkeys(names, file.name)
     (published / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     out = pack(published, tmp_path / "packed", lambda *_: SCHEMES)
     (found,) = (one for one in read_manifest(out)["left_out"] if "activation" in one["name"])

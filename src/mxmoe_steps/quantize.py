@@ -144,6 +144,8 @@ def quantize(options: QuantizeOptions) -> None:
             "quantization_config": quantization_config(assignment, allocation["quantizer"]),
         }
         config = folder.config | packed_config
+        if "quantization_config" in (inner := config.get("text_config") or {}):
+            config["text_config"] = {key: value for key, value in inner.items() if key != "quantization_config"}
         if not options.trust_remote_code:
             config.pop("auto_map", None)  # it names code that is not in the new folder, and that nothing was run with
         write_json(partial / "config.json", config)

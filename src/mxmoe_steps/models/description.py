@@ -51,6 +51,12 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+def stated_quantization(config: Mapping[str, Any]) -> Any:
+    """What a ``config.json`` says of how weights are quantized, itself or for the language model inside; or None."""
+    inner = config.get("text_config")
+    return config.get("quantization_config", inner.get("quantization_config") if isinstance(inner, dict) else None)
+
+
 def check_precision(folder: Path, config: Mapping[str, Any]) -> None:
     """`UserError` for weights that something says are quantized in a format that is not read."""
     for name in _QUANTIZER_FILES:
@@ -60,7 +66,7 @@ def check_precision(folder: Path, config: Mapping[str, Any]) -> None:
                 " weights are that"
             )
     for key in ("quantization_config", "compression_config"):
-        stated = config.get(key)
+        stated = stated_quantization(config) if key == "quantization_config" else config.get(key)
         if stated is None:
             continue
         method = stated.get("quant_method") if isinstance(stated, dict) else None

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, read_index
+from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, stated_quantization
 from mxmoe_steps.models.raw import FLOATS, RawColumns, RawTensor, tensors_of
-from mxmoe_steps.models.sources.format import CODES, SourceFormat
+from mxmoe_steps.models.sources.format import SourceFormat
 from mxmoe_steps.models.sources.formats import source_formats
 from mxmoe_steps.models.sources.tensor import Dequantized
+from mxmoe_steps.models.stored import StoredTensors
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -155,7 +156,7 @@ class ModelFolder:
     @cached_property
     def formats(self) -> list[SourceFormat]:
         """How the publisher quantized weights; none where they are in 16 or 32 bits, or packed by `quantize`."""
-        stated = self.config.get("quantization_config")
+        stated = stated_quantization(self.config)
         return [] if stated is None or self.is_packed else source_formats(stated, self.path / "config.json")
 
     @property
@@ -164,39 +165,13 @@ class ModelFolder:
         return str(self.config.get("hidden_act", "silu"))
 
     @cached_property
-    def stored(self) -> dict[str, Path]:
-        """Name of a stored tensor -> file: as for transformers, ``model.safetensors`` comes before an index."""
-        single = self.path / "model.safetensors"
-        if single.is_file():
-            return dict.fromkeys(tensors_of(single), single)
-        weight_map = read_index(self.path)
-        for file in sorted(set(weight_map.values())):
-            if not (self.path / file).is_file():
-                raise UserError(f"{self.path / file}: missing, though the checkpoint's index names it; download it")
-        return {name: self.path / file for name, file in weight_map.items()}
+    def stored(self) -> StoredTensors:
+        """The tensors of its files by their own names."""
+        return StoredTensors(self.path, self.formats, self._stated_dtype or "bfloat16")
 
-    @cached_property
-    def quantized(self) -> dict[str, tuple[SourceFormat, dict[str, str]]]:
-        """Weight that the publisher quantized -> its format, and part -> name of the stored tensor."""
-        return {
-            weight: (source, parts) for source in self.formats for weight, parts in source.find(self.stored).items()
-        }
-
-    @cached_property
+    @property
     def _stored(self) -> dict[str, Path]:
-        """The same as if no weight were quantized: each by its own name, with the file of its codes."""
-        codes = {weight: self.stored[parts[CODES]] for weight, (_, parts) in self.quantized.items()}
-        return {name: file for name, file in self.stored.items() if name not in self.consumed} | codes
-
-    @cached_property
-    def consumed(self) -> dict[str, str]:
-        """Name of a stored tensor that goes into weights as they are read, or says nothing of them -> what it is."""
-        found: dict[str, str] = {}
-        for weight, (source, parts) in self.quantized.items():
-            found |= {name: f"{part} of {source.name} weights, which are dequantized" for part, name in parts.items()}
-            beside = source.of_activations(weight, self.stored)
-            found |= dict.fromkeys(beside, f"scales of activations, which go with {source.name} weights")
-        return found
+        return self.stored.files
 
     @cached_property
     def _bare(self) -> bool:
@@ -219,11 +194,15 @@ class ModelFolder:
 
         That of the first tensor of a floating type where ``config.json`` names none.
         """
-        stated = self.config.get("dtype", self.config.get("torch_dtype"))
-        if stated is not None or self.formats:
-            return str(stated or "bfloat16")
+        if self._stated_dtype or self.formats:
+            return self._stated_dtype or "bfloat16"
         stored = tensors_of(min(self.files.values()))
         return next((FLOATS[stored[name].dtype] for name in sorted(stored) if stored[name].dtype in FLOATS), "float32")
+
+    @property
+    def _stated_dtype(self) -> str | None:
+        stated = self.config.get("dtype", self.config.get("torch_dtype"))
+        return None if stated is None else str(stated)
 
     @cached_property
     def moe_layers(self) -> list[int]:
@@ -271,32 +250,16 @@ class ModelFolder:
         tensor = self.raw(place.tensor)
         return tensor.view(place.read) if isinstance(tensor, Dequantized) else place.raw(tensor)
 
-    @cached_property
-    def _headers(self) -> dict[Path, dict[str, RawTensor]]:
-        return {file: tensors_of(file) for file in set(self.stored.values())}
-
     def raw(self, name: str) -> RawTensor:
         """A tensor as bytes of its file, dequantized where it must be; `UserError` unless it is there."""
         if name not in self.files:
             raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
-        if (found := self.quantized.get(self.stored_name(name))) is None:
-            return self.raw_stored(self.stored_name(name))
-        source, parts = found
-        stored = {part: self.raw_stored(one) for part, one in parts.items()}
-        return Dequantized.of(name, stored, source, self.dtype)
-
-    def raw_stored(self, name: str) -> RawTensor:
-        """One of `stored` as bytes of its file."""
-        file = self.stored[name]
-        tensor = self._headers[file].get(name)
-        if tensor is None:
-            raise UserError(f"{file}: holds no tensor {name}, which the checkpoint's index says it does")
-        return tensor
+        return self.stored.raw(self.stored_name(name))
 
     @property
     def sources(self) -> list[Path]:
         """The files that decide what the model computes."""
-        return sorted({*self.stored.values(), self.path / "config.json"})
+        return sorted({*self.stored.listed.values(), self.path / "config.json"})
 
     @property
     def tokenizer_files(self) -> list[Path]:

@@ -45,13 +45,13 @@ def published(folder: ModelFolder) -> dict[str, Any]:
         raw, stored = folder.raw(tensor), folder.stored_name(tensor)
         all_bytes += 2 * prod(raw.shape) if raw.dtype in FLOATS else raw.nbytes
         if stored in experts and not tensor.endswith("bias"):
-            expert_bits += 8 * _stored_bytes(folder, stored)
+            expert_bits += 8 * folder.stored.nbytes(stored)
             expert_weights += prod(raw.shape)
     return {
         "name": name,
         "commit": commit,
-        "formats": sorted({source.name for source, _ in folder.quantized.values()}),
-        "bytes": sum(file.stat().st_size for file in set(folder.stored.values())),
+        "formats": sorted({source.name for source, _ in folder.stored.quantized.values()}),
+        "bytes": sum(file.stat().st_size for file in set(folder.stored.listed.values())),
         "bytes_16_bit": all_bytes,
         "expert_bits": expert_bits / expert_weights,
     }
@@ -61,13 +61,7 @@ def other_bytes(folder: ModelFolder) -> int:
     """Bytes of an original's files that are stored for other tensors than expert blocks."""
     experts = {folder.stored_name(name) for name in expert_tensors(folder)}
     others = (folder.stored_name(name) for name in folder.files)
-    return sum(_stored_bytes(folder, name) for name in others if name not in experts)
-
-
-def _stored_bytes(folder: ModelFolder, name: str) -> int:
-    """Of a tensor by its name in the checkpoint, or of the parts that are stored for it."""
-    _, parts = folder.quantized.get(name, (None, {"": name}))
-    return sum(folder.raw_stored(part).nbytes for part in parts.values())
+    return sum(folder.stored.nbytes(name) for name in others if name not in experts)
 
 
 def by_kind(tensors: Mapping[str, RawTensor], layers: int) -> dict[str, int]:
@@ -90,9 +84,9 @@ def left_out(folder: ModelFolder, code: bool) -> list[dict[str, Any]]:
 
     A `*` stands for the numbers of layers and experts. ``code``: whether Python files are taken over.
     """
-    found = dict(folder.consumed)
-    for file in set(folder.stored.values()):
-        unnamed = tensors_of(file).keys() - folder.stored.keys()
+    found = dict(folder.stored.consumed)
+    for file in set(folder.stored.listed.values()):
+        unnamed = tensors_of(file).keys() - folder.stored.listed.keys()
         found |= dict.fromkeys(unnamed, f"tensors of {file.name} that the index does not name")
     counts = Counter((_NUMBER.sub("*", name), why) for name, why in found.items())
     counts.update(_files_left_out(folder, code))
@@ -101,7 +95,12 @@ def left_out(folder: ModelFolder, code: bool) -> list[dict[str, Any]]:
 
 def _files_left_out(folder: ModelFolder, code: bool) -> Iterable[tuple[str, str]]:
     """(name, why) of files; those of a subfolder count as one name."""
-    taken = {*folder.copied_files(code), *folder.stored.values(), folder.path / "config.json", folder.path / INDEX}
+    taken = {
+        *folder.copied_files(code),
+        *folder.stored.listed.values(),
+        folder.path / "config.json",
+        folder.path / INDEX,
+    }
     for file in folder.path.rglob("*"):
         inner = file.relative_to(folder.path)
         if file in taken or not file.is_file() or inner.parts[0].startswith("."):

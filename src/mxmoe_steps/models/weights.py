@@ -24,7 +24,9 @@ def open_tensors(model: ModelFolder, names: Sequence[str]) -> Iterator[dict[str,
     for name in names:
         if name not in files:
             raise UserError(f"tensor {name} is missing from the checkpoint {model.path}")
-    tensors: dict[str, Any] = {name: model.raw(name) for name in names if model.stored_name(name) in model.quantized}
+    tensors: dict[str, Any] = {
+        name: model.raw(name) for name in names if model.stored_name(name) in model.stored.quantized
+    }
     plain = [name for name in names if name not in tensors]
     with contextlib.ExitStack() as stack:
         opened = {}
