@@ -30,6 +30,6 @@ class Mxfp4(SourceFormat):
         return experts, groups * 2 * _BYTES, rows
 
     def decode(self, parts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        from mxmoe_steps.models.sources.arithmetic import of_e2m1, of_scales
+        from mxmoe_steps.models.sources.arithmetic import E2M1, numbers, of_scales
 
-        return (of_e2m1(parts[CODES]) * of_scales(parts[SCALES]).unsqueeze(-1)).flatten(1).T
+        return numbers(parts[CODES], E2M1).mul_(of_scales(parts[SCALES]).unsqueeze(-1)).flatten(1).T

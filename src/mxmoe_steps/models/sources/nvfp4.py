@@ -30,7 +30,7 @@ class NvFp4(SourceFormat):
         return codes[0], 2 * codes[1]
 
     def decode(self, parts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        from mxmoe_steps.models.sources.arithmetic import of_e2m1, of_scales, times_scales
+        from mxmoe_steps.models.sources.arithmetic import E2M1, E4M3, numbers, times_scales
 
-        scales = of_scales(parts[SCALES]) / parts[_GLOBAL]
-        return times_scales(of_e2m1(parts[CODES]), scales, 1, _GROUP).bfloat16()  # whatever the model's precision
+        scales = numbers(parts[SCALES], E4M3) / parts[_GLOBAL]
+        return times_scales(numbers(parts[CODES], E2M1), scales, 1, _GROUP).bfloat16()  # whatever the model's precision

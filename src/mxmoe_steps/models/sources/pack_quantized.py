@@ -44,12 +44,11 @@ class PackQuantized(SourceFormat):
     def decode(self, parts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         import torch
 
-        from mxmoe_steps.models.sources.arithmetic import of_nibbles, of_scales, times_scales
+        from mxmoe_steps.models.sources.arithmetic import OFFSET_INT4, OFFSET_INT8, numbers, of_scales, times_scales
 
         rows, columns = parts[_SHAPE].tolist()
-        stored = parts[CODES].view(torch.uint8)
         bits = self._bits(columns, parts[CODES].shape[1])
-        codes = (of_nibbles(stored) - 8 if bits == 4 else stored.int() - 128)[:, :columns].float()
+        codes = numbers(parts[CODES].view(torch.uint8), OFFSET_INT4 if bits == 4 else OFFSET_INT8)[:, :columns]
         scales = of_scales(parts[SCALES])
         scales = scales.view(1, 1) if scales.numel() == 1 else scales.view(rows, -1)
         weight = times_scales(codes, scales, rows // len(scales), columns // scales.shape[1])

@@ -34,9 +34,12 @@ class PlainQuantized(SourceFormat):
 
     def product(self, parts: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         """float32 [N, K]."""
-        from mxmoe_steps.models.sources.arithmetic import of_scales, times_scales
+        import torch
 
-        codes, scales = parts[CODES].float(), of_scales(parts[SCALES])
+        from mxmoe_steps.models.sources.arithmetic import E4M3, INT8, numbers, of_scales, times_scales
+
+        codes = numbers(parts[CODES], INT8 if parts[CODES].dtype == torch.int8 else E4M3)
+        scales = of_scales(parts[SCALES])
         block = self._block(tuple(codes.shape), tuple(scales.shape))
         assert block is not None
         rows, columns = block
