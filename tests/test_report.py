@@ -117,7 +117,7 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     assert list(table["of_published"]) == [0.625] * 4
     assert "<td>31.2%</td><td>62.5%</td>" in table_html(table, estimate=True)
     (note,) = published_note(checkpoints[0].metrics["published"])
-    assert note.startswith("The original is org/name at commit abc. It was published in fp8:")
+    assert note.startswith("The original is commit abc of org/name. The original was published in fp8:")
     assert "published in fp8: 8.50 bits an expert weight and 4.00 MB, 50.0% of its size in 16 bits" in note
     (line,) = headlines(table)
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")

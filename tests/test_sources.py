@@ -25,7 +25,9 @@ from mxmoe_steps.models.sources.formats import source_formats
 from mxmoe_steps.models.sources.tensor import Dequantized
 from mxmoe_steps.models.streaming import StreamedModel, layer_path
 from mxmoe_steps.models.weights import read_block
+from mxmoe_steps.quantizers.gptq import gptq
 from mxmoe_steps.quantizers.grid import round_to_nearest
+from mxmoe_steps.quantizers.hessians import Hessians
 from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = ("w4a16", "w16a16", "w8a8")
@@ -196,10 +198,14 @@ def test_a_stack_of_fp8_experts(tmp_path: Path) -> None:
 
 
 def test_mxfp4_weights_stay_as_published_under_our_own_scheme() -> None:
-    """Experts that keep w4a16_mxfp4 lose nothing: the same codes, groups and exponents."""
+    """Experts that keep w4a16_mxfp4 lose nothing: the same codes, groups and exponents, rounded or by GPTQ."""
     _, weight = mxfp4(random(2, 96, 24), seed=1)
-    published = torch.from_numpy(weight.swapaxes(1, 2).copy())
-    assert torch.equal(round_to_nearest(published, parse_scheme("w4a16_mxfp4")).dequantize(), published)
+    published, scheme = torch.from_numpy(weight.swapaxes(1, 2).copy()), parse_scheme("w4a16_mxfp4")
+    assert torch.equal(round_to_nearest(published, scheme).dequantize(), published)
+    inputs = torch.from_numpy(random(2, 200, 96, seed=2)).double()
+    moments = inputs.mT @ inputs
+    hessians = Hessians(moments, torch.tensor([200, 200]), moments.mean(0) / 200, 0.01)
+    assert torch.equal(gptq(published, hessians, scheme).dequantize(), published)
 
 
 @pytest.mark.parametrize(

@@ -97,12 +97,12 @@ def published_note(original: dict[str, Any]) -> list[str]:
     """What a reader must know of the original: its commit on the hub, and how its publisher quantized it."""
     sentences = []
     if original["name"] is not None:
-        sentences.append(f"The original is {original['name']} at commit {original['commit']}.")
+        sentences.append(f"The original is commit {original['commit']} of {original['name']}.")
     if original["formats"]:
-        share = original["bytes"] / original["bytes_16_bit"]
+        formats, share = ", ".join(original["formats"]), original["bytes"] / original["bytes_16_bit"]
         sentences.append(
-            f"It was published in {', '.join(original['formats'])}: {original['expert_bits']:.2f} bits an expert weight"
-            f" and {original['bytes'] / 1e6:.2f} MB, {share:.1%} of its size in 16 bits. Losses and KL divergences"
+            f"The original was published in {formats}: {original['expert_bits']:.2f} bits an expert weight and"
+            f" {original['bytes'] / 1e6:.2f} MB, {share:.1%} of its size in 16 bits. Losses and KL divergences"
             " are against what its weights mean."
         )
     return [" ".join(sentences)] if sentences else []

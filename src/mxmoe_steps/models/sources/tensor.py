@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -66,18 +67,27 @@ class Dequantized(RawTensor):
         return self.dtype
 
     def __getitem__(self, index: Any) -> "torch.Tensor":
-        import torch
-
-        dtype = getattr(torch, FLOATS[self.dtype])
         if len(self.shape) == 2:
-            return self.source.decode({part: _load(raw) for part, raw in self.parts.items()}).to(dtype)[index]
+            return self._matrix()[index]
         first, *rest = index if isinstance(index, tuple) else (index,)
         if isinstance(first, int):
-            return self._expert(first)[tuple(rest)]
-        whole = torch.empty(self.shape, dtype=dtype)
+            return self._expert(first)._matrix()[tuple(rest)]
+        whole = self._empty()
         for expert, matrix in enumerate(whole):
-            matrix.copy_(self._expert(expert)[...])
+            matrix.copy_(self._expert(expert)._matrix())
         return whole[index]
+
+    def _matrix(self) -> "torch.Tensor":
+        return self._empty().copy_(self.source.decode({part: _load(raw) for part, raw in self.parts.items()}))
+
+    def _empty(self) -> "torch.Tensor":
+        """Memory for the tensor in a mapping of its own, which goes back to the system with it.
+
+        transformers reads in threads, whose heaps would keep a layer or two.
+        """
+        import torch
+
+        return torch.frombuffer(mmap(-1, self.nbytes), dtype=getattr(torch, FLOATS[self.dtype])).view(self.shape)
 
     def _expert(self, expert: int) -> "Dequantized":
         """The matrix of one expert."""
