@@ -115,7 +115,9 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     assert list(table["other_mb"]) == [0.5] * 4
     assert list(table["of_16_bit"]) == [0.3125] * 4
     assert list(table["of_published"]) == [0.625] * 4
-    assert "<td>31.2%</td><td>62.5%</td>" in table_html(table, estimate=True)
+    page = table_html(table, estimate=True)
+    assert "<td>31.2%</td><td>62.5%</td>" in page
+    assert "at most 2.25 bits, 14% of 16, 26% of the published 8.50<" in page
     (note,) = published_note(checkpoints[0].metrics["published"])
     assert note.startswith("The original is commit abc of org/name. The original was published in fp8:")
     assert "published in fp8: 8.50 bits an expert weight and 4.00 MB, 50.0% of its size in 16 bits" in note
