@@ -1,6 +1,7 @@
 """Peak memory of trace, capture and evaluate on a checkpoint several times larger.
 
     python benchmarks/streaming.py            # writes 5 GB to the temporary folder
+    python benchmarks/streaming.py --fp8      # the same with linear layers in fp8, as DeepSeek publishes it
 
 Random weights in the shape of Qwen2-MoE, bfloat16, written layer by layer; tokenizer and text are the demo's. Each step
 runs as its users run it, and the kernel's account of its anonymous memory (RssAnon: what cannot be given back, unlike
@@ -26,7 +27,7 @@ DEMO = Path(__file__).parents[1] / "resources" / "demo-moe"
 SOURCES = json.dumps({"english": {"package": "wiki-en"}})
 
 
-def write_checkpoint(folder: Path, layers: int) -> int:
+def write_checkpoint(folder: Path, layers: int, fp8: bool) -> int:
     """A random checkpoint with one shard per layer; returns its bytes. Memory: one layer."""
     folder.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -38,6 +39,8 @@ def write_checkpoint(folder: Path, layers: int) -> int:
         "intermediate_size": 2816, "max_position_embeddings": 2048, "tie_word_embeddings": False, "dtype": "bfloat16",
     }  # fmt: skip
     config = AutoConfig.for_model("qwen2_moe", **sizes, num_hidden_layers=layers)
+    if fp8:
+        config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     config.save_pretrained(folder)
     one = AutoConfig.for_model("qwen2_moe", **sizes, num_hidden_layers=1)
     generator = torch.Generator().manual_seed(0)
@@ -58,6 +61,10 @@ def write_checkpoint(folder: Path, layers: int) -> int:
                 shard |= {f"{stem}.{expert}.{block}_proj.weight": one.clone() for block, one in blocks}
             if tensor.dim() != 3:
                 shard[name] = value.bfloat16()
+        for name in [name for name in shard if fp8 and name.endswith("proj.weight")]:
+            blocks = [-(-size // 128) for size in shard[name].shape]
+            shard[name] = (shard[name].float() * 1000).to(torch.float8_e4m3fn)
+            shard[f"{name}_scale_inv"] = torch.full(blocks, 1e-3)
         file = f"model-{layer:05d}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
@@ -91,6 +98,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--fp8", action="store_true", help="publish it in fp8")
     parser.add_argument("--limit-gb", type=float, help="RLIMIT_DATA of every step")
     args = parser.parse_args()
     limit = None
@@ -102,7 +110,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        total = write_checkpoint(folder / "model", args.layers)
+        total = write_checkpoint(folder / "model", args.layers, args.fp8)
         text = ["--sources", SOURCES, "--sequences", str(args.sequences), "--length", str(args.length), "--batch", "4"]
         common = ["--model", str(folder / "model"), "--dtype", "bfloat16", "--device", "cpu", *text]
         steps = {

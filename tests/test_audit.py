@@ -295,7 +295,8 @@ def test_a_hub_model_is_what_its_index_names(
     path = resolve_model("org/name@v1", code=code)
     assert len(weights) > 2
     assert hub.got == {*files, *(["m.py"] if code else [])}
-    assert hub.revisions == ["v1", "abc123", "abc123"]
+    assert hub.revisions[0] == "v1"
+    assert set(hub.revisions[1:]) == {"abc123"}, "whatever the branch does meanwhile"
     StreamedModel(path, "float32", "cpu")
 
 

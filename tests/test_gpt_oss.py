@@ -13,13 +13,13 @@ from checkpoints import capture_tokens, make_model
 from packed import pack
 from safetensors.torch import load_file, save_file
 from synthetic import allocation_of
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM
 
 import mxmoe_steps
 from mxmoe_steps import calibrate, quantize
 from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FAMILIES, open_model, resolve_model
+from mxmoe_steps.models.families import FAMILIES, open_model
 from mxmoe_steps.models.gating import gating_of
 from mxmoe_steps.models.streaming import StreamedModel, layer_path
 from mxmoe_steps.models.weights import read_block
@@ -252,48 +252,3 @@ def test_a_nan_bias_is_named(checkpoint: Path, captured: Any, tmp_path: Path) ->
     assert read_block(folder, 1, range(4), "gate", parameter="bias").shape == (4, 160)
     with pytest.raises(UserError, match="layer 1, expert 2, up: the biases hold NaN or infinity"):
         read_block(folder, 1, range(4), "up", parameter="bias")
-
-
-def test_an_mxfp4_checkpoint_is_dequantized_as_the_error_says(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tensors = {}
-    for name, tensor in load_all(checkpoint).items():
-        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            tensors[name] = tensor.bfloat16()
-            continue
-        experts, inputs, outputs = tensor.shape
-        shape = (experts, outputs, inputs // 32, 16)
-        generator = torch.Generator().manual_seed(0)
-        tensors[f"{name}_blocks"] = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
-        tensors[f"{name}_scales"] = torch.full(shape[:3], 124, dtype=torch.uint8)
-    (tmp_path / "published").mkdir()
-    save_file(tensors, tmp_path / "published" / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((checkpoint / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (tmp_path / "published" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"\(mxfp4\).*Mxfp4Config\(dequantize=True\).*save_original_format=False"):
-        open_model(tmp_path / "published")
-
-    def download(repo: str, allow_patterns: list[str]) -> str:
-        assert allow_patterns == ["config.json"], "weights that are refused are not downloaded"
-        return str(tmp_path / "published")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    with pytest.raises(UserError, match=r"quantized already \(mxfp4\)"):
-        resolve_model("openai/gpt-oss-20b")
-
-    dequantized = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "published", quantization_config=Mxfp4Config(dequantize=True)
-    )
-    dequantized.save_pretrained(tmp_path / "folder", save_original_format=False)
-    folder = open_model(tmp_path / "folder")
-    weights = dequantized.model.layers[1].mlp.experts
-    assert torch.equal(read_block(folder, 1, [2], "up")[0], weights.gate_up_proj[2, :, 1::2].T)
-    assert torch.equal(read_block(folder, 1, [2], "down")[0], weights.down_proj[2].T)
-
-
-def load_all(checkpoint: Path) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor for file in sorted(checkpoint.glob("*.safetensors")) for name, tensor in load_file(file).items()
-    }

@@ -7,6 +7,7 @@ import itertools
 import logging
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from checkpoints import make_checkpoint
 from packed import pack
 
 import mxmoe_steps
+from mxmoe_steps import check
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.build import checkpoint_kernels
@@ -96,6 +98,14 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
         ("qwen3_moe", "w4a4", {}, "scheme w4a4_g-1_sym: no GPU kernel"),
         ("qwen3_moe", "w4a16_g64", {}, "scheme w4a16_g64_asym: no GPU kernel"),
         ("qwen3_moe", "w4a16", {"moe_intermediate_size": 192}, "input features in multiples of 128"),
+        (
+            "qwen3_moe",
+            "w8a8_fp8",
+            {"moe_intermediate_size": 352},
+            "blocks of 352 x 128 under w8a8_g-1_sym_fp8: kernels",
+        ),
+        ("qwen3_moe", "w2a16", {"moe_intermediate_size": 720}, "blocks of 720 x 128 under w2a16_g128_asym: kernels"),
+        ("glm4_moe", "w4a16", {"moe_intermediate_size": 736, "first_k_dense_replace": 0}, "blocks of 736 x 128 under"),
         ("qwen2_moe", "w8a16", {"moe_intermediate_size": 192}, "shared expert of width 256: no multiple"),
         ("qwen3_moe", "w4a16", {"hidden_act": "gelu"}, "no activation gelu"),
         ("gpt_oss", "w4a16", {}, "the kernels do not clamp gate and up"),
@@ -117,6 +127,24 @@ def test_layers_without_a_kernel_stay_and_say_why(
     assert why in caplog.text
     assert not isinstance(model.get_submodule(moe_path(0)), gpu.KernelMoe)
     model(torch.arange(5)[None])
+
+
+def test_check_says_which_layers_have_no_kernels_and_why(tmp_path: Path) -> None:
+    """Widths that are multiples of 32; of 64, which kernels of groups do not take; and of 128."""
+    schemes = ["w4a16", "w8a8_fp8"]
+    odd = "blocks of {0} x 128 under {1}: kernels need output features in multiples of 64"
+    group = "blocks of 128 x {0} under {1}: kernels need output features in multiples of 64 and input features in"
+    expected = {352: [odd, odd], 736: [odd, odd], 192: [group], 256: []}
+    for width, reasons in expected.items():
+        make_checkpoint("deepseek_v3", tmp_path / str(width), **SIZES | {"moe_intermediate_size": width})
+        options: Any = SimpleNamespace(candidates=schemes)
+        lines = list(check.without_kernels(options, open_model(tmp_path / str(width))))
+        for line, reason, scheme in zip(lines, reasons, ["w4a16_g128_asym", "w8a8_g-1_sym_fp8"], strict=False):
+            assert line.startswith(
+                "1 layers, the first one 1, will run reference arithmetic on GPUs, and predicted times"
+            )
+            assert reason.format(width, scheme) in line
+        assert len(lines) == len(reasons)
 
 
 def test_rotated_inputs_stay_with_the_reference(

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mxmoe_steps.report import measured_note, time_note
+from mxmoe_steps.report import measured_note, published_note, time_note
 from mxmoe_steps.reporting import figures
 from mxmoe_steps.reporting.figures import model_hull
 from mxmoe_steps.reporting.page import table_html
@@ -93,7 +93,10 @@ def allocation(granularity: str, quantizer: str, **goal: Any) -> dict[str, Any]:
 def test_summary_orders_rows_and_names_what_each_is() -> None:
     def metrics(perplexity: float, kl: float) -> dict[str, Any]:
         overall = {"perplexity": perplexity, "kl": kl}
-        return {"overall": overall, "texts": {"en": overall}, "weights_bytes": 2_500_000}
+        published = {"name": "org/name", "commit": "abc", "formats": ["fp8"], "expert_bits": 8.5}
+        published |= {"bytes": 4_000_000, "bytes_16_bit": 8_000_000}
+        sizes = {"weights_bytes": 2_500_000, "other_bytes": 500_000}
+        return {"overall": overall, "texts": {"en": overall}, "published": published, **sizes}
 
     checkpoints = [
         Checkpoint("ours", metrics(11, 0.1), allocation("block", "gptq", max_time_us=120.0)),
@@ -104,9 +107,10 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     times = {checkpoint.name: {64: 1.5, 8192: 3.0} for checkpoint in checkpoints}
     table = summary_table(checkpoints, times, estimate=True)
     assert list(table["kind"]) == ["original", "uniform rtn", "uniform gptq", "ours"]
-    assert list(table["scheme"]) == ["w16a16", "w2a16_g128_asym", "w2a16_g128_asym", "mixed"]
+    assert list(table["scheme"]) == ["fp8", "w2a16_g128_asym", "w2a16_g128_asym", "mixed"]
     assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120"]
     assert time_columns(table) == {"estimated_layer_us_64_tokens": 64, "estimated_layer_us_8192_tokens": 8192}
+    assert list(table["bits"]) == [8.5, 2.25, 2.25, 2.25]
     assert list(table["size_mb"]) == [2.5] * 4
     assert prediction_errors(table) == {}
     assert measured_note(table, None) == []
@@ -122,6 +126,15 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     assert "on GPU (2026-01-01) under the routing of web" in note
     assert "off by 20.0 % at 64 tokens (+20.0 to +20.0 %); 25.0 % at 8192 tokens (-25.0 to -25.0 %)." in note
     assert "<th>GEMMs µs, 64 tok</th><th>layer µs, 64 tok</th>" in table_html(timed, True)
+    assert list(table["other_mb"]) == [0.5] * 4
+    assert list(table["of_16_bit"]) == [0.3125] * 4
+    assert list(table["of_published"]) == [0.625] * 4
+    page = table_html(table, estimate=True)
+    assert "<td>31.2%</td><td>62.5%</td>" in page
+    assert "at most 2.25 bits, 14% of 16, 26% of the published 8.50<" in page
+    (note,) = published_note(checkpoints[0].metrics["published"])
+    assert note.startswith("The original is commit abc of org/name. The original was published in fp8:")
+    assert "published in fp8: 8.50 bits an expert weight and 4.00 MB, 50.0% of its size in 16 bits" in note
     (line,) = headlines(table)
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")

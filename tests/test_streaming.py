@@ -314,11 +314,11 @@ def test_an_unsupported_family_lists_the_supported_ones(deep_moe: Path, tmp_path
         StreamedModel(tmp_path, "float32", "cpu")
 
 
-def test_a_quantized_original_is_refused(deep_moe: Path, tmp_path: Path) -> None:
+def test_an_original_in_a_format_that_is_not_read_is_refused(deep_moe: Path, tmp_path: Path) -> None:
     config = json.loads((deep_moe / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8"}
+    config["quantization_config"] = {"quant_method": "gptq"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match=r"quantized already \(fp8\)"):
+    with pytest.raises(UserError, match=r"quantized already \(gptq\)"):
         open_model(tmp_path)
 
 

@@ -61,6 +61,8 @@ def check(options: CheckOptions) -> None:
             reader.read(text, split, int(sequences), int(length))
     check_apart(reader.sources, options.calibrate[2:], options.evaluate[2:])
     check_budgets(options, model.folder)
+    for line in (*of_source(options, model.folder), *without_kernels(options, model.folder)):
+        print(f"check: {line}", file=sys.stderr)
     print(f"check: {options.model} and its texts are fit for use", file=sys.stderr)
 
 
@@ -90,6 +92,47 @@ def check_budgets(options: CheckOptions, folder: "ModelFolder") -> None:
     candidates = sorted(map(parse_scheme, options.candidates))
     problems = [split_setting(text, "--problems") for text in options.problems]
     check_reachable(blocks_of(folder, sizes=True), candidates, constraints, options.scope, problems)
+
+
+def of_source(options: CheckOptions, folder: "ModelFolder") -> Iterator[str]:
+    """What is known of weights that their publisher quantized, and budgets that say less than they seem to."""
+    from mxmoe_steps.allocation.constraints import split_setting
+    from mxmoe_steps.models.inventory import published
+
+    original = published(folder)
+    if not original["formats"]:
+        return
+    bits, formats = original["expert_bits"], ", ".join(original["formats"])
+    yield (
+        f"{options.model} is published in {formats}, {bits:.2f} bits an expert weight, dequantized to {folder.dtype}"
+        " as they are read"
+    )
+    for text in options.problems:
+        granularity, budget = split_setting(text, "--problems")
+        if float(budget) >= bits:
+            yield f"a budget of {budget} bits per {granularity} is no less than the {bits:.2f} bits of the original"
+
+
+def without_kernels(options: CheckOptions, folder: "ModelFolder") -> Iterator[str]:
+    """Layers for which the GPU kernels lack a candidate in their sizes, and why."""
+    from mxmoe_steps.kernels.plan import plan_layer
+    from mxmoe_steps.schemes import SHARED, parse_scheme
+
+    reasons: dict[str, list[int]] = {}
+    for layer in folder.moe_layers:
+        hidden, inner = folder.raw_block(layer, 0, "down").shape
+        shared = folder.raw_block(layer, SHARED, "down").shape[1] if folder.family.shared is not None else 0
+        for scheme in map(parse_scheme, options.candidates):
+            experts = dict.fromkeys([0, SHARED] if shared else [0], (scheme, scheme, scheme))
+            try:
+                plan_layer(experts, hidden, inner, shared)
+            except UserError as error:
+                reasons.setdefault(str(error), []).append(layer)
+    for why, layers in reasons.items():
+        yield (
+            f"{len(layers)} layers, the first one {layers[0]}, will run reference arithmetic on GPUs, and predicted"
+            f" times are what kernels would take: {why}"
+        )
 
 
 def parts(sources: Mapping[str, "TextSource"], names: Iterable[str]) -> Iterator[str]:

@@ -153,10 +153,15 @@ def measure(
 
 
 def known_facts(folder: "ModelFolder") -> dict[str, Any]:
-    """What is known of a checkpoint, original or quantized: allocation summary and size on disk."""
+    """What is known of a checkpoint, original or quantized: allocation summary, sizes, and how it was published."""
+    from mxmoe_steps.models.inventory import other_bytes, published
+
     if folder.is_packed:
-        return read_manifest(folder.path)
-    return {"allocation": None, "weights_bytes": sum(file.stat().st_size for file in set(folder.files.values()))}
+        manifest = read_manifest(folder.path)
+        return {key: manifest[key] for key in ("allocation", "weights_bytes", "other_bytes", "published")}
+    original = published(folder)
+    known = {"weights_bytes": original["bytes"], "other_bytes": other_bytes(folder), "published": original}
+    return {"allocation": None, **known}
 
 
 def evaluate(options: EvaluateOptions) -> None:

@@ -1,8 +1,10 @@
 """What is known of a checkpoint, and what `evaluate` found: JSON, read and checked in one place.
 
-``mxmoe.json`` in a packed checkpoint holds ``allocation``, what `solve` wrote but for the assignment, and
-``weights_bytes``, the size of its files of weights. An evaluation holds the same, the allocation None for the
-original, with the metrics of every text and their means.
+``mxmoe.json`` in a packed checkpoint holds ``allocation``, what `solve` wrote but for the assignment;
+``weights_bytes``, the size of its files of weights; ``other_bytes``, those of its tensors that are no expert blocks,
+and ``others``, the same by kind; ``published``, what is known of the original (`mxmoe_steps.models.inventory`); and
+``left_out``, what of the original it does not hold and why. An evaluation holds allocation, sizes and ``published``,
+the allocation None for the original, with the metrics of every text and their means.
 """
 
 import math
@@ -13,7 +15,9 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from mxmoe_steps.allocation.files import AllocationSummary
-from mxmoe_steps.records import STRICT, Name, Positive, Quantity, Total, read_record
+from mxmoe_steps.records import STRICT, Count, Name, Positive, Quantity, Total, read_record
+
+Size = Annotated[int, Field(ge=1, lt=2**63)]
 
 
 class Metrics(TypedDict):
@@ -24,18 +28,41 @@ class Metrics(TypedDict):
     perplexity: Positive
 
 
+class Published(TypedDict):
+    """An original: name and commit on the hub, source formats, sizes (`mxmoe_steps.models.inventory.published`)."""
+
+    name: Name | None
+    commit: Name | None
+    formats: list[Name]
+    bytes: Size
+    bytes_16_bit: Size
+    expert_bits: Positive
+
+
+class _LeftOut(TypedDict):
+    name: Name
+    count: Count
+    why: Name
+
+
 class _Manifest(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     allocation: AllocationSummary
     weights_bytes: Total
+    other_bytes: Total
+    others: dict[Name, Total]
+    published: Published
+    left_out: list[_LeftOut]
 
 
 class _Evaluation(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     allocation: AllocationSummary | None
+    other_bytes: Total
     overall: Metrics
+    published: Published
     texts: Annotated[dict[Name, Metrics], Field(min_length=1)]
     weights_bytes: Total
 

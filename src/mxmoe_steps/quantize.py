@@ -8,6 +8,8 @@ Nothing compiled is inside, and no code but, with --trust-remote-code, the Pytho
 
 import shutil
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ class QuantizeOptions(OfModel, RemoteCode, StepOptions):
 
 
 _SHARD_BYTES = 4 << 30
+_LARGEST = 3  # kinds of tensors that are not experts, in the log
 
 Assignment = dict[tuple[int, int], tuple[str, str, str]]
 
@@ -60,8 +63,8 @@ def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any
 
 def checkpoint_tensors(
     folder: "ModelFolder", assignment: Assignment, packed: Path, quantizer: str, model: str
-) -> "list[tuple[str, RawTensor]]":
-    """(name, `RawTensor`) of the whole new checkpoint."""
+) -> "tuple[dict[str, RawTensor], list[tuple[str, RawTensor]]]":
+    """What the new checkpoint takes over as it is, and (name, tensor) of its expert blocks."""
     from mxmoe_steps.models.store import PackedStore
 
     stores: dict[str, PackedStore] = {}
@@ -83,7 +86,7 @@ def checkpoint_tensors(
             rows, columns = folder.raw_block(layer, expert, block).shape
             for part, tensor in stores[scheme].block(layer, expert, block, (rows, columns)).items():
                 replaced.append((packed_name(folder, layer, expert, block, part), tensor))
-    return [*original.items(), *replaced]
+    return original, replaced
 
 
 def write_shards(tensors: "list[tuple[str, RawTensor]]", out: Path) -> None:
@@ -114,6 +117,7 @@ def quantize(options: QuantizeOptions) -> None:
     from mxmoe_steps.allocation.files import read_allocation
     from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
+    from mxmoe_steps.models.inventory import by_kind, left_out, published
 
     folder = open_model(resolve_model(options.model, code=options.trust_remote_code))
     allocation = read_allocation(options.allocation)
@@ -130,26 +134,50 @@ def quantize(options: QuantizeOptions) -> None:
         raise UserError(
             f"{options.allocation}: was solved for another model than {options.model}; solve again for this one"
         )
-    tensors = checkpoint_tensors(folder, assignment, options.packed, allocation["quantizer"], model)
+    others, experts = checkpoint_tensors(folder, assignment, options.packed, allocation["quantizer"], model)
     out = options.out
     with atomic_folder(out) as partial:
-        write_shards(tensors, partial)
+        write_shards([*others.items(), *experts], partial)
         packed_config = {
             "dtype": folder.dtype,  # where config.json names none, that of packed tensors would be taken for it
             "experts_implementation": EXPERTS_IMPLEMENTATION,
             "quantization_config": quantization_config(assignment, allocation["quantizer"]),
         }
         config = folder.config | packed_config
+        if "quantization_config" in (inner := config.get("text_config") or {}):
+            config["text_config"] = {key: value for key, value in inner.items() if key != "quantization_config"}
         if not options.trust_remote_code:
             config.pop("auto_map", None)  # it names code that is not in the new folder, and that nothing was run with
         write_json(partial / "config.json", config)
         for file in folder.copied_files(options.trust_remote_code):
             (partial / file.relative_to(folder.path)).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, partial / file.relative_to(folder.path))
-        summary = {key: value for key, value in allocation.items() if key != "assignment"}
-        weights_bytes = sum(file.stat().st_size for file in partial.glob("*.safetensors"))
-        write_json(partial / "mxmoe.json", {"allocation": summary, "weights_bytes": weights_bytes})
-    print(f"quantize: {weights_bytes / 1e6:.2f} MB of weights in {out}", file=sys.stderr)
+        manifest = {
+            "allocation": {key: value for key, value in allocation.items() if key != "assignment"},
+            "weights_bytes": sum(file.stat().st_size for file in partial.glob("*.safetensors")),
+            "other_bytes": sum(tensor.nbytes for tensor in others.values()),
+            "others": by_kind(others, int(folder.config["num_hidden_layers"])),
+            "published": published(folder),
+            "left_out": left_out(folder, options.trust_remote_code),
+        }
+        write_json(partial / "mxmoe.json", manifest)
+    print("\n".join([f"quantize: {line}" for line in summary(manifest, out)]), file=sys.stderr)
+
+
+def summary(manifest: dict[str, Any], out: Path) -> Iterator[str]:
+    """What the log says of a new checkpoint: its size, what of it is not experts, and what is not in it."""
+    size, others, original = manifest["weights_bytes"], manifest["other_bytes"], manifest["published"]
+    largest = ", ".join(f"{kind} {amount / 1e6:.2f}" for kind, amount in islice(manifest["others"].items(), _LARGEST))
+    yield f"{size / 1e6:.2f} MB of weights in {out}, {others / 1e6:.2f} MB of them not experts ({largest})"
+    shares = f"{size / original['bytes_16_bit']:.1%} of 16 bits"
+    if original["formats"]:
+        shares += (
+            f", {size / original['bytes']:.1%} of the published {', '.join(original['formats'])}"
+            f" ({original['expert_bits']:.2f} bits an expert weight)"
+        )
+    yield f"that is {shares}"
+    for one in manifest["left_out"]:
+        yield f"left out: {one['name']} ({one['count']}): {one['why']}"
 
 
 def main() -> None:

@@ -94,6 +94,21 @@ def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_a
     return " ".join(sentences)
 
 
+def published_note(original: dict[str, Any]) -> list[str]:
+    """What a reader must know of the original: its commit on the hub, and how its publisher quantized it."""
+    sentences = []
+    if original["name"] is not None:
+        sentences.append(f"The original is commit {original['commit']} of {original['name']}.")
+    if original["formats"]:
+        formats, share = ", ".join(original["formats"]), original["bytes"] / original["bytes_16_bit"]
+        sentences.append(
+            f"The original was published in {formats}: {original['expert_bits']:.2f} bits an expert weight and"
+            f" {original['bytes'] / 1e6:.2f} MB, {share:.1%} of its size in 16 bits. Losses and KL divergences"
+            " are against what its weights mean."
+        )
+    return [" ".join(sentences)] if sentences else []
+
+
 def held_out_errors(facts: dict[str, Any]) -> str:
     """How far the time model is off on launches it was not fitted to, beside how far repeats are apart."""
     parts = [
@@ -208,7 +223,8 @@ def report(options: ReportOptions) -> None:
         *((HEADINGS[name], TEXTS[name], figure(svg)) for name, svg in drawn.items()),
     ]
     timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
-    notes = [time_note(times, profile_facts, timed_as), *measured_note(table, timed_facts)]
+    notes = [time_note(times, profile_facts, timed_as), *published_note(checkpoints[0].metrics["published"])]
+    notes += measured_note(table, timed_facts)
     html = page(f"Mixed-precision quantization of {options.title}", lines, notes, parts)
     for name, svg in drawn.items():
         _write(options.figures / f"{name}.svg", svg)
@@ -234,7 +250,8 @@ HEADINGS = {
 TEXTS = {
     "table": "Bits count 16-bit scales and zero points, averaged over all weights of routed and shared experts. "
     "Perplexity and KL divergence are of the packed weights on held-out text. Uniform checkpoints use the best single "
-    "scheme within the budget.",
+    "scheme within the budget. MB are those of all weights on disk, also as shares of the original in 16 bits and as "
+    "it was published; embeddings, attention and layers that predict tokens ahead are not experts and in no budget.",
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
     "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "

@@ -9,32 +9,14 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.models.headers import Header
 from mxmoe_steps.models.raw import FLOATS, RawTensor
 from mxmoe_steps.schemes import BLOCKS
 
 _MEANING = re.compile(r"scale|zero|quant|absmax|g_idx|blocks", re.IGNORECASE)  # in names of what decodes weights
 _NAMED = 3  # names in a message
-
-
-class _Header:
-    """A tensor of the file that has a shape and no data, with what transformers' loader asks of a slice."""
-
-    def __init__(self, raw: RawTensor) -> None:
-        self._raw = raw
-
-    def get_shape(self) -> list[int]:
-        return list(self._raw.shape)
-
-    def get_dtype(self) -> str:
-        return self._raw.dtype
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        dtype = getattr(torch, FLOATS.get(self._raw.dtype, "uint8"))
-        return torch.empty(self._raw.shape, dtype=dtype, device="meta")[index]
 
 
 def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> None:
@@ -56,7 +38,7 @@ def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> 
                 )
     _check_complete(folder, model, {renamed[name] for name in used})
     _check_company(folder, used, set(raw) - set(used))
-    _check_shapes(folder, model, {name: _Header(raw[name]) for name in used}, conversions, quantizer)
+    _check_shapes(folder, model, {name: Header(raw[name]) for name in used}, conversions, quantizer)
 
 
 def _renamed(model: Any, names: Iterable[str], conversions: Any) -> dict[str, str]:
@@ -105,7 +87,7 @@ def _check_company(folder: ModelFolder, used: list[str], others: set[str]) -> No
 
 
 def _check_shapes(
-    folder: ModelFolder, model: Any, headers: dict[str, _Header], conversions: Any, quantizer: Any
+    folder: ModelFolder, model: Any, headers: dict[str, Header], conversions: Any, quantizer: Any
 ) -> None:
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself: ``config.json`` and the index of its weights, checked. Stdlib only."""
+"""What a checkpoint folder says of itself: ``config.json`` and the index of its weights, checked. No PyTorch."""
 
 import json
 from collections.abc import Mapping
@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.sources.format import FIX
+from mxmoe_steps.models.sources.formats import source_formats
 
 INDEX = "model.safetensors.index.json"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
 _SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts_per_tok", "max_position_embeddings")
 _QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # ModelOpt, GPTQ, AWQ
-_DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # method -> its transformers configuration
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -50,39 +51,37 @@ def read_index(folder: Path) -> dict[str, str]:
     return weight_map
 
 
+def stated_quantization(config: Mapping[str, Any]) -> Any:
+    """What a ``config.json`` says of how weights are quantized, itself or for the language model inside; or None."""
+    inner = config.get("text_config")
+    return config.get("quantization_config", inner.get("quantization_config") if isinstance(inner, dict) else None)
+
+
 def check_precision(folder: Path, config: Mapping[str, Any]) -> None:
-    """`UserError` for weights that something says are quantized, by another tool than this one."""
+    """`UserError` for weights that something says are quantized in a format that is not read."""
     for name in _QUANTIZER_FILES:
         if (folder / name).is_file():
             raise UserError(
-                f"{folder / name}: the weights are quantized already, says this file; take a release in 16 or 32 bits,"
-                " or remove the file if the weights are that"
+                f"{folder / name}: the weights are quantized already, says this file; {FIX}, or remove the file if the"
+                " weights are that"
             )
     for key in ("quantization_config", "compression_config"):
-        stated = config.get(key)
+        stated = stated_quantization(config) if key == "quantization_config" else config.get(key)
         if stated is None:
             continue
         method = stated.get("quant_method") if isinstance(stated, dict) else None
         if not isinstance(method, str):
             raise UserError(
-                f"{folder}/config.json: {key} names no quant_method, so what the weights mean is not known; take a"
-                " release in 16 or 32 bits, or remove the key if the weights are that"
+                f"{folder}/config.json: {key} names no quant_method, so what the weights mean is not known; {FIX}, or"
+                " remove the key if the weights are that"
             )
         if method == "mxmoe" and key == "quantization_config":
             if not isinstance(stated.get("blocks"), dict) or not stated["blocks"]:
                 raise UserError(f"{folder}/config.json: {key} lists no blocks; run the quantize step again")
             continue
-        fix = "take a release that has them"
-        if method in _DEQUANTIZING:
-            fix += (
-                f", or dequantize it with transformers: from_pretrained({str(folder)!r},"
-                f" quantization_config={_DEQUANTIZING[method]}(dequantize=True)), then"
-                " save_pretrained(FOLDER, save_original_format=False), and give that folder"
-            )
-        raise UserError(
-            f"{folder}/config.json: the weights are quantized already ({method}); this tool starts from 16- or 32-bit"
-            f" weights: {fix}"
-        )
+        if key == "compression_config":
+            raise UserError(f"{folder}/config.json: the weights are quantized already ({method}), says {key}; {FIX}")
+        source_formats(stated, folder / "config.json")
 
 
 def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, read_index
+from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, stated_quantization
 from mxmoe_steps.models.raw import FLOATS, RawColumns, RawTensor, tensors_of
+from mxmoe_steps.models.sources.format import SourceFormat
+from mxmoe_steps.models.sources.formats import source_formats
+from mxmoe_steps.models.sources.tensor import Dequantized
+from mxmoe_steps.models.stored import StoredTensors
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -48,7 +52,11 @@ EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe
 
 _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
-    "chat_template*", "additional_chat_templates/*",
+    "tekken.json", "chat_template*", "additional_chat_templates/*",
+)  # fmt: skip
+_COMPANIONS = (
+    "generation_config.json", "*processor_config.json", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*",
+    "USAGE_POLICY*",
 )  # fmt: skip
 _W123 = ("w1", "w3", "w2")
 FAMILIES: Mapping[str, Family] = {
@@ -143,7 +151,13 @@ class ModelFolder:
     @property
     def is_packed(self) -> bool:
         """Whether `quantize` wrote the folder."""
-        return self.config.get("quantization_config") is not None
+        return (self.config.get("quantization_config") or {}).get("quant_method") == "mxmoe"
+
+    @cached_property
+    def formats(self) -> list[SourceFormat]:
+        """How the publisher quantized weights; none where they are in 16 or 32 bits, or packed by `quantize`."""
+        stated = stated_quantization(self.config)
+        return [] if stated is None or self.is_packed else source_formats(stated, self.path / "config.json")
 
     @property
     def activation(self) -> str:
@@ -151,16 +165,13 @@ class ModelFolder:
         return str(self.config.get("hidden_act", "silu"))
 
     @cached_property
+    def stored(self) -> StoredTensors:
+        """The tensors of its files by their own names."""
+        return StoredTensors(self.path, self.formats, self._stated_dtype or "bfloat16")
+
+    @property
     def _stored(self) -> dict[str, Path]:
-        """Tensor name in the checkpoint -> file: as for transformers, ``model.safetensors`` comes before an index."""
-        single = self.path / "model.safetensors"
-        if single.is_file():
-            return dict.fromkeys(tensors_of(single), single)
-        weight_map = read_index(self.path)
-        for file in sorted(set(weight_map.values())):
-            if not (self.path / file).is_file():
-                raise UserError(f"{self.path / file}: missing, though the checkpoint's index names it; download it")
-        return {name: self.path / file for name, file in weight_map.items()}
+        return self.stored.files
 
     @cached_property
     def _bare(self) -> bool:
@@ -183,11 +194,15 @@ class ModelFolder:
 
         That of the first tensor of a floating type where ``config.json`` names none.
         """
-        stated = self.config.get("dtype", self.config.get("torch_dtype"))
-        if stated is not None:
-            return str(stated)
+        if self._stated_dtype or self.formats:
+            return self._stated_dtype or "bfloat16"
         stored = tensors_of(min(self.files.values()))
         return next((FLOATS[stored[name].dtype] for name in sorted(stored) if stored[name].dtype in FLOATS), "float32")
+
+    @property
+    def _stated_dtype(self) -> str | None:
+        stated = self.config.get("dtype", self.config.get("torch_dtype"))
+        return None if stated is None else str(stated)
 
     @cached_property
     def moe_layers(self) -> list[int]:
@@ -232,25 +247,19 @@ class ModelFolder:
     def raw_block(self, layer: int, expert: int, block: str, parameter: Parameter = "weight") -> RawTensor:
         """The block's weight or bias as bytes of its file."""
         place = self.place(layer, expert, block, parameter)
-        return place.raw(self.raw(place.tensor))
-
-    @cached_property
-    def _headers(self) -> dict[Path, dict[str, RawTensor]]:
-        return {file: tensors_of(file) for file in set(self.files.values())}
+        tensor = self.raw(place.tensor)
+        return tensor.view(place.read) if isinstance(tensor, Dequantized) else place.raw(tensor)
 
     def raw(self, name: str) -> RawTensor:
-        """A tensor as bytes of its file; `UserError` unless it is there."""
+        """A tensor as bytes of its file, dequantized where it must be; `UserError` unless it is there."""
         if name not in self.files:
             raise UserError(f"{self.path}: the checkpoint holds no weights for {name}; download it again")
-        tensor = self._headers[self.files[name]].get(self.stored_name(name))
-        if tensor is None:
-            raise UserError(f"{self.files[name]}: holds no tensor {name}, which the checkpoint's index says it does")
-        return tensor
+        return self.stored.raw(self.stored_name(name))
 
     @property
     def sources(self) -> list[Path]:
         """The files that decide what the model computes."""
-        return sorted({*self.files.values(), self.path / "config.json"})
+        return sorted({*self.stored.listed.values(), self.path / "config.json"})
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -266,7 +275,7 @@ class ModelFolder:
         """What `quantize` copies as it is, with or without `code_files`."""
         return [
             *self.tokenizer_files,
-            *self.path.glob("generation_config.json"),
+            *sorted(file for pattern in _COMPANIONS for file in self.path.glob(pattern) if file.is_file()),
             *(self.code_files if code else []),
         ]
 

@@ -30,7 +30,7 @@ FLOATING = tuple(FLOATS)
 _ALIGNMENT = 8
 _PIECE = 1 << 24  # bytes read at a time
 _FACTS, _CHECKSUMS = "mxmoe", "crc32"  # keys of the metadata in files of this tool's own
-_ELEMENT_BYTES = {
+ELEMENT_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
@@ -179,7 +179,7 @@ def _read_header(file: Path, size: int, _mtime_ns: int) -> tuple[dict[str, RawTe
     tensors = {}
     for name, entry in _ENTRIES.validate_python(header).items():
         dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if stop - start != math.prod(shape) * _ELEMENT_BYTES.get(dtype, -1):
+        if stop - start != math.prod(shape) * ELEMENT_BYTES.get(dtype, -1):
             raise ValueError(f"{name}: {stop - start} bytes are not {dtype} {list(shape)}")
         tensors[name] = RawTensor(file, dtype, shape, 8 + length + start, 8 + length + stop)
     end = 8 + length

@@ -16,7 +16,7 @@ from mxmoe_steps.schemes import BLOCKS
 
 @contextlib.contextmanager
 def open_tensors(model: ModelFolder, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The named tensors, unread (safetensors' ``get_slice``); each file is opened once.
+    """The named tensors, unread (safetensors' ``get_slice``, or `Dequantized`); each file is opened once.
 
     `UserError` names a tensor that is missing, or a file that is missing, truncated or not safetensors.
     """
@@ -24,17 +24,20 @@ def open_tensors(model: ModelFolder, names: Sequence[str]) -> Iterator[dict[str,
     for name in names:
         if name not in files:
             raise UserError(f"tensor {name} is missing from the checkpoint {model.path}")
+    tensors: dict[str, Any] = {
+        name: model.raw(name) for name in names if model.stored_name(name) in model.stored.quantized
+    }
+    plain = [name for name in names if name not in tensors]
     with contextlib.ExitStack() as stack:
         opened = {}
-        for file in sorted({files[name] for name in names}):
+        for file in sorted({files[name] for name in plain}):
             try:
                 opened[file] = stack.enter_context(safe_open(file, "pt"))
             except (OSError, SafetensorError) as error:
                 raise UserError(
                     f"{file}: missing, truncated or not a safetensors file ({error}); download it again"
                 ) from error
-        tensors = {}
-        for name in names:
+        for name in plain:
             try:
                 tensors[name] = opened[files[name]].get_slice(model.stored_name(name))
             except SafetensorError as error:

@@ -50,19 +50,24 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
     times = time_columns(table)
     texts = [name for name in table.columns if name.startswith("perplexity_")]
     label = "est." if estimate else "pred."
-    heads = ["checkpoint", "quantizer", "bits", "perplexity", "KL", "MB"]
+    heads = ["checkpoint", "quantizer", "bits", "perplexity", "KL", "MB", "not experts", "of 16 bits", "of published"]
     heads += [f"{label} µs, {tokens} tok" for tokens in times.values()]
     measured = {name: name.split("_")[3] for name in table.columns if name.startswith("measured_")}
     heads += [f"{'GEMMs' if '_gemms_' in name else 'layer'} µs, {tokens} tok" for name, tokens in measured.items()]
     heads += [f"ppl {name.removeprefix('perplexity_')}" for name in texts]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    published = table.loc[table["kind"] == "original", "bits"].iloc[0]
     budget = None
     for _, row in table.iterrows():
         if pd.notna(row["budget_bits"]) and row["budget_bits"] != budget:
             budget = row["budget_bits"]
-            rows.append(f'<tr class="budget"><td colspan="{len(heads)}">at most {budget:g} bits</td></tr>')
+            shares = f"{budget / 16:.0%} of 16"
+            if published != 16:
+                shares += f", {budget / published:.0%} of the published {published:.2f}"
+            rows.append(f'<tr class="budget"><td colspan="{len(heads)}">at most {budget:g} bits, {shares}</td></tr>')
         cells = [_name(row), "" if pd.isna(row["quantizer"]) else row["quantizer"], f"{row['bits']:.3f}"]
-        cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['size_mb']:.2f}"]
+        cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['size_mb']:.2f}", f"{row['other_mb']:.2f}"]
+        cells += [f"{row['of_16_bit']:.1%}", f"{row['of_published']:.1%}"]
         cells += ["" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in (*times, *measured)]
         cells += [f"{row[name]:.2f}" for name in texts]
         kind = row["kind"].split()[0]

@@ -28,9 +28,9 @@ class Checkpoint:
 
     @property
     def scheme(self) -> str:
-        """The scheme that all blocks share; ``mixed`` for ours."""
+        """The scheme that all blocks share; ``mixed`` for ours; how the original was published."""
         if self.allocation is None:
-            return "w16a16"
+            return ", ".join(self.metrics["published"]["formats"]) or "w16a16"
         return str(self.allocation["assignment"][0][2]) if self.allocation["granularity"] == "uniform" else "mixed"
 
 
@@ -44,14 +44,16 @@ def summary_table(
 
     ``times``: checkpoint name -> tokens in a step -> predicted microseconds of one MoE layer's expert
     GEMMs, the mean over layers; their columns begin with ``estimated`` where no kernel was measured.
-    ``measured``: checkpoint -> tokens -> stage -> microseconds, what `timing.checkpoints.summary` finds: the expert
+    ``measured``: checkpoint -> tokens -> stage -> microseconds, what `timing.times.summary` finds: the expert
     GEMMs, to be set beside the predicted ones, and the whole layer.
-    ``size_mb`` is the size of the weights on disk.
+    ``size_mb`` is the size of the weights on disk, ``other_mb`` that of what is not experts; ``of_16_bit`` and
+    ``of_published`` are shares of the original in 16 bits and as it was published.
     """
     rows = []
     for checkpoint in checkpoints:
         allocation = checkpoint.allocation or {}
         ours = checkpoint.kind == "ours"
+        size, original = checkpoint.metrics["weights_bytes"], checkpoint.metrics["published"]
         rows.append(
             {
                 "checkpoint": checkpoint.name,
@@ -60,12 +62,15 @@ def summary_table(
                 "scheme": checkpoint.scheme,
                 "quantizer": allocation.get("quantizer"),
                 "budget_bits": allocation.get("budget_bits"),
-                "bits": allocation.get("bits", 16.0),
+                "bits": allocation.get("bits", original["expert_bits"] if original["formats"] else 16.0),
                 "tokens": allocation.get("tokens") if ours else None,
                 "goal": _goal(allocation) if ours else None,
                 "perplexity": checkpoint.metrics["overall"]["perplexity"],
                 "kl": checkpoint.metrics["overall"]["kl"],
-                "size_mb": checkpoint.metrics["weights_bytes"] / 1e6,
+                "size_mb": size / 1e6,
+                "other_mb": checkpoint.metrics["other_bytes"] / 1e6,
+                "of_16_bit": size / original["bytes_16_bit"],
+                "of_published": size / original["bytes"],
                 **{time_column(tokens, estimate): us for tokens, us in times[checkpoint.name].items()},
                 **_measured_columns((measured or {}).get(checkpoint.name, {})),
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},

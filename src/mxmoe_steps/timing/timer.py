@@ -27,7 +27,7 @@ class Timer:
         run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.id):
+        with torch.cuda.graph(graph, pool=self._pool.id):  # type: ignore[arg-type]
             run()
         return graph
 
