@@ -25,6 +25,11 @@ if workflow.is_main_process:
     HASHES.save()
 
 
+onsuccess:
+    if RESULTS.is_made(REPORT["html"]):
+        print(terminal_table(Path(REPORT["csv"]), Path(REPORT["html"])), file=sys.stderr)
+
+
 rule all:
     default_target: True
     input:

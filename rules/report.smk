@@ -7,6 +7,7 @@ output   results/report.html, results/summary.csv, SVG figures
 
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.report import ReportOptions
+from mxmoe_steps.reporting.terminal import terminal_table
 from mxmoe_steps.timing.estimate import measured_file
 from mxmoe_steps.timing.sources import kernel_hashes
 

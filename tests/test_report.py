@@ -1,6 +1,7 @@
 """The report's arithmetic and sentences."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from mxmoe_steps.reporting import figures
 from mxmoe_steps.reporting.figures import model_hull
 from mxmoe_steps.reporting.page import table_html
 from mxmoe_steps.reporting.summary import Checkpoint, headlines, prediction_errors, summary_table, time_columns
+from mxmoe_steps.reporting.terminal import terminal_table
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -90,7 +92,7 @@ def allocation(granularity: str, quantizer: str, **goal: Any) -> dict[str, Any]:
     return point | goals | {"assignment": rows}
 
 
-def test_summary_orders_rows_and_names_what_each_is() -> None:
+def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
     def metrics(perplexity: float, kl: float) -> dict[str, Any]:
         overall = {"perplexity": perplexity, "kl": kl}
         published = {"name": "org/name", "commit": "abc", "formats": ["fp8"], "expert_bits": 8.5}
@@ -135,6 +137,21 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     (note,) = published_note(checkpoints[0].metrics["published"])
     assert note.startswith("The original is commit abc of org/name. The original was published in fp8:")
     assert "published in fp8: 8.50 bits an expert weight and 4.00 MB, 50.0% of its size in 16 bits" in note
+    table.to_csv(tmp_path / "summary.csv", index=False)
+    lines = terminal_table(tmp_path / "summary.csv", tmp_path / "report.html").splitlines()
+    assert lines[0].split() == ["bits", "MB", "KL", "perplexity", "us,", "64", "tok", "us,", "8192", "tok"]
+    assert lines[1].split() == ["original,", table["scheme"][0], "8.500", "2.500", "0.0", "10.00", "1.500", "3.000"]
+    assert [line.split("  ")[0] for line in lines[2:5]] == [
+        "uniform rtn, w2a16_g128_asym", "uniform gptq, w2a16_g128_asym", "ours, per block, max_time_us=120, 64 tokens"
+    ]  # fmt: skip
+    assert len({len(line) for line in lines[:-1]}) == 1
+    assert lines[-1].startswith(str(tmp_path / "summary.csv"))
+    many = pd.concat([table, *(table[table["kind"] == "ours"].assign(kl=kl) for kl in np.linspace(0.05, 0.5, 40))])
+    many.to_csv(tmp_path / "summary.csv", index=False)
+    lines = terminal_table(tmp_path / "summary.csv", tmp_path / "report.html").splitlines()
+    assert len(lines) == 1 + 4 + 1
+    assert "0.0500" in lines[4]
+    assert lines[-1].startswith("40 more in ")
     (line,) = headlines(table)
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")

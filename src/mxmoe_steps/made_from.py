@@ -142,6 +142,14 @@ class Results:
         """Whether it and all that it was made from are kept: no job that leads to it runs."""
         return self._settled[output]
 
+    def is_made(self, first: str) -> bool:
+        """Whether the result whose first output this is has been made, by now, from what is asked for."""
+        try:
+            record = json.loads(record_path([first]).read_text(encoding="utf-8"))
+            return bool(record["made_from"] == self._keys[first])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def _state_of(self, outputs: Sequence[str], key: str) -> State:
         try:
             record = json.loads(record_path(outputs).read_text(encoding="utf-8"))

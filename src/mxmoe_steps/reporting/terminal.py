@@ -1,0 +1,64 @@
+"""The summary as a table for a terminal: what a run prints when it is done. Stdlib only."""
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_MOST_ROWS = 24
+_TIMES = 2  # columns of predicted times: the smallest and the largest number of tokens
+
+
+def terminal_table(summary: Path, report: Path) -> str:
+    """``summary.csv`` in lines of at most about 110 characters; of a large sweep the best row of each kind and budget.
+
+    The last line says where the rest is.
+    """
+    with summary.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    shown = rows if len(rows) <= _MOST_ROWS else _best(rows)[:_MOST_ROWS]
+    columns = _columns(rows[0])
+    cells = [list(columns), *([_shown(row[name]) for name in columns.values()] for row in shown)]
+    names = ["", *map(_name, shown)]
+    width = max(map(len, names))
+    widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
+    lines = [
+        f"{name:<{width}}  " + "  ".join(f"{cell:>{wide}}" for cell, wide in zip(line, widths, strict=True))
+        for name, line in zip(names, cells, strict=True)
+    ]
+    more = f"{len(rows) - len(shown)} more in " if len(shown) < len(rows) else ""
+    return "\n".join([*lines, f"{more}{summary}, figures in {report}"])
+
+
+def _columns(row: Mapping[str, str]) -> dict[str, str]:
+    """Head -> column of the table."""
+    times = [name for name in row if "_layer_us_" in name]
+    some = times if len(times) <= _TIMES else [times[0], times[-1]]
+    heads = {f"us, {name.split('_')[3]} tok": name for name in some}
+    return {"bits": "bits", "MB": "size_mb", "KL": "kl", "perplexity": "perplexity"} | heads
+
+
+def _name(row: Mapping[str, str]) -> str:
+    if row["kind"] == "ours":
+        return f"ours, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
+    return f"{row['kind']}, {row['scheme']}"
+
+
+def _shown(text: str) -> str:
+    """Four digits."""
+    if not text:
+        return ""
+    number = float(text)
+    if number == 0 or not math.isfinite(number):
+        return text
+    return f"{number:.{max(0, 3 - math.floor(math.log10(abs(number))))}f}"
+
+
+def _best(rows: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Of each budget and kind the row that diverges least from the original, in the order of the table."""
+    best: dict[tuple[str, str], Mapping[str, str]] = {}
+    for row in rows:
+        key = (row["budget_bits"], row["kind"])
+        if key not in best or float(row["kl"]) < float(best[key]["kl"]):
+            best[key] = row
+    return list(best.values())
