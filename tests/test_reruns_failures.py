@@ -41,7 +41,7 @@ def test_after_any_failure_the_next_call_does_what_is_missing(project: Path, tmp
     edit(project, everything)
     for step in STEPS:
         run_with_fault(project, step)
-    snakemake(project)
+    assert "figures in results/report.html" in snakemake(project)  # the table at the end
     scratch = make_project(tmp_path / "scratch", project / "model", project / "words.txt")
     edit(scratch, everything)
     snakemake(scratch)
