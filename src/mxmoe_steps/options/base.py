@@ -114,6 +114,7 @@ def _check_place(path: Path) -> None:
 InFile = Annotated[Path, Flag("FILE")]
 InFiles = Annotated[list[Path], Flag("FILE")]
 InFolder = Annotated[Path, Flag("FOLDER")]
+InFolders = Annotated[list[Path], Field(min_length=1), Flag("FOLDER")]
 OutFile = Annotated[Path, AfterValidator(_file_to_write), Flag("FILE", decides=False)]
 OutFolder = Annotated[Path, AfterValidator(_folder_to_write), Flag("FOLDER", decides=False)]
 
@@ -136,4 +137,5 @@ Device = Annotated[str, Field(pattern=r"^(cpu|auto|cuda(:\d+)?)$")]
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Granularity = Literal["block", "expert", "layer", "uniform"]
 Scope = Literal["model", "layer"]
+Objective = Literal["sum", "relative", "worst"]
 LossName = Annotated[str, Field(pattern=rf"^{NAME}$"), Flag("NAME")]

@@ -60,6 +60,9 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
                 "size_mb": checkpoint.metrics["weights_bytes"] / 1e6,
                 **{time_column(tokens, estimate): us for tokens, us in times[checkpoint.name].items()},
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
+                **{f"kl_{text}": m["kl"] for text, m in checkpoint.metrics["texts"].items()},
+                "kl_over_uniform": _listed(over_uniform(checkpoint, checkpoints)) if ours else None,
+                "predicted_over_uniform": _listed(predicted_over_uniform(allocation)) if ours else None,
             }
         )
     table = pd.DataFrame(rows).astype({"tokens": "Int64"})
@@ -67,6 +70,61 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
     table["_order"] = table["kind"].map(order)
     table = table.sort_values(["budget_bits", "_order", "checkpoint"], na_position="first", ignore_index=True)
     return table.drop(columns="_order")
+
+
+def over_uniform(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> dict[str, float]:
+    """Text -> KL divergence over that of the uniform checkpoint of the same budget, the worst first.
+
+    The uniform one is of the same quantizer, or the best of all where there is none; empty where there is no other.
+    """
+    assert checkpoint.allocation is not None
+    quantizer, budget = checkpoint.allocation["quantizer"], checkpoint.allocation["budget_bits"]
+    uniform = [
+        other
+        for other in checkpoints
+        if other.kind.startswith("uniform") and other.allocation and other.allocation["budget_bits"] == budget
+    ]
+    best = min(
+        uniform,
+        key=lambda other: (other.kind != f"uniform {quantizer}", other.metrics["overall"]["kl"]),
+        default=None,
+    )
+    if best is None:
+        return {}
+    texts, others = checkpoint.metrics["texts"], best.metrics["texts"]
+    return _worst_first({text: texts[text]["kl"] / others[text]["kl"] for text in texts if others[text]["kl"] > 0})
+
+
+def predicted_over_uniform(allocation: dict[str, Any]) -> dict[str, float]:
+    """Domain of the calibration text -> predicted loss over that of the best single scheme, the worst first."""
+    losses, uniform = allocation["domains"]["losses"], allocation["domains"]["uniform"]
+    return _worst_first({name: loss / uniform[name] for name, loss in losses.items() if uniform[name] > 0})
+
+
+def _worst_first(ratios: dict[str, float]) -> dict[str, float]:
+    return dict(sorted(ratios.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _listed(ratios: dict[str, float]) -> str:
+    """``code 1.04, english 0.98``."""
+    return ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+
+
+def domain_lines(checkpoints: list[Checkpoint]) -> list[str]:
+    """One line per budget: how our best checkpoint fares on every text beside the uniform one, the worst first."""
+    ours = [checkpoint for checkpoint in checkpoints if checkpoint.kind == "ours"]
+    best: dict[float, Checkpoint] = {}
+    for checkpoint in sorted(ours, key=lambda one: float(one.metrics["overall"]["kl"]), reverse=True):
+        assert checkpoint.allocation is not None
+        best[checkpoint.allocation["budget_bits"]] = checkpoint
+    lines = []
+    for budget, checkpoint in sorted(best.items()):
+        if not (ratios := over_uniform(checkpoint, checkpoints)):
+            continue
+        worse = [text for text, ratio in ratios.items() if ratio > 1]
+        verdict = f"It is worse on {' and '.join(worse)}." if worse else "It is worse on none."
+        lines.append(f"{budget:g} bits: KL over that of uniform weights: {_listed(ratios)}. {verdict}")
+    return lines
 
 
 def _place(kind: str) -> tuple[Any, ...]:
