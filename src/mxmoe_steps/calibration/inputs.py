@@ -160,8 +160,8 @@ def check_captured(files: dict[int, Path], folder: ModelFolder) -> dict[str, Any
 def _read(paths: Sequence[Path], experts: int, device: torch.device) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Tensors of a layer's files, one after the other, in pages that a GPU copies from directly; tokens of each."""
     parts = [_read_file(path, experts) for path in paths]
-    joined = {name: torch.cat([part[name] for part in parts]) if parts[1:] else parts[0][name] for name in parts[0]}
     sizes = [len(part["hidden"]) for part in parts]
+    joined = parts[0] if len(parts) == 1 else {name: torch.cat([p.pop(name) for p in parts]) for name in list(parts[0])}
     return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in joined.items()}, sizes
 
 
