@@ -7,7 +7,7 @@ First table: allocations of least loss (r = 1) under every objective, beside uni
 one domain is left out of the calibration text, and what guards against that: a floor on bits, a floor on an expert's
 traffic, shrinkage of an expert's losses toward the mean of its layer.
 
-Text: sequences that neither training, calibration nor the demo's evaluation read, of the four domains of the demo's
+Text: sequences that neither training, calibration nor the demo's evaluation read: of the four domains of the demo's
 calibration text, Python source and English of another kind (the help pages of Python's `pydoc`; both from the standard
 library). A difference comes with its standard error, paired over sequences. Weight-only schemes.
 """
@@ -190,11 +190,14 @@ def row_of(found: dict[str, np.ndarray], base: dict[str, np.ndarray], **names: A
     """KL of every text and of all; against ``base``: the difference of all, its paired error, and the worst ratio."""
     each = {text: float(values.mean()) for text, values in found.items()}
     ratios = {text: value / float(base[text].mean()) for text, value in each.items()}
-    difference = np.concatenate([found[text] - base[text] for text in found])
+    differences = [found[text] - base[text] for text in found]
+    error = sum(one.var(ddof=1) / len(one) for one in differences) ** 0.5 / len(
+        differences
+    )  # texts are given, not drawn
     worst = max(ratios, key=lambda text: ratios[text])
     return {
-        **names, "all": float(np.mean(list(each.values()))), "minus uniform": float(difference.mean()),
-        "+-": float(difference.std(ddof=1) / len(difference) ** 0.5), "worst": f"{worst} {ratios[worst]:.3f}", **each,
+        **names, "all": float(np.mean(list(each.values()))), "minus uniform": float(np.mean(differences)),
+        "+-": error, "worst": f"{worst} {ratios[worst]:.3f}", **each,
     }  # fmt: skip
 
 

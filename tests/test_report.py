@@ -136,9 +136,11 @@ def test_every_text_stands_beside_the_uniform_checkpoint_worst_first() -> None:
         "3.25 bits: KL over that of uniform weights: code 1.00, en 0.50. It is worse on none.",
     ]
     table = summary_table(checkpoints, {one.name: {} for one in checkpoints}, estimate=False).set_index("checkpoint")
-    assert dict(table["kl_over_uniform"].dropna()) == {
+    assert dict(table["texts_over_uniform"].dropna()) == {
         "better": "code 1.50, en 0.25", "later": "code 1.50, en 1.00", "other": "code 1.00, en 0.50", "alone": ""
     }  # fmt: skip
+    assert list(table.loc["better", ["kl_over_uniform", "worst_over_uniform"]]) == pytest.approx([2 / 3, 1.5])
+    assert table.loc["alone", ["kl_over_uniform", "worst_over_uniform"]].isna().all()
     assert set(table["predicted_over_uniform"].dropna()) == {"b 1.50, a 0.50"}
     assert list(table.loc["better", ["kl_en", "kl_code"]]) == [0.1, 0.3]
     page = domains_html(table.reset_index())

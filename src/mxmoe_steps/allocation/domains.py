@@ -23,6 +23,8 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.options.base import Objective
 from mxmoe_steps.schemes import Scheme
 
+HEAVIEST = 1e6  # weight of a domain; more is a slip of the pen
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -68,7 +70,7 @@ def parse_weights(settings: Sequence[str]) -> dict[str, float]:
             weights[name] = float(value)
         except ValueError:
             weights[name] = math.nan
-        if not 0 < weights[name] < math.inf:
+        if not 0 < weights[name] <= HEAVIEST:
             raise UserError(f"--domain-weights {text!r}: {value!r} is not a positive number; write e.g. {name}=2")
     return weights
 

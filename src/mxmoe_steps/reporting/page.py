@@ -72,7 +72,7 @@ def domains_html(table: pd.DataFrame) -> str:
     heads = ["checkpoint", "bits at most", "KL over uniform's, held-out text", "predicted, calibration text"]
     rows = ["<tr>" + "".join(f'<th class="text">{escape(head)}</th>' for head in heads) + "</tr>"]
     for _, row in table[table["kind"] == "ours"].iterrows():
-        cells = [_name(row), f"{row['budget_bits']:g}", row["kl_over_uniform"], row["predicted_over_uniform"]]
+        cells = [_name(row), f"{row['budget_bits']:g}", row["texts_over_uniform"], row["predicted_over_uniform"]]
         rows.append("<tr>" + "".join(f'<td class="text">{escape(cell)}</td>' for cell in cells) + "</tr>")
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 

@@ -61,8 +61,7 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
                 **{time_column(tokens, estimate): us for tokens, us in times[checkpoint.name].items()},
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
                 **{f"kl_{text}": m["kl"] for text, m in checkpoint.metrics["texts"].items()},
-                "kl_over_uniform": _listed(over_uniform(checkpoint, checkpoints)) if ours else None,
-                "predicted_over_uniform": _listed(predicted_over_uniform(allocation)) if ours else None,
+                **(_beside_uniform(checkpoint, checkpoints) if ours else {}),
             }
         )
     table = pd.DataFrame(rows).astype({"tokens": "Int64"})
@@ -72,11 +71,8 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
     return table.drop(columns="_order")
 
 
-def over_uniform(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> dict[str, float]:
-    """Text -> KL divergence over that of the uniform checkpoint of the same budget, the worst first.
-
-    The uniform one is of the same quantizer, or the best of all where there is none; empty where there is no other.
-    """
+def uniform_beside(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """The uniform checkpoint of the same budget and quantizer, or the best one of that budget; None without any."""
     assert checkpoint.allocation is not None
     quantizer, budget = checkpoint.allocation["quantizer"], checkpoint.allocation["budget_bits"]
     uniform = [
@@ -84,21 +80,38 @@ def over_uniform(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> dict[
         for other in checkpoints
         if other.kind.startswith("uniform") and other.allocation and other.allocation["budget_bits"] == budget
     ]
-    best = min(
+    return min(
         uniform,
         key=lambda other: (other.kind != f"uniform {quantizer}", other.metrics["overall"]["kl"]),
         default=None,
     )
-    if best is None:
-        return {}
-    texts, others = checkpoint.metrics["texts"], best.metrics["texts"]
-    return _worst_first({text: texts[text]["kl"] / others[text]["kl"] for text in texts if others[text]["kl"] > 0})
+
+
+def over_uniform(checkpoint: Checkpoint, uniform: Checkpoint | None) -> dict[str, float]:
+    """Text -> KL divergence over that of the uniform checkpoint, the worst first; empty without one."""
+    others = {} if uniform is None else uniform.metrics["texts"]
+    texts = checkpoint.metrics["texts"]
+    return _worst_first({text: texts[text]["kl"] / other["kl"] for text, other in others.items() if other["kl"] > 0})
 
 
 def predicted_over_uniform(allocation: dict[str, Any]) -> dict[str, float]:
     """Domain of the calibration text -> predicted loss over that of the best single scheme, the worst first."""
     losses, uniform = allocation["domains"]["losses"], allocation["domains"]["uniform"]
     return _worst_first({name: loss / uniform[name] for name, loss in losses.items() if uniform[name] > 0})
+
+
+def _beside_uniform(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> dict[str, Any]:
+    """Columns that compare one of ours with uniform weights."""
+    assert checkpoint.allocation is not None
+    uniform = uniform_beside(checkpoint, checkpoints)
+    ratios = over_uniform(checkpoint, uniform)
+    kl = 0.0 if uniform is None else uniform.metrics["overall"]["kl"]
+    return {
+        "kl_over_uniform": checkpoint.metrics["overall"]["kl"] / kl if kl > 0 else None,
+        "worst_over_uniform": max(ratios.values(), default=None),
+        "texts_over_uniform": _listed(ratios),
+        "predicted_over_uniform": _listed(predicted_over_uniform(checkpoint.allocation)),
+    }
 
 
 def _worst_first(ratios: dict[str, float]) -> dict[str, float]:
@@ -119,7 +132,7 @@ def domain_lines(checkpoints: list[Checkpoint]) -> list[str]:
         best[checkpoint.allocation["budget_bits"]] = checkpoint
     lines = []
     for budget, checkpoint in sorted(best.items()):
-        if not (ratios := over_uniform(checkpoint, checkpoints)):
+        if not (ratios := over_uniform(checkpoint, uniform_beside(checkpoint, checkpoints))):
             continue
         worse = [text for text, ratio in ratios.items() if ratio > 1]
         verdict = f"It is worse on {' and '.join(worse)}." if worse else "It is worse on none."
