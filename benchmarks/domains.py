@@ -1,7 +1,7 @@
 """Who gains and who loses by mixing precisions: KL divergence by text, for every way that domains may count.
 
     snakemake --cores 2 --until calibrate    # the demo's captures and losses
-    python benchmarks/domains.py             # an hour on two cores; --skip-forgotten leaves out most of it
+    python benchmarks/domains.py             # half an hour on two cores
 
 First table: allocations of least loss (r = 1) under every objective, beside uniform GPTQ weights. Second: the same when
 one domain is left out of the calibration text, and what guards against that: a floor on bits, a floor on an expert's
@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -166,12 +167,14 @@ class Calibration:
 
 
 def _weights(folder: Path, name: str) -> Iterator[tuple[tuple[int, int, str], torch.Tensor]]:
-    stored = load_file(folder / f"{name}.safetensors")
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in load_file(folder / f"{name}.safetensors").items():
+        block, part = key.rsplit(".", 1)
+        parts[block][part] = value
     for row in read_table(LOSSES, folder / f"{name}.parquet")[0].to_pandas().itertuples():
         key = tuple(getattr(row, column) for column in KEYS)
-        prefix = ".".join(map(str, key)) + "."
-        parts = {full.removeprefix(prefix): value for full, value in stored.items() if full.startswith(prefix)}
-        yield key, from_tensors(parse_scheme(name), row.in_features, parts).dequantize().half()
+        tensors = parts[".".join(map(str, key))]
+        yield key, from_tensors(parse_scheme(name), row.in_features, tensors).dequantize().half()
 
 
 def calibrate_without(left_out: str, args: argparse.Namespace) -> Path:
@@ -210,7 +213,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=float, default=[2.25, 3.25])
     parser.add_argument("--sequences", type=int, default=8, help="held-out sequences per text")
     parser.add_argument("--forgotten", nargs="*", default=sorted(DOMAINS), help="domains to leave out, one at a time")
-    parser.add_argument("--skip-forgotten", action="store_true")
+    parser.add_argument("--only", choices=["objectives", "forgotten"], help="one of the two tables")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -222,16 +225,17 @@ def main() -> None:
         return model.kl(texts)
 
     whole, texts = Calibration(Path(args.results) / "calibrate" / "gptq"), list(model.tokens)
-    for budget in args.budgets:
+    for budget in () if args.only == "forgotten" else args.budgets:
         base = measured(whole, whole.uniform(budget), texts)
         rows.append(row_of(base, base, budget=budget, objective="uniform GPTQ"))
         for name, options in OBJECTIVES.items():
             found = measured(whole, whole.allocate(budget, **options), texts)
             rows.append(row_of(found, base, budget=budget, objective=name))
             print(pd.DataFrame(rows[-1:]).round(4).to_string(header=False), file=sys.stderr, flush=True)
-    print(pd.DataFrame(rows).round(4).to_string(index=False), flush=True)
+    if rows:
+        print(pd.DataFrame(rows).round(4).to_string(index=False), flush=True)
     rows = []
-    for left_out in () if args.skip_forgotten else args.forgotten:
+    for left_out in () if args.only == "objectives" else args.forgotten:
         calibration = Calibration(calibrate_without(left_out, args))
         for budget in args.budgets:
             base = measured(calibration, calibration.uniform(budget), list(DOMAINS))

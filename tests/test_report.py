@@ -143,6 +143,7 @@ def test_every_text_stands_beside_the_uniform_checkpoint_worst_first() -> None:
     assert table.loc["alone", ["kl_over_uniform", "worst_over_uniform"]].isna().all()
     assert set(table["predicted_over_uniform"].dropna()) == {"b 1.50, a 0.50"}
     assert list(table.loc["better", ["kl_en", "kl_code"]]) == [0.1, 0.3]
+    assert "worst text" in figures.quality(table.reset_index())
     page = domains_html(table.reset_index())
     assert page.count("<tr>") == 5
     assert "code 1.50, en 0.25" in page
