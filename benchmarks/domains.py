@@ -30,7 +30,7 @@ from loss_validation import KEYS, SCHEMES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mxmoe_steps.allocation.blocks import Losses, read_losses
+from mxmoe_steps.allocation.blocks import Losses, read_losses, with_least_tokens
 from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.coupled import CoupledSearch
 from mxmoe_steps.allocation.domains import count_domains, uniform_within
@@ -53,15 +53,26 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "relative": {"objective": "relative"},
     "relative, code no worse than uniform": {"objective": "relative", "capped": ["code"]},
     "worst": {"objective": "worst"},
+    "relative, traffic at least 0.75 of the mean's": {"objective": "relative", "traffic": 0.75},
+    "relative, traffic at least the mean's": {"objective": "relative", "traffic": 1.0},
 }
 GUARDS: dict[str, dict[str, Any]] = {
     "none": {},
     "at least 2 bits": {"floor": 2.0},
-    "traffic at least the mean's half": {"traffic": 0.5},
+    "traffic at least 0.75 of the mean's": {"traffic": 0.75},
     "traffic at least the mean's": {"traffic": 1.0},
-    "losses shrunk by 0.1": {"shrink": 0.1},
-    "losses shrunk by 0.3": {"shrink": 0.3},
-    "losses shrunk by 0.6": {"shrink": 0.6},
+    "traffic at least twice the mean's": {"traffic": 2.0},
+    "norms shrunk by 0.05": {"shrink": 0.05, "power": 0.5},
+    "norms shrunk by 0.1": {"shrink": 0.1, "power": 0.5},
+    "norms shrunk by 0.2": {"shrink": 0.2, "power": 0.5},
+    "logarithms shrunk by 0.1": {"shrink": 0.1, "power": 0.01},
+    "logarithms shrunk by 0.2": {"shrink": 0.2, "power": 0.01},
+    "traffic and logarithms 0.1": {"traffic": 1.0, "shrink": 0.1, "power": 0.01},
+    "traffic filled up to the mean's half": {"fill": 0.5},
+    "traffic filled up to the mean's": {"fill": 1.0},
+    "a domain of even traffic": {"even": 1.0},
+    "the same, counting half": {"even": 0.5},
+    "the same, no worse than uniform": {"even": 0.01, "capped": ["even"]},
 }
 
 
@@ -117,11 +128,8 @@ class Calibration:
     def __init__(self, folder: Path) -> None:
         tables = [folder / f"{scheme}.parquet" for scheme in SCHEMES]
         self.losses = read_losses(tables, "fisher", original=False)
-        rows = read_table(LOSSES, tables[0])[0].to_pandas().sort_values(["layer", "expert"], kind="stable")
-        tokens = rows.drop_duplicates(["layer", "expert"]).set_index(["layer", "expert"])["tokens"]
         blocks = self.losses.blocks
         places = list(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
-        self.tokens = np.array([tokens[place] for place in places], float)
         self.keys = [(*place, BLOCKS[kind]) for place, kind in zip(places, blocks.kind.tolist(), strict=True)]
         self.weights = {scheme.name: dict(_weights(folder, scheme.name)) for scheme in self.losses.schemes}
 
@@ -135,26 +143,37 @@ class Calibration:
         scheme = uniform_within(self.losses, list(self.losses.schemes), f"{budget:g}").scheme
         return np.full(len(self.keys), self.losses.schemes.index(scheme))
 
-    def guarded(self, traffic: float = 0.0, shrink: float = 0.0, floor: float = 0.0) -> Losses:
+    def guarded(
+        self, traffic: float = 0.0, shrink: float = 0.0, power: float = 1.0, even: float = 0.0, fill: float = 0.0
+    ) -> Losses:
         """Losses as if no routed expert saw fewer tokens than ``traffic`` times the mean of its layer, and mixed with
-        the mean of its layer's routed experts by ``shrink``; ``floor`` is a constraint.
+        the mean of its layer's routed experts by ``shrink``, as powers; with ``even``, with one domain more, whose
+        tokens go to all experts alike.
         """
-        by_domain, blocks = self.losses.by_domain.copy(), self.losses.blocks
+        losses, tokens = with_least_tokens(self.losses, traffic), self.losses.tokens
+        by_domain, blocks, evenly = losses.by_domain, losses.blocks, self.losses.loss.copy()
         for layer in np.unique(blocks.layer):
             for kind in range(len(BLOCKS)):
                 of = (blocks.layer == layer) & (blocks.kind == kind) & (blocks.expert != SHARED)
-                few = np.maximum(1.0, traffic * self.tokens[of].mean() / np.maximum(self.tokens[of], 1.0))
-                by_domain[:, of] *= few[:, None]
-                by_domain[:, of] += shrink * (by_domain[:, of].mean(1, keepdims=True) - by_domain[:, of])
-        return replace(self.losses, loss=by_domain.sum(0), by_domain=by_domain)
+                evenly[of] *= tokens[of].mean() / np.maximum(tokens[of], 1.0)[:, None]
+                rate = by_domain[:, of].sum(1, keepdims=True) / tokens[of].sum()
+                by_domain[:, of] += rate * np.maximum(0.0, fill * tokens[of].mean() - tokens[of])[:, None]
+                mean, powers = by_domain[:, of].mean(1, keepdims=True), by_domain[:, of] ** power
+                by_domain[:, of] = (powers + shrink * (mean**power - powers)) ** (1 / power)
+        names = self.losses.domains
+        if even:
+            by_domain, names = np.concatenate([by_domain, evenly[None]]), (*names, "even")
+        return replace(self.losses, loss=self.losses.loss, by_domain=by_domain, domains=names)
 
     def allocate(self, budget: float, objective: str, capped: list[str] | None = None, **guard: float) -> np.ndarray:
         """Schemes by number, int64 [B], of least loss."""
+        floor = guard.pop("floor", 0.0)
         losses = self.guarded(**guard)
         candidates, bits = list(losses.schemes), f"{budget:g}"
-        floors = (("all", guard["floor"]),) if guard.get("floor") else ()
+        floors = (("all", floor),) if floor else ()
         uniform = uniform_within(losses, candidates, bits)
-        domains = count_domains(losses, uniform, objective, {}, capped or [])  # type: ignore[arg-type]
+        weights = {"even": guard["even"]} if guard.get("even") else {}
+        domains = count_domains(losses, uniform, objective, weights, capped or [])  # type: ignore[arg-type]
         losses = replace(losses, loss=domains.loss(losses.by_domain))
         every, times = np.ones(len(self.keys), bool), Times.zeros(*losses.loss.shape)
         constraints = Constraints(min_bits=floors, tie_gate_up=True)
@@ -214,6 +233,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="held-out sequences per text")
     parser.add_argument("--forgotten", nargs="*", default=sorted(DOMAINS), help="domains to leave out, one at a time")
     parser.add_argument("--only", choices=["objectives", "forgotten"], help="one of the two tables")
+    parser.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -242,6 +262,7 @@ def main() -> None:
             guards = {"uniform GPTQ": base} | {
                 name: measured(calibration, calibration.allocate(budget, "relative", **guard), list(DOMAINS))
                 for name, guard in GUARDS.items()
+                if name in args.guards
             }
             for name, found in guards.items():
                 others = [text for text in DOMAINS if text != left_out]

@@ -30,7 +30,8 @@ UNTIMED = {  # an allocation that nothing was solved for
     "metric": "out_sq", "objective": 0.0, "price": 0.0, "proved_by": "states", "r": 1.0, "scope": "model",
     "status": "optimal", "tile_tokens": None, "time_is_estimate": True, "time_us": 1.0, "timed_as": {}, "tokens": 1,
     "traffic": {"phase": "auto", "seed": 0, "steps": 1, "texts": []},
-    "domains": {"losses": {"text": 0.0}, "no_worse_than_uniform": [], "objective": "sum", "uniform": {"text": 0.0},
+    "domains": {"least_tokens": 0.0, "losses": {"text": 0.0},
+                "no_worse_than_uniform": [], "objective": "sum", "uniform": {"text": 0.0},
                 "weights": {}},
 }  # fmt: skip
 

@@ -32,7 +32,8 @@ def allocation_of(assignment: list[list], quantizer: str, model: Path) -> dict[s
         "bits": 4.0, "bound": 1.0, "gap": 0.0, "loss": 1.0, "loss_form": "root_sum_squares", "max_loss": None,
         "max_time_us": None, "objective": 1.0, "price": 0.0, "r": 1.0, "status": "optimal", "tile_tokens": None,
         "time_us": 1.0,
-        "domains": {"losses": {"toy": 1.0}, "no_worse_than_uniform": [], "objective": "sum", "uniform": {"toy": 1.0},
+        "domains": {"least_tokens": 0.0, "losses": {"toy": 1.0},
+                    "no_worse_than_uniform": [], "objective": "sum", "uniform": {"toy": 1.0},
                     "weights": {}},
     }  # fmt: skip
     return facts | {"assignment": assignment, "model": fingerprint(open_model(model))}

@@ -12,7 +12,7 @@ from test_allocation import random_problem
 from test_solve import allocate
 
 from mxmoe_steps import profile as profile_step
-from mxmoe_steps.allocation.blocks import read_losses
+from mxmoe_steps.allocation.blocks import read_losses, with_least_tokens
 from mxmoe_steps.allocation.coupled import CoupledSearch
 from mxmoe_steps.allocation.domains import Domains, count_domains, uniform_within
 from mxmoe_steps.allocation.hull import lower_left_hull
@@ -155,6 +155,20 @@ def test_units_are_those_of_the_best_single_scheme(texts: dict) -> None:
             assert float(plain.loss(uniform.losses)) == pytest.approx(uniform.losses.sum())
     with pytest.raises(UserError, match="no domain 'cod': the calibration text has code, english, french"):
         count_domains(losses, uniform, "sum", {}, ["cod"])
+
+
+def test_experts_with_few_tokens_count_as_if_they_had_more(texts: dict) -> None:
+    losses = read_losses(texts["losses"], "fisher", False)
+    blocks, generator = losses.blocks, np.random.default_rng(0)
+    experts = {key: int(generator.integers(0, 50)) for key in zip(blocks.layer, blocks.expert, strict=True)}
+    losses = replace(losses, tokens=np.array([experts[key] for key in zip(blocks.layer, blocks.expert, strict=True)]))
+    for least in (0.0, 0.5, 1.0):
+        found = with_least_tokens(losses, least)
+        for number, key in enumerate(zip(blocks.layer, blocks.expert, strict=True)):
+            mean = np.mean([count for (layer, expert), count in experts.items() if layer == key[0] and expert >= 0])
+            scale = 1.0 if key[1] < 0 else max(1.0, least * mean / max(experts[key], 1))
+            assert found.loss[number] == pytest.approx(losses.loss[number] * scale)
+            assert found.by_domain[:, number] == pytest.approx(losses.by_domain[:, number] * scale)
 
 
 def test_what_cannot_be_asked_for(tmp_path: Path, texts: dict, capsys: pytest.CaptureFixture[str]) -> None:

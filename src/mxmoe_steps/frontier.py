@@ -58,6 +58,11 @@ class Counting(DrawnLoss, Limits):
     no_worse_than_uniform: Names = Field(
         [], description="domains whose loss may not exceed that under the best single scheme within the budget"
     )
+    least_tokens: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1.0,
+        description="a routed expert's losses count as if it had seen at least this many times the calibration tokens"
+        " of its layer's mean routed expert; a guard for text that calibration lacks",
+    )
     time_as: Settings = Field(
         [], description="count another scheme's kernel for one that the GPU has none for, e.g. w4a4=w4a8_fp8"
     )
@@ -104,7 +109,7 @@ def frontier(options: FrontierOptions) -> None:
     """Compute and write the frontier."""
     import numpy as np
 
-    from mxmoe_steps.allocation.blocks import read_losses
+    from mxmoe_steps.allocation.blocks import read_losses, with_least_tokens
     from mxmoe_steps.allocation.constraints import parse_constraints
     from mxmoe_steps.allocation.domains import count_domains, parse_weights, uniform_within
     from mxmoe_steps.allocation.files import write_frontier
@@ -121,6 +126,7 @@ def frontier(options: FrontierOptions) -> None:
     wanted = {parse_scheme(text) for text in options.candidates}
     fixed = {scheme for _, scheme in constraints.fixed}
     losses = read_losses(options.losses, options.metric, ORIGINAL in wanted | fixed)
+    losses = with_least_tokens(losses, options.least_tokens)
     candidates = sorted(wanted or set(losses.schemes))
     missing = sorted((wanted | fixed) - set(losses.schemes))
     if missing:
@@ -171,7 +177,8 @@ def frontier(options: FrontierOptions) -> None:
         },
         "device": profile.device,
         "domains": {
-            "names": list(losses.domains), "no_worse_than_uniform": options.no_worse_than_uniform,
+            "least_tokens": options.least_tokens, "names": list(losses.domains),
+            "no_worse_than_uniform": options.no_worse_than_uniform,
             "objective": options.domains, "uniform": uniform.losses.tolist(), "weights": weights,
         },
         "experts": [[layer, blocks.expert[(blocks.layer == layer) & (blocks.kind == 0)].tolist()] for layer in layers],

@@ -1,7 +1,7 @@
 """The linear blocks of a model and what each scheme does to them: losses and weight bits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Losses:
     """Loss and weight bits of every block under every scheme: float64 and int64 [B, S].
 
     ``by_domain`` [D, B, S]: the parts of the loss, one per domain of the calibration text, which add up to it.
+    ``tokens`` int64 [B]: calibration tokens that the block's expert saw.
     """
 
     blocks: Blocks
@@ -61,6 +62,7 @@ class Losses:
     quantizer: str
     domains: tuple[str, ...]
     by_domain: NDArray[np.float64]
+    tokens: NDArray[np.int64]
     model: str = ""  # fingerprint, empty if made up
 
 
@@ -126,7 +128,20 @@ def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Los
         loss[:, column] = table[metric][table["order"]]
         by_domain[:, :, column] = [table[f"{metric}.{domain}"][table["order"]] for domain in domains]
         bits[:, column] = np.rint(table["bits"][table["order"]] * blocks.params)
-    return Losses(blocks, schemes, loss, bits, quantizers[paths[0]], domains, by_domain, models[paths[0]])
+    tokens = first["tokens"][first["order"]].astype(np.int64)
+    return Losses(blocks, schemes, loss, bits, quantizers[paths[0]], domains, by_domain, tokens, models[paths[0]])
+
+
+def with_least_tokens(losses: Losses, least: float) -> Losses:
+    """Losses as if no routed expert had seen fewer tokens than ``least`` times the mean of those of its layer.
+
+    What few tokens say of an expert is scaled up: text that calibration has not seen may well use it.
+    """
+    blocks, factor = losses.blocks, np.ones(len(losses.blocks))
+    for layer in np.unique(blocks.layer):
+        of = (blocks.layer == layer) & (blocks.expert != SHARED)
+        factor[of] = np.maximum(1.0, least * losses.tokens[of].mean() / np.maximum(losses.tokens[of], 1))
+    return replace(losses, loss=losses.loss * factor[:, None], by_domain=losses.by_domain * factor[:, None])
 
 
 def _check_bits(columns: dict[str, NDArray[Any]], scheme: Scheme, path: str | Path) -> None:

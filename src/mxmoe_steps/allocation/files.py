@@ -49,6 +49,7 @@ class _Traffic(TypedDict):
 class _Counted(TypedDict):
     """How losses of domains count."""
 
+    least_tokens: Quantity  # of a routed expert, over the mean
     no_worse_than_uniform: list[Name]
     objective: Literal["sum", "relative", "worst"]
     weights: dict[Name, Positive]

@@ -44,7 +44,7 @@ def timed_schemes(config: Config) -> list[str]:
 
 def counted_domains(point: Point) -> dict[str, Any]:
     """Options of `frontier` for a uniform point: the single scheme of least loss, however domains count for others."""
-    plain = {"domains": "sum", "domain_weights": [], "no_worse_than_uniform": []}
+    plain = {"domains": "sum", "domain_weights": [], "least_tokens": 0.0, "no_worse_than_uniform": []}
     return plain if point.granularity == "uniform" else {}
 
 
