@@ -53,8 +53,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "relative": {"objective": "relative"},
     "relative, code no worse than uniform": {"objective": "relative", "capped": ["code"]},
     "worst": {"objective": "worst"},
-    "relative, traffic at least 0.75 of the mean's": {"objective": "relative", "traffic": 0.75},
     "relative, traffic at least the mean's": {"objective": "relative", "traffic": 1.0},
+    "relative, at least 2 bits": {"objective": "relative", "floor": 2.0},
 }
 GUARDS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -62,6 +62,9 @@ GUARDS: dict[str, dict[str, Any]] = {
     "traffic at least 0.75 of the mean's": {"traffic": 0.75},
     "traffic at least the mean's": {"traffic": 1.0},
     "traffic at least twice the mean's": {"traffic": 2.0},
+    "losses shrunk by 0.1": {"shrink": 0.1},
+    "losses shrunk by 0.3": {"shrink": 0.3},
+    "losses shrunk by 0.6": {"shrink": 0.6},
     "norms shrunk by 0.05": {"shrink": 0.05, "power": 0.5},
     "norms shrunk by 0.1": {"shrink": 0.1, "power": 0.5},
     "norms shrunk by 0.2": {"shrink": 0.2, "power": 0.5},
@@ -233,6 +236,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8, help="held-out sequences per text")
     parser.add_argument("--forgotten", nargs="*", default=sorted(DOMAINS), help="domains to leave out, one at a time")
     parser.add_argument("--only", choices=["objectives", "forgotten"], help="one of the two tables")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
     parser.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -248,8 +252,8 @@ def main() -> None:
     for budget in () if args.only == "forgotten" else args.budgets:
         base = measured(whole, whole.uniform(budget), texts)
         rows.append(row_of(base, base, budget=budget, objective="uniform GPTQ"))
-        for name, options in OBJECTIVES.items():
-            found = measured(whole, whole.allocate(budget, **options), texts)
+        for name in args.objectives:
+            found = measured(whole, whole.allocate(budget, **OBJECTIVES[name]), texts)
             rows.append(row_of(found, base, budget=budget, objective=name))
             print(pd.DataFrame(rows[-1:]).round(4).to_string(header=False), file=sys.stderr, flush=True)
     if rows:
