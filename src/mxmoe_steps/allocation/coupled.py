@@ -28,6 +28,7 @@ SLACK = 1e-9  # relative, by which rounding may take a loss above its ceiling
 TOLERANCE = 1e-6  # relative distance from the planes at which the climb stops where no gap is allowed
 CLIMB = 60  # planes for one direction
 STEEP, STEEPEST = 10.0, 1e5  # largest price of a ceiling, in objectives per ceiling; raised where it holds prices down
+NEAR, MOVES = 8, 600  # assignments that are mixed with one another, and most choices of others that are tried
 WORK = 1.0  # deterministic work limit of CP-SAT per direction, roughly seconds
 
 
@@ -83,6 +84,9 @@ class CoupledSearch:
                 steepest *= 10
         self.last = best
         value, number = self._best(a, b)
+        if number is None or value - bound > max(gap, SLACK) * abs(value):
+            self._exchange(best, a, b)
+            value, number = self._best(a, b)
         if number is None or value - bound > max(gap, SLACK) * abs(value):
             bound = max(bound, self._narrow(best, a, b, bound, value, workers))
             value, number = self._best(a, b)
@@ -155,6 +159,48 @@ class CoupledSearch:
             price[d] = max(0.0, cost.solution_value()) * scale / unit[d]
         held = any(cost.solution_value() >= 0.999 * steepest for cost in costs.values())
         return height.solution_value() * scale, Prices(share, price), held
+
+    def _exchange(self, prices: Prices, a: float, b: float) -> None:
+        """Add what lies between the assignments of least inner value: each, with choices of the others, two at a time.
+
+        At the right prices these are all nearly optimal, and the domains' losses are level somewhere between them.
+        """
+        if self.problem.max_schemes is not None:  # a mixture may have too many
+            return
+        inner = self.found.losses @ self._weights(prices, a) + b * self.found.times_us
+        near = np.argsort(inner, kind="stable")[:NEAR].tolist()
+        for start in near:
+            choice, others = self.found.choices[start].copy(), [self.found.choices[other] for other in near]
+            losses, bits = self.found.losses[start], self.found.bits[start]
+            moves = np.array(sorted({(*place, one[*place]) for one in others for place in np.argwhere(one != choice)}))
+            moves = moves[:: max(1, -(-len(moves) // MOVES))]
+            while len(moves):
+                unit, bundle, option = moves.T
+                here = choice[unit, bundle]
+                by_domain, stored = self.problem.by_domain, self.problem.bits
+                change = (by_domain[:, unit, bundle, option] - by_domain[:, unit, bundle, here]).T  # [M, D]
+                extra = np.append(stored[unit, bundle, option] - stored[unit, bundle, here], 0)
+                change = np.vstack([change, np.zeros(len(losses))])  # the last move is none
+                after = self._burden(losses + change[:, None] + change[None], a)
+                after[bits + extra[:, None] + extra[None] > self.problem.budget] = np.inf
+                place = np.append(unit * self.problem.loss.shape[1] + bundle, -1)
+                after[np.equal(place[:, None], place[None]) & (place >= 0)] = np.inf
+                one, two = np.unravel_index(int(after.argmin()), after.shape)
+                if after[one, two] >= self._burden(losses, a):
+                    break
+                for move in {int(one), int(two)} - {len(moves)}:
+                    choice[unit[move], bundle[move]] = option[move]
+                losses, bits = losses + change[one] + change[two], bits + int(extra[one] + extra[two])
+                moves = moves[~np.isin(place[:-1], [place[one], place[two]])]
+            loss, time_us, bits = self.problem.evaluate(choice)
+            self._keep(Solution(choice, loss, time_us, bits, a, b, 0.0, 0.0))
+
+    def _burden(self, losses: NDArray[np.float64], a: float) -> NDArray[np.float64]:
+        """a x loss of losses [..., D], and a multiple of what is above a ceiling."""
+        ceiling = self.domains.ceiling[self.capped]
+        above = np.maximum(0.0, losses[..., self.capped] / np.where(ceiling > 0, ceiling, 1.0) - 1).sum(-1)
+        loss = self.domains.loss(np.moveaxis(losses, -1, 0))
+        return np.asarray(a * loss + STEEP * abs(a * loss).max() * above)
 
     def _narrow(self, prices: Prices, a: float, b: float, bound: float, value: float, workers: int) -> float:
         """A bound from CP-SAT on the core of the best prices; a better assignment joins what was found."""
