@@ -172,6 +172,7 @@ class CoupledSearch:
         for start in near:
             choice, others = self.found.choices[start].copy(), [self.found.choices[other] for other in near]
             losses, bits = self.found.losses[start], self.found.bits[start]
+            steep = STEEP * a * float(self.domains.loss(losses))
             moves = np.array(sorted({(*place, one[*place]) for one in others for place in np.argwhere(one != choice)}))
             moves = moves[:: max(1, -(-len(moves) // MOVES))]
             while len(moves):
@@ -181,12 +182,12 @@ class CoupledSearch:
                 change = (by_domain[:, unit, bundle, option] - by_domain[:, unit, bundle, here]).T  # [M, D]
                 extra = np.append(stored[unit, bundle, option] - stored[unit, bundle, here], 0)
                 change = np.vstack([change, np.zeros(len(losses))])  # the last move is none
-                after = self._burden(losses + change[:, None] + change[None], a)
+                after = self._burden(losses + change[:, None] + change[None], a, steep)
                 after[bits + extra[:, None] + extra[None] > self.problem.budget] = np.inf
                 place = np.append(unit * self.problem.loss.shape[1] + bundle, -1)
                 after[np.equal(place[:, None], place[None]) & (place >= 0)] = np.inf
                 one, two = np.unravel_index(int(after.argmin()), after.shape)
-                if after[one, two] >= self._burden(losses, a):
+                if after[one, two] >= self._burden(losses, a, steep):
                     break
                 for move in {int(one), int(two)} - {len(moves)}:
                     choice[unit[move], bundle[move]] = option[move]
@@ -195,12 +196,11 @@ class CoupledSearch:
             loss, time_us, bits = self.problem.evaluate(choice)
             self._keep(Solution(choice, loss, time_us, bits, a, b, 0.0, 0.0))
 
-    def _burden(self, losses: NDArray[np.float64], a: float) -> NDArray[np.float64]:
-        """a x loss of losses [..., D], and a multiple of what is above a ceiling."""
+    def _burden(self, losses: NDArray[np.float64], a: float, steep: float) -> NDArray[np.float64]:
+        """a x loss of losses [..., D], and ``steep`` times what is above a ceiling, relative to it."""
         ceiling = self.domains.ceiling[self.capped]
         above = np.maximum(0.0, losses[..., self.capped] / np.where(ceiling > 0, ceiling, 1.0) - 1).sum(-1)
-        loss = self.domains.loss(np.moveaxis(losses, -1, 0))
-        return np.asarray(a * loss + STEEP * abs(a * loss).max() * above)
+        return np.asarray(a * self.domains.loss(np.moveaxis(losses, -1, 0)) + steep * above)
 
     def _narrow(self, prices: Prices, a: float, b: float, bound: float, value: float, workers: int) -> float:
         """A bound from CP-SAT on the core of the best prices; a better assignment joins what was found."""
