@@ -51,7 +51,7 @@ class Quantizing(Options):
 class CalibrateOptions(Quantizing, OfModel, Extended, Compute, StepOptions):
     """Options of the step."""
 
-    capture: InFolders = Field(description="folders that capture wrote, one per domain of the text")
+    capture: InFolders = Field(description="folders that capture wrote, one per domain of the text", min_length=1)
     quantizer: QuantizerName = Field(description="how to quantize weights (docs/schemes.md)")
     scheme: SchemeName = Field(description="how a block is stored and multiplied, e.g. w4a16 or w8a8_fp8")
     more_losses: Annotated[list[LossName], AfterValidator(distinct)] = Field(

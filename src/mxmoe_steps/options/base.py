@@ -114,7 +114,7 @@ def _check_place(path: Path) -> None:
 InFile = Annotated[Path, Flag("FILE")]
 InFiles = Annotated[list[Path], Flag("FILE")]
 InFolder = Annotated[Path, Flag("FOLDER")]
-InFolders = Annotated[list[Path], Field(min_length=1), Flag("FOLDER")]
+InFolders = Annotated[list[Path], Flag("FOLDER")]
 OutFile = Annotated[Path, AfterValidator(_file_to_write), Flag("FILE", decides=False)]
 OutFolder = Annotated[Path, AfterValidator(_folder_to_write), Flag("FOLDER", decides=False)]
 
