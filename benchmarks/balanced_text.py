@@ -86,7 +86,7 @@ def main() -> None:
                 row = {"sequences": size, "text": name, "least / mean tokens": per_expert.min() / per_expert.mean()}
                 for scheme in (parse_scheme(text).name for text in args.schemes):
                     with tempfile.TemporaryDirectory() as work:
-                        row[scheme] = damage(args, "gptq", scheme, Path(work), capture)["kl"]
+                        row[scheme] = damage(args, "gptq", scheme, Path(work), [capture])["kl"]
                 rows.append(row)
                 print(row, file=sys.stderr, flush=True)
     table = pd.DataFrame(rows)

@@ -130,7 +130,7 @@ class Clock:
 def run_layers(folders: list[ModelFolder], device: torch.device, method: Method, scheme: Scheme) -> list[Clock]:
     """The steps of `mxmoe_steps.calibrate` one by one; a clock per layer."""
     clocks = []
-    inputs = LayerInputs.read([folder.path / CAPTURED for folder in folders], folders[0].experts, device)
+    inputs = LayerInputs.read([[folder.path / CAPTURED] for folder in folders], folders[0].experts, device)
     for folder in folders:
         clocks.append(Clock(device))
         with clocks[-1].step("read"):

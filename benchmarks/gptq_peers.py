@@ -1,12 +1,12 @@
 """Our GPTQ beside llm-compressor's and GPTQModel's: error of every expert block at equal bits, the same Hessians.
 
-    snakemake --cores 2 results/demo-moe/capture      # the demo's captured layers
+    snakemake --cores 2 --until capture               # the demo's captured layers
     pip install llmcompressor gptqmodel               # in an environment of its own
     python benchmarks/gptq_peers.py
 
-Hessians come from the first three quarters of the captured tokens. The error tr(dW H dW^T) is the squared change of
-the layer's output that a block causes (gate and up: of the block's output), measured on those tokens and on the last
-quarter; the table has its sum over all blocks relative to round-to-nearest with our grid.
+Hessians come from the first three quarters of every domain's captured tokens. The error tr(dW H dW^T) is the squared
+change of the layer's output that a block causes (gate and up: of the block's output), measured on those tokens and on
+the last quarter; the table has its sum over all blocks relative to round-to-nearest with our grid.
 """
 
 import argparse
@@ -87,9 +87,13 @@ CONTENDERS: dict[str, Quantize] = {
 }
 
 
-def moments(folder: ModelFolder, layer: int, captured: dict[str, torch.Tensor], rows: slice) -> list[Hessians]:
-    """Hessians of gate, up and down of the routed experts from some of the captured tokens."""
-    inputs = LayerInputs({name: tensor[rows].contiguous() for name, tensor in captured.items()}, folder.experts)
+def moments(folder: ModelFolder, layer: int, captured: list[dict[str, torch.Tensor]], part: slice) -> list[Hessians]:
+    """Hessians of gate, up and down of the routed experts from some quarters of the tokens of every domain."""
+    tensors = {
+        name: torch.cat([quarter for domain in captured for quarter in domain[name].chunk(4)[part]])
+        for name in captured[0]
+    }
+    inputs = LayerInputs(tensors, folder.experts)
     gate, up = (read_block(folder, layer, range(folder.experts), block).float() for block in BLOCKS[:2])
     gating = read_gating(folder, layer, range(folder.experts))
     width, hidden = gate.shape[1:]
@@ -113,9 +117,8 @@ def main() -> None:
     folder = open_model(args.model)
     rows = []
     for layer in folder.moe_layers:
-        captured = load_file(Path(args.capture) / f"layer-{layer:03d}.safetensors")
-        cut = len(captured["hidden"]) * 3 // 4
-        known, held_out = (moments(folder, layer, captured, part) for part in (slice(cut), slice(cut, None)))
+        captured = [load_file(file) for file in sorted(Path(args.capture).glob(f"*/layer-{layer:03d}.safetensors"))]
+        known, held_out = (moments(folder, layer, captured, part) for part in (slice(3), slice(3, None)))
         for scheme in map(parse_scheme, args.schemes):
             for block, seen, unseen in zip(BLOCKS, known, held_out, strict=True):
                 weight = read_block(folder, layer, range(folder.experts), block).float()

@@ -41,7 +41,8 @@ def make_losses(blocks: Blocks, seed: int = 0) -> Losses:
     loss = size * step * generator.lognormal(0, 0.25, (len(blocks), len(schemes)))
     bits = np.array([[round(s.bits(int(k)) * n * k) for s in schemes] for n, k in
                      zip(blocks.out_features, blocks.in_features, strict=True)])  # fmt: skip
-    return Losses(blocks, schemes, loss, bits, "synthetic")
+    tokens = np.ones(len(blocks), np.int64)
+    return Losses(blocks, schemes, loss, bits, "synthetic", ("text",), loss[None], tokens)
 
 
 def make_traffic(model: str, tokens: int, layers: int, steps: int = 16, seed: int = 0) -> Traffic:

@@ -149,7 +149,7 @@ def chosen(bench: Bench, budget: float, **options: str) -> np.ndarray:
     with tempfile.TemporaryDirectory() as folder:
         frontier, out = f"{folder}/frontier.json", f"{folder}/allocation.json"
         command = [sys.executable, "-m", "mxmoe_steps.frontier", "--budget-bits", str(budget), "--tokens", "64"]
-        command += ["--no-tie-gate-up"]
+        command += ["--no-tie-gate-up", "--domains", "sum", "--least-tokens", "0"]
         command += ["--trace", f"{bench.results}/trace", "--profile", f"{bench.results}/profile/h100.parquet"]
         command += ["--losses", *(str(bench.table(scheme)) for scheme in SCHEMES), "--out", frontier]
         for name, value in options.items():

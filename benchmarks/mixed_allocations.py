@@ -94,6 +94,7 @@ def solve(path: Path) -> None:
     from instances import SCHEMES, layer_blocks, make_losses
 
     from mxmoe_steps.allocation.constraints import Constraints
+    from mxmoe_steps.allocation.domains import Domains
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import pick_by_r
     from mxmoe_steps.profile import fit_profile
@@ -108,6 +109,7 @@ def solve(path: Path) -> None:
     names = [scheme.name for scheme in schemes]
     carried = sorted(map(parse_scheme, CANDIDATES))
     columns, facts = fit_profile(measured_file("h100"), list(schemes))
+    plain = Domains(np.ones(1), np.full(1, np.inf), worst=False)
     profile = profile_of({name: np.array(values) for name, values in columns.items()}, facts)
     kernels = timing_schemes(schemes, profile, {})
     for case in CASES:
@@ -117,7 +119,8 @@ def solve(path: Path) -> None:
         losses = replace(
             made,
             schemes=schemes,
-            loss=np.c_[made.loss, np.zeros(len(blocks))],
+            loss=(loss := np.c_[made.loss, np.zeros(len(blocks))]),
+            by_domain=loss[None],
             bits=np.c_[made.bits, ORIGINAL.weight_bits * blocks.params],
         )
         for tokens in TOKENS:
@@ -128,7 +131,7 @@ def solve(path: Path) -> None:
             found = {name: DIGITS[names.index(parse_scheme(name).name)] * len(blocks) for name in UNIFORM}
             for budget in BUDGETS:
                 part = part_frontier(
-                    losses, carried, {None: times}, "block", budget, Constraints(), everything, 0, 1, False
+                    losses, plain, carried, {None: times}, "block", budget, Constraints(), everything, 0, 1, False
                 )
                 found[budget] = pick_by_r(part, R, 0.5)[0].schemes
             if case.slices:

@@ -10,6 +10,7 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -29,20 +30,26 @@ UNTIMED = {  # an allocation that nothing was solved for
     "metric": "out_sq", "objective": 0.0, "price": 0.0, "proved_by": "states", "r": 1.0, "scope": "model",
     "status": "optimal", "tile_tokens": None, "time_is_estimate": True, "time_us": 1.0, "timed_as": {}, "tokens": 1,
     "traffic": {"phase": "auto", "seed": 0, "steps": 1, "texts": []},
+    "domains": {"least_tokens": 0.0, "losses": {"text": 0.0},
+                "no_worse_than_uniform": [], "objective": "sum", "uniform": {"text": 0.0},
+                "weights": {}},
 }  # fmt: skip
 
 
 def step(name: str, **options: object) -> None:
     """Run one step of the pipeline."""
-    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    lists = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
+    words = [word for key, values in lists.items() for word in (f"--{key}", *map(str, values))]
     subprocess.run([sys.executable, "-m", f"mxmoe_steps.{name}", *words], check=True, capture_output=True)
 
 
-def damage(args: argparse.Namespace, quantizer: str, scheme: str, work: Path, capture: Path) -> dict[str, float]:
+def damage(
+    args: argparse.Namespace, quantizer: str, scheme: str, work: Path, captures: Sequence[Path]
+) -> dict[str, float]:
     """Overall metrics of the model with ``scheme`` in every block; ``work``: an empty folder."""
     packed, allocation, checkpoint = work / "packed", work / "allocation.json", work / "checkpoint"
     common = {"model": args.model, "out": packed, "threads": args.threads, "device": args.device}
-    step("calibrate", capture=capture, quantizer=quantizer, scheme=scheme, **common)
+    step("calibrate", capture=list(captures), quantizer=quantizer, scheme=scheme, **common)
     folder = open_model(args.model)
     assignment = [[layer, expert, *[scheme] * 3] for layer in folder.moe_layers for expert in folder.expert_ids()]
     choice = {"assignment": assignment, "model": fingerprint(folder), "quantizer": quantizer}
@@ -68,7 +75,7 @@ def main() -> None:
         row = {"scheme": scheme}
         for quantizer in args.quantizers:
             with tempfile.TemporaryDirectory() as work:
-                metrics = damage(args, quantizer, scheme, Path(work), Path(args.results) / "capture")
+                metrics = damage(args, quantizer, scheme, Path(work), sorted(Path(args.results).glob("capture/*")))
             row[quantizer] = f"{metrics['kl']:.4f} / {metrics['perplexity']:.2f}"
             print(f"{scheme} {quantizer}: {row[quantizer]}", file=sys.stderr, flush=True)
         rows.append(row)

@@ -1,6 +1,6 @@
 """calibrate: captured layers x quantizer x scheme -> losses and packed weights.
 
-input    what `capture` wrote, and the model's expert weights; with runtime.layers_per_job, the marks of the parts
+input    what `capture` wrote of every domain, and the model's expert weights; with runtime.layers_per_job, the marks of the parts
 output   SCHEME.parquet (loss per layer, expert and block), SCHEME.safetensors (packed weights)
 
 With runtime.layers_per_job, jobs that need not wait for each other leave their layers in .SCHEME.layers beside the
@@ -40,7 +40,7 @@ for quantizer in CALIBRATED:
     for scheme in SCHEMES:
         RESULTS.add(
             expand([LOSSES, PACKED], quantizer=quantizer, scheme=scheme),
-            reads=[CAPTURE],
+            reads=CAPTURES,
             **CALIBRATE_CODE[quantizer],
             flags=CALIBRATE_FLAGS[quantizer],
             quantizer=quantizer,
@@ -52,7 +52,7 @@ CALIBRATE_MARK = f"{OUT}/parts/calibrate-{{quantizer}}-{{scheme}}-{{border}}"
 
 rule calibrate_part:
     input:
-        captured=upstream(CAPTURE),
+        captured=upstream(*CAPTURES),
     output:
         temp(touch(CALIBRATE_MARK)),
     log:
@@ -75,7 +75,7 @@ rule calibrate_part:
 
 rule calibrate:
     input:
-        captured=upstream(CAPTURE),
+        captured=upstream(*CAPTURES),
         parts=expand(
             CALIBRATE_MARK,
             border=[0, *PART_BORDERS] if PART_BORDERS else [],

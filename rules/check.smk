@@ -29,7 +29,7 @@ def check_flags():
         extensions=CONFIG.extensions,
         sources=CONFIG.texts,
         trace=reading(CONFIG.trace, CONFIG.trace.texts),
-        calibrate=reading(CONFIG.calibrate, [CONFIG.calibrate.text]),
+        calibrate=reading(CONFIG.calibrate, DOMAINS),
         evaluate=reading(CONFIG.evaluate, CONFIG.evaluate.texts),
         candidates=CANDIDATES,
         problems=plan.least_budgets(FRONTIERS.values()),

@@ -55,6 +55,7 @@ FRONTIERS = {point.frontier: point for point in POINTS.values()}
 CALIBRATED = sorted({point.quantizer for point in POINTS.values()})
 PART_BORDERS = plan.part_borders(CONFIG, MODEL)
 MEMORY = plan.memory_of_steps(CONFIG, MODEL)
+DOMAINS = CONFIG.domains
 
 HASHES = Hashes(STATE / "hashes.json")
 RESULTS = Results(HASHES)
@@ -62,6 +63,7 @@ CONTENTS = Contents(CONFIG, MODEL_PATH, MODEL, HASHES)
 
 
 wildcard_constraints:
+    domain="|".join(map(re.escape, DOMAINS)),
     quantizer="|".join(map(re.escape, CALIBRATED)),
     scheme=r"w\d+a\d+[a-z0-9_-]*",
     frontier="|".join(map(re.escape, sorted(FRONTIERS))),

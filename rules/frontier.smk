@@ -16,6 +16,7 @@ FRONTIER_FLAGS = {
         candidates=CANDIDATES,
         traffic_text=[CONFIG.solve.traffic],
         seed=CONFIG.runtime.seed,
+        **plan.counted_domains(point),
     )
     for name, point in FRONTIERS.items()
 }

@@ -32,19 +32,29 @@ def allocation_of(assignment: list[list], quantizer: str, model: Path) -> dict[s
         "bits": 4.0, "bound": 1.0, "gap": 0.0, "loss": 1.0, "loss_form": "root_sum_squares", "max_loss": None,
         "max_time_us": None, "objective": 1.0, "price": 0.0, "r": 1.0, "status": "optimal", "tile_tokens": None,
         "time_us": 1.0,
+        "domains": {"least_tokens": 0.0, "losses": {"toy": 1.0},
+                    "no_worse_than_uniform": [], "objective": "sum", "uniform": {"toy": 1.0},
+                    "weights": {}},
     }  # fmt: skip
     return facts | {"assignment": assignment, "model": fingerprint(open_model(model))}
 
 
-def write_losses(folder: Path, schemes, layers=2, experts=4, hidden=256, wide=128, shared=256, seed=0) -> list[str]:
-    """One table per scheme; ``shared`` is the shared expert's width, 0 for none. Returns the paths."""
+def write_losses(
+    folder: Path, schemes, layers=2, experts=4, hidden=256, wide=128, shared=256, seed=0, domains=("prose",)
+) -> list[str]:
+    """One table per scheme; ``shared`` is the shared expert's width, 0 for none. Returns the paths.
+
+    Every block has a domain's share of its loss of its own.
+    """
     generator = np.random.default_rng(seed)
     paths = []
     names = [SHARED] * bool(shared) + list(range(experts))
     size = generator.lognormal(0, 1, (layers, len(names), 3))
+    share = np.random.default_rng(seed).dirichlet([0.3] * len(domains), (layers, len(names), 3))
     for text in schemes:
         scheme = parse_scheme(text)
-        columns: dict[str, list] = {name: [] for name in LOSSES.schema.names}
+        parts = [f"{loss}.{domain}" for loss in ("out_sq", "fisher") for domain in domains]
+        columns: dict[str, list] = {name: [] for name in (*LOSSES.schema.names, *parts)}
         for layer in range(layers):
             for place, expert in enumerate(names):
                 width = shared if expert == SHARED else wide
@@ -52,11 +62,14 @@ def write_losses(folder: Path, schemes, layers=2, experts=4, hidden=256, wide=12
                     n, k = (hidden, width) if block == "down" else (width, hidden)
                     noise = generator.lognormal(0, 0.3)
                     loss = size[layer, place, kind] * (4.0**-scheme.weight_bits + 4.0**-scheme.act_bits) * noise
+                    of_domain = share[layer, place, kind] * loss
                     row = (layer, expert, block, n, k, scheme.bits(k), 10, loss * 1e4, loss, False)
+                    row += (*(of_domain * 1e4), *of_domain)
                     for name, value in zip(columns, row, strict=True):
                         columns[name].append(value)
         path = folder / f"{scheme.name}.parquet"
-        write_table(LOSSES, path, columns, {"scheme": scheme.name, "quantizer": "rtn", "fisher": True, "model": "toy"})
+        facts = {"scheme": scheme.name, "quantizer": "rtn", "fisher": True, "model": "toy"}
+        write_table(LOSSES, path, columns, facts | {"domains": dict.fromkeys(domains, 10)})
         paths.append(str(path))
     return paths
 

@@ -39,7 +39,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 def calibrated(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str, **extra: object) -> None:
     options = {"quantizer": quantizer, "scheme": scheme, "damping": 0.01, "out": str(out), **RUNTIME, **extra}
-    calibrate.calibrate(calibrate.CalibrateOptions(model=str(tiny_moe), capture=str(captured), **options))
+    calibrate.calibrate(calibrate.CalibrateOptions(model=str(tiny_moe), capture=[str(captured)], **options))
 
 
 def run(tiny_moe: Path, captured: Path, out: Path, quantizer: str, scheme: str) -> pd.DataFrame:
@@ -230,6 +230,56 @@ def test_a_stopped_run_goes_on_where_it_was_unless_something_changed(
         assert layers_done == expected
         calibrated(tiny_moe, captured, tmp_path / "whole", "gptq", scheme, damping=damping)
     assert contents(tmp_path / "stopped") == contents(tmp_path / "whole")
+
+
+def part_of(captured: Path, out: Path, rows: slice, **changed: object) -> Path:
+    """The capture of some of the tokens, with other facts."""
+    out.mkdir()
+    for layer in range(2):
+        tensors = {name: whole[rows].clone() for name, whole in load_file(layer_file(captured, layer)).items()}
+        facts = facts_of(layer_file(captured, layer), CaptureFacts, "") | {"sequences": len(tensors["ids"]) // 64}
+        save_file(tensors, layer_file(out, layer), metadata={"mxmoe": canonical_json(facts | changed)})
+    return out
+
+
+def test_domains_are_quantized_together_and_measured_apart(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
+    first = part_of(captured, tmp_path / "a", slice(3 * 64), text="a")
+    second = part_of(captured, tmp_path / "b", slice(3 * 64, None), text="b")
+    options = {"quantizer": "gptq", "scheme": "w3a16_g32", "damping": 0.01, **RUNTIME}
+    tables = {}
+    for name, folders in (("whole", [captured]), ("parts", [first, second])):
+        out = tmp_path / name
+        calibrate.calibrate(
+            calibrate.CalibrateOptions(model=str(tiny_moe), capture=list(map(str, folders)), out=str(out), **options)
+        )
+        rows, facts = read_table(LOSSES, out / "w3a16_g32_asym.parquet")
+        tables[name] = rows.to_pandas(), facts["domains"]
+    whole, parts = (load_file(tmp_path / name / "w3a16_g32_asym.safetensors") for name in tables)
+    assert sum(int((whole[key] != parts[key]).sum()) for key in whole) < 1e-3 * sum(map(torch.numel, whole.values()))
+    assert tables["whole"][1] == {"words": 512}
+    assert tables["parts"][1] == {"a": 192, "b": 320}
+    for loss in ("out_sq", "fisher"):
+        rows = tables["parts"][0]
+        assert rows[loss].to_numpy() == pytest.approx((rows[f"{loss}.a"] + rows[f"{loss}.b"]).to_numpy(), rel=1e-12)
+        assert rows[loss].sum() == pytest.approx(tables["whole"][0][loss].sum(), rel=0.02)
+        assert (tables["whole"][0][f"{loss}.words"] == tables["whole"][0][loss]).all()
+        assert rows[f"{loss}.a"].sum() > 0
+
+
+def test_domains_that_do_not_belong_together(tiny_moe: Path, captured: Path, tmp_path: Path) -> None:
+    same = part_of(captured, tmp_path / "same", slice(64))
+    bare = part_of(captured, tmp_path / "bare", slice(64), text="bare")
+    for layer in range(2):
+        tensors = load_file(layer_file(bare, layer))
+        facts = facts_of(layer_file(bare, layer), CaptureFacts, "")
+        del tensors["gradient"]
+        save_file(tensors, layer_file(bare, layer), metadata={"mxmoe": canonical_json(facts)})
+    for other, said in ((same, r"are captures of the same text, words"), (bare, r"bare: holds no gradients")):
+        options = {"quantizer": "rtn", "scheme": "w3a16_g32", "out": str(tmp_path / "out"), **RUNTIME}
+        with pytest.raises(UserError, match=said):
+            calibrate.calibrate(
+                calibrate.CalibrateOptions(model=str(tiny_moe), capture=[str(captured), str(other)], **options)
+            )
 
 
 def test_missing_capture_is_one_clear_error(tiny_moe: Path, tmp_path: Path) -> None:

@@ -39,12 +39,14 @@ def weights() -> list[torch.Tensor]:
     return [(torch.randn(size, generator=generator) / 8).bfloat16() for size in sizes]
 
 
+@pytest.mark.parametrize("sizes", [None, [100, 3, 197]])
 @pytest.mark.parametrize("batch", [7, 1 << 15])
 def test_batches_hold_every_token_of_an_expert(
-    captured: dict[str, torch.Tensor], batch: int, monkeypatch: pytest.MonkeyPatch
+    captured: dict[str, torch.Tensor], batch: int, sizes: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs_module, "_BATCH", batch)
-    inputs = LayerInputs(captured, EXPERTS)
+    inputs = LayerInputs(captured, EXPERTS, sizes)
+    borders = torch.tensor([0, *inputs.sizes]).cumsum(0)
     for expert in [*range(EXPERTS), SHARED]:
         token, slot = (captured["ids"] == expert).nonzero(as_tuple=True)
         scale = captured["weights"][token, slot]
@@ -55,6 +57,24 @@ def test_batches_hold_every_token_of_an_expert(
         assert torch.equal(torch.cat([part.x for part in batches]), captured["hidden"][token].float())
         assert torch.equal(torch.cat([part.scale for part in batches]), scale)
         assert torch.equal(torch.cat([part.gradient for part in batches]), captured["gradient"][token].float())
+        domains = torch.cat([torch.full((len(part.x),), part.domain) for part in batches])
+        assert torch.equal(domains, torch.searchsorted(borders, token, right=True) - 1)
+
+
+def test_losses_of_a_domain_are_those_of_its_tokens_alone(
+    captured: dict[str, torch.Tensor], weights: list[torch.Tensor]
+) -> None:
+    """And they add up to those of the whole text, sums as they are and means by tokens."""
+    sizes, scheme, method = [100, 3, 197], parse_scheme("w2a16_g32"), Method("rtn")
+    inputs, experts = LayerInputs(captured, EXPERTS, sizes), list(range(EXPERTS))
+    stacks = quantize_layer(inputs, experts, weights, GATING, scheme, method)
+    found = layer_losses(inputs, experts, weights, stacks, GATING, scheme, method, losses_of([]))
+    assert torch.equal(found[:, :, 0], found[:, :, 1:].sum(2))
+    for number, rows in enumerate(torch.arange(TOKENS).split(sizes)):
+        alone = LayerInputs({name: tensor[rows] for name, tensor in captured.items()}, EXPERTS)
+        expected = layer_losses(alone, experts, weights, stacks, GATING, scheme, method, losses_of([]))[:, :, 0]
+        share = torch.tensor([1.0, len(rows) / TOKENS], dtype=torch.float64)  # of out_sq, a sum, and fisher, a mean
+        assert torch.allclose(found[:, :, 1 + number], expected * share, rtol=1e-5)
 
 
 def test_down_losses_equal_the_closed_form(captured: dict[str, torch.Tensor], weights: list[torch.Tensor]) -> None:
@@ -68,7 +88,7 @@ def test_down_losses_equal_the_closed_form(captured: dict[str, torch.Tensor], we
         inner = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
         add_moments(entering, inner, inputs.batches(expert), *(w[expert].float() for w in weights[:2]), GATING)
         change = (stacks[2][expert].dequantize() - weights[2][expert].float()).double()
-        assert float(losses[expert, 2, 0]) == pytest.approx(float(((change @ inner) * change).sum()), rel=1e-5)
+        assert float(losses[expert, 2, 0, 0]) == pytest.approx(float(((change @ inner) * change).sum()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", method_names())

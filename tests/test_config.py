@@ -67,6 +67,11 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "says"),
     [
+        ("solve.domains", "best", r"solve.domains: .*'sum', 'relative' or 'worst'; found 'best'"),
+        ("solve.domain_weights", ["code=0"], r"solve.domain_weights: .*'0' is not a positive number; write e.g."),
+        ("solve.domain_weights", ["cod=2"], r"solve.domain_weights: 'cod' is not a calibrated domain; did you mean"),
+        ("solve.no_worse_than_uniform", ["mixed"], r"'mixed' is not a calibrated domain; known: code, english"),
+        ("solve", {"traffic": "mixed", "scope": "layer", "domains": "worst"}, r"use them with scope: model"),
         ("solve.metrik", "fisher", r"solve: unknown key 'metrik'; did you mean 'metric'\?"),
         ("modell", {}, r"unknown key 'modell'; did you mean 'model'\?"),
         ("calibrate.sequences", "32", r"calibrate.sequences: .*integer; found '32'"),

@@ -103,14 +103,14 @@ def test_own_classes_compute_what_they_say(project: Path) -> None:
         table, facts = read_table(LOSSES, results / "mine" / f"{scheme}.parquet")
         assert facts["quantizer"] == "mine"
         rows = table.to_pandas()
-        assert list(rows.columns)[-2:] == ["fallback", "twice"]
+        assert list(rows.columns)[-3:] == ["out_sq.mine", "twice", "twice.mine"]
         assert rows["twice"].to_numpy() == pytest.approx(2 * rows["out_sq"].to_numpy(), rel=1e-6)
     text = yaml.safe_load((project / "config" / "config.yaml").read_text(encoding="utf-8"))
     assert text["calibrate"]["text"] == "mine"
 
 
 def test_steps_by_hand_take_the_same_modules(project: Path, tmp_path: Path) -> None:
-    capture = project / "results" / "tiny" / "capture"
+    capture = project / "results" / "tiny" / "capture" / "mine"
     words = f"--model model --capture {capture} --quantizer mine --scheme w4a16_g32 --more-losses twice --device cpu"
     command = [sys.executable, "-m", "mxmoe_steps.calibrate", *shlex.split(words), "--out", str(tmp_path / "out")]
     files = ["--extensions", "own/my_quantizers.py", "own/my_losses.py"]
@@ -247,7 +247,7 @@ def test_names_that_nobody_registered(tiny_moe: Path, text_file: Path, change: d
 def test_a_loss_is_no_other_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss.LOSSES, "tokens", loss.Fisher)
     options = calibrate.CalibrateOptions(
-        model="m", capture=tmp_path, quantizer="rtn", scheme="w4a16", more_losses=["tokens"], out=tmp_path / "out"
+        model="m", capture=[tmp_path], quantizer="rtn", scheme="w4a16", more_losses=["tokens"], out=tmp_path / "out"
     )
     with pytest.raises(UserError, match="loss 'tokens': another column has that name"):
         calibrate.calibrate(options)

@@ -45,7 +45,7 @@ def test_a_packed_checkpoint_loads_and_computes_the_same(family: str, tmp_path: 
         runtime = {"device": "cpu", "threads": 1, "seed": 0}
         calibrate.calibrate(
             calibrate.CalibrateOptions(
-                model=str(tmp_path / "model"), capture=str(tmp_path / "capture"), **options, **runtime
+                model=str(tmp_path / "model"), capture=[str(tmp_path / "capture")], **options, **runtime
             )
         )
     experts = [SHARED] * (FAMILIES[family].shared is not None) + [0, 1, 2, 3]

@@ -61,7 +61,7 @@ def captured(checkpoint: Path) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def run_calibrate(checkpoint: Path, out: Path, quantizer: str, scheme: str) -> None:
-    paths = {"model": str(checkpoint), "capture": str(checkpoint.parent / "capture"), "out": str(out)}
+    paths = {"model": str(checkpoint), "capture": [str(checkpoint.parent / "capture")], "out": str(out)}
     calibrate.calibrate(
         calibrate.CalibrateOptions(**paths, quantizer=quantizer, scheme=scheme, damping=0.01, **RUNTIME)
     )

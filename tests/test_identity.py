@@ -43,7 +43,7 @@ def test_losses_equal_forwards_of_the_whole_layer(family: str, tmp_path: Path) -
     captured = capture_tokens(tmp_path / "model", tokens, tmp_path / "capture")
     options = {"quantizer": "gptq", "scheme": SCHEME.name, "damping": 0.01, "out": str(tmp_path / "out")}
     runtime = {"device": "cpu", "threads": 1, "seed": 0}
-    paths = {"model": str(tmp_path / "model"), "capture": str(tmp_path / "capture")}
+    paths = {"model": str(tmp_path / "model"), "capture": [str(tmp_path / "capture")]}
     calibrate.calibrate(calibrate.CalibrateOptions(**paths, **options, **runtime))
     losses = read_table(LOSSES, tmp_path / "out" / f"{SCHEME}.parquet")[0].to_pandas()
     packed = load_file(tmp_path / "out" / f"{SCHEME}.safetensors")

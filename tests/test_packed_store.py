@@ -30,7 +30,7 @@ Tensors = dict[str, torch.Tensor]
 
 def run_calibrate(folder: Path, capture: Path, out: Path, scheme: str) -> None:
     options = {"quantizer": "rtn", "damping": 0.01, "device": "cpu", "threads": 1}
-    paths = {"model": str(folder / "model"), "capture": str(capture), "out": str(out)}
+    paths = {"model": str(folder / "model"), "capture": [str(capture)], "out": str(out)}
     calibrate.calibrate(calibrate.CalibrateOptions(**paths, scheme=scheme, **options))
 
 

@@ -49,7 +49,7 @@ def packed(tiny_moe: Path, sources: str, tmp_path_factory: pytest.TempPathFactor
         calibrate.calibrate(
             calibrate.CalibrateOptions(
                 model=str(tiny_moe),
-                capture=str(root / "capture"),
+                capture=[str(root / "capture")],
                 quantizer="rtn",
                 scheme=scheme,
                 damping=0.01,
@@ -137,7 +137,7 @@ def test_packed_checkpoint_computes_what_was_calibrated(
 
 def test_a_rotated_checkpoint_computes_the_rotated_weights(tiny_moe: Path, packed: Path, tmp_path: Path) -> None:
     for scheme in ("w3a16_g32_asym", "w8a8_g-1_sym"):
-        options = {"capture": str(packed.parent / "capture"), "quantizer": "rtn+hadamard", "damping": 0.01}
+        options = {"capture": [str(packed.parent / "capture")], "quantizer": "rtn+hadamard", "damping": 0.01}
         calibrate.calibrate(
             calibrate.CalibrateOptions(
                 model=str(tiny_moe), scheme=scheme, out=str(tmp_path / "packed"), **options, **RUNTIME
@@ -265,7 +265,7 @@ def test_stacked_experts_give_the_same_checkpoint(
     for quantizer, scheme in (("rtn", "w3a16_g128_asym"), ("gptq", "w8a8_fp8"), ("gptq", "w4a16_mxfp4")):
         options = {"quantizer": quantizer, "scheme": scheme}
         for name, folder in (("one", tiny_moe), ("other", tmp_path / "stacked")):
-            capture_folder, out = str(packed.parent / "capture"), str(tmp_path / name)
+            capture_folder, out = [str(packed.parent / "capture")], str(tmp_path / name)
             calibrate.calibrate(
                 calibrate.CalibrateOptions(
                     model=str(folder), capture=capture_folder, damping=0.01, out=out, **options, **RUNTIME

@@ -12,8 +12,15 @@ import pytest
 from mxmoe_steps.report import measured_note, published_note, time_note
 from mxmoe_steps.reporting import figures
 from mxmoe_steps.reporting.figures import model_hull
-from mxmoe_steps.reporting.page import table_html
-from mxmoe_steps.reporting.summary import Checkpoint, headlines, prediction_errors, summary_table, time_columns
+from mxmoe_steps.reporting.page import domains_html, table_html
+from mxmoe_steps.reporting.summary import (
+    Checkpoint,
+    domain_lines,
+    headlines,
+    prediction_errors,
+    summary_table,
+    time_columns,
+)
 from mxmoe_steps.reporting.terminal import terminal_table
 
 
@@ -88,7 +95,8 @@ def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:
 def allocation(granularity: str, quantizer: str, **goal: Any) -> dict[str, Any]:
     goals = dict.fromkeys(("r", "max_time_us", "max_loss")) | goal
     rows = [[0, 0, *["w2a16_g128_asym"] * 3]]
-    point = {"budget_bits": 2.25, "bits": 2.25, "tokens": 64, "granularity": granularity, "quantizer": quantizer}
+    point = {"budget_bits": 2.25, "bits": 2.25, "tokens": 64, "granularity": granularity, "quantizer": quantizer,
+             "domains": {"losses": {"a": 1.0, "b": 3.0}, "uniform": {"a": 2.0, "b": 2.0}}}  # fmt: skip
     return point | goals | {"assignment": rows}
 
 
@@ -155,3 +163,40 @@ def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
     (line,) = headlines(table)
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")
+
+
+def test_every_text_stands_beside_the_uniform_checkpoint_worst_first() -> None:
+    def checkpoint(name: str, granularity: str, quantizer: str, en: float, code: float, budget: float) -> Checkpoint:
+        texts = {"en": {"perplexity": 9.0, "kl": en}, "code": {"perplexity": 9.0, "kl": code}}
+        published = {"formats": [], "expert_bits": 16.0, "bytes": 9, "bytes_16_bit": 9}
+        sizes = {"weights_bytes": 1, "other_bytes": 0, "published": published}
+        metrics = {"overall": {"perplexity": 9.0, "kl": (en + code) / 2}, "texts": texts, **sizes}
+        return Checkpoint(name, metrics, allocation(granularity, quantizer, r=1.0) | {"budget_bits": budget})
+
+    original = Checkpoint("original", checkpoint("", "block", "rtn", 0.0, 0.0, 1.0).metrics, None)
+    checkpoints = [
+        original,
+        checkpoint("rtn", "uniform", "rtn", 0.1, 0.1, 2.25),
+        checkpoint("gptq", "uniform", "gptq", 0.4, 0.2, 2.25),
+        checkpoint("better", "block", "gptq", 0.1, 0.3, 2.25),
+        checkpoint("later", "expert", "gptq", 0.4, 0.3, 2.25),
+        checkpoint("other", "block", "gptq", 0.1, 0.2, 3.25),
+        checkpoint("u3", "uniform", "rtn", 0.2, 0.2, 3.25),
+        checkpoint("alone", "block", "gptq", 0.1, 0.2, 5.0),
+    ]
+    assert domain_lines(checkpoints) == [
+        "2.25 bits: KL over that of uniform weights: code 1.50, en 0.25. It is worse on code.",
+        "3.25 bits: KL over that of uniform weights: code 1.00, en 0.50. It is worse on none.",
+    ]
+    table = summary_table(checkpoints, {one.name: {} for one in checkpoints}, estimate=False).set_index("checkpoint")
+    assert dict(table["texts_over_uniform"].dropna()) == {
+        "better": "code 1.50, en 0.25", "later": "code 1.50, en 1.00", "other": "code 1.00, en 0.50", "alone": ""
+    }  # fmt: skip
+    assert list(table.loc["better", ["kl_over_uniform", "worst_over_uniform"]]) == pytest.approx([2 / 3, 1.5])
+    assert table.loc["alone", ["kl_over_uniform", "worst_over_uniform"]].isna().all()
+    assert set(table["predicted_over_uniform"].dropna()) == {"b 1.50, a 0.50"}
+    assert list(table.loc["better", ["kl_en", "kl_code"]]) == [0.1, 0.3]
+    assert "worst text" in figures.quality(table.reset_index())
+    page = domains_html(table.reset_index())
+    assert page.count("<tr>") == 5
+    assert "code 1.50, en 0.25" in page

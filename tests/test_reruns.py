@@ -78,6 +78,23 @@ def test_order_layout_and_bookkeeping_run_nothing(project: Path) -> None:
     assert planned(project) == {"profile": 1, **AFTER_CALIBRATE}
 
 
+def test_another_domain_is_one_more_capture_and_other_weights_are_none(project: Path) -> None:
+    """Everything else that calibration makes is of all domains: GPTQ's Hessians are sums over them."""
+    words = (project / "words.txt").read_text(encoding="utf-8")
+    (project / "more.txt").write_text(words.replace("a", "o"), encoding="utf-8")
+    more = {"files": ["more.txt"], "separator": "-----"}
+    texts = {"words": {"files": ["words.txt"], "separator": "-----"}, "more": more, "both": {"mix": ["words", "more"]}}
+    both = (changed("texts", value=texts), changed("calibrate", "text", value="both"))
+    edit(project, *both)
+    assert planned(project) == {"capture": 1, **AFTER_CAPTURE}
+    one = {"frontier": 1, "solve": 1, "quantize": 1, "evaluate": 1, "report": 1}  # not the uniform baseline
+    for key, value in (
+        ("domain_weights", ["words=2"]), ("domains", "worst"), ("no_worse_than_uniform", ["words"])
+    ):  # fmt: skip
+        edit(project, changed("solve", key, value=value))
+        assert planned(project) == one, key
+
+
 def test_code_runs_again_what_runs_it(project: Path) -> None:
     package = project / "src" / "mxmoe_steps"
     for module, jobs in {

@@ -142,7 +142,7 @@ def test_layers_in_jobs_of_their_own_write_the_same_bytes(done: Path, tmp_path: 
     assert not list(parts.glob("parts/*"))
     assert not list(parts.glob("calibrate/*/.*"))
     for name in (
-        "trace/traffic.parquet", "trace/routing.safetensors", "capture/layer-000.safetensors", losses, packed
+        "trace/traffic.parquet", "trace/routing.safetensors", "capture/words/layer-000.safetensors", losses, packed
     ):  # fmt: skip
         assert (parts / name).read_bytes() == (results / name).read_bytes()
 

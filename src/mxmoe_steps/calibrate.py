@@ -1,7 +1,7 @@
 """calibrate: what quantizing each linear block under one scheme does to the output of its layer.
 
-For one quantizer and one scheme, writes
-  SCHEME.parquet      losses per layer, expert and block (gate, up, down)
+For one quantizer and one scheme, from the captures of one or several domains of text, writes
+  SCHEME.parquet      losses per layer, expert and block (gate, up, down), and the parts of them that are of each domain
   SCHEME.safetensors  the quantized weights themselves, packed: `quantize` picks from them
 
 One layer at a time, on a GPU where ``--device`` says so: memory holds that layer's weights, its captured inputs and a
@@ -25,7 +25,7 @@ from mxmoe_steps.calibration.loss import BUILTIN, Loss, losses_of
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.extensions import load, modules_of
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.options.base import Flag, InFolder, LossName, Natural, Options, OutFolder, SchemeName, StepOptions
+from mxmoe_steps.options.base import Flag, InFolders, LossName, Natural, Options, OutFolder, SchemeName, StepOptions
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import Compute, Extended, OfModel
 from mxmoe_steps.quantizers.method import Method
@@ -51,7 +51,7 @@ class Quantizing(Options):
 class CalibrateOptions(Quantizing, OfModel, Extended, Compute, StepOptions):
     """Options of the step."""
 
-    capture: InFolder = Field(description="folder that capture wrote")
+    capture: InFolders = Field(description="folders that capture wrote, one per domain of the text", min_length=1)
     quantizer: QuantizerName = Field(description="how to quantize weights (docs/schemes.md)")
     scheme: SchemeName = Field(description="how a block is stored and multiplied, e.g. w4a16 or w8a8_fp8")
     more_losses: Annotated[list[LossName], AfterValidator(distinct)] = Field(
@@ -68,7 +68,8 @@ def calibrate_layer(
 ) -> "tuple[list[Any], dict[str, Tensor]]":
     """Rows of `tables.LOSSES` and packed tensors of one layer; `UserError` for a loss that is not finite.
 
-    A row is a tuple in the order of the columns, with a list of the losses that are not built in at its end.
+    A row is a tuple in the order of the columns that are no losses, with all ``losses`` at its end: of all tokens, then
+    the part of every domain.
     """
     from mxmoe_steps.calibration.losses import layer_losses
     from mxmoe_steps.calibration.weights import quantize_layer
@@ -87,9 +88,8 @@ def calibrate_layer(
             for number, block in enumerate(BLOCKS):
                 out_features, in_features = weights[number].shape[1:]
                 few = method.uses_hessians and tokens < in_features
-                row = (layer, expert, block, out_features, in_features, scheme.bits(in_features), tokens)
-                known = found[index, number].tolist()
-                rows.append((*row, *known[: len(BUILTIN)], few, known[len(BUILTIN) :]))
+                row = (layer, expert, block, out_features, in_features, scheme.bits(in_features), tokens, few)
+                rows.append((*row, found[index, number].tolist()))
                 for part, tensor in stacks[number][index].tensors().items():
                     packed[f"{layer}.{expert}.{block}.{part}"] = tensor.cpu()
     return rows, packed
@@ -100,7 +100,7 @@ def few_tokens(rows: list[Any]) -> str:
 
     ``rows`` are those of `calibrate_layer`.
     """
-    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, *_, few, _ in rows if few)
+    found = sorted((expert, in_features, tokens) for _, expert, _, _, in_features, _, tokens, few, _ in rows if few)
     if not found:
         return ""
     counts = {  # of an expert's blocks, the one with most input features stays
@@ -111,8 +111,11 @@ def few_tokens(rows: list[Any]) -> str:
     return f"; fewer tokens than input features: experts {named}: their Hessians are mostly the layer's"
 
 
-def layer_keys(options: CalibrateOptions, folder: "ModelFolder", captured: dict[int, Path]) -> dict[int, Any]:
-    """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same."""
+def layer_keys(options: CalibrateOptions, folder: "ModelFolder", captured: dict[int, list[Path]]) -> dict[int, Any]:
+    """Layer -> what decides its bytes; a layer's file is taken up by a later run if its key is the same.
+
+    ``captured``: its files, one a domain.
+    """
     from mxmoe_steps.provenance import file_marks, stamps
 
     method = Method(options.quantizer)
@@ -123,8 +126,8 @@ def layer_keys(options: CalibrateOptions, folder: "ModelFolder", captured: dict[
         "code": stamps("mxmoe_steps.calibrate", without=method.unused_modules, extensions=extensions),
     }
     return {
-        layer: common | {"inputs": options.made_from or file_marks([*folder.sources, file])}
-        for layer, file in captured.items()
+        layer: common | {"inputs": options.made_from or file_marks([*folder.sources, *files])}
+        for layer, files in captured.items()
     }
 
 
@@ -149,7 +152,7 @@ def calibrate(options: CalibrateOptions) -> None:
     """Calibrate the MoE layers among ``options.layers``, or all that are missing, and write the result."""
     import torch
 
-    from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
+    from mxmoe_steps.calibration.inputs import LayerInputs, check_domains
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import resolve_device, start_torch
@@ -167,13 +170,15 @@ def calibrate(options: CalibrateOptions) -> None:
     folder = open_model(resolve_model(options.model))
     device = resolve_device(options.device)
     partial = options.out / f".{scheme}.layers"  # the packed weights of a large model do not fit in memory
-    captured = {layer: options.capture / f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
-    for file in captured.values():
+    names = {layer: f"layer-{layer:03d}.safetensors" for layer in folder.moe_layers}
+    captured = {layer: [capture / name for capture in options.capture] for layer, name in names.items()}
+    for file in (file for files in captured.values() for file in files):
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
-    check_captured(captured, folder)
+    by_domain = [dict(zip(captured, files, strict=True)) for files in zip(*captured.values(), strict=True)]
+    domains = check_domains(by_domain, folder)
     keys = layer_keys(options, folder, captured)
-    parts = {layer: partial / file.name for layer, file in captured.items()}
+    parts = {layer: partial / name for layer, name in names.items()}
     wanted = folder.moe_layers if options.layers is None else range(*options.layers)
     with working_in(partial, shared=options.layers is not None):
         todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
@@ -182,7 +187,7 @@ def calibrate(options: CalibrateOptions) -> None:
             for layer, inputs in zip(todo, reading, strict=True):
                 if inputs.gradient is None and any(loss.needs_gradient for loss in losses[len(BUILTIN) :]):
                     raise UserError(
-                        f"{captured[layer]}: holds no gradient, which {', '.join(options.more_losses)} needs;"
+                        f"{captured[layer][0]}: holds no gradient, which {', '.join(options.more_losses)} needs;"
                         " run capture with --gradient"
                     )
                 rows, packed = calibrate_layer(folder, layer, inputs, scheme, method, losses)
@@ -201,24 +206,29 @@ def calibrate(options: CalibrateOptions) -> None:
             ) from error
         if options.layers is None:
             done = [(parts[layer], keys[layer]) for layer in folder.moe_layers]
-            write_result(options, scheme, fingerprint(folder), done)
+            write_result(options, scheme, fingerprint(folder), domains, done)
             shutil.rmtree(partial)
 
 
-def write_result(options: CalibrateOptions, scheme: Scheme, model: str, parts: list[tuple[Path, Any]]) -> None:
-    """Both files of the step from those of the layers, each with its key."""
+def write_result(
+    options: CalibrateOptions, scheme: Scheme, model: str, domains: dict[str, int], parts: list[tuple[Path, Any]]
+) -> None:
+    """Both files of the step from those of the layers, each with its key; ``domains``: tokens of each."""
     from mxmoe_steps.models.raw import tensors_of, write_tensors
     from mxmoe_steps.tables import LOSSES, write_table
 
     found = [finished(part, key) for part, key in parts]
-    facts = {"model": model, "quantizer": options.quantizer, "scheme": scheme.name}
+    facts: dict[str, Any] = {"model": model, "quantizer": options.quantizer, "scheme": scheme.name}
     tensors = [item for part, _ in parts for item in tensors_of(part).items()]
     write_tensors(options.out / f"{scheme}.safetensors", tensors, facts)
     rows = [row for layer in found for row in layer["rows"]]
-    *known, more = map(list, zip(*rows, strict=True))
-    columns = dict(zip(LOSSES.schema.names, known, strict=True))
-    columns |= dict(zip(options.more_losses, map(list, zip(*more, strict=True)), strict=True))
-    write_table(LOSSES, options.out / f"{scheme}.parquet", columns, facts | {"fisher": found[-1]["fisher"]})
+    *known, losses = map(list, zip(*rows, strict=True))
+    columns = dict(zip((name for name in LOSSES.schema.names if name not in BUILTIN), known, strict=True))
+    for place, suffix in enumerate(["", *(f".{domain}" for domain in domains)]):
+        for number, loss in enumerate([*BUILTIN, *options.more_losses]):
+            columns[f"{loss}{suffix}"] = [row[place][number] for row in losses]
+    facts |= {"domains": domains, "fisher": found[-1]["fisher"]}
+    write_table(LOSSES, options.out / f"{scheme}.parquet", columns, facts)
 
 
 def main() -> None:

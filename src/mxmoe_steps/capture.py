@@ -1,4 +1,4 @@
-"""capture: what enters every MoE layer on the calibration text.
+"""capture: what enters every MoE layer on a calibration text, which is one domain.
 
 Runs the text through the model, one decoder layer in memory at a time, and writes one file per MoE layer,
 layer-NNN.safetensors:
@@ -48,7 +48,9 @@ class CapturedText(TextAmount):
     """Calibration text."""
 
     text: Annotated[str, Flag("NAME")] = Field(description="text source to calibrate on")
-    sequences: Sequences = Field(128, description="calibration sequences")
+    sequences: Sequences = Field(
+        128, description="calibration sequences of every domain: of the text, or of each member of a mix"
+    )
     gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
 
 

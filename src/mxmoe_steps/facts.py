@@ -39,6 +39,7 @@ class StoreFacts(TypedDict):
 class LossFacts(StoreFacts):
     """Of losses that `calibrate` wrote."""
 
+    domains: Annotated[dict[Name, Count], Field(min_length=1)]  # tokens of each
     fisher: bool  # whether gradients were captured
 
 
@@ -176,10 +177,8 @@ class PartFacts(TypedDict):
             Count,
             Positive,
             Total,
-            Quantity,
-            Quantity,
             bool,
-            list[Quantity],
+            list[list[Quantity]],
         ]
     ]
 

@@ -6,7 +6,7 @@ of (loss, time) with the schemes of every vertex. `solve` picks from it for any 
 
 import sys
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,11 +16,13 @@ from mxmoe_steps.options.base import (
     Bits,
     Count,
     Exponent,
+    Flag,
     Granularity,
     InFile,
     InFiles,
     InFolder,
     Names,
+    Objective,
     Options,
     OutFile,
     Schemes,
@@ -45,9 +47,33 @@ class Problem(Options):
 class Counting(DrawnLoss, Limits):
     """The allocation problem."""
 
+    domains: Objective = Field(
+        "relative",
+        description="how losses of the text's domains add up: their sum, the sum of their ratios to those of the best"
+        " single scheme within the budget, or the worst of these ratios",
+    )
+    domain_weights: Annotated[list[str], Flag("DOMAIN=WEIGHT")] = Field(
+        [], description="how much a domain's loss counts, e.g. code=2; others count 1"
+    )
+    no_worse_than_uniform: Names = Field(
+        [], description="domains whose loss may not exceed that under the best single scheme within the budget"
+    )
+    least_tokens: Annotated[float, Field(ge=0, le=1000)] = Field(
+        1.0,
+        description="a routed expert's losses count as if it had seen at least this many times the calibration tokens"
+        " of its layer's mean routed expert; a guard for text that calibration lacks",
+    )
     time_as: Settings = Field(
         [], description="count another scheme's kernel for one that the GPU has none for, e.g. w4a4=w4a8_fp8"
     )
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> Self:
+        if self.scope == "layer" and (self.domains == "worst" or self.no_worse_than_uniform):
+            raise ValueError(
+                "domains: worst and no_worse_than_uniform are about the whole model's loss; use them with scope: model"
+            )
+        return self
 
 
 class FrontierOptions(Problem, Counting, Seeded, StepOptions):
@@ -83,8 +109,9 @@ def frontier(options: FrontierOptions) -> None:
     """Compute and write the frontier."""
     import numpy as np
 
-    from mxmoe_steps.allocation.blocks import read_losses
+    from mxmoe_steps.allocation.blocks import read_losses, with_least_tokens
     from mxmoe_steps.allocation.constraints import parse_constraints
+    from mxmoe_steps.allocation.domains import count_domains, parse_weights, uniform_within
     from mxmoe_steps.allocation.files import write_frontier
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import Part
@@ -99,12 +126,20 @@ def frontier(options: FrontierOptions) -> None:
     wanted = {parse_scheme(text) for text in options.candidates}
     fixed = {scheme for _, scheme in constraints.fixed}
     losses = read_losses(options.losses, options.metric, ORIGINAL in wanted | fixed)
+    losses = with_least_tokens(losses, options.least_tokens)
     candidates = sorted(wanted or set(losses.schemes))
     missing = sorted((wanted | fixed) - set(losses.schemes))
     if missing:
         raise UserError(f"no table of losses for {missing[0]}: calibrate it, or take it out of the candidates")
     if options.loss == "sum_of_norms":
-        losses = replace(losses, loss=np.sqrt(losses.loss))
+        losses = replace(losses, loss=np.sqrt(losses.loss), by_domain=np.sqrt(losses.by_domain))
+    uniform = uniform_within(losses, candidates, exact(options.budget_bits))
+    weights = parse_weights(options.domain_weights)
+    domains = count_domains(losses, uniform, options.domains, weights, options.no_worse_than_uniform)
+    if options.prove and domains.coupled:
+        raise UserError("--prove confirms sums over blocks; leave out --domains worst and --no-worse-than-uniform")
+    if not domains.is_plain_sum:
+        losses = replace(losses, loss=domains.loss(losses.by_domain))
 
     profile = read_profile(options.profile)
     traffic = sample_traffic(
@@ -127,8 +162,8 @@ def frontier(options: FrontierOptions) -> None:
     parts: list[Part] = []
     for mask in masks:
         part = part_frontier(
-            losses, candidates, times, options.granularity, exact(options.budget_bits), constraints, mask, gap,
-            options.threads, options.prove,
+            losses, domains, candidates, times, options.granularity, exact(options.budget_bits), constraints, mask,
+            gap, options.threads, options.prove,
         )  # fmt: skip
         print(f"frontier: part {len(parts) + 1} of {len(masks)}: {len(part.vertices)} vertices", file=sys.stderr)
         parts.append(part)
@@ -141,6 +176,11 @@ def frontier(options: FrontierOptions) -> None:
             "shared_tile": options.shared_tile, "tie_gate_up": options.tie_gate_up,
         },
         "device": profile.device,
+        "domains": {
+            "least_tokens": options.least_tokens, "names": list(losses.domains),
+            "no_worse_than_uniform": options.no_worse_than_uniform,
+            "objective": options.domains, "uniform": uniform.losses.tolist(), "weights": weights,
+        },
         "experts": [[layer, blocks.expert[(blocks.layer == layer) & (blocks.kind == 0)].tolist()] for layer in layers],
         "granularity": options.granularity,
         "loss": options.loss,

@@ -47,7 +47,8 @@ def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: 
     """
     layer, run = 3 * sizes.layer * element, _ACTIVATIONS * run_tokens * sizes.hidden * max(element, 4)
     forward = _START + max(layer, 2 * sizes.embedding * max(element, 4) + _LOGITS) + run
-    captured = 4 * calibration_tokens * sizes.hidden * element  # inputs and gradients of a layer, and of the next one
+    # Inputs and gradients of a layer and of the next one, and one of them by domain, before it is joined.
+    captured = 5 * calibration_tokens * sizes.hidden * element
     calibrate = _START + 3 * sizes.experts * element + min(_WORKSPACE, 20 * 4 * sizes.experts) + captured
     found = {
         "trace": forward,

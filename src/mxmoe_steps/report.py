@@ -184,8 +184,8 @@ def report(options: ReportOptions) -> None:
     """Write the table, the figures and the page."""
     from mxmoe_steps.allocation.files import read_frontier
     from mxmoe_steps.reporting import figures
-    from mxmoe_steps.reporting.page import figure, page, table_html
-    from mxmoe_steps.reporting.summary import headlines, summary_table
+    from mxmoe_steps.reporting.page import domains_html, figure, page, table_html
+    from mxmoe_steps.reporting.summary import domain_lines, headlines, summary_table
     from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table
 
     checkpoints, allocations = read_inputs(options)
@@ -217,9 +217,10 @@ def report(options: ReportOptions) -> None:
         "times": figures.times(tiles.to_pandas(), profile_facts),
         "traffic": figures.traffic(read_table(TRAFFIC, options.trace / "traffic.parquet")[0].to_pandas()),
     }
-    lines = headlines(table)
+    lines = headlines(table) + domain_lines(checkpoints)
     parts = [
         ("Checkpoints", TEXTS["table"], table_html(table, estimate)),
+        ("Texts", TEXTS["domains"], domains_html(table)),
         *((HEADINGS[name], TEXTS[name], figure(svg)) for name, svg in drawn.items()),
     ]
     timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
@@ -252,6 +253,9 @@ TEXTS = {
     "Perplexity and KL divergence are of the packed weights on held-out text. Uniform checkpoints use the best single "
     "scheme within the budget. MB are those of all weights on disk, also as shares of the original in 16 bits and as "
     "it was published; embeddings, attention and layers that predict tokens ahead are not experts and in no budget.",
+    "domains": "Every text's KL divergence over that of the uniform checkpoint of the same budget and quantizer, and "
+    "every calibration domain's predicted loss over that of the best single scheme within the budget; the worst first. "
+    "Above 1 the mixture is worse there.",
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
     "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "

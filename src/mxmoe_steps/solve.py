@@ -79,6 +79,9 @@ def solve(options: SolveOptions) -> None:
     power = 0.5 if facts["loss"] == "root_sum_squares" else 1.0
     vertices, value, bound = choose(options, parts, power)
     gap = (value - bound) / value if value else 0.0
+    domains = facts["domains"]
+    names, uniform = domains.pop("names"), domains.pop("uniform")
+    losses = [math.fsum(found) for found in zip(*(vertex.by_domain for vertex in vertices), strict=True)]
     kept = (
         "budget_bits", "candidates", "constraints", "device", "gap_limit", "granularity", "metric", "model",
         "proved_by", "quantizer", "scope", "time_is_estimate", "timed_as", "tokens", "traffic",
@@ -90,6 +93,11 @@ def solve(options: SolveOptions) -> None:
             "assignment": expand(facts, vertices),
             "bits": sum(vertex.bits for vertex in vertices) / facts["params"],
             "bound": bound,
+            "domains": {
+                **domains,
+                "losses": dict(zip(names, losses, strict=True)),
+                "uniform": dict(zip(names, uniform, strict=True)),
+            },
             "gap": gap,
             "loss": math.fsum(vertex.loss_sum for vertex in vertices) ** power,
             "loss_form": facts["loss"],

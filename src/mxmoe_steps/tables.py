@@ -99,7 +99,7 @@ TRAFFIC = TableKind(  # written by trace
 LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
     "losses",
     "calibrate",
-    1,
+    2,
     pa.schema(
         [
             ("layer", pa.int32()),
@@ -127,7 +127,7 @@ LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
         "fisher": _QUANTITY,
     },
     {"block": BLOCKS},
-    more=True,  # losses that a user's modules add
+    more=True,  # losses that a user's modules add; LOSS.DOMAIN: the part of a loss that is of a domain's tokens
 )
 
 NOT_LOSSES = frozenset(LOSSES.schema.names) - {"out_sq", "fisher"}  # columns

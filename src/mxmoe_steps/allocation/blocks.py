@@ -1,7 +1,7 @@
 """The linear blocks of a model and what each scheme does to them: losses and weight bits."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -49,25 +49,33 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Losses:
-    """Loss and weight bits of every block under every scheme: float64 and int64 [B, S]."""
+    """Loss and weight bits of every block under every scheme: float64 and int64 [B, S].
+
+    ``by_domain`` [D, B, S]: the parts of the loss, one per domain of the calibration text, which add up to it.
+    ``tokens`` int64 [B]: calibration tokens that the block's expert saw.
+    """
 
     blocks: Blocks
     schemes: tuple[Scheme, ...]
     loss: NDArray[np.float64]
     bits: NDArray[np.int64]
     quantizer: str
+    domains: tuple[str, ...]
+    by_domain: NDArray[np.float64]
+    tokens: NDArray[np.int64]
     model: str = ""  # fingerprint, empty if made up
 
 
 def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Losses:
     """Read one LOSSES table per scheme; ``original`` adds w16a16, whose loss is zero and needs no table.
 
-    `UserError`: tables of different quantizers or models, a scheme twice, a missing block, no losses of that
+    `UserError`: tables of different quantizers, models or texts, a scheme twice, a missing block, no losses of that
     metric, bits that are not the scheme's.
     """
     tables = {}
     quantizers: dict[str | Path, str] = {}
     models: dict[str | Path, str] = {}
+    texts: dict[str | Path, dict[str, int]] = {}
     for path in paths:
         table, facts = read_table(LOSSES, path)
         scheme = parse_scheme(facts["scheme"])
@@ -80,14 +88,16 @@ def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Los
             )
         columns = {name: table.column(name).to_numpy() for name in table.column_names}
         if metric not in columns.keys() - NOT_LOSSES:
-            others = sorted(columns.keys() - NOT_LOSSES)
+            others = sorted(name for name in columns.keys() - NOT_LOSSES if "." not in name)
             raise UserError(f"{path}: has no losses {metric!r}, but {', '.join(others)}; calibrate with it")
         _check_bits(columns, scheme, path)
         kind = np.array([BLOCKS.index(block) for block in columns["block"]], np.int64)
         order = np.lexsort((kind, columns["expert"], columns["layer"]))
         tables[scheme] = {**columns, "kind": kind, "order": order, "path": path}
         quantizers[path] = facts["quantizer"]
-        models[path] = facts["model"]
+        models[path], texts[path] = facts["model"], facts["domains"]
+        if missing := [name for name in facts["domains"] if f"{metric}.{name}" not in columns]:
+            raise UserError(f"{path}: has no column {metric}.{missing[0]}; run the calibrate step again")
     if len(set(quantizers.values())) > 1:
         raise UserError(
             f"losses of different quantizers do not compare: {', '.join(f'{p} is {q}' for p, q in quantizers.items())}"
@@ -95,6 +105,8 @@ def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Los
     for path, model in models.items():
         if model != models[paths[0]]:
             raise UserError(f"{path} and {paths[0]} are of different models; calibrate every scheme on the same model")
+        if texts[path] != texts[paths[0]]:
+            raise UserError(f"{path} and {paths[0]} are of different texts; calibrate every scheme on the same text")
     first = next(iter(tables.values()))
     blocks = Blocks(
         *(
@@ -104,7 +116,9 @@ def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Los
     )
     _check_whole_experts(blocks, first["path"])
     schemes = tuple(sorted({*tables, ORIGINAL} if original else tables))
+    domains = tuple(sorted(texts[paths[0]]))
     loss = np.zeros((len(blocks), len(schemes)))
+    by_domain = np.zeros((len(domains), *loss.shape))
     bits = np.repeat(blocks.params[:, None] * ORIGINAL.weight_bits, len(schemes), 1)
     for column, scheme in enumerate(schemes):
         if scheme not in tables:
@@ -112,8 +126,22 @@ def read_losses(paths: Sequence[str | Path], metric: str, original: bool) -> Los
         table = tables[scheme]
         _check_same_blocks(blocks, table, first["path"])
         loss[:, column] = table[metric][table["order"]]
+        by_domain[:, :, column] = [table[f"{metric}.{domain}"][table["order"]] for domain in domains]
         bits[:, column] = np.rint(table["bits"][table["order"]] * blocks.params)
-    return Losses(blocks, schemes, loss, bits, quantizers[paths[0]], models[paths[0]])
+    tokens = first["tokens"][first["order"]].astype(np.int64)
+    return Losses(blocks, schemes, loss, bits, quantizers[paths[0]], domains, by_domain, tokens, models[paths[0]])
+
+
+def with_least_tokens(losses: Losses, least: float) -> Losses:
+    """Losses as if no routed expert had seen fewer tokens than ``least`` times the mean of those of its layer.
+
+    What few tokens say of an expert is scaled up: text that calibration has not seen may well use it.
+    """
+    blocks, factor = losses.blocks, np.ones(len(losses.blocks))
+    for layer in np.unique(blocks.layer):
+        of = (blocks.layer == layer) & (blocks.expert != SHARED)
+        factor[of] = np.maximum(1.0, least * losses.tokens[of].mean() / np.maximum(losses.tokens[of], 1))
+    return replace(losses, loss=losses.loss * factor[:, None], by_domain=losses.by_domain * factor[:, None])
 
 
 def _check_bits(columns: dict[str, NDArray[Any]], scheme: Scheme, path: str | Path) -> None:

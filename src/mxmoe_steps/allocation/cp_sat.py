@@ -1,6 +1,8 @@
 """A core as a CP-SAT model: it proves what dynamic programming cannot, and checks what it can."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,15 +17,29 @@ BRIEF_WORK = 0.2  # the same where a gap is allowed: a tighter bound is worth li
 Terms = list[tuple[cp_model.IntVar, float]]  # variables with their rates, in units of cost
 
 
+@dataclass(frozen=True)
+class Row:
+    """Another sum over blocks, of ``values`` [U, N, C], that stays below ``most``, or below the free level if None.
+
+    What it stays below it by costs ``rate`` a unit. Rates of rows below the level, if there are any, sum to 1: they and
+    the identity of the core, in which these rows were weighed by their rates, then make the level's own cost.
+    """
+
+    values: NDArray[np.float64]
+    most: float | None
+    rate: float
+
+
 def solve_by_cp_sat(
-    core: Core, near: float = 0.0, work: float = WORK, workers: int = 1
+    core: Core, near: float = 0.0, work: float = WORK, workers: int = 1, rows: Sequence[Row] = ()
 ) -> tuple[float, NDArray[np.int64] | None]:
     """A proven bound on the whole identity of `core` and the best assignment; (limit, None) if none is within it.
 
     It may stop once the bound is within ``near`` of the assignment, and does after ``work``.
 
     The prices of each unit's base mode serve all its modes: the identity holds for any prices. Costs are integers,
-    ``RESOLUTION`` steps to the limit, and the bound is stated after their rounding.
+    ``RESOLUTION`` steps to the limit, and the bound is stated after their rounding. ``rows`` couple what the core
+    takes apart.
     """
     problem, dual, limit = core.problem, core.dual, core.limit + float(core.shift.sum())
     model = cp_model.CpModel()
@@ -67,9 +83,11 @@ def solve_by_cp_sat(
     extra = cp_model.LinearExpr.weighted_sum([v for v, _ in used], [bits // divisor for _, bits in used])
     model.add(unused + extra == core.room // divisor)
     cost += [(unused, dual.lam * divisor), (one, dual.lam * (core.room % divisor))]
-    largest = max(abs(rate) for terms in (cost, *flips) for _, rate in terms)
+    sums = [_row_terms(row, core, choices, one) for row in rows]
+    largest = max(abs(rate) for terms in (cost, *flips, *sums) for _, rate in terms)
     scale = min(RESOLUTION / limit, LARGEST / largest)
-    rounding = len(cost) + sum(map(len, flips))  # at most half a step each, and half again for the limit's own
+    # At most half a step each, and half again for the limit's own; a row counts as a bound and as a cost.
+    rounding = len(cost) + sum(map(len, flips)) + 2 * sum(map(len, sums))
 
     def total(terms: Terms) -> cp_model.LinearExprT:
         rates = [round(float(rate) * scale) for _, rate in terms]
@@ -81,6 +99,15 @@ def solve_by_cp_sat(
         model.add(flip >= total(over))
         model.add(flip >= total(under))
         objective.append(flip)
+    level = model.new_int_var(-(2**60), 2**60, "")
+    for row, terms in zip(rows, sums, strict=True):
+        below: cp_model.LinearExprT = level if row.most is None else math.ceil(row.most * scale) + len(terms)
+        model.add(total(terms) <= below)
+        objective.append(total([(variable, -row.rate * rate) for variable, rate in terms]))
+        if row.most is not None:
+            objective.append(round(row.rate * row.most * scale))
+    if any(row.most is None for row in rows):
+        objective.append(level)
     model.add(sum(objective) <= math.ceil(limit * scale) + rounding)
     model.minimize(sum(objective))
 
@@ -102,3 +129,14 @@ def solve_by_cp_sat(
     for (unit, bundle), taken in choices.items():
         choice[unit, bundle] = next(option for option, variable in taken.items() if solver.value(variable))
     return max(0.0, proven), choice
+
+
+def _row_terms(
+    row: Row, core: Core, choices: dict[tuple[int, int], dict[int, cp_model.IntVar]], one: cp_model.IntVar
+) -> Terms:
+    """The sum of a row: that of the base assignment, and what every open choice changes."""
+    base = np.take_along_axis(row.values, core.base[..., None], 2)[..., 0]
+    terms: Terms = [(one, float(base.sum()))]
+    for place, taken in choices.items():
+        terms += [(variable, float(row.values[place][option] - base[place])) for option, variable in taken.items()]
+    return terms

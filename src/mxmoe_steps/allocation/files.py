@@ -27,7 +27,7 @@ from mxmoe_steps.records import (
 from mxmoe_steps.schemes import BLOCKS
 
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"  # a scheme's place in "schemes", one character per block
-VERSION = 1
+VERSION = 2
 SLACK = 1e-9  # relative; a budget in a file is rounded to float64
 
 
@@ -46,12 +46,33 @@ class _Traffic(TypedDict):
     texts: list[Name]
 
 
+class _Counted(TypedDict):
+    """How losses of domains count."""
+
+    least_tokens: Quantity  # of a routed expert, over the mean
+    no_worse_than_uniform: list[Name]
+    objective: Literal["sum", "relative", "worst"]
+    weights: dict[Name, Positive]
+
+
+class _Domains(_Counted):
+    names: Annotated[list[Name], Field(min_length=1)]
+    uniform: list[Quantity]  # losses under the best single scheme within the budget
+
+
+class DomainLosses(_Counted):
+    """Of an allocation, and of the best single scheme within its budget."""
+
+    losses: dict[Name, Quantity]
+    uniform: dict[Name, Quantity]
+
+
 class _Problem(TypedDict):
     """What was asked for, with what."""
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
-    version: Literal[1]
+    version: Literal[2]
     budget_bits: Positive
     candidates: list[SchemeName]
     constraints: _Constraints
@@ -75,6 +96,7 @@ class _Vertex(TypedDict):
     bits: Total
     price: Quantity
     schemes: Name
+    by_domain: list[Quantity]
     tile_tokens: Count | None
 
 
@@ -85,6 +107,7 @@ class _Part(TypedDict):
 
 class _Frontier(_Problem):
     kind: Literal["frontier"]
+    domains: _Domains
     experts: Annotated[list[tuple[Index, Annotated[list[Expert], Field(min_length=1)]]], Field(min_length=1)]
     loss: Literal["root_sum_squares", "sum_of_norms"]
     params: Total
@@ -96,6 +119,7 @@ class AllocationSummary(_Problem):
     """All of an allocation but the assignment."""
 
     kind: Literal["allocation"]
+    domains: DomainLosses
     bits: Positive
     bound: Quantity
     gap: Share
@@ -155,6 +179,10 @@ def _check_frontier(content: Any) -> None:
         raise ValueError(f"parts: {len(content['parts'])}, expected {len(experts)} for these experts and scope")
     for number, (part, count) in enumerate(zip(content["parts"], experts, strict=True)):
         _check_part(part, f"parts[{number}]", len(BLOCKS) * count, DIGITS[: len(content["schemes"])])
+    names, uniform = content["domains"]["names"], content["domains"]["uniform"]
+    losses = [vertex["by_domain"] for part in content["parts"] for vertex in part["vertices"]]
+    if any(len(found) != len(names) for found in [*losses, uniform]):
+        raise ValueError(f"domains: {len(names)} names, and another number of losses")
     most = sum(max(vertex["bits"] for vertex in part["vertices"]) for part in content["parts"])
     if most > content["budget_bits"] * content["params"] * (1 + SLACK):
         raise ValueError(

@@ -5,6 +5,7 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.blocks import Losses
 from mxmoe_steps.allocation.constraints import Constraints
+from mxmoe_steps.allocation.domains import Domains
 from mxmoe_steps.allocation.files import DIGITS
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.pick import Part, Vertex, corners, envelope
@@ -15,6 +16,7 @@ from mxmoe_steps.schemes import Scheme
 
 def part_frontier(
     losses: Losses,
+    domains: Domains,
     candidates: list[Scheme],
     times: dict[int | None, Times],
     granularity: str,
@@ -25,7 +27,7 @@ def part_frontier(
     workers: int,
     prove: bool,
 ) -> Part:
-    """Frontier over the blocks ``mask`` (bool [B]).
+    """Frontier over the blocks ``mask`` (bool [B]); ``losses.loss`` is what ``domains`` make of the domains' losses.
 
     ``times`` has one entry, key None, or one per token tile when the whole kernel shares a tile: then the
     frontier is the hull of the tiles' frontiers.
@@ -35,16 +37,18 @@ def part_frontier(
         problem, place, scheme = build_problem(
             losses, candidates, tile_times, granularity, budget_bits, constraints, mask
         )
-        hull = lower_left_hull(problem, gap, workers, prove)
+        hull = lower_left_hull(problem, gap, workers, prove, domains)
         vertices = []
         for solution in hull.solutions:
             choice = solution.choice[place[:, 0], place[:, 1]]
             columns = scheme[np.arange(len(place)), choice]
             price = solution.lam * problem.params / solution.value if solution.value else 0.0
             text = "".join(DIGITS[column] for column in columns)
-            vertices.append(Vertex(solution.loss, solution.time_us, solution.bits, price, text, tile))
+            by_domain = losses.by_domain[:, np.flatnonzero(mask), columns].sum(1).tolist()
+            vertices.append(Vertex(solution.loss, solution.time_us, solution.bits, price, text, by_domain, tile))
         frontiers.append(Part(vertices, hull.cuts))
-    return frontiers[0] if len(frontiers) == 1 else _merge(frontiers)
+    alone = len(frontiers) == 1 and not domains.coupled  # coupled solutions need not be corners of their hull
+    return frontiers[0] if alone else _merge(frontiers)
 
 
 def _merge(frontiers: list[Part]) -> Part:

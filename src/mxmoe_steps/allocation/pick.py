@@ -5,6 +5,7 @@ quantity that adds up over blocks, ``loss_sum``; L = loss_sum ** power with powe
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,6 +23,7 @@ class Vertex:
     bits: int
     price: float
     schemes: str  # one character per block
+    by_domain: Sequence[float] = ()  # loss of every domain of the text
     tile_tokens: int | None = None
 
 

@@ -11,7 +11,7 @@ a mode the bundles are independent.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations, product
 
@@ -40,6 +40,7 @@ class Problem:
     budget: int  # bits
     params: int
     max_schemes: int | None = None
+    by_domain: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # [D, U, N, C], for `domains`
 
     @cached_property
     def lead(self) -> NDArray[np.float64]:
@@ -54,6 +55,12 @@ class Problem:
             raise UserError(f"no allocation uses at most {self.max_schemes} schemes in every layer; allow more")
         unit, mask, cap = (np.array(column) for column in zip(*modes, strict=True))
         return unit, mask, cap
+
+    def with_loss(self, loss: NDArray[np.float64]) -> "Problem":
+        """The same with other losses, on which its modes do not depend."""
+        other = replace(self, loss=loss)
+        vars(other)["modes"] = self.modes
+        return other
 
     def evaluate(self, choice: NDArray[np.int64]) -> tuple[float, float, int]:
         """Squared loss (or what adds up), time in microseconds and bits of an assignment [U, N]."""
@@ -138,6 +145,9 @@ def build_problem(
     total_loss, total_bits = np.zeros(shape), np.zeros(shape, np.int64)
     np.add.at(total_loss, (unit, bundle), loss)
     np.add.at(total_bits, (unit, bundle), bits)
+    by_domain = np.zeros((len(losses.by_domain), *shape))
+    for total, part in zip(by_domain, losses.by_domain, strict=True):
+        np.add.at(total, (unit, bundle), part[index][at, scheme])
     sets = np.zeros((*shape, len(losses.schemes)), bool)
     sets[unit[:, None], bundle[:, None], np.arange(len(candidates)), scheme] = True
     sides = [np.zeros((*shape, launches)) for _ in range(3)]  # compute, longest, memory
@@ -167,6 +177,7 @@ def build_problem(
         budget=budget_in_bits(budget_bits, params),
         params=params,
         max_schemes=constraints.max_schemes,
+        by_domain=by_domain,
     )
     return problem, place, scheme
 

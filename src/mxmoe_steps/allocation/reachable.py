@@ -26,7 +26,8 @@ def check_reachable(
     shape = (len(blocks), len(schemes))
     bits = np.stack([[scheme.bits(features) for features in blocks.in_features.tolist()] for scheme in schemes], 1)
     weight_bits = np.rint(bits * blocks.params[:, None]).astype(np.int64)
-    losses = Losses(blocks, schemes, np.zeros(shape), weight_bits, "none")
+    loss, tokens = np.zeros(shape), np.zeros(len(blocks), np.int64)
+    losses = Losses(blocks, schemes, loss, weight_bits, "none", ("none",), loss[None], tokens)
     times = Times.zeros(*shape)
     for granularity, budget in problems:
         whole = scope == "model" or granularity == "uniform"

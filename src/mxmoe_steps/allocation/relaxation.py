@@ -66,6 +66,10 @@ class Relaxation:
         self.lam = 0.0
         self.distance = 0.0  # relative, from the last bound to the optimum: where the next search starts
 
+    def weigh(self, loss: NDArray[np.float64]) -> None:
+        """From now on bound the same problem with other losses [U, N, C]."""
+        self.problem = self.problem.with_loss(loss)
+
     def solve(self, a: float, b: float) -> Dual:
         """The best bound on a x loss + b x time."""
         problem = self.problem

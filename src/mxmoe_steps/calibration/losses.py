@@ -31,8 +31,9 @@ def layer_losses(
     method: Method,
     losses: Sequence[Loss],
 ) -> torch.Tensor:
-    """float64 [E, 3, L] on the CPU: per expert and block (gate, up, down) every one of L ``losses``.
+    """float64 [E, 3, 1 + D, L] on the CPU: per expert and block (gate, up, down) every one of L ``losses``.
 
+    The first is that of all tokens; the others are its parts from the tokens of each of D domains, which add up to it.
     ``weights``: the originals, three [E, N, K] in any precision; ``quantized``: what `quantize_layer` made of them;
     ``gating``: that of the same experts.
     """
@@ -44,8 +45,11 @@ def layer_losses(
         changes = [
             (rotate(new) if method.rotated else new) - original for new, original in zip(restored, own, strict=True)
         ]
-        found.append(expert_losses(inputs.batches(expert), own, changes, gating[index], seen, losses))
-    return torch.stack(found).cpu() / torch.tensor([float(len(inputs) if loss.per_token else 1) for loss in losses])
+        batches = inputs.batches(expert)
+        found.append(expert_losses(batches, own, changes, gating[index], seen, losses, len(inputs.sizes)))
+    sums = torch.stack(found).cpu()
+    sums /= torch.tensor([float(len(inputs) if loss.per_token else 1) for loss in losses])
+    return torch.cat((sums.sum(2, keepdim=True), sums), dim=2)
 
 
 def _seen(x: torch.Tensor, scheme: Scheme, rotated: bool) -> torch.Tensor:
@@ -60,15 +64,16 @@ def expert_losses(
     gating: Gating,
     seen: Function | None,
     losses: Sequence[Loss],
+    domains: int = 1,
 ) -> torch.Tensor:
-    """One expert's sums over its tokens, float64 [3, L]: per block every one of L ``losses``.
+    """One expert's sums over its tokens, float64 [3, D, L]: per block and domain every one of L ``losses``.
 
     ``weights`` and ``changes`` (quantized minus original): float32 (gate, up, down), each [N, K]. ``seen`` maps a
     block's input to what its kernel would multiply, None for 16-bit activations. Only one block is quantized at a
     time (MxMoE, section 3.2).
     """
     gate, up, down = weights
-    sums = torch.zeros(3, len(losses), dtype=torch.float64, device=gate.device)
+    sums = torch.zeros(3, domains, len(losses), dtype=torch.float64, device=gate.device)
     with _tensor_cores():
         for batch in batches:
             gated, raised = batch.x @ gate.T, batch.x @ up.T
@@ -76,10 +81,10 @@ def expert_losses(
             moved_gate = gating.of_gate(moved_gate.add_(gated))
             moved_up = gating.change_of_up(raised, moved_up)
             gated, raised = gating.of_gate(gated), gating.of_up(raised)
-            sums[0] += _sums((moved_gate.sub_(gated).mul_(raised)) @ down.T, batch, losses)
-            sums[1] += _sums(moved_up.mul_(gated) @ down.T, batch, losses)
+            sums[0, batch.domain] += _sums((moved_gate.sub_(gated).mul_(raised)) @ down.T, batch, losses)
+            sums[1, batch.domain] += _sums(moved_up.mul_(gated) @ down.T, batch, losses)
             (moved,) = _product_changes(gated.mul_(raised), (down,), changes[2:], seen)
-            sums[2] += _sums(moved, batch, losses)
+            sums[2, batch.domain] += _sums(moved, batch, losses)
     return sums
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.constraints import parse_constraints, select
+from mxmoe_steps.allocation.domains import parse_weights
 from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.data.sources import SOURCES, MixText
 from mxmoe_steps.errors import UserError
@@ -100,6 +101,11 @@ def check_constraints(config: "Config") -> None:
             parse_constraints(**(nothing | {key: getattr(solve, key)}), max_schemes=None, tie_gate_up=False)
         except UserError as error:
             raise UserError(f"solve.{key}: {error}") from None
+    try:
+        weighted = parse_weights(solve.domain_weights)
+    except UserError as error:
+        raise UserError(f"solve.domain_weights: {error}") from None
+    known("solve.domain_weights", list(weighted), config.domains, "a calibrated domain")
     constraints = parse_constraints(solve.fix, solve.min_bits, [], None, False)
     candidates = [*map(parse_scheme, config.calibrate.schemes), *([ORIGINAL] if solve.keep_original else [])]
     for selector, scheme in constraints.fixed:

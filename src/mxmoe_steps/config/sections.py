@@ -205,6 +205,12 @@ class Config(Section):
     evaluate: Evaluate
     runtime: Runtime = Field(default_factory=lambda: Runtime())
 
+    @property
+    def domains(self) -> list[str]:
+        """Domains of the calibration text: the members of a mix, or the text itself."""
+        text = self.calibrate.text
+        return sorted(self.texts[text].get("mix", [text]))
+
     @field_validator("extensions")
     @classmethod
     def _loaded(cls, files: list[str]) -> list[str]:
@@ -236,6 +242,7 @@ class Config(Section):
         metric = self.solve.metric
         if LOSSES[metric].needs_gradient and not self.calibrate.gradient:
             raise ValueError(f"solve.metric {metric} needs calibrate.gradient: true; or set solve.metric: out_sq")
+        known("solve.no_worse_than_uniform", self.solve.no_worse_than_uniform, self.domains, "a calibrated domain")
         try:
             check_constraints(self)
             check_kernels(self)

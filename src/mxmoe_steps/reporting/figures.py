@@ -49,9 +49,13 @@ def to_svg(figure: Figure) -> str:
 
 
 def quality(table: pd.DataFrame) -> str:
-    """KL divergence and perplexity over true bits, for uniform baselines and our granularities."""
-    figure = Figure(figsize=(9.5, 3.6))
-    left, right = figure.subplots(1, 2)
+    """KL divergence and perplexity over true bits, for uniform baselines and our granularities.
+
+    Where there are uniform weights to compare with, also our KL divergence over theirs, of all text and of the worst.
+    """
+    compared = table["worst_over_uniform"].notna().any() if "worst_over_uniform" in table else False
+    figure = Figure(figsize=(13.0 if compared else 9.5, 3.6))
+    left, right, *beside = figure.subplots(1, 3 if compared else 2)
     for name, series in _series(table):
         colour, marker = STYLE[name]
         series = series.sort_values("bits")
@@ -67,7 +71,23 @@ def quality(table: pd.DataFrame) -> str:
     _plain_log(left)
     _plain_log(right)
     right.legend(fontsize=8)
+    if compared:
+        _beside_uniform(beside[0], table)
     return to_svg(figure)
+
+
+def _beside_uniform(axis: Any, table: pd.DataFrame) -> None:
+    """Our KL divergence over that of uniform weights: the mean of all texts, and the text that fares worst."""
+    for name, series in _series(table[table["kind"] == "ours"]):
+        colour, marker = STYLE[name]
+        series = series.sort_values("bits")
+        for column, fill, line in (("worst_over_uniform", "full", "-"), ("kl_over_uniform", "none", ":")):
+            axis.plot(series["bits"], series[column], line, color=colour, marker=marker, fillstyle=fill, ms=6, lw=1)
+    axis.axhline(1, color="#424242", lw=0.8, ls="--")
+    axis.set(ylabel="KL over that of uniform weights", xlabel="bits per expert weight", ylim=(0, None))
+    axis.plot([], [], "-", color="#424242", marker="o", ms=5, lw=1, label="worst text")
+    axis.plot([], [], ":", color="#424242", marker="o", ms=5, lw=1, fillstyle="none", label="all texts")
+    axis.legend(fontsize=8)
 
 
 def _series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

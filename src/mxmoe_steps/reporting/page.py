@@ -75,6 +75,16 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
 
 
+def domains_html(table: pd.DataFrame) -> str:
+    """Our checkpoints beside uniform ones, text by text and as it was predicted, the worst first."""
+    heads = ["checkpoint", "bits at most", "KL over uniform's, held-out text", "predicted, calibration text"]
+    rows = ["<tr>" + "".join(f'<th class="text">{escape(head)}</th>' for head in heads) + "</tr>"]
+    for _, row in table[table["kind"] == "ours"].iterrows():
+        cells = [_name(row), f"{row['budget_bits']:g}", row["texts_over_uniform"], row["predicted_over_uniform"]]
+        rows.append("<tr>" + "".join(f'<td class="text">{escape(cell)}</td>' for cell in cells) + "</tr>")
+    return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
+
+
 def _name(row: Any) -> str:
     if row["kind"] == "ours":
         return f"ours, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"

@@ -42,6 +42,12 @@ def timed_schemes(config: Config) -> list[str]:
     return sorted({*(kernels.get(scheme, scheme) for scheme in config.calibrate.schemes), ORIGINAL.name})
 
 
+def counted_domains(point: Point) -> dict[str, Any]:
+    """Options of `frontier` for a uniform point: the single scheme of least loss, however domains count for others."""
+    plain = {"domains": "sum", "domain_weights": [], "least_tokens": 0.0, "no_worse_than_uniform": []}
+    return plain if point.granularity == "uniform" else {}
+
+
 def least_budgets(points: Iterable[Point]) -> list[str]:
     """``GRANULARITY=BITS`` with the smallest budget of the sweep: whoever meets it meets the others."""
     budgets: dict[str, float] = {}
@@ -63,7 +69,7 @@ def memory_of_steps(config: Config, model: ModelFolder) -> dict[str, int]:
         Sizes.of(model),
         element=4 if config.model.dtype == "float32" else 2,
         run_tokens=config.runtime.batch * max(section.length for section in sections),
-        calibration_tokens=config.calibrate.sequences * config.calibrate.length,
+        calibration_tokens=len(config.domains) * config.calibrate.sequences * config.calibrate.length,
     )
 
 

@@ -1,0 +1,288 @@
+"""Who gains and who loses by mixing precisions: KL divergence by text, for every way that domains may count.
+
+    snakemake --cores 2 --until calibrate    # the demo's captures and losses
+    python benchmarks/domains.py             # half an hour on two cores
+
+First table: allocations of least loss (r = 1) under every objective, beside uniform GPTQ weights. Second: the same when
+one domain is left out of the calibration text, and what guards against that: a floor on bits, a floor on an expert's
+traffic, shrinkage of an expert's losses toward the mean of its layer.
+
+Text: sequences that neither training, calibration nor the demo's evaluation read: of the four domains of the demo's
+calibration text, Python source and English of another kind (the help pages of Python's `pydoc`; both from the standard
+library). A difference comes with its standard error, paired over sequences. Weight-only schemes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from loss_validation import KEYS, SCHEMES
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mxmoe_steps.allocation.blocks import Losses, read_losses, with_least_tokens
+from mxmoe_steps.allocation.constraints import Constraints
+from mxmoe_steps.allocation.coupled import CoupledSearch
+from mxmoe_steps.allocation.domains import count_domains, uniform_within
+from mxmoe_steps.allocation.minimize import minimize
+from mxmoe_steps.allocation.problem import build_problem
+from mxmoe_steps.allocation.relaxation import Relaxation
+from mxmoe_steps.allocation.times import Times
+from mxmoe_steps.data.parsing import parse_sources
+from mxmoe_steps.data.tokens import load_sequences, sequences
+from mxmoe_steps.quantizers.grid import from_tensors
+from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.tables import LOSSES, read_table
+
+DOMAINS = {"english": "wiki-en", "french": "wiki-fr", "spanish": "wiki-es", "code": "code"}
+LENGTH, EVALUATED = 512, 6  # tokens of a sequence, and sequences of the test split that the demo evaluates
+GAP = 1e-4
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sum": {"objective": "sum"},
+    "relative": {"objective": "relative"},
+    "relative, code no worse than uniform": {"objective": "relative", "capped": ["code"]},
+    "worst": {"objective": "worst"},
+    "relative, traffic at least the mean's": {"objective": "relative", "traffic": 1.0},
+    "relative, at least 2 bits": {"objective": "relative", "floor": 2.0},
+}
+GUARDS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "at least 2 bits": {"floor": 2.0},
+    "traffic at least 0.75 of the mean's": {"traffic": 0.75},
+    "traffic at least the mean's": {"traffic": 1.0},
+    "traffic at least twice the mean's": {"traffic": 2.0},
+    "losses shrunk by 0.1": {"shrink": 0.1},
+    "losses shrunk by 0.3": {"shrink": 0.3},
+    "losses shrunk by 0.6": {"shrink": 0.6},
+    "norms shrunk by 0.05": {"shrink": 0.05, "power": 0.5},
+    "norms shrunk by 0.1": {"shrink": 0.1, "power": 0.5},
+    "norms shrunk by 0.2": {"shrink": 0.2, "power": 0.5},
+    "logarithms shrunk by 0.1": {"shrink": 0.1, "power": 0.01},
+    "logarithms shrunk by 0.2": {"shrink": 0.2, "power": 0.01},
+    "traffic and logarithms 0.1": {"traffic": 1.0, "shrink": 0.1, "power": 0.01},
+    "traffic filled up to the mean's half": {"fill": 0.5},
+    "traffic filled up to the mean's": {"fill": 1.0},
+    "a domain of even traffic": {"even": 1.0},
+    "the same, counting half": {"even": 0.5},
+    "the same, no worse than uniform": {"even": 0.01, "capped": ["even"]},
+}
+
+
+class Model:
+    """The embedded model with its expert weights replaced, and the original's log-probabilities of held-out text."""
+
+    def __init__(self, path: str, count: int) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False)
+        self.tokens = held_out(AutoTokenizer.from_pretrained(path), count)
+        self.original = {text: self._log_probs(tokens).half() for text, tokens in self.tokens.items()}
+
+    def _log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode():
+            return self.model(tokens).logits[:, :-1].log_softmax(-1)
+
+    def load(self, weights: dict[tuple[int, int, str], torch.Tensor]) -> None:
+        """Put these weights in place of the blocks' own."""
+        for (layer, expert, block), weight in weights.items():
+            moe = self.model.model.layers[layer].mlp
+            if expert == SHARED:
+                getattr(moe.shared_expert, f"{block}_proj").weight.copy_(weight)
+            elif block == "down":
+                moe.experts.down_proj[expert].copy_(weight)
+            else:
+                moe.experts.gate_up_proj[expert].chunk(2)[BLOCKS.index(block)].copy_(weight)
+
+    def kl(self, texts: list[str]) -> dict[str, np.ndarray]:
+        """Text -> nats per token of every sequence."""
+        found = {}
+        for text in texts:
+            log_q, log_p = self._log_probs(self.tokens[text]), self.original[text].float()
+            found[text] = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1).double().numpy()
+        return found
+
+
+def held_out(tokenizer: Any, count: int) -> dict[str, torch.Tensor]:
+    """Text -> tokens int64 [count, LENGTH]."""
+    sources = parse_sources({name: {"package": package} for name, package in DOMAINS.items()})
+    found = {}
+    for name in DOMAINS:
+        tokens = load_sequences(sources, name, "test", tokenizer, LENGTH, EVALUATED + count, seed=0)
+        found[name] = torch.from_numpy(tokens[EVALUATED:])
+    library = Path(json.__file__).parents[1]
+    code = [(library / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "tarfile", "inspect", "ast")]
+    for name, texts in (("Python", code), ("pydoc", [topics[key] for key in sorted(topics)])):
+        found[name] = torch.from_numpy(sequences(texts, tokenizer, LENGTH, count, seed=0))
+    return found
+
+
+class Calibration:
+    """Losses and quantized weights of every block under every scheme, of some domains."""
+
+    def __init__(self, folder: Path) -> None:
+        tables = [folder / f"{scheme}.parquet" for scheme in SCHEMES]
+        self.losses = read_losses(tables, "fisher", original=False)
+        blocks = self.losses.blocks
+        places = list(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
+        self.keys = [(*place, BLOCKS[kind]) for place, kind in zip(places, blocks.kind.tolist(), strict=True)]
+        self.weights = {scheme.name: dict(_weights(folder, scheme.name)) for scheme in self.losses.schemes}
+
+    def of(self, choice: np.ndarray) -> dict[tuple[int, int, str], torch.Tensor]:
+        """Weights of a choice, schemes by number, int64 [B]."""
+        names = [scheme.name for scheme in self.losses.schemes]
+        return {key: self.weights[names[column]][key] for key, column in zip(self.keys, choice.tolist(), strict=True)}
+
+    def uniform(self, budget: float) -> np.ndarray:
+        """The best single scheme within a budget."""
+        scheme = uniform_within(self.losses, list(self.losses.schemes), f"{budget:g}").scheme
+        return np.full(len(self.keys), self.losses.schemes.index(scheme))
+
+    def guarded(
+        self, traffic: float = 0.0, shrink: float = 0.0, power: float = 1.0, even: float = 0.0, fill: float = 0.0
+    ) -> Losses:
+        """Losses as if no routed expert saw fewer tokens than ``traffic`` times the mean of its layer, and mixed with
+        the mean of its layer's routed experts by ``shrink``, as powers; with ``even``, with one domain more, whose
+        tokens go to all experts alike.
+        """
+        losses, tokens = with_least_tokens(self.losses, traffic), self.losses.tokens
+        by_domain, blocks, evenly = losses.by_domain, losses.blocks, self.losses.loss.copy()
+        for layer in np.unique(blocks.layer):
+            for kind in range(len(BLOCKS)):
+                of = (blocks.layer == layer) & (blocks.kind == kind) & (blocks.expert != SHARED)
+                evenly[of] *= tokens[of].mean() / np.maximum(tokens[of], 1.0)[:, None]
+                rate = by_domain[:, of].sum(1, keepdims=True) / tokens[of].sum()
+                by_domain[:, of] += rate * np.maximum(0.0, fill * tokens[of].mean() - tokens[of])[:, None]
+                mean, powers = by_domain[:, of].mean(1, keepdims=True), by_domain[:, of] ** power
+                by_domain[:, of] = (powers + shrink * (mean**power - powers)) ** (1 / power)
+        names = self.losses.domains
+        if even:
+            by_domain, names = np.concatenate([by_domain, evenly[None]]), (*names, "even")
+        return replace(self.losses, loss=self.losses.loss, by_domain=by_domain, domains=names)
+
+    def allocate(self, budget: float, objective: str, capped: list[str] | None = None, **guard: float) -> np.ndarray:
+        """Schemes by number, int64 [B], of least loss."""
+        floor = guard.pop("floor", 0.0)
+        losses = self.guarded(**guard)
+        candidates, bits = list(losses.schemes), f"{budget:g}"
+        floors = (("all", floor),) if floor else ()
+        uniform = uniform_within(losses, candidates, bits)
+        weights = {"even": guard["even"]} if guard.get("even") else {}
+        domains = count_domains(losses, uniform, objective, weights, capped or [])  # type: ignore[arg-type]
+        losses = replace(losses, loss=domains.loss(losses.by_domain))
+        every, times = np.ones(len(self.keys), bool), Times.zeros(*losses.loss.shape)
+        constraints = Constraints(min_bits=floors, tie_gate_up=True)
+        problem, place, scheme = build_problem(losses, candidates, times, "block", bits, constraints, every)
+        if domains.coupled:
+            found = CoupledSearch(problem, domains).minimize(1.0, 0.0, GAP)
+        else:
+            found = minimize(Relaxation(problem), 1.0, 0.0, GAP)
+        return scheme[np.arange(len(place)), found.choice[place[:, 0], place[:, 1]]]
+
+
+def _weights(folder: Path, name: str) -> Iterator[tuple[tuple[int, int, str], torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, value in load_file(folder / f"{name}.safetensors").items():
+        block, part = key.rsplit(".", 1)
+        parts[block][part] = value
+    for row in read_table(LOSSES, folder / f"{name}.parquet")[0].to_pandas().itertuples():
+        key = tuple(getattr(row, column) for column in KEYS)
+        tensors = parts[".".join(map(str, key))]
+        yield key, from_tensors(parse_scheme(name), row.in_features, tensors).dequantize().half()
+
+
+def calibrate_without(left_out: str, args: argparse.Namespace) -> Path:
+    """Calibrate on the demo's other domains, what is there already not again; the folder of losses and weights."""
+    out = Path(args.work) / left_out
+    captures = [f"{args.results}/capture/{name}" for name in sorted(DOMAINS) if name != left_out]
+    for scheme in SCHEMES:
+        if not (out / f"{scheme}.parquet").is_file():
+            command = [sys.executable, "-m", "mxmoe_steps.calibrate", "--model", args.model, "--capture", *captures]
+            command += ["--quantizer", "gptq", "--scheme", scheme, "--device", "cpu", "--out", str(out)]
+            subprocess.run(command, check=True, capture_output=True)
+    return out
+
+
+def row_of(found: dict[str, np.ndarray], base: dict[str, np.ndarray], **names: Any) -> dict[str, Any]:
+    """KL of every text and of all; against ``base``: the difference of all, its paired error, and the worst ratio."""
+    each = {text: float(values.mean()) for text, values in found.items()}
+    ratios = {text: value / float(base[text].mean()) for text, value in each.items()}
+    differences = [found[text] - base[text] for text in found]
+    error = sum(one.var(ddof=1) / len(one) for one in differences) ** 0.5 / len(
+        differences
+    )  # texts are given, not drawn
+    worst = max(ratios, key=lambda text: ratios[text])
+    return {
+        **names, "all": float(np.mean(list(each.values()))), "minus uniform": float(np.mean(differences)),
+        "+-": error, "worst": f"{worst} {ratios[worst]:.3f}", **each,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Run the study and print two tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", default="results/demo-moe")
+    parser.add_argument("--model", default="resources/demo-moe")
+    parser.add_argument("--work", default="results/forgotten", help="folder for calibrations without a domain")
+    parser.add_argument("--budgets", nargs="+", type=float, default=[2.25, 3.25])
+    parser.add_argument("--sequences", type=int, default=8, help="held-out sequences per text")
+    parser.add_argument("--forgotten", nargs="*", default=sorted(DOMAINS), help="domains to leave out, one at a time")
+    parser.add_argument("--only", choices=["objectives", "forgotten"], help="one of the two tables")
+    parser.add_argument("--objectives", nargs="+", default=list(OBJECTIVES), choices=list(OBJECTIVES))
+    parser.add_argument("--guards", nargs="+", default=list(GUARDS), choices=list(GUARDS))
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pd.set_option("display.width", 250)
+    model, rows = Model(args.model, args.sequences), []
+
+    def measured(calibration: Calibration, choice: np.ndarray, texts: list[str]) -> dict[str, np.ndarray]:
+        model.load(calibration.of(choice))
+        return model.kl(texts)
+
+    whole, texts = Calibration(Path(args.results) / "calibrate" / "gptq"), list(model.tokens)
+    for budget in () if args.only == "forgotten" else args.budgets:
+        base = measured(whole, whole.uniform(budget), texts)
+        rows.append(row_of(base, base, budget=budget, objective="uniform GPTQ"))
+        for name in args.objectives:
+            found = measured(whole, whole.allocate(budget, **OBJECTIVES[name]), texts)
+            rows.append(row_of(found, base, budget=budget, objective=name))
+            print(pd.DataFrame(rows[-1:]).round(4).to_string(header=False), file=sys.stderr, flush=True)
+    if rows:
+        print(pd.DataFrame(rows).round(4).to_string(index=False), flush=True)
+    rows = []
+    for left_out in () if args.only == "objectives" else args.forgotten:
+        calibration = Calibration(calibrate_without(left_out, args))
+        for budget in args.budgets:
+            base = measured(calibration, calibration.uniform(budget), list(DOMAINS))
+            guards = {"uniform GPTQ": base} | {
+                name: measured(calibration, calibration.allocate(budget, "relative", **guard), list(DOMAINS))
+                for name, guard in GUARDS.items()
+                if name in args.guards
+            }
+            for name, found in guards.items():
+                others = [text for text in DOMAINS if text != left_out]
+                rows.append(
+                    {"budget": budget, "left out": left_out, "guard": name,
+                     "its KL": float(found[left_out].mean()),
+                     "over uniform": float(found[left_out].mean() / base[left_out].mean()),
+                     "others": float(np.mean([found[text].mean() for text in others]))}
+                )  # fmt: skip
+                print(pd.DataFrame(rows[-1:]).round(4).to_string(header=False), file=sys.stderr, flush=True)
+    if rows:
+        table = pd.DataFrame(rows)
+        print(table.round(4).to_string(index=False))
+        means = table.groupby(["budget", "guard"], sort=False)[["its KL", "over uniform", "others"]].mean()
+        print(means.round(4).to_string())
+
+
+if __name__ == "__main__":
+    main()
