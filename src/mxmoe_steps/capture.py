@@ -80,12 +80,8 @@ def captured(model: "StreamedModel", layer: int, routing: "Routing") -> "dict[st
 
     hidden, expert_ids, weights = (tensor.detach() for tensor in routing)
     tensors = {"hidden": hidden, "ids": expert_ids.to(torch.int16), "weights": weights.float()}
-    family = model.folder.family
-    if family.shared_gate is not None:
-        gate = model.moe(layer).get_submodule(family.shared_gate)
-        tensors["shared"] = torch.sigmoid(gate(hidden)).squeeze(-1).float()
-    elif family.shared is not None:
-        tensors["shared"] = torch.ones(len(hidden), dtype=torch.float32)
+    if (factor := model.shared_factor(layer, hidden)) is not None:
+        tensors["shared"] = factor
     return tensors
 
 

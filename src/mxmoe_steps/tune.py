@@ -1,0 +1,191 @@
+"""tune: a packed checkpoint whose weights are tuned to give what the original's layers give.
+
+One decoder layer at a time, from the first to the last, with two streams of hidden states of one text: the original's,
+and that of the layers tuned so far. The experts of a layer are moved by gradient descent, codes, scales and zero points
+through the rounding (straight-through), until the layer makes of the second stream what the original made of the first.
+That takes back part of what the layers below lost, too. Where it does not help on tokens that were held out, the layer
+stays as it was.
+
+Writes a checkpoint of the same format, size and schemes as the one that it reads. Blocks of 16 and 8 bits, attention,
+norms and router stay as they are. A run that was stopped goes on at the first layer that is missing. Parts of the work
+can be jobs of their own, with the same --out: --until K with rising K, and last a run without it.
+"""
+
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
+
+from mxmoe_steps.atomic import atomic_folder, write_json
+from mxmoe_steps.errors import UserError, run_cli
+from mxmoe_steps.made_from import recorded
+from mxmoe_steps.options.base import Count, Flag, InFolder, Options, Tokens
+from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.shared import TextThroughModel
+from mxmoe_steps.schemes import BLOCKS, SHARED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mxmoe_steps.models.borders import Borders
+    from mxmoe_steps.models.streaming import StreamedModel
+    from mxmoe_steps.tuning.layer import LayerText, TunedLayer
+    from mxmoe_steps.tuning.reading import PackedFolder
+
+
+class Descent(Options):
+    """How far weights are tuned."""
+
+    steps: Count = Field(200, description="steps of gradient descent in each layer")
+    step_tokens: Tokens = Field(1024, description="tokens of a step")
+    rate: Annotated[float, Field(gt=0, le=1)] = Field(
+        5e-3, description="learning rate: of scales as a fraction of them, of codes half of it in steps between codes"
+    )
+
+
+class TuneOptions(Descent, TextThroughModel):
+    """Options of the step."""
+
+    checkpoint: InFolder = Field(description="folder that quantize wrote")
+    text: Annotated[str, Flag("NAME")] = Field(description="text source to tune on")
+    until: Annotated[Count | None, Flag("LAYER", decides=False)] = Field(
+        None, description="only tune the layers before this one"
+    )
+
+
+_HELD_OUT = 16  # one sequence in so many is not tuned on, and tells whether tuning helped
+
+
+def tune_layer(
+    options: TuneOptions, model: "StreamedModel", packed: "PackedFolder", layer: int, text: "LayerText"
+) -> "tuple[TunedLayer, dict[str, Tensor]]":
+    """The layer tuned, or as it was where that is better, and the tensors that changed."""
+    from mxmoe_steps.tuning.layer import descend
+    from mxmoe_steps.tuning.reading import read_layer, tuned_tensors
+
+    experts = read_layer(packed, model.folder, layer, model.device)
+    before = experts.error(text)
+    note = f"error {before:.3g} of the layer's output"
+    if not experts.is_tuned:
+        print(f"tune: layer {layer}: {note}; left as it is: no block has fewer than 6 bits", file=sys.stderr, flush=True)
+        return experts, {}
+    descend(experts, text, options.steps, options.step_tokens, options.rate, options.seed + layer)
+    after = experts.error(text)
+    if not after < before:  # NaN, too
+        print(f"tune: layer {layer}: {note}, {after:.3g} tuned; left as it is", file=sys.stderr, flush=True)
+        return read_layer(packed, model.folder, layer, model.device), {}
+    print(f"tune: layer {layer}: {note}, {after:.3g} tuned", file=sys.stderr, flush=True)
+    return experts, tuned_tensors(packed, layer, experts)
+
+
+def advance(
+    options: TuneOptions, model: "StreamedModel", packed: "PackedFolder", streams: "tuple[Borders, Borders]", layer: int
+) -> None:
+    """Take both streams, of the original and the tuned model, through one layer; writes the file of what was tuned."""
+    import torch
+
+    from mxmoe_steps.models.borders import forward, runs_of, unwatched
+    from mxmoe_steps.models.rows import write_rows
+    from mxmoe_steps.models.streaming import layer_path
+    from mxmoe_steps.tuning.layer import passes
+    from mxmoe_steps.tuning.reading import read_text
+
+    original, tuned = streams
+    runs = runs_of([options.sequences], options.batch)
+    forward(model, original, runs, layer + 1, unwatched, keep=True)
+    if layer not in model.folder.moe_layers:
+        forward(model, tuned, runs, layer + 1, unwatched, keep=True)
+    else:
+        with model.loaded(layer_path(layer)):
+            held_out = options.sequences // _HELD_OUT * options.length
+            text = read_text(model, layer, tuned.hidden(layer), original.hidden(layer + 1), runs, held_out)
+        experts, tensors = tune_layer(options, model, packed, layer, text)
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        with write_rows(layer_file(tuned, layer), layout, {"layer": layer}) as writer:
+            for name, tensor in tensors.items():
+                writer.append(name, tensor)
+        with write_rows(tuned.hidden(layer + 1), tuned.layout, {"border": layer + 1}) as writer:
+            for rows in passes(0, len(text.hidden), options.batch * options.length):
+                writer.append("hidden", experts.output(text, rows).to(model.dtype).view(-1, *tuned.tokens.shape[1:], text.hidden.shape[1]))
+    original.hidden(layer).unlink(missing_ok=True)
+    tuned.hidden(layer).unlink()
+
+
+def layer_file(tuned: "Borders", layer: int) -> Path:
+    """Where the tensors of a layer wait that was tuned."""
+    return tuned.folder / f"layer-{layer:03d}.safetensors"
+
+
+def write_checkpoint(options: TuneOptions, packed: "PackedFolder", files: Sequence[Path]) -> None:
+    """The checkpoint with the tensors in ``files`` instead of its own."""
+    from mxmoe_steps.models.raw import tensors_of
+    from mxmoe_steps.models.shards import write_shards
+
+    folder = packed.folder
+    tensors = {name: folder.raw(name) for name in folder.files}
+    for file in files:
+        tensors |= tensors_of(file)
+    with atomic_folder(options.out) as partial:
+        write_shards(list(tensors.items()), partial)
+        for file in (folder.path / "config.json", folder.path / "mxmoe.json", *folder.copied_files(code=True)):
+            (partial / file.relative_to(folder.path)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / file.relative_to(folder.path))
+
+
+def tune(options: TuneOptions) -> None:
+    """Tune the layers before ``options.until``, or all, and write the checkpoint."""
+    import torch
+
+    from mxmoe_steps.data.reading import read_texts
+    from mxmoe_steps.evaluations import read_manifest
+    from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
+    from mxmoe_steps.models.families import open_model, resolve_model
+    from mxmoe_steps.models.identity import fingerprint
+    from mxmoe_steps.models.loading import start_torch
+    from mxmoe_steps.models.streaming import StreamedModel
+    from mxmoe_steps.tuning.reading import PackedFolder
+
+    start_torch(options)
+    path = resolve_model(options.model, code=options.trust_remote_code)
+    tokens = torch.from_numpy(read_texts(options, path, [options.text], "calibration")[options.text])
+    model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
+    checkpoint = open_model(options.checkpoint)
+    if not checkpoint.is_packed or read_manifest(checkpoint.path)["allocation"]["model"] != fingerprint(model.folder):
+        raise UserError(f"{checkpoint.path}: was not packed from {options.model}; run the quantize step for this model")
+    StreamedModel(options.checkpoint, options.dtype, "cpu", options.trust_remote_code)  # refuses one that is not whole
+    packed = PackedFolder(checkpoint, model.folder)
+    last = min(options.until or model.layers, model.layers)
+    with Borders.locked(options):
+        original, tuned = (
+            Borders(model, tokens, "mxmoe_steps.tune", options, stream, checkpoint.sources)
+            for stream in ("original", "tuned")
+        )
+        reached = next((border for border in range(model.layers, -1, -1) if tuned.has(tuned.hidden(border))), None)
+        if reached is None:
+            forward(model, tuned, runs_of([options.sequences], options.batch), 0, unwatched)
+        for layer in range(reached or 0, last):
+            advance(options, model, packed, (original, tuned), layer)
+        if options.until is None:
+            files = [layer_file(tuned, layer) for layer in model.folder.moe_layers]
+            for file in files:
+                if not file.is_file():
+                    tuned.remove()
+                    raise UserError(f"{file.name} was lost from {tuned.folder}; run tune again from the start")
+            write_checkpoint(options, packed, files)
+            shutil.rmtree(options.waiting_room)
+
+
+def main() -> None:
+    """Command line."""
+    options = parse(TuneOptions, __doc__)
+    with recorded(options.made_from, [options.out]) if options.until is None else nullcontext():
+        tune(options)
+
+
+if __name__ == "__main__":
+    run_cli(main)
