@@ -16,6 +16,7 @@ include: "rules/profile.smk"
 include: "rules/frontier.smk"
 include: "rules/solve.smk"
 include: "rules/quantize.smk"
+include: "rules/tune.smk"
 include: "rules/evaluate.smk"
 include: "rules/report.smk"
 

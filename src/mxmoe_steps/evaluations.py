@@ -1,19 +1,21 @@
 """What is known of a checkpoint, and what `evaluate` found: JSON, read and checked in one place.
 
 ``mxmoe.json`` in a packed checkpoint holds ``allocation``, what `solve` wrote but for the assignment, and
-``weights_bytes``, the size of its files of weights. An evaluation holds the same, the allocation None for the
-original, with the metrics of every text and their means.
+``weights_bytes``, the size of its files of weights, with ``tuned`` true where `tune` wrote them. An evaluation holds
+the same, the allocation None for the original, with the metrics of every text and their means.
 """
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from mxmoe_steps.allocation.files import AllocationSummary
 from mxmoe_steps.records import STRICT, Name, Positive, Quantity, Total, read_record
+
+TUNED = "_tuned"  # at the end of the name of a checkpoint that `tune` wrote, after that of its allocation
 
 
 class Metrics(TypedDict):
@@ -28,6 +30,7 @@ class _Manifest(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     allocation: AllocationSummary
+    tuned: NotRequired[Literal[True]]
     weights_bytes: Total
 
 
@@ -37,6 +40,7 @@ class _Evaluation(TypedDict):
     allocation: AllocationSummary | None
     overall: Metrics
     texts: Annotated[dict[Name, Metrics], Field(min_length=1)]
+    tuned: NotRequired[Literal[True]]
     weights_bytes: Total
 
 

@@ -20,7 +20,7 @@ from mxmoe_steps.options.base import InFile, InFolder, OutFolder, StepOptions
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import OfModel, RemoteCode
 from mxmoe_steps.quantizers.names import is_rotated
-from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.schemes import BLOCKS, parse_scheme
 
 if TYPE_CHECKING:
     from mxmoe_steps.models.families import ModelFolder

@@ -11,13 +11,12 @@ norms and router stay as they are. A run that was stopped goes on at the first l
 can be jobs of their own, with the same --out: --until K with rising K, and last a run without it.
 """
 
-import math
 import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -27,7 +26,6 @@ from mxmoe_steps.made_from import recorded
 from mxmoe_steps.options.base import Count, Flag, InFolder, Options, Tokens
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import TextThroughModel
-from mxmoe_steps.schemes import BLOCKS, SHARED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Descent(Options):
-    """How far weights are tuned."""
+    """How weights are tuned."""
 
     steps: Count = Field(200, description="steps of gradient descent in each layer")
     step_tokens: Tokens = Field(1024, description="tokens of a step")
@@ -72,7 +70,11 @@ def tune_layer(
     before = experts.error(text)
     note = f"error {before:.3g} of the layer's output"
     if not experts.is_tuned:
-        print(f"tune: layer {layer}: {note}; left as it is: no block has fewer than 6 bits", file=sys.stderr, flush=True)
+        print(
+            f"tune: layer {layer}: {note}; left as it is, it has no codes of 4 bits or fewer",
+            file=sys.stderr,
+            flush=True,
+        )
         return experts, {}
     descend(experts, text, options.steps, options.step_tokens, options.rate, options.seed + layer)
     after = experts.error(text)
@@ -87,7 +89,6 @@ def advance(
     options: TuneOptions, model: "StreamedModel", packed: "PackedFolder", streams: "tuple[Borders, Borders]", layer: int
 ) -> None:
     """Take both streams, of the original and the tuned model, through one layer; writes the file of what was tuned."""
-    import torch
 
     from mxmoe_steps.models.borders import forward, runs_of, unwatched
     from mxmoe_steps.models.rows import write_rows
@@ -111,7 +112,8 @@ def advance(
                 writer.append(name, tensor)
         with write_rows(tuned.hidden(layer + 1), tuned.layout, {"border": layer + 1}) as writer:
             for rows in passes(0, len(text.hidden), options.batch * options.length):
-                writer.append("hidden", experts.output(text, rows).to(model.dtype).view(-1, *tuned.tokens.shape[1:], text.hidden.shape[1]))
+                output = experts.output(text, rows).to(model.dtype)
+                writer.append("hidden", output.unflatten(0, (-1, options.length)))
     original.hidden(layer).unlink(missing_ok=True)
     tuned.hidden(layer).unlink()
 
@@ -123,6 +125,7 @@ def layer_file(tuned: "Borders", layer: int) -> Path:
 
 def write_checkpoint(options: TuneOptions, packed: "PackedFolder", files: Sequence[Path]) -> None:
     """The checkpoint with the tensors in ``files`` instead of its own."""
+    from mxmoe_steps.evaluations import read_manifest
     from mxmoe_steps.models.raw import tensors_of
     from mxmoe_steps.models.shards import write_shards
 
@@ -132,7 +135,8 @@ def write_checkpoint(options: TuneOptions, packed: "PackedFolder", files: Sequen
         tensors |= tensors_of(file)
     with atomic_folder(options.out) as partial:
         write_shards(list(tensors.items()), partial)
-        for file in (folder.path / "config.json", folder.path / "mxmoe.json", *folder.copied_files(code=True)):
+        write_json(partial / "mxmoe.json", read_manifest(folder.path) | {"tuned": True})
+        for file in (folder.path / "config.json", *folder.copied_files(code=True)):
             (partial / file.relative_to(folder.path)).parent.mkdir(exist_ok=True)
             shutil.copyfile(file, partial / file.relative_to(folder.path))
 

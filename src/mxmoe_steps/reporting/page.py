@@ -68,6 +68,6 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
 
 
 def _name(row: Any) -> str:
-    if row["kind"] == "ours":
-        return f"ours, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
+    if row["kind"].startswith("ours"):
+        return f"{row['kind']}, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
     return f"{row['kind']}, {row['scheme']}"

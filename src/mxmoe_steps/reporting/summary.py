@@ -7,6 +7,8 @@ import pandas as pd
 
 from mxmoe_steps.quantizers.names import is_rotated
 
+TUNED_KIND = " tuned"  # at the end of a kind of checkpoint
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -18,12 +20,12 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """``original``, ``uniform`` with the quantizer, or ``ours``."""
+        """``original``, ``uniform`` with the quantizer, or ``ours``; the last two may be ``tuned``."""
         if self.allocation is None:
             return "original"
-        if self.allocation["granularity"] == "uniform":
-            return f"uniform {self.allocation['quantizer']}"
-        return "ours"
+        uniform = self.allocation["granularity"] == "uniform"
+        kind = f"uniform {self.allocation['quantizer']}" if uniform else "ours"
+        return kind + TUNED_KIND if self.metrics.get("tuned") else kind
 
     @property
     def scheme(self) -> str:
@@ -43,7 +45,7 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
     rows = []
     for checkpoint in checkpoints:
         allocation = checkpoint.allocation or {}
-        ours = checkpoint.kind == "ours"
+        ours = checkpoint.kind.startswith("ours")
         rows.append(
             {
                 "checkpoint": checkpoint.name,
@@ -70,8 +72,10 @@ def summary_table(checkpoints: list[Checkpoint], times: dict[str, dict[int, floa
 
 
 def _place(kind: str) -> tuple[Any, ...]:
-    """The original, then uniform ones, rounding first and rotated ones last, then ours."""
-    return {"original": 0, "ours": 2}.get(kind, 1), is_rotated(kind), not kind.startswith("uniform rtn"), kind
+    """The original, then uniform ones, rounding first and rotated ones last, then ours; tuned ones last."""
+    plain = kind.removesuffix(TUNED_KIND)
+    place = {"original": 0, "ours": 2}.get(plain, 1)
+    return place, kind != plain, is_rotated(plain), not kind.startswith("uniform rtn"), kind
 
 
 def _goal(allocation: dict[str, Any]) -> str:
@@ -94,16 +98,18 @@ def headlines(table: pd.DataFrame) -> list[str]:
     original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
     lines = []
     for budget, within in table.groupby("budget_bits"):
-        ours = within[within["kind"] == "ours"].sort_values("kl")
+        is_ours = within["kind"].str.startswith("ours")
+        ours = within[is_ours].sort_values("kl")
         if ours.empty:
             continue
         best = ours.iloc[0]
         uniform = [
             f"{row['kind']} {row['scheme'].split('_')[0]} {row['perplexity']:.2f} (KL {row['kl']:.4f})"
-            for _, row in within[within["kind"] != "ours"].iterrows()
+            for _, row in within[~is_ours].iterrows()
         ]
+        tuned = ", tuned" if best["kind"].endswith(TUNED_KIND) else ""
         lines.append(
             f"{budget:g} bits: perplexity {best['perplexity']:.2f} (KL {best['kl']:.4f}) with one scheme per "
-            f"{best['granularity']}; {', '.join(uniform)}; original {original:.2f}"
+            f"{best['granularity']}{tuned}; {', '.join(uniform)}; original {original:.2f}"
         )
     return lines

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from mxmoe_steps.quantizers.grid import QuantizedWeight, code_values, float_codes, fixed_zeros
+from mxmoe_steps.quantizers.grid import QuantizedWeight, code_values, fixed_zeros, float_codes
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import Scheme
 
@@ -60,10 +60,7 @@ class TunedBlocks:
     def quantized(self) -> QuantizedWeight:
         """As they would be stored now."""
         floats = self._scheme.floats
-        if floats is None:
-            codes = self._rounded().to(torch.uint8)
-        else:
-            codes = float_codes(self._codes, floats)
+        codes = self._rounded().to(torch.uint8) if floats is None else float_codes(self._codes, floats)
         zeros = None if self._packed.zeros is None else self._stored_zeros()
         return replace(self._packed, codes=codes, scales=self._stored_scales(), zeros=zeros)
 
