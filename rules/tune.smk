@@ -1,7 +1,7 @@
 """tune: packed checkpoint x calibration text x original model -> a better checkpoint of the same size.
 
-input    what `quantize` wrote, for the points of the sweep that are tuned; with runtime.layers_per_job, the mark of the
-         job before
+input    what `quantize` wrote, for the points of the sweep that are tuned, and what `capture` wrote; with
+         runtime.layers_per_job, the mark of the job before
 output   a checkpoint folder for `mxmoe_steps.load_quantized`
 
 A job that is not the last leaves hidden states and tuned layers in POINT.borders, which the last removes.
@@ -25,7 +25,7 @@ for name, point in POINTS.items():
     if point.tuned:
         RESULTS.add(
             [TUNED.format(point=point.allocation)],
-            reads=[CHECKPOINT.format(point=point.allocation)],
+            reads=[CHECKPOINT.format(point=point.allocation), CAPTURE],
             **TUNE_CODE,
             **CAPTURE_CONTENTS,
             flags=TUNE_FLAGS,
@@ -41,6 +41,7 @@ def checkpoint_of(point):
 rule tune_part:
     input:
         checkpoint=lambda wildcards: kept(CHECKPOINT.format(point=wildcards.point)),
+        captured=upstream(CAPTURE),
         before=lambda wildcards: expand(
             TUNE_MARK,
             point=wildcards.point,
@@ -61,12 +62,13 @@ rule tune_part:
         out=lambda wildcards: TUNED.format(point=wildcards.point),
     shell:
         "python -m mxmoe_steps.tune {params.flags} --made-from {params.made_from} --checkpoint {input.checkpoint:q}"
-        " --until {wildcards.border} --out {params.out:q} 2> {log:q}"
+        " --capture {input.captured:q} --until {wildcards.border} --out {params.out:q} 2> {log:q}"
 
 
 rule tune:
     input:
         checkpoint=lambda wildcards: kept(CHECKPOINT.format(point=wildcards.point)),
+        captured=upstream(CAPTURE),
         before=expand(TUNE_MARK, border=PART_BORDERS[-1:], allow_missing=True),
         remade_if_wrong=remade_if_wrong(TUNED),
     output:
@@ -85,4 +87,4 @@ rule tune:
         made_from=made_from(TUNED),
     shell:
         "python -m mxmoe_steps.tune {params.flags} --made-from {params.made_from} --checkpoint {input.checkpoint:q}"
-        " --out {output:q} 2> {log:q}"
+        " --capture {input.captured:q} --out {output:q} 2> {log:q}"

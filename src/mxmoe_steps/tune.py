@@ -2,11 +2,11 @@
 
 One decoder layer at a time, from the first to the last, with two streams of hidden states of one text: the original's,
 and that of the layers tuned so far. The experts of a layer are moved by gradient descent, codes, scales and zero points
-through the rounding (straight-through), until the layer makes of the second stream what the original made of the first.
-That takes back part of what the layers below lost, too. Where it does not help on tokens that were held out, the layer
-stays as it was.
+through the rounding (straight-through), until the layer makes of the second stream what the original made of the first,
+as far as the gradients that `capture` kept say that the difference matters. That takes back part of what the layers
+below lost, too. Where it does not help on tokens that were held out, the layer stays as it was.
 
-Writes a checkpoint of the same format, size and schemes as the one that it reads. Blocks of 16 and 8 bits, attention,
+Writes a checkpoint of the same format, size and schemes as the one that it reads. Blocks of more than 4 bits, attention,
 norms and router stay as they are. A run that was stopped goes on at the first layer that is missing. Parts of the work
 can be jobs of their own, with the same --out: --until K with rising K, and last a run without it.
 """
@@ -50,6 +50,7 @@ class TuneOptions(Descent, TextThroughModel):
     """Options of the step."""
 
     checkpoint: InFolder = Field(description="folder that quantize wrote")
+    capture: InFolder = Field(description="folder that capture wrote; its gradients say which errors matter")
     text: Annotated[str, Flag("NAME")] = Field(description="text source to tune on")
     until: Annotated[Count | None, Flag("LAYER", decides=False)] = Field(
         None, description="only tune the layers before this one"
@@ -70,11 +71,7 @@ def tune_layer(
     before = experts.error(text)
     note = f"error {before:.3g} of the layer's output"
     if not experts.is_tuned:
-        print(
-            f"tune: layer {layer}: {note}; left as it is, it has no codes of 4 bits or fewer",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"tune: layer {layer}: {note}; left as it is, all its codes are wide", file=sys.stderr, flush=True)
         return experts, {}
     descend(experts, text, options.steps, options.step_tokens, options.rate, options.seed + layer)
     after = experts.error(text)
@@ -89,7 +86,6 @@ def advance(
     options: TuneOptions, model: "StreamedModel", packed: "PackedFolder", streams: "tuple[Borders, Borders]", layer: int
 ) -> None:
     """Take both streams, of the original and the tuned model, through one layer; writes the file of what was tuned."""
-
     from mxmoe_steps.models.borders import forward, runs_of, unwatched
     from mxmoe_steps.models.rows import write_rows
     from mxmoe_steps.models.streaming import layer_path
@@ -104,7 +100,8 @@ def advance(
     else:
         with model.loaded(layer_path(layer)):
             held_out = options.sequences // _HELD_OUT * options.length
-            text = read_text(model, layer, tuned.hidden(layer), original.hidden(layer + 1), runs, held_out)
+            captured = captured_file(options, layer)
+            text = read_text(model, layer, tuned.hidden(layer), original.hidden(layer + 1), captured, runs, held_out)
         experts, tensors = tune_layer(options, model, packed, layer, text)
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         with write_rows(layer_file(tuned, layer), layout, {"layer": layer}) as writer:
@@ -116,6 +113,11 @@ def advance(
                 writer.append("hidden", output.unflatten(0, (-1, options.length)))
     original.hidden(layer).unlink(missing_ok=True)
     tuned.hidden(layer).unlink()
+
+
+def captured_file(options: TuneOptions, layer: int) -> Path:
+    """What `capture` wrote of a layer."""
+    return options.capture / f"layer-{layer:03d}.safetensors"
 
 
 def layer_file(tuned: "Borders", layer: int) -> Path:
@@ -145,6 +147,7 @@ def tune(options: TuneOptions) -> None:
     """Tune the layers before ``options.until``, or all, and write the checkpoint."""
     import torch
 
+    from mxmoe_steps.calibration.inputs import check_captured
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.evaluations import read_manifest
     from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
@@ -158,6 +161,11 @@ def tune(options: TuneOptions) -> None:
     path = resolve_model(options.model, code=options.trust_remote_code)
     tokens = torch.from_numpy(read_texts(options, path, [options.text], "calibration")[options.text])
     model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
+    captured = {layer: captured_file(options, layer) for layer in model.folder.moe_layers}
+    for file in captured.values():
+        if not file.is_file():
+            raise UserError(f"{file}: no such captured layer; run the capture step for this model")
+    check_captured(captured, model.folder)
     checkpoint = open_model(options.checkpoint)
     if not checkpoint.is_packed or read_manifest(checkpoint.path)["allocation"]["model"] != fingerprint(model.folder):
         raise UserError(f"{checkpoint.path}: was not packed from {options.model}; run the quantize step for this model")
@@ -166,7 +174,7 @@ def tune(options: TuneOptions) -> None:
     last = min(options.until or model.layers, model.layers)
     with Borders.locked(options):
         original, tuned = (
-            Borders(model, tokens, "mxmoe_steps.tune", options, stream, checkpoint.sources)
+            Borders(model, tokens, "mxmoe_steps.tune", options, stream, [*checkpoint.sources, *captured.values()])
             for stream in ("original", "tuned")
         )
         reached = next((border for border in range(model.layers, -1, -1) if tuned.has(tuned.hidden(border))), None)

@@ -13,6 +13,7 @@ import torch
 from mxmoe_steps.tuning.experts import Experts, Rows, summed
 
 _WARM_UP = 0.1  # of the steps
+_PLAIN = 0.2  # of the metric: the identity, for directions in which few tokens have gradients
 _PASS = 1 << 14  # tokens whose outputs are computed at a time
 
 
@@ -23,7 +24,8 @@ class LayerText:
     ``hidden`` [T, H]: what enters the experts of the tuned model; ``expert_ids`` int64 and ``weights`` float32 [T, k]:
     its routing; ``shared`` float32 [T]: factor of the shared expert, or None; ``rest`` [T, H]: the layer's output
     without its experts; ``wanted`` [T, H]: what the original layer made of the original's hidden states. ``factor``: of
-    the experts' sum in the layer's output. The last ``held_out`` tokens are not tuned on.
+    the experts' sum in the layer's output. ``metric`` [H, H], symmetric and positive: an error e of the layer's output
+    costs e metric e. The last ``held_out`` tokens are not tuned on.
     """
 
     hidden: torch.Tensor
@@ -33,6 +35,7 @@ class LayerText:
     rest: torch.Tensor
     wanted: torch.Tensor
     factor: float
+    metric: torch.Tensor
     held_out: int
 
     @property
@@ -59,24 +62,24 @@ class TunedLayer:
 
     @torch.no_grad()
     def error(self, text: LayerText) -> float:
-        """Squared difference from ``wanted`` over its square, of the tokens that are not tuned on."""
+        """Cost of the difference from ``wanted`` over that of losing it, of the tokens that are not tuned on."""
         missed = power = 0.0
         first = text.tuned if text.held_out else 0
         for tokens in passes(first, len(text.hidden)):
             wanted = text.wanted[tokens].float()
-            missed += float((self.output(text, tokens) - wanted).square().sum(dtype=torch.float64))
-            power += float(wanted.square().sum(dtype=torch.float64))
+            missed += _cost(self.output(text, tokens) - wanted, text.metric)
+            power += _cost(wanted, text.metric)
         return missed / power
 
     def step(self, text: LayerText, tokens: torch.Tensor, rate: float) -> None:
-        """Move the weights down the gradient of the squared error on some tokens, int64 [n]."""
+        """Move the weights down the gradient of the error's cost on some tokens, int64 [n]."""
         output, parts = self._forward(text, tokens)
         parts = [part for part in parts if part[1].requires_grad]  # others have no block that is tuned
-        missed = output - text.wanted[tokens].float()
+        slope = (output - text.wanted[tokens].float()) @ text.metric
         torch.autograd.backward(
             [outputs for _, outputs, _, _ in parts],
             [
-                (missed[rows.token] * weights.flatten()[rows.slot].unsqueeze(-1)).to(outputs.dtype)
+                (slope[rows.token] * weights.flatten()[rows.slot].unsqueeze(-1)).to(outputs.dtype)
                 for _, outputs, rows, weights in parts
             ],
         )
@@ -100,6 +103,27 @@ class TunedLayer:
             output = output.add(summed(outputs.detach(), rows, factors), alpha=text.factor)
             parts.append((experts, outputs, rows, factors))
         return output, parts
+
+
+def metric_of(gradient: torch.Tensor | None, features: int) -> torch.Tensor:
+    """What an error of the layer's output [.., H] costs, float32 [H, H]: g g^T, the mean over tokens, mixed with the
+    identity.
+
+    ``gradient`` [T, H]: of the model's loss with respect to that output, as `capture` has it: 1/2 (g . e)^2 estimates
+    the KL divergence that the error e causes. None: the identity alone.
+    """
+    identity = torch.eye(features)
+    if gradient is None:
+        return identity
+    moments = torch.zeros(features, features, dtype=torch.float64, device=gradient.device)
+    for part in gradient.split(_PASS):
+        moments += part.float().T @ part.float()
+    moments /= moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((1 - _PLAIN) * moments.float() + _PLAIN * identity.to(moments.device)).contiguous()
+
+
+def _cost(missed: torch.Tensor, metric: torch.Tensor) -> float:
+    return float(torch.linalg.vecdot(missed @ metric, missed).sum(dtype=torch.float64))
 
 
 def descend(layer: TunedLayer, text: LayerText, steps: int, batch: int, rate: float, seed: int) -> None:

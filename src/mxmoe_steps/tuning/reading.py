@@ -8,6 +8,7 @@ import torch
 
 from mxmoe_steps.models.borders import Routing, hooked
 from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.models.raw import tensors_of
 from mxmoe_steps.models.rows import read_rows
 from mxmoe_steps.models.shards import packed_name
 from mxmoe_steps.models.streaming import StreamedModel
@@ -15,7 +16,7 @@ from mxmoe_steps.models.weights import open_tensors, read_block, read_gating
 from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 from mxmoe_steps.tuning.experts import Block, Experts
-from mxmoe_steps.tuning.layer import LayerText, TunedLayer
+from mxmoe_steps.tuning.layer import LayerText, TunedLayer, metric_of
 
 
 class PackedFolder:
@@ -107,11 +108,18 @@ def silent(model: StreamedModel, layer: int) -> Iterator[None]:
 
 @torch.no_grad()
 def read_text(
-    model: StreamedModel, layer: int, entering: Path, wanted: Path, runs: Sequence[slice], held_out: int
+    model: StreamedModel,
+    layer: int,
+    entering: Path,
+    wanted: Path,
+    captured: Path,
+    runs: Sequence[slice],
+    held_out: int,
 ) -> LayerText:
     """The text at the border before a layer, brought to its experts; within ``model.loaded`` of the layer.
 
-    ``entering``: hidden states of the tuned model; ``wanted``: those of the original that leave the layer.
+    ``entering``: hidden states of the tuned model; ``wanted``: those of the original that leave the layer;
+    ``captured``: the layer's file that `capture` wrote.
     """
     found: list[Routing] = []
     rest = []
@@ -120,6 +128,8 @@ def read_text(
             hidden = read_rows(entering, "hidden", run).to(model.device)
             rest.append(model.run_layer(layer, hidden).flatten(0, 1))
     hidden, expert_ids, weights = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    has_gradient = "gradient" in tensors_of(captured)
+    gradient = read_rows(captured, "gradient", slice(None)).to(model.device) if has_gradient else None
     return LayerText(
         hidden=hidden,
         expert_ids=expert_ids.long(),
@@ -128,5 +138,6 @@ def read_text(
         rest=torch.cat(rest),
         wanted=read_rows(wanted, "hidden", slice(None)).to(model.device).flatten(0, 1),
         factor=float(getattr(model.decoder.layers[layer], "mlp_beta_factor", 1.0)),  # of minimax
+        metric=metric_of(gradient, hidden.shape[1]).to(model.device),
         held_out=held_out,
     )
