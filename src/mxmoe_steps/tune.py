@@ -6,9 +6,9 @@ through the rounding (straight-through), until the layer makes of the second str
 as far as the gradients that `capture` kept say that the difference matters. That takes back part of what the layers
 below lost, too. Where it does not help on tokens that were held out, the layer stays as it was.
 
-Writes a checkpoint of the same format, size and schemes as the one that it reads. Blocks of more than 4 bits, attention,
-norms and router stay as they are. A run that was stopped goes on at the first layer that is missing. Parts of the work
-can be jobs of their own, with the same --out: --until K with rising K, and last a run without it.
+Writes a checkpoint of the same format, size and schemes as the one that it reads. Blocks of more than 4 bits,
+attention, norms and router stay as they are. A run that was stopped goes on at the first layer that is missing. Parts
+of the work can be jobs of their own, with the same --out: --until K with rising K, and last a run without it.
 """
 
 import shutil
