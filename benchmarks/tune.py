@@ -47,7 +47,7 @@ SHAPES = {
 }
 SCHEMES = ("w2a16", "w3a16", "w4a16", "w8a16")
 SHARES = (0.6, 0.2, 0.15, 0.05)  # of the experts: about 2.9 bits
-Stacks = list[tuple[torch.Tensor, QuantizedWeight]]  # places of experts, and a block of theirs
+Stacks = list[tuple[list[int], QuantizedWeight]]  # places of experts, and a block of theirs
 STACK = 8  # experts rounded at a time
 BATCH = 8  # sequences of a pass
 
@@ -94,13 +94,13 @@ class Layer:
             normal(1, hidden, shape.shared),
         ]
         counts = [round(share * experts) for share in SHARES[:-1]]
-        places = torch.arange(experts, device=device).split([*counts, experts - sum(counts)])
+        places = torch.arange(experts).split([*counts, experts - sum(counts)])
         self.packed = [
-            [(own, rounded(block, own, name)) for own, name in zip(places, SCHEMES, strict=True) if len(own)]
+            [(own.tolist(), rounded(block, own, name)) for own, name in zip(places, SCHEMES, strict=True) if len(own)]
             for block in self.routed
         ]
-        only = torch.zeros(1, dtype=torch.int64, device=device)
-        self.packed_shared = [[(only, rounded(block, only, "w4a16"))] for block in self.shared]
+        only = torch.zeros(1, dtype=torch.int64)
+        self.packed_shared = [[([0], rounded(block, only, "w4a16"))] for block in self.shared]
         unpacked: list[Stacks] = [[] for _ in BLOCKS]
         self.original = self._experts(unpacked, unpacked, dtype)
 

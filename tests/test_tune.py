@@ -103,7 +103,7 @@ def test_gradients_are_those_of_autograd(scheme: str, rotated: bool) -> None:
     expected = torch.stack(output)
     (expected - wanted.double()).square().sum().mul(0.5).backward()
 
-    every = torch.arange(experts)
+    every = list(range(experts))
     made = [
         Block(original, [(every, stack)], rotated, torch.float32)
         for original, stack in zip(originals, stacks, strict=True)

@@ -71,12 +71,12 @@ class TunedBlocks:
 
     def descend(self, gradient: torch.Tensor, rate: float) -> None:
         """One step of Adam down the ``gradient`` [E, N, K] of a loss with respect to `weights`."""
-        gradient = gradient.float()
+        gradient = gradient.to(torch.float32, memory_format=torch.contiguous_format)
         if self._rotated:
             gradient = rotate(gradient)
         self._codes.grad = gradient  # times the scale, which Adam divides out
         if self._scheme.floats is None:
-            self._scales.grad = self._grouped(gradient * self._values()).sum(-1)
+            self._scales.grad = self._grouped(gradient * self._values()).sum(-1)  # of their logarithms
         if self._packed.zeros is not None:
             self._zeros.grad = -self._grouped(gradient).sum(-1)
         for group in self._adam.param_groups:
@@ -115,5 +115,6 @@ class TunedBlocks:
 
     def _grouped(self, values: torch.Tensor) -> torch.Tensor:
         """[E, N, K] to [E, N, G, g]; zeros fill a last ragged group."""
-        missing = -self._features % self._size
-        return torch.nn.functional.pad(values, (0, missing)).unflatten(-1, (-1, self._size))
+        if missing := -self._features % self._size:
+            values = torch.nn.functional.pad(values, (0, missing))
+        return values.unflatten(-1, (-1, self._size))

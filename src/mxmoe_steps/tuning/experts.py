@@ -20,24 +20,24 @@ from mxmoe_steps.tuning.blocks import TunedBlocks, is_tuned
 class Block:
     """One block (gate, up or down) of all experts; ``originals`` [E, N, K].
 
-    ``packed``: stacks of those that have one scheme, each with their int64 places among the experts. The others keep
-    their weights.
+    ``packed``: stacks of those that have one scheme, each with their places among the experts. The others keep their
+    weights.
     """
 
     def __init__(
         self,
         originals: torch.Tensor,
-        packed: Sequence[tuple[torch.Tensor, QuantizedWeight]],
+        packed: Sequence[tuple[list[int], QuantizedWeight]],
         rotated: bool,
         precision: torch.dtype,
     ) -> None:
         self.buffer = originals.to(precision, copy=True)
         self._rotated = rotated
-        self.tuned: list[tuple[torch.Tensor, TunedBlocks]] = []  # of which experts
+        self.tuned: list[tuple[list[int], TunedBlocks]] = []  # of which experts
         self._inputs: list[tuple[torch.Tensor, Scheme]] = []  # which experts' inputs are quantized
         for places, stack in packed:
             if stack.scheme.act_bits < 16:
-                self._inputs.append((places, stack.scheme))
+                self._inputs.append((torch.tensor(places, device=originals.device), stack.scheme))
             if is_tuned(stack.scheme):
                 self.tuned.append((places, TunedBlocks(stack, originals[places], rotated)))
             else:
@@ -73,7 +73,8 @@ class Block:
     @torch.no_grad()
     def _refresh(self) -> None:
         for places, blocks in self.tuned:
-            self.buffer[places] = blocks.weights().to(self.buffer.dtype)
+            for place, weight in zip(places, blocks.weights(), strict=True):
+                self.buffer[place].copy_(weight)
 
 
 @dataclass(frozen=True)

@@ -66,10 +66,7 @@ def _read_experts(
         for place, expert in enumerate(experts):
             by_scheme.setdefault(packed.scheme(layer, expert, block), []).append(place)
         parts = [
-            (
-                torch.tensor(places, device=device),
-                packed.stack(layer, [experts[place] for place in places], block, device),
-            )
+            (places, packed.stack(layer, [experts[place] for place in places], block, device))
             for scheme, places in sorted(by_scheme.items())
             if not scheme.is_original
         ]
@@ -87,7 +84,7 @@ def tuned_tensors(packed: PackedFolder, layer: int, tuned: TunedLayer) -> dict[s
         for name, block in zip(BLOCKS, experts.blocks if experts else (), strict=False):
             for places, blocks in block.tuned:
                 stack = blocks.quantized()
-                for number, place in enumerate(places.tolist()):
+                for number, place in enumerate(places):
                     tensors = stack[number].tensors()
                     for part, stored in packed.names(layer, first + place, name).items():
                         found[stored] = tensors[part].cpu()
