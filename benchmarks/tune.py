@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--step-tokens", type=int, default=1024)
-    parser.add_argument("--rate", type=float, default=5e-3)
+    parser.add_argument("--rate", type=float, default=2.5e-3)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args()
     device = torch.device(args.device)

@@ -94,7 +94,9 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
         overall = {"perplexity": perplexity, "kl": kl}
         return {"overall": overall, "texts": {"en": overall}, "weights_bytes": 2_500_000}
 
+    tuned = metrics(10.5, 0.05) | {"tuned": True}
     checkpoints = [
+        Checkpoint("better", tuned, allocation("block", "gptq", r=1.0)),
         Checkpoint("ours", metrics(11, 0.1), allocation("block", "gptq", max_time_us=120.0)),
         Checkpoint("gptq", metrics(12, 0.2), allocation("uniform", "gptq", r=1.0)),
         Checkpoint("rtn", metrics(15, 0.5), allocation("uniform", "rtn", r=1.0)),
@@ -102,11 +104,15 @@ def test_summary_orders_rows_and_names_what_each_is() -> None:
     ]
     times = {checkpoint.name: {64: 1.5, 8192: 3.0} for checkpoint in checkpoints}
     table = summary_table(checkpoints, times, estimate=True)
-    assert list(table["kind"]) == ["original", "uniform rtn", "uniform gptq", "ours"]
-    assert list(table["scheme"]) == ["w16a16", "w2a16_g128_asym", "w2a16_g128_asym", "mixed"]
-    assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120"]
+    assert list(table["kind"]) == ["original", "uniform rtn", "uniform gptq", "ours", "ours tuned"]
+    assert list(table["scheme"]) == ["w16a16", "w2a16_g128_asym", "w2a16_g128_asym", "mixed", "mixed"]
+    assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120", "r=1"]
     assert time_columns(table) == {"estimated_layer_us_64_tokens": 64, "estimated_layer_us_8192_tokens": 8192}
-    assert list(table["size_mb"]) == [2.5] * 4
+    assert list(table["size_mb"]) == [2.5] * 5
     (line,) = headlines(table)
+    assert line.startswith(
+        "2.25 bits: perplexity 10.50 (KL 0.0500) with one scheme per block, tuned; uniform rtn w2a16"
+    )
+    (line,) = headlines(table[table["kind"] != "ours tuned"])
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")

@@ -149,6 +149,7 @@ def calibrate(options: CalibrateOptions) -> None:
     """Calibrate the MoE layers among ``options.layers``, or all that are missing, and write the result."""
     import torch
 
+    from mxmoe_steps.calibration.amount import warn_if_short
     from mxmoe_steps.calibration.inputs import LayerInputs, check_captured
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
@@ -171,7 +172,9 @@ def calibrate(options: CalibrateOptions) -> None:
     for file in captured.values():
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
-    check_captured(captured, folder)
+    tokens = check_captured(captured, folder)
+    if method.uses_hessians:
+        warn_if_short(folder, tokens)
     keys = layer_keys(options, folder, captured)
     parts = {layer: partial / file.name for layer, file in captured.items()}
     wanted = folder.moe_layers if options.layers is None else range(*options.layers)

@@ -33,9 +33,9 @@ from pydantic import Field, model_validator
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.options.base import Count, Flag, Natural, Sequences
+from mxmoe_steps.options.base import Count, Flag, Natural
 from mxmoe_steps.options.command_line import parse
-from mxmoe_steps.options.shared import TextAmount, TextThroughModel
+from mxmoe_steps.options.shared import CalibrationText, TextThroughModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +44,9 @@ if TYPE_CHECKING:
     from mxmoe_steps.models.streaming import StreamedModel
 
 
-class CapturedText(TextAmount):
-    """Calibration text."""
+class CapturedText(CalibrationText):
+    """What is captured of calibration text."""
 
-    text: Annotated[str, Flag("NAME")] = Field(description="text source to calibrate on")
-    sequences: Sequences = Field(128, description="calibration sequences")
     gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
 
 

@@ -25,7 +25,7 @@ from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
 from mxmoe_steps.options.base import Count, Flag, InFolder, Options, Tokens
 from mxmoe_steps.options.command_line import parse
-from mxmoe_steps.options.shared import TextThroughModel
+from mxmoe_steps.options.shared import CalibrationText, TextThroughModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,16 +42,16 @@ class Descent(Options):
     steps: Count = Field(200, description="steps of gradient descent in each layer")
     step_tokens: Tokens = Field(1024, description="tokens of a step")
     rate: Annotated[float, Field(gt=0, le=1)] = Field(
-        5e-3, description="learning rate: of scales as a fraction of them, of codes half of it in steps between codes"
+        2.5e-3,
+        description="learning rate of scales, as a fraction of them; codes have twice it, in steps between codes",
     )
 
 
-class TuneOptions(Descent, TextThroughModel):
+class TuneOptions(Descent, CalibrationText, TextThroughModel):
     """Options of the step."""
 
     checkpoint: InFolder = Field(description="folder that quantize wrote")
     capture: InFolder = Field(description="folder that capture wrote; its gradients say which errors matter")
-    text: Annotated[str, Flag("NAME")] = Field(description="text source to tune on")
     until: Annotated[Count | None, Flag("LAYER", decides=False)] = Field(
         None, description="only tune the layers before this one"
     )
@@ -147,6 +147,7 @@ def tune(options: TuneOptions) -> None:
     """Tune the layers before ``options.until``, or all, and write the checkpoint."""
     import torch
 
+    from mxmoe_steps.calibration.amount import warn_if_short
     from mxmoe_steps.calibration.inputs import check_captured
     from mxmoe_steps.data.reading import read_texts
     from mxmoe_steps.evaluations import read_manifest
@@ -171,6 +172,7 @@ def tune(options: TuneOptions) -> None:
         raise UserError(f"{checkpoint.path}: was not packed from {options.model}; run the quantize step for this model")
     StreamedModel(options.checkpoint, options.dtype, "cpu", options.trust_remote_code)  # refuses one that is not whole
     packed = PackedFolder(checkpoint, model.folder)
+    warn_if_short(model.folder, tokens.numel())
     last = min(options.until or model.layers, model.layers)
     with Borders.locked(options):
         original, tuned = (

@@ -91,9 +91,9 @@ class LayerInputs:
         return Batch(self.hidden[rows].float(), scale.float(), gradient)
 
 
-def check_captured(files: dict[int, Path], folder: ModelFolder) -> None:
-    """`UserError` unless the header of every layer's file is that of a capture of this model, all of one text."""
-    model, seen = fingerprint(folder), None
+def check_captured(files: dict[int, Path], folder: ModelFolder) -> int:
+    """Tokens of the text; `UserError` unless every layer's file is of a capture of this model, all of one text."""
+    model, seen, tokens = fingerprint(folder), None, 0
     for layer, path in files.items():
         file = TensorFile(path, f"{_FIX} for {folder.path}")
         facts, tensors = file.facts(CaptureFacts), file.tensors
@@ -115,6 +115,7 @@ def check_captured(files: dict[int, Path], folder: ModelFolder) -> None:
         text = {**facts, "layer": None, "gradient": "gradient" in tensors}
         if text != (seen := seen or text):
             raise file.error(f"it and the file of layer {next(iter(files))} are not of one capture")
+    return tokens
 
 
 def _read(path: Path, experts: int, device: torch.device) -> dict[str, torch.Tensor]:
