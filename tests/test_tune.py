@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import FAMILY_SIZES, capture_tokens, make_checkpoint
 from packed import pack
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import mxmoe_steps
 from mxmoe_steps import capture, tune
@@ -259,7 +259,15 @@ def test_what_does_not_belong_together_is_refused(
     (other / "mxmoe.json").write_text(manifest)
     assert "was not packed from" in refused(checkpoint=other)
     assert "does not exist" in refused(checkpoint=tmp_path / "nowhere")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(options["checkpoint"], damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    bad = next(name for name in sorted(tensors) if ".1.mlp.experts.2." in name and name.endswith("scales"))
+    tensors[bad][0] = 0
+    save_file(tensors, damaged / "model.safetensors")
+    assert "layer 1, expert 2," in refused(checkpoint=damaged)
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out.borders/*/layer-001.safetensors"))
 
 
 def test_a_metric_is_the_mean_of_outer_products() -> None:

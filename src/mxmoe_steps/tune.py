@@ -156,6 +156,7 @@ def tune(options: TuneOptions) -> None:
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import start_torch
     from mxmoe_steps.models.streaming import StreamedModel
+    from mxmoe_steps.tuning.blocks import is_tuned
     from mxmoe_steps.tuning.reading import PackedFolder
 
     start_torch(options)
@@ -173,6 +174,8 @@ def tune(options: TuneOptions) -> None:
     StreamedModel(options.checkpoint, options.dtype, "cpu", options.trust_remote_code)  # refuses one that is not whole
     packed = PackedFolder(checkpoint, model.folder)
     warn_if_short(model.folder, tokens.numel())
+    if wide := sorted(scheme.name for scheme in packed.schemes if not is_tuned(scheme)):
+        print(f"tune: blocks of {', '.join(wide)} stay as they are", file=sys.stderr, flush=True)
     last = min(options.until or model.layers, model.layers)
     with Borders.locked(options):
         original, tuned = (
@@ -183,7 +186,13 @@ def tune(options: TuneOptions) -> None:
         if reached is None:
             forward(model, tuned, runs_of([options.sequences], options.batch), 0, unwatched)
         for layer in range(reached or 0, last):
-            advance(options, model, packed, (original, tuned), layer)
+            try:
+                advance(options, model, packed, (original, tuned), layer)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"layer {layer} does not fit in the GPU's memory: lower calibrate.sequences or tune.step_tokens,"
+                    " run fewer jobs on the GPU at a time, or set runtime.device: cpu"
+                ) from error
         if options.until is None:
             files = [layer_file(tuned, layer) for layer in model.folder.moe_layers]
             for file in files:

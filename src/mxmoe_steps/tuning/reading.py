@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.borders import Routing, hooked
 from mxmoe_steps.models.families import ModelFolder
 from mxmoe_steps.models.raw import tensors_of
@@ -20,17 +21,20 @@ from mxmoe_steps.tuning.layer import LayerText, TunedLayer, metric_of
 
 
 class PackedFolder:
-    """A checkpoint that `quantize` wrote of the model ``original``."""
+    """A checkpoint that `quantize` wrote of the model ``original``.
+
+    ``schemes``: those of its blocks.
+    """
 
     def __init__(self, folder: ModelFolder, original: ModelFolder) -> None:
         self.folder, self._original = folder, original
         stated = folder.config["quantization_config"]
         self.rotated = stated.get("rotation") is not None
-        self._schemes, self._blocks = [parse_scheme(name) for name in stated["schemes"]], stated["blocks"]
+        self.schemes, self._blocks = [parse_scheme(name) for name in stated["schemes"]], stated["blocks"]
 
     def scheme(self, layer: int, expert: int, block: str) -> Scheme:
         """Of one block."""
-        return self._schemes[self._blocks[str(layer)][str(expert)][BLOCKS.index(block)]]
+        return self.schemes[self._blocks[str(layer)][str(expert)][BLOCKS.index(block)]]
 
     def names(self, layer: int, expert: int, block: str) -> dict[str, str]:
         """Part -> tensor of one block that is packed."""
@@ -39,13 +43,21 @@ class PackedFolder:
         return {part: packed_name(self.folder, layer, expert, block, part) for part in parts}
 
     def stack(self, layer: int, experts: Sequence[int], block: str, device: torch.device) -> QuantizedWeight:
-        """A block of several experts that have one scheme."""
+        """A block of several experts that have one scheme; `UserError` for what are no numbers."""
         scheme = self.scheme(layer, experts[0], block)
         in_features = self._original.raw_block(layer, experts[0], block).shape[1]
         names = [self.names(layer, expert, block) for expert in experts]
         with open_tensors(self.folder, [name for parts in names for name in parts.values()]) as tensors:
             parts = {part: torch.stack([tensors[one[part]][...] for one in names]).to(device) for part in names[0]}
-        return from_tensors(scheme, in_features, parts)
+        stack = from_tensors(scheme, in_features, parts)
+        good = (stack.scales > 0).flatten(1).all(1) & stack.dequantize().isfinite().flatten(1).all(1)
+        for expert, is_good in zip(experts, good.tolist(), strict=True):
+            if not is_good:
+                raise UserError(
+                    f"{self.folder.path}: layer {layer}, expert {expert}, {block}: holds NaN, infinity or a scale that"
+                    " is not positive; run the quantize step again"
+                )
+        return stack
 
 
 def read_layer(packed: PackedFolder, original: ModelFolder, layer: int, device: torch.device) -> TunedLayer:
