@@ -16,6 +16,7 @@ include: "rules/profile.smk"
 include: "rules/frontier.smk"
 include: "rules/solve.smk"
 include: "rules/quantize.smk"
+include: "rules/tune.smk"
 include: "rules/evaluate.smk"
 include: "rules/time.smk"
 include: "rules/report.smk"
@@ -27,7 +28,10 @@ if workflow.is_main_process:
 
 onsuccess:
     if RESULTS.is_made(REPORT["html"]):
-        print(terminal_table(Path(REPORT["csv"]), Path(REPORT["html"])), file=sys.stderr)
+        print(
+            terminal_table(Path(REPORT["csv"]), Path(REPORT["html"])),
+            file=sys.stderr,
+        )
 
 
 rule all:

@@ -51,6 +51,7 @@ SCHEMES = sorted(CONFIG.calibrate.schemes)
 CANDIDATES = plan.candidates(CONFIG)
 TIMED = plan.timed_schemes(CONFIG)
 POINTS = {point.name: point for point in points(CONFIG)}
+ALLOCATIONS = {point.allocation: point for point in POINTS.values()}
 FRONTIERS = {point.frontier: point for point in POINTS.values()}
 CALIBRATED = sorted({point.quantizer for point in POINTS.values()})
 PART_BORDERS = plan.part_borders(CONFIG, MODEL)
@@ -67,7 +68,7 @@ wildcard_constraints:
     quantizer="|".join(map(re.escape, CALIBRATED)),
     scheme=r"w\d+a\d+[a-z0-9_-]*",
     frontier="|".join(map(re.escape, sorted(FRONTIERS))),
-    point="|".join(map(re.escape, sorted(POINTS))),
+    point="|".join(map(re.escape, sorted({*POINTS, *ALLOCATIONS}))),
     border=r"\d+",
 
 

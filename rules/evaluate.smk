@@ -36,10 +36,10 @@ ORIGINAL_FLAGS = flags(
 EVALUATE_CODE = stamps("mxmoe_steps.evaluate")
 EVALUATE_FLAGS = flags(EvaluateOptions, CONFIG.model, CONFIG.runtime)
 RESULTS.add(list(ORIGINAL.values()), **ORIGINAL_PARAMS, flags=ORIGINAL_FLAGS)
-for name in POINTS:
+for name, point in POINTS.items():
     RESULTS.add(
         [EVALUATION.format(point=name)],
-        reads=[CHECKPOINT.format(point=name), ORIGINAL["reference"]],
+        reads=[checkpoint_of(point), ORIGINAL["reference"]],
         **EVALUATE_CODE,
         flags=EVALUATE_FLAGS,
     )
@@ -68,7 +68,7 @@ rule evaluate_original:
 
 rule evaluate:
     input:
-        checkpoint=lambda wildcards: kept(CHECKPOINT.format(point=wildcards.point)),
+        checkpoint=lambda wildcards: kept(checkpoint_of(POINTS[wildcards.point])),
         reference=upstream(ORIGINAL["reference"]),
         remade_if_wrong=remade_if_wrong(EVALUATION),
     output:

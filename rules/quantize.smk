@@ -13,7 +13,7 @@ QUANTIZE_PARAMS = {
     "copied": CONTENTS.copied(),
 }
 QUANTIZE_FLAGS = flags(QuantizeOptions, CONFIG.model, model=MODEL_PATH)
-for name, point in POINTS.items():
+for name, point in ALLOCATIONS.items():
     RESULTS.add(
         [CHECKPOINT.format(point=name)],
         reads=[
@@ -30,7 +30,9 @@ rule quantize:
         allocation=lambda wildcards: kept(ALLOCATION.format(point=wildcards.point)),
         packed=lambda wildcards: kept(
             *expand(
-                PACKED, quantizer=POINTS[wildcards.point].quantizer, scheme=SCHEMES
+                PACKED,
+                quantizer=ALLOCATIONS[wildcards.point].quantizer,
+                scheme=SCHEMES,
             )
         ),
         remade_if_wrong=remade_if_wrong(CHECKPOINT),

@@ -33,7 +33,7 @@ REPORT = {
 }
 REPORT_INPUTS = {
     "evaluations": [ORIGINAL["metrics"], *expand(EVALUATION, point=POINTS)],
-    "allocations": expand(ALLOCATION, point=POINTS),
+    "allocations": expand(ALLOCATION, point=ALLOCATIONS),
     "frontiers": expand(FRONTIER, frontier=DRAWN_FRONTIERS),
     "losses": expand(LOSSES, quantizer=DRAWN, scheme=SCHEMES),
     "traffic": [TRACE_FILES["traffic"]],

@@ -10,9 +10,9 @@ ALLOCATION = f"{OUT}/solve/{{point}}.json"
 SOLVE_CODE = stamps("mxmoe_steps.solve")
 SOLVE_FLAGS = {
     name: flags(SolveOptions, **{point.goal: point.value})
-    for name, point in POINTS.items()
+    for name, point in ALLOCATIONS.items()
 }
-for name, point in POINTS.items():
+for name, point in ALLOCATIONS.items():
     RESULTS.add(
         [ALLOCATION.format(point=name)],
         reads=[FRONTIER.format(frontier=point.frontier)],
@@ -24,7 +24,7 @@ for name, point in POINTS.items():
 rule solve:
     input:
         frontier=lambda wildcards: kept(
-            FRONTIER.format(frontier=POINTS[wildcards.point].frontier)
+            FRONTIER.format(frontier=ALLOCATIONS[wildcards.point].frontier)
         ),
         remade_if_wrong=remade_if_wrong(ALLOCATION),
     output:

@@ -7,7 +7,9 @@ output   one row per timed launch of a checkpoint's layer, beside the original i
 from mxmoe_steps.time import TimeOptions
 
 TIMES = f"{OUT}/time/local.parquet"
-TIMED_CHECKPOINTS = expand(CHECKPOINT, point=POINTS)
+TIMED_CHECKPOINTS = sorted(  # tuned or not, a checkpoint takes the same time
+    {CHECKPOINT.format(point=point.allocation) for point in POINTS.values()}
+)
 TIME_PARAMS = {**stamps("mxmoe_steps.time"), "model": CONTENTS.model()}
 TIME_FLAGS = flags(
     TimeOptions,

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-STEPS = ["check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "evaluate", "report"]
+STEPS = [
+    "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "tune", "evaluate", "report",
+]  # fmt: skip
 HEAVY = ["torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "ortools", "matplotlib", "safetensors"]
 PROBE = """
 import contextlib, io, json, runpy, sys

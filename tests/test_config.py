@@ -213,6 +213,14 @@ def test_points_that_differ_have_names_that_differ(values: dict[str, Any]) -> No
     assert [exact(value) for value in (3.0, 2.25, 0.1, 120.5, 1e-05)] == ["3", "2.25", "0.1", "120.5", "1e-05"]
 
 
+def test_tuned_points_share_the_allocation_of_others(values: dict[str, Any]) -> None:
+    grids = [{"budget_bits": 3, "tokens": 64, "tuned": [True, False]}, {"budget_bits": 4, "tokens": 64, "tuned": True}]
+    found = points(load_config(values | {"sweep": grids, "baselines": []}, "my.yaml"))
+    names = ["b3_t64_block_gptq_r0.75", "b3_t64_block_gptq_r0.75_tuned", "b4_t64_block_gptq_r0.75_tuned"]
+    assert [point.name for point in found] == names
+    assert [point.allocation for point in found] == [names[0], names[0], "b4_t64_block_gptq_r0.75"]
+
+
 def test_values_of_the_command_line_are_numbers() -> None:
     given = {"runtime": {"threads": "2", "device": "cpu"}, "calibrate": {"damping": "1e-3", "schemes": ["w4a16"]}}
     given |= {"solve": {"keep_original": "true", "max_schemes": "null"}, "sweep": [{"r": ["0.5", 1]}]}

@@ -27,7 +27,7 @@ from mxmoe_steps.trace import TraceOptions
 ROOT = Path(__file__).parents[1]
 STEPS = [
     "check", "trace", "capture", "calibrate", "compile", "measure", "profile", "frontier", "solve", "quantize",
-    "evaluate", "time", "report",
+    "tune", "evaluate", "time", "report",
 ]  # fmt: skip
 SOURCES: dict[str, Any] = {"b": {"mix": ["a"]}, "a": {"files": ["x y.txt"], "separator": "%"}}
 TRACE = {"model": "m", "out": "out", "sources": SOURCES, "texts": ["b", "a"]}

@@ -16,6 +16,7 @@ from mxmoe_steps import calibrate, capture, evaluate, quantize
 from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models import shards
 from mxmoe_steps.models.raw import tensors_of, write_tensors
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
@@ -218,10 +219,10 @@ def test_the_same_allocation_gives_the_same_bytes(
 
 
 def test_large_checkpoints_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantize, "_SHARD_BYTES", 1000)
+    monkeypatch.setattr(shards, "_SHARD_BYTES", 1000)
     tensors = {f"t{number}": torch.full((60,), float(number)) for number in range(10)}  # 240 bytes each
     save_file(tensors, tmp_path / "source.safetensors")
-    quantize.write_shards(list(tensors_of(tmp_path / "source.safetensors").items()), tmp_path)
+    shards.write_shards(list(tensors_of(tmp_path / "source.safetensors").items()), tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     assert sorted(index) == sorted(tensors)
     assert sorted(set(index.values())) == [f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)]

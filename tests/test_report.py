@@ -108,7 +108,9 @@ def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
         sizes = {"weights_bytes": 2_500_000, "other_bytes": 500_000}
         return {"overall": overall, "texts": {"en": overall}, "published": published, **sizes}
 
+    tuned = metrics(10.5, 0.05) | {"tuned": True}
     checkpoints = [
+        Checkpoint("better", tuned, allocation("block", "gptq", r=1.0)),
         Checkpoint("ours", metrics(11, 0.1), allocation("block", "gptq", max_time_us=120.0)),
         Checkpoint("gptq", metrics(12, 0.2), allocation("uniform", "gptq", r=1.0)),
         Checkpoint("rtn", metrics(15, 0.5), allocation("uniform", "rtn", r=1.0)),
@@ -116,29 +118,29 @@ def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
     ]
     times = {checkpoint.name: {64: 1.5, 8192: 3.0} for checkpoint in checkpoints}
     table = summary_table(checkpoints, times, estimate=True)
-    assert list(table["kind"]) == ["original", "uniform rtn", "uniform gptq", "ours"]
-    assert list(table["scheme"]) == ["fp8", "w2a16_g128_asym", "w2a16_g128_asym", "mixed"]
-    assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120"]
+    assert list(table["kind"]) == ["original", "uniform rtn", "uniform gptq", "ours", "ours tuned"]
+    assert list(table["scheme"]) == ["fp8", "w2a16_g128_asym", "w2a16_g128_asym", "mixed", "mixed"]
+    assert list(table["goal"].fillna("")) == ["", "", "", "max_time_us=120", "r=1"]
     assert time_columns(table) == {"estimated_layer_us_64_tokens": 64, "estimated_layer_us_8192_tokens": 8192}
-    assert list(table["bits"]) == [8.5, 2.25, 2.25, 2.25]
-    assert list(table["size_mb"]) == [2.5] * 4
+    assert list(table["bits"]) == [8.5, *[2.25] * 4]
+    assert list(table["size_mb"]) == [2.5] * 5
     assert prediction_errors(table) == {}
     assert measured_note(table, None) == []
     measured = {
         "original": {64: {"layer": 9.0}},
         "ours": {64: {"layer": 4.0, "gate_up": 0.75, "down": 0.5}, 8192: {"layer": 8.0, "gate_up": 2.0, "down": 2.0}},
     }
-    timed = summary_table(checkpoints, times, True, {checkpoints[0].name: measured["ours"], **measured})
+    timed = summary_table(checkpoints, times, True, measured)
     at_64 = timed.set_index("kind")["measured_moe_us_64_tokens"].dropna()
-    assert at_64.to_dict() == {"original": 9.0, checkpoints[0].kind: 4.0}
+    assert at_64.to_dict() == {"original": 9.0, "ours": 4.0}
     assert prediction_errors(timed) == {64: [pytest.approx(0.2)], 8192: [-0.25]}
     (note,) = measured_note(timed, {"device": "GPU", "date": "2026-01-01", "text": "web"})
     assert "on GPU (2026-01-01) under the routing of web" in note
     assert "off by 20.0 % at 64 tokens (+20.0 to +20.0 %); 25.0 % at 8192 tokens (-25.0 to -25.0 %)." in note
     assert "<th>GEMMs µs, 64 tok</th><th>layer µs, 64 tok</th>" in table_html(timed, True)
-    assert list(table["other_mb"]) == [0.5] * 4
-    assert list(table["of_16_bit"]) == [0.3125] * 4
-    assert list(table["of_published"]) == [0.625] * 4
+    assert list(table["other_mb"]) == [0.5] * 5
+    assert list(table["of_16_bit"]) == [0.3125] * 5
+    assert list(table["of_published"]) == [0.625] * 5
     page = table_html(table, estimate=True)
     assert "<td>31.2%</td><td>62.5%</td>" in page
     assert "at most 2.25 bits, 14% of 16, 26% of the published 8.50<" in page
@@ -149,18 +151,23 @@ def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
     lines = terminal_table(tmp_path / "summary.csv", tmp_path / "report.html").splitlines()
     assert lines[0].split() == ["bits", "MB", "KL", "perplexity", "us,", "64", "tok", "us,", "8192", "tok"]
     assert lines[1].split() == ["original,", table["scheme"][0], "8.500", "2.500", "0.0", "10.00", "1.500", "3.000"]
-    assert [line.split("  ")[0] for line in lines[2:5]] == [
-        "uniform rtn, w2a16_g128_asym", "uniform gptq, w2a16_g128_asym", "ours, per block, max_time_us=120, 64 tokens"
+    assert [line.split("  ")[0] for line in lines[2:6]] == [
+        "uniform rtn, w2a16_g128_asym", "uniform gptq, w2a16_g128_asym",
+        "ours, per block, max_time_us=120, 64 tokens", "ours tuned, per block, r=1, 64 tokens"
     ]  # fmt: skip
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1].startswith(str(tmp_path / "summary.csv"))
     many = pd.concat([table, *(table[table["kind"] == "ours"].assign(kl=kl) for kl in np.linspace(0.05, 0.5, 40))])
     many.to_csv(tmp_path / "summary.csv", index=False)
     lines = terminal_table(tmp_path / "summary.csv", tmp_path / "report.html").splitlines()
-    assert len(lines) == 1 + 4 + 1
+    assert len(lines) == 1 + 5 + 1
     assert "0.0500" in lines[4]
     assert lines[-1].startswith("40 more in ")
     (line,) = headlines(table)
+    assert line.startswith(
+        "2.25 bits: perplexity 10.50 (KL 0.0500) with one scheme per block, tuned; uniform rtn w2a16"
+    )
+    (line,) = headlines(table[table["kind"] != "ours tuned"])
     assert line.startswith("2.25 bits: perplexity 11.00 (KL 0.1000) with one scheme per block; uniform rtn w2a16 15.00")
     assert line.endswith("original 10.00")
 

@@ -11,6 +11,8 @@ from workflow import (
     AFTER_CAPTURE,
     DAMPED,
     EVERYTHING,
+    POINT,
+    RESULTS,
     append,
     changed,
     damp,
@@ -121,3 +123,17 @@ def test_two_models_keep_their_results_apart(project: Path) -> None:
     snakemake(project, "results/second/profile/h200.parquet")
     edit(project)
     assert planned(project) == {}
+
+
+def test_a_tuned_point_goes_from_the_sweep_to_the_report(project: Path) -> None:
+    edit(project, changed("sweep", "0", "tuned", value=[False, True]), changed("tune", value={"steps": 2}))
+    assert planned(project) == {"tune": 1, "evaluate": 1, "report": 1}
+    before = (project / RESULTS / "evaluate" / f"{POINT}.json").read_bytes()
+    snakemake(project)
+    assert planned(project) == {}
+    summary = (project / "results" / "summary.csv").read_text(encoding="utf-8")
+    assert f"\n{POINT}_tuned,ours tuned,block,mixed,gptq,4.5," in summary
+    assert (project / RESULTS / "evaluate" / f"{POINT}.json").read_bytes() == before
+    assert json.loads((project / RESULTS / "evaluate" / f"{POINT}_tuned.json").read_text())["tuned"] is True
+    edit(project, changed("sweep", "0", "tuned", value=[False, True]), changed("tune", value={"steps": 3}))
+    assert planned(project) == {"tune": 1, "evaluate": 1, "report": 1}

@@ -152,6 +152,7 @@ def calibrate(options: CalibrateOptions) -> None:
     """Calibrate the MoE layers among ``options.layers``, or all that are missing, and write the result."""
     import torch
 
+    from mxmoe_steps.calibration.amount import warn_if_short
     from mxmoe_steps.calibration.inputs import LayerInputs, check_domains
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
@@ -177,6 +178,8 @@ def calibrate(options: CalibrateOptions) -> None:
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
     by_domain = [dict(zip(captured, files, strict=True)) for files in zip(*captured.values(), strict=True)]
     domains = check_domains(by_domain, folder)
+    if method.uses_hessians:
+        warn_if_short(folder, sum(domains.values()))
     keys = layer_keys(options, folder, captured)
     parts = {layer: partial / name for layer, name in names.items()}
     wanted = folder.moe_layers if options.layers is None else range(*options.layers)

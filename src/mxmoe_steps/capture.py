@@ -33,9 +33,9 @@ from pydantic import Field, model_validator
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.options.base import Count, Flag, Natural, Sequences
+from mxmoe_steps.options.base import Count, Flag, Natural
 from mxmoe_steps.options.command_line import parse
-from mxmoe_steps.options.shared import TextAmount, TextThroughModel
+from mxmoe_steps.options.shared import CalibrationAmount, TextThroughModel
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,13 +44,10 @@ if TYPE_CHECKING:
     from mxmoe_steps.models.streaming import StreamedModel
 
 
-class CapturedText(TextAmount):
-    """Calibration text."""
+class CapturedText(CalibrationAmount):
+    """What is captured of calibration text."""
 
     text: Annotated[str, Flag("NAME")] = Field(description="text source to calibrate on")
-    sequences: Sequences = Field(
-        128, description="calibration sequences of every domain: of the text, or of each member of a mix"
-    )
     gradient: bool = Field(True, description="also run a backward pass, which the fisher metric needs")
 
 
@@ -82,12 +79,8 @@ def captured(model: "StreamedModel", layer: int, routing: "Routing") -> "dict[st
 
     hidden, expert_ids, weights = (tensor.detach() for tensor in routing)
     tensors = {"hidden": hidden, "ids": expert_ids.to(torch.int16), "weights": weights.float()}
-    family = model.folder.family
-    if family.shared_gate is not None:
-        gate = model.moe(layer).get_submodule(family.shared_gate)
-        tensors["shared"] = torch.sigmoid(gate(hidden)).squeeze(-1).float()
-    elif family.shared is not None:
-        tensors["shared"] = torch.ones(len(hidden), dtype=torch.float32)
+    if (factor := model.shared_factor(layer, hidden)) is not None:
+        tensors["shared"] = factor
     return tensors
 
 

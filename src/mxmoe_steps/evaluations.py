@@ -2,14 +2,15 @@
 
 ``mxmoe.json`` in a packed checkpoint holds ``allocation``, what `solve` wrote but for the assignment;
 ``weights_bytes``, the size of its files of weights; ``other_bytes``, those of its tensors that are no expert blocks,
-and ``others``, the same by kind; ``published``, what is known of the original (`mxmoe_steps.models.inventory`); and
-``left_out``, what of the original it does not hold and why. An evaluation holds allocation, sizes and ``published``,
-the allocation None for the original, with the metrics of every text and their means.
+and ``others``, the same by kind; ``published``, what is known of the original (`mxmoe_steps.models.inventory`);
+``left_out``, what of the original it does not hold and why; and ``tuned``, true where `tune` wrote it. An evaluation
+holds allocation, sizes, ``published`` and ``tuned``, the allocation None for the original, with the metrics of every
+text and their means.
 """
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -18,6 +19,8 @@ from mxmoe_steps.allocation.files import AllocationSummary
 from mxmoe_steps.records import STRICT, Count, Name, Positive, Quantity, Total, read_record
 
 Size = Annotated[int, Field(ge=1, lt=2**63)]
+
+TUNED = "_tuned"  # at the end of the name of a checkpoint that `tune` wrote, after that of its allocation
 
 
 class Metrics(TypedDict):
@@ -49,6 +52,7 @@ class _Manifest(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
     allocation: AllocationSummary
+    tuned: NotRequired[Literal[True]]
     weights_bytes: Total
     other_bytes: Total
     others: dict[Name, Total]
@@ -64,6 +68,7 @@ class _Evaluation(TypedDict):
     overall: Metrics
     published: Published
     texts: Annotated[dict[Name, Metrics], Field(min_length=1)]
+    tuned: NotRequired[Literal[True]]
     weights_bytes: Total
 
 

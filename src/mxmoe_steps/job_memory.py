@@ -13,6 +13,7 @@ _START = 3 << 30  # Python, PyTorch and, on a GPU node, CUDA
 _LIGHT = 2 << 30  # steps without PyTorch
 _WORKSPACE = 8 << 30  # `calibration.weights` quantizes as many experts at a time as fit
 _LOGITS = 4 * (4 << 25)  # `streaming` has at most this many bytes of them and of what is computed from them
+_TUNED_BYTES = 48  # a weight as code, gradient, what Adam keeps, and temporaries
 _ACTIVATIONS = 16  # copies of a run's hidden states that are alive within a layer
 
 
@@ -50,6 +51,7 @@ def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: 
     # Inputs and gradients of a layer and of the next one, and one of them by domain, before it is joined.
     captured = 5 * calibration_tokens * sizes.hidden * element
     calibrate = _START + 3 * sizes.experts * element + min(_WORKSPACE, 20 * 4 * sizes.experts) + captured
+    tune = forward + _TUNED_BYTES * sizes.experts + captured
     found = {
         "trace": forward,
         "capture": forward + 2 * run,
@@ -59,6 +61,7 @@ def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: 
         "profile": _LIGHT,
         "frontier": 4 * _LIGHT,
         "solve": _LIGHT,
+        "tune": tune,
         "quantize": _LIGHT + max(sizes.experts, sizes.embedding) * element,
         "evaluate": forward,
         "time": _START + layer,

@@ -22,7 +22,7 @@ from mxmoe_steps.options.base import InFile, InFolder, OutFolder, StepOptions
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import OfModel, RemoteCode
 from mxmoe_steps.quantizers.names import is_rotated
-from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.schemes import BLOCKS, parse_scheme
 
 if TYPE_CHECKING:
     from mxmoe_steps.models.families import ModelFolder
@@ -37,18 +37,9 @@ class QuantizeOptions(OfModel, RemoteCode, StepOptions):
     out: OutFolder = Field(description="checkpoint folder to write")
 
 
-_SHARD_BYTES = 4 << 30
 _LARGEST = 3  # kinds of tensors that are not experts, in the log
 
 Assignment = dict[tuple[int, int], tuple[str, str, str]]
-
-
-def packed_name(folder: "ModelFolder", layer: int, expert: int, block: str, part: str) -> str:
-    """Name of a packed tensor in our checkpoints: the module path in transformers, for every family."""
-    from mxmoe_steps.models.families import moe_path
-
-    inner = folder.family.shared if expert == SHARED else f"experts.{expert}"
-    return f"{moe_path(layer)}.{inner}.{block}_proj.{part}"
 
 
 def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any]:
@@ -65,6 +56,7 @@ def checkpoint_tensors(
     folder: "ModelFolder", assignment: Assignment, packed: Path, quantizer: str, model: str
 ) -> "tuple[dict[str, RawTensor], list[tuple[str, RawTensor]]]":
     """What the new checkpoint takes over as it is, and (name, tensor) of its expert blocks."""
+    from mxmoe_steps.models.shards import packed_name
     from mxmoe_steps.models.store import PackedStore
 
     stores: dict[str, PackedStore] = {}
@@ -89,35 +81,13 @@ def checkpoint_tensors(
     return original, replaced
 
 
-def write_shards(tensors: "list[tuple[str, RawTensor]]", out: Path) -> None:
-    """``model.safetensors``, or numbered shards with an index when the weights exceed one shard."""
-    from mxmoe_steps.models.raw import write_tensors
-
-    shards: list[list[tuple[str, RawTensor]]] = [[]]
-    size = 0
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        size += tensor.nbytes
-        if shards[-1] and size > _SHARD_BYTES:
-            shards.append([])
-            size = tensor.nbytes
-        shards[-1].append((name, tensor))
-    if len(shards) == 1:
-        write_tensors(out / "model.safetensors", shards[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_tensors(out / file, shard)
-        weight_map |= {name: file for name, _ in shard}
-    write_json(out / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-
-
 def quantize(options: QuantizeOptions) -> None:
     """Write the checkpoint of one allocation; the folder appears when it is complete."""
     from mxmoe_steps.allocation.files import read_allocation
     from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.inventory import by_kind, left_out, published
+    from mxmoe_steps.models.shards import write_shards
 
     folder = open_model(resolve_model(options.model, code=options.trust_remote_code))
     allocation = read_allocation(options.allocation)

@@ -158,20 +158,24 @@ def measured_note(table: Any, facts: dict[str, Any] | None) -> list[str]:
 
 
 def read_inputs(options: ReportOptions) -> tuple[list[Any], dict[str, Any]]:
-    """Evaluated checkpoints and, by name, the allocations of all but the original."""
+    """Evaluated checkpoints and, by name, the allocations of all but the original; a tuned one has that of another."""
     from mxmoe_steps.allocation.files import read_allocation
-    from mxmoe_steps.evaluations import read_evaluation
+    from mxmoe_steps.evaluations import TUNED, read_evaluation
     from mxmoe_steps.reporting.summary import Checkpoint
 
     allocations = {path.stem: read_allocation(path) for path in options.allocations}
     checkpoints = []
     for path in options.evaluations:
         metrics, name = read_evaluation(path), path.stem
-        if metrics["allocation"] is not None and name not in allocations:
+        allocation = allocations.get(name.removesuffix(TUNED) if metrics.get("tuned") else name)
+        if metrics["allocation"] is None:
+            checkpoints.append(Checkpoint(name, metrics, None))
+            continue
+        if allocation is None:
             raise UserError(f"{path}: no allocation of that name among --allocations")
-        if metrics["allocation"] is not None and not metrics["allocation"].items() <= allocations[name].items():
+        if not metrics["allocation"].items() <= allocation.items():
             raise UserError(f"{path}: was evaluated under another allocation; run quantize and evaluate again")
-        checkpoints.append(Checkpoint(name, metrics, allocations.get(name)))
+        checkpoints.append(Checkpoint(name, metrics, allocation))
     for path, checkpoint in zip(options.evaluations, checkpoints, strict=True):
         if checkpoint.metrics["texts"].keys() != checkpoints[0].metrics["texts"].keys():
             raise UserError(f"{path}: was evaluated on other texts than {options.evaluations[0]}; run evaluate again")
@@ -183,6 +187,7 @@ def read_inputs(options: ReportOptions) -> tuple[list[Any], dict[str, Any]]:
 def report(options: ReportOptions) -> None:
     """Write the table, the figures and the page."""
     from mxmoe_steps.allocation.files import read_frontier
+    from mxmoe_steps.evaluations import TUNED
     from mxmoe_steps.reporting import figures
     from mxmoe_steps.reporting.page import domains_html, figure, page, table_html
     from mxmoe_steps.reporting.summary import domain_lines, headlines, summary_table
@@ -194,6 +199,7 @@ def report(options: ReportOptions) -> None:
     unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
     unquantized = {"assignment": unpacked, "model": some["model"], "timed_as": {}}
     times = predicted_times(options, {**allocations, original: unquantized})
+    times |= {one.name: times[one.name.removesuffix(TUNED)] for one in checkpoints}
     losses = {}
     for path in options.losses:
         rows, facts = read_table(LOSSES, path)
@@ -201,6 +207,8 @@ def report(options: ReportOptions) -> None:
     tiles, profile_facts = read_table(PROFILE, options.profile)
     estimate = bool(profile_facts["estimate"])
     timed_facts, measured = measured_times(options, some["model"])
+    plain = {one.name: one.name.removesuffix(TUNED) for one in checkpoints}  # tuning changes no times
+    measured |= {name: measured[other] for name, other in plain.items() if other in measured}
     table = summary_table(checkpoints, times, estimate, measured)
     frontiers = [read_frontier(path) for path in options.frontiers]
     for path, (facts, _) in zip(options.frontiers, frontiers, strict=True):

@@ -36,6 +36,7 @@ from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.solve import SolveOptions
 from mxmoe_steps.timing.estimate import read_hardware
 from mxmoe_steps.trace import TracedTexts
+from mxmoe_steps.tune import Descent
 from mxmoe_steps.values import distinct, expand, expand_files
 
 _NAME = r"^\w[\w .+-]*$"  # of a text: a word on command lines, no part of a path
@@ -157,16 +158,21 @@ class Sweep(Section):
     max_time_us: Several[Ceiling] = Field([], description=description_of(SolveOptions, "max_time_us"))
     max_loss: Several[Ceiling] = Field([], description=description_of(SolveOptions, "max_loss"))
     quantizer: Several[QuantizerName] = Field(["gptq"], description=description_of(CalibrateOptions, "quantizer"))
+    tuned: Several[bool] = Field([False], description="whether the checkpoint's weights are tuned (docs/tuning.md)")
 
     @model_validator(mode="after")
     def _one_goal(self) -> "Sweep":
         goals = self.model_fields_set & {"r", "max_time_us", "max_loss"}
         if len(goals) > 1:
             raise ValueError(f"{' and '.join(sorted(goals))} exclude each other; use one of them in a grid")
-        for name in {"budget_bits", "tokens", "granularity", "quantizer"} | (goals or {"r"}):
+        for name in {"budget_bits", "tokens", "granularity", "quantizer", "tuned"} | (goals or {"r"}):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty; list at least one value")
         return self
+
+
+class Tune(Descent, Section):
+    """Tuning of the checkpoints that `sweep[].tuned` asks for, on the calibration text."""
 
 
 class Evaluate(TextAmount, Section):
@@ -180,8 +186,8 @@ class Runtime(Forward, Section):
 
     layers_per_job: Annotated[Count | None, Flag("LAYERS")] = Field(
         None,
-        description="decoder layers per job of trace, capture and calibrate, null for one job each; results do not"
-        " depend on it",
+        description="decoder layers per job of trace, capture, calibrate and tune, null for one job each; results do"
+        " not depend on it",
     )
 
 
@@ -202,6 +208,7 @@ class Config(Section):
     baselines: list[QuantizerName] = Field(
         ["rtn", "gptq"], description="quantizers of the uniform baselines: the best single scheme within each budget"
     )
+    tune: Tune = Field(default_factory=lambda: Tune())
     evaluate: Evaluate
     runtime: Runtime = Field(default_factory=lambda: Runtime())
 

@@ -34,16 +34,25 @@ class Borders:
     """A folder of border files for one text, tokens int64 [S, L], one model and one ``step`` with its options.
 
     What an earlier run with another text, model, code or option left there is removed, and so is what is damaged.
-    ``layout``: of a border's file.
+    ``layout``: of a border's file. A step with two streams has a ``stream`` folder for each; ``sources``: files besides
+    the model's that decide what passes through.
     """
 
-    def __init__(self, model: StreamedModel, tokens: torch.Tensor, step: str, options: Waiting) -> None:
-        self.folder, self.tokens = options.waiting_room, tokens
+    def __init__(
+        self,
+        model: StreamedModel,
+        tokens: torch.Tensor,
+        step: str,
+        options: Waiting,
+        stream: str = "",
+        sources: Sequence[Path] = (),
+    ) -> None:
+        self.folder, self.tokens = options.waiting_room / stream, tokens
         key = {
             "options": options.deciding(),
             "code": stamps(step, without=() if model.folder.is_packed else PACKED_MODULES),
             "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
-            "checkpoint": options.made_from or file_marks(model.folder.sources),
+            "checkpoint": options.made_from or file_marks([*model.folder.sources, *sources]),
         }
         self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "hidden": (model.dtype, (*tokens.shape, model.model.config.hidden_size))

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mxmoe_steps.models.families import Family
+if TYPE_CHECKING:
+    from mxmoe_steps.models.families import Family
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -62,7 +63,7 @@ class Gating:
         return (change + (biased - clamped)).clamp(-self.limit - clamped, self.limit - clamped)
 
 
-def gating_of(family: Family, config: Mapping[str, Any]) -> Gating:
+def gating_of(family: "Family", config: Mapping[str, Any]) -> Gating:
     """Gating of a model's experts, without biases, from its ``config.json``.
 
     Activations are spelled out here because importing those of transformers takes seconds.

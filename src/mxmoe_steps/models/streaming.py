@@ -181,6 +181,16 @@ class StreamedModel:
         """Tokens whose logits may exist at one time: a vocabulary is wide."""
         return max(1, _LOGITS // self.model.config.vocab_size)
 
+    def shared_factor(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Factor of the shared expert's output, float32 [T], for what enters the experts, [T, H]; None without one."""
+        family = self.folder.family
+        if family.shared is None:
+            return None
+        if family.shared_gate is None:
+            return torch.ones(len(hidden), device=hidden.device)
+        gate = self.moe(layer).get_submodule(family.shared_gate)
+        return torch.sigmoid(gate(hidden)).squeeze(-1).float()
+
     def moe(self, layer: int) -> Any:
         """Router, experts and shared expert of a decoder layer."""
         return self.model.get_submodule(moe_path(layer))

@@ -21,6 +21,7 @@ from mxmoe_steps.options.base import (
     Settings,
     StepOptions,
     Threads,
+    description_of,
 )
 from mxmoe_steps.values import from_json
 
@@ -73,6 +74,17 @@ class TextAmount(Options):
 
     sequences: Sequences = Field(32, description="sequences per text")
     length: Length = Field(512, description="tokens per sequence")
+
+
+class CalibrationAmount(TextAmount):
+    """How much calibration text. 128 x 2048 tokens are 8 or more a feature and expert in models of today
+    (docs/tuning.md).
+    """
+
+    sequences: Sequences = Field(
+        128, description="calibration sequences of every domain: of the text, or of each member of a mix"
+    )
+    length: Length = Field(2048, description=description_of(TextAmount, "length"))
 
 
 class Texts(Options):

@@ -144,7 +144,7 @@ def code_values(codes: torch.Tensor, scheme: Scheme) -> torch.Tensor:
 
 def dequantize(scheme: Scheme, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """float32 [..., N, K] of codes [..., N, K], scales and zero points [..., N, G]."""
-    scales, zeros = scales.float(), _fixed_zeros(scheme, scales) if zeros is None else zeros.float()
+    scales, zeros = scales.float(), fixed_zeros(scheme, scales) if zeros is None else zeros.float()
     offsets = _offsets(scales, zeros)
     values = _grouped(code_values(codes, scheme), scheme) * scales.unsqueeze(-1) + offsets.unsqueeze(-1)
     return values.flatten(-2)[..., : codes.shape[-1]].contiguous()
@@ -234,7 +234,7 @@ def quantize_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return codes.mul_(scale)
 
 
-def _fixed_zeros(scheme: Scheme, scales: torch.Tensor) -> torch.Tensor:
+def fixed_zeros(scheme: Scheme, scales: torch.Tensor) -> torch.Tensor:
     value = 0.0 if scheme.e4m3_weights or scheme.floats is not None else float(2 ** (scheme.weight_bits - 1))
     return torch.full_like(scales, value, dtype=torch.float32)
 
@@ -268,7 +268,7 @@ def _nonzero(scales: torch.Tensor) -> torch.Tensor:
 def _make_grid(scheme: Scheme, low: torch.Tensor, high: torch.Tensor, levels: int) -> Grid:
     if scheme.symmetric:
         scales = _to_bf16(_nonzero(high / (2 ** (scheme.weight_bits - 1) - 0.5)))
-        return Grid(scheme, scales, _fixed_zeros(scheme, high))
+        return Grid(scheme, scales, fixed_zeros(scheme, high))
     scales = _to_bf16(_nonzero(torch.where(high > low, (high - low) / levels, low.abs())))
     return Grid(scheme, scales, _to_bf16(-low / scales))
 

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from mxmoe_steps.reporting.summary import time_columns
+from mxmoe_steps.reporting.summary import TUNED_KIND, time_columns
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 mpl.rcParams.update({"svg.hashsalt": "mxmoe", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
@@ -57,13 +57,14 @@ def quality(table: pd.DataFrame) -> str:
     figure = Figure(figsize=(13.0 if compared else 9.5, 3.6))
     left, right, *beside = figure.subplots(1, 3 if compared else 2)
     for name, series in _series(table):
-        colour, marker = STYLE[name]
+        colour, marker, fill = _style(name)
         series = series.sort_values("bits")
         line = "--" if name.startswith("uniform") else "-"
         for axis, metric in ((left, "kl"), (right, "perplexity")):
             size = 9 if marker == "*" else 6
             label = name if name.startswith("uniform") else f"ours, per {name}"
-            axis.plot(series["bits"], series[metric], line, color=colour, marker=marker, ms=size, label=label, lw=1)
+            look = {"color": colour, "marker": marker, "ms": size, "fillstyle": fill, "lw": 1}
+            axis.plot(series["bits"], series[metric], line, label=label, **look)
     original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
     right.axhline(original, color="#2e6f95", lw=0.8, ls=":", label="original")
     left.set(ylabel="KL from the original, nats per token", xlabel="bits per expert weight")
@@ -91,9 +92,17 @@ def _beside_uniform(axis: Any, table: pd.DataFrame) -> None:
 
 
 def _series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(style name, rows): uniform kinds, and ours by granularity."""
-    names = table["kind"].where(table["kind"] != "ours", table["granularity"])
-    return [(name, table[names == name]) for name in STYLE if (names == name).any()]
+    """(name, rows): uniform kinds, and ours by granularity, those that are tuned apart."""
+    tuned = table["kind"].str.endswith(TUNED_KIND).map({True: TUNED_KIND, False: ""})
+    names = table["kind"].where(~table["kind"].str.startswith("ours"), table["granularity"] + tuned)
+    known = [name + tuned for name in STYLE for tuned in ("", TUNED_KIND)]
+    return [(name, table[names == name]) for name in known if (names == name).any()]
+
+
+def _style(name: str) -> tuple[str, str, Literal["full", "none"]]:
+    """Colour, marker and its filling: those of tuned checkpoints are hollow."""
+    colour, marker = STYLE[name.removesuffix(TUNED_KIND)]
+    return colour, marker, "none" if name.endswith(TUNED_KIND) else "full"
 
 
 def speed(table: pd.DataFrame, estimate: bool) -> str:
@@ -104,10 +113,11 @@ def speed(table: pd.DataFrame, estimate: bool) -> str:
     original = table[table["kind"] == "original"].iloc[0]
     for axis, (column, tokens) in zip(axes, columns.items(), strict=True):
         for name, series in _series(table):
-            colour, marker = STYLE[name]
+            colour, marker, fill = _style(name)
             size = 80 if marker == "*" else 30
             label = name if name.startswith("uniform") else f"ours, per {name}"
-            axis.scatter(series[column], series["kl"], color=colour, marker=marker, s=size, label=label)
+            look = {"edgecolors": colour, "facecolors": colour if fill == "full" else "none", "marker": marker}
+            axis.scatter(series[column], series["kl"], s=size, label=label, **look)
         axis.axvline(original[column], color="#2e6f95", lw=0.8, ls=":", label="original (16 bits)")
         label = "estimated" if estimate else "predicted"
         axis.set(title=f"{tokens} tokens in a step", xlabel=f"{label} time of a layer, µs")

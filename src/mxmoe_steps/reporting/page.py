@@ -86,6 +86,6 @@ def domains_html(table: pd.DataFrame) -> str:
 
 
 def _name(row: Any) -> str:
-    if row["kind"] == "ours":
-        return f"ours, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
+    if row["kind"].startswith("ours"):
+        return f"{row['kind']}, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
     return f"{row['kind']}, {row['scheme']}"

@@ -8,6 +8,8 @@ import pandas as pd
 
 from mxmoe_steps.quantizers.names import is_rotated
 
+TUNED_KIND = " tuned"  # at the end of a kind of checkpoint
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -19,12 +21,12 @@ class Checkpoint:
 
     @property
     def kind(self) -> str:
-        """``original``, ``uniform`` with the quantizer, or ``ours``."""
+        """``original``, ``uniform`` with the quantizer, or ``ours``; the last two may be ``tuned``."""
         if self.allocation is None:
             return "original"
-        if self.allocation["granularity"] == "uniform":
-            return f"uniform {self.allocation['quantizer']}"
-        return "ours"
+        uniform = self.allocation["granularity"] == "uniform"
+        kind = f"uniform {self.allocation['quantizer']}" if uniform else "ours"
+        return kind + TUNED_KIND if self.metrics.get("tuned") else kind
 
     @property
     def scheme(self) -> str:
@@ -52,7 +54,7 @@ def summary_table(
     rows = []
     for checkpoint in checkpoints:
         allocation = checkpoint.allocation or {}
-        ours = checkpoint.kind == "ours"
+        ours = checkpoint.kind.startswith("ours")
         size, original = checkpoint.metrics["weights_bytes"], checkpoint.metrics["published"]
         rows.append(
             {
@@ -106,7 +108,7 @@ def prediction_errors(table: pd.DataFrame) -> dict[int, list[float]]:
 
 
 def uniform_beside(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The uniform checkpoint of the same budget and quantizer, or the best one of that budget; None without any."""
+    """The uniform checkpoint of the same budget and quantizer, tuned if this one is, or what comes near; or None."""
     assert checkpoint.allocation is not None
     quantizer, budget = checkpoint.allocation["quantizer"], checkpoint.allocation["budget_bits"]
     uniform = [
@@ -116,7 +118,11 @@ def uniform_beside(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> Che
     ]
     return min(
         uniform,
-        key=lambda other: (other.kind != f"uniform {quantizer}", other.metrics["overall"]["kl"]),
+        key=lambda other: (
+            other.kind.endswith(TUNED_KIND) != checkpoint.kind.endswith(TUNED_KIND),
+            other.kind.removesuffix(TUNED_KIND) != f"uniform {quantizer}",
+            other.metrics["overall"]["kl"],
+        ),
         default=None,
     )
 
@@ -159,7 +165,7 @@ def _listed(ratios: dict[str, float]) -> str:
 
 def domain_lines(checkpoints: list[Checkpoint]) -> list[str]:
     """One line per budget: how our best checkpoint fares on every text beside the uniform one, the worst first."""
-    ours = [checkpoint for checkpoint in checkpoints if checkpoint.kind == "ours"]
+    ours = [checkpoint for checkpoint in checkpoints if checkpoint.kind.startswith("ours")]
     best: dict[float, Checkpoint] = {}
     for checkpoint in sorted(ours, key=lambda one: float(one.metrics["overall"]["kl"]), reverse=True):
         assert checkpoint.allocation is not None
@@ -175,8 +181,10 @@ def domain_lines(checkpoints: list[Checkpoint]) -> list[str]:
 
 
 def _place(kind: str) -> tuple[Any, ...]:
-    """The original, then uniform ones, rounding first and rotated ones last, then ours."""
-    return {"original": 0, "ours": 2}.get(kind, 1), is_rotated(kind), not kind.startswith("uniform rtn"), kind
+    """The original, then uniform ones, rounding first and rotated ones last, then ours; tuned ones last."""
+    plain = kind.removesuffix(TUNED_KIND)
+    place = {"original": 0, "ours": 2}.get(plain, 1)
+    return place, kind != plain, is_rotated(plain), not kind.startswith("uniform rtn"), kind
 
 
 def _goal(allocation: dict[str, Any]) -> str:
@@ -199,16 +207,18 @@ def headlines(table: pd.DataFrame) -> list[str]:
     original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
     lines = []
     for budget, within in table.groupby("budget_bits"):
-        ours = within[within["kind"] == "ours"].sort_values("kl")
+        is_ours = within["kind"].str.startswith("ours")
+        ours = within[is_ours].sort_values("kl")
         if ours.empty:
             continue
         best = ours.iloc[0]
         uniform = [
             f"{row['kind']} {row['scheme'].split('_')[0]} {row['perplexity']:.2f} (KL {row['kl']:.4f})"
-            for _, row in within[within["kind"] != "ours"].iterrows()
+            for _, row in within[~is_ours].iterrows()
         ]
+        tuned = ", tuned" if best["kind"].endswith(TUNED_KIND) else ""
         lines.append(
             f"{budget:g} bits: perplexity {best['perplexity']:.2f} (KL {best['kl']:.4f}) with one scheme per "
-            f"{best['granularity']}; {', '.join(uniform)}; original {original:.2f}"
+            f"{best['granularity']}{tuned}; {', '.join(uniform)}; original {original:.2f}"
         )
     return lines

@@ -39,8 +39,8 @@ def _columns(row: Mapping[str, str]) -> dict[str, str]:
 
 
 def _name(row: Mapping[str, str]) -> str:
-    if row["kind"] == "ours":
-        return f"ours, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
+    if row["kind"].startswith("ours"):
+        return f"{row['kind']}, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
     return f"{row['kind']}, {row['scheme']}"
 
 
