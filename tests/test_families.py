@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 import mxmoe_steps
 from mxmoe_steps import calibrate, quantize
 from mxmoe_steps.allocation.files import write_allocation
-from mxmoe_steps.models.families import FAMILIES, open_model
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.schemes import SHARED
 

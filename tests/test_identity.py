@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from mxmoe_steps import calibrate
-from mxmoe_steps.models.families import FAMILIES
+from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.quantizers.grid import from_tensors
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table

@@ -21,7 +21,8 @@ from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architectures import PHASES
 from mxmoe_steps.kernels.plan import LayerPlan
-from mxmoe_steps.models.families import FAMILIES, moe_path, open_model
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import open_model
 from mxmoe_steps.schemes import SHARED
 
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
@@ -70,7 +71,7 @@ def test_every_family_with_kernels_gives_the_logits_of_the_reference(
         move(model)
         got = model(tokens).logits.float()
     for layer in open_model(path).moe_layers:
-        assert isinstance(model.get_submodule(moe_path(layer)), gpu.KernelMoe)
+        assert isinstance(model.get_submodule(FAMILIES[family].moe_path(layer)), gpu.KernelMoe)
     assert {name for name, _ in model.named_parameters()} == names
     # Rounded to bfloat16 in other places, which flips an 8-bit code or a router's choice now and then.
     assert (got - expected).norm() / expected.norm() < 0.06
@@ -87,7 +88,7 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
     model = mxmoe_steps.load_quantized(str(make_packed(tmp_path, "qwen3_moe", ["w4a16"])))
     move(model)
     with pytest.raises(UserError, match="in kernel order on cpu, their input is on meta"):
-        model.get_submodule(moe_path(0))(torch.empty(1, 2, 128, device="meta"))
+        model.get_submodule("model.layers.0.mlp")(torch.empty(1, 2, 128, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ def test_layers_without_a_kernel_stay_and_say_why(
         move(model)
     assert "layers 0-1 run reference arithmetic (" in caplog.text
     assert why in caplog.text
-    assert not isinstance(model.get_submodule(moe_path(0)), gpu.KernelMoe)
+    assert not isinstance(model.get_submodule("model.layers.0.mlp"), gpu.KernelMoe)
     model(torch.arange(5)[None])
 
 
@@ -146,7 +147,7 @@ def test_some_layers_may_have_kernels_and_others_not(
 
 def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> None:
     path = make_packed(tmp_path, "qwen2_moe", ["w8a8_fp8", "w4a16"])
-    moe = mxmoe_steps.load_quantized(str(path)).get_submodule(moe_path(0))
+    moe = mxmoe_steps.load_quantized(str(path)).get_submodule("model.layers.0.mlp")
     family = FAMILIES["qwen2_moe"]
     experts = gpu.expert_modules(moe, family)
     here, plan = (gpu.plan_of(experts, family, "silu", elsewhere) for elsewhere in (False, True))

@@ -42,10 +42,8 @@ Assignment = dict[tuple[int, int], tuple[str, str, str]]
 
 def packed_name(folder: "ModelFolder", layer: int, expert: int, block: str, part: str) -> str:
     """Name of a packed tensor in our checkpoints: the module path in transformers, for every family."""
-    from mxmoe_steps.models.families import moe_path
-
     inner = folder.family.shared if expert == SHARED else f"experts.{expert}"
-    return f"{moe_path(layer)}.{inner}.{block}_proj.{part}"
+    return f"{folder.family.moe_path(layer)}.{inner}.{block}_proj.{part}"
 
 
 def quantization_config(assignment: Assignment, quantizer: str) -> dict[str, Any]:
@@ -69,6 +67,8 @@ def checkpoint_tensors(
     replaced: list[tuple[str, RawTensor]] = []
     for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
+            if block not in folder.family.own_blocks:
+                continue
             original.pop(folder.place(layer, expert, block).tensor, None)  # one of all experts goes with the first
             if folder.family.biased:
                 original.pop(folder.place(layer, expert, block, "bias").tensor, None)

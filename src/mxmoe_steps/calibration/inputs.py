@@ -31,15 +31,21 @@ class Batch:
     scale: torch.Tensor
     gradient: torch.Tensor | None
 
+    def with_scaled_inputs(self) -> "Batch":
+        """The same tokens where router weights multiply what enters the expert."""
+        return Batch(self.x * self.scale.unsqueeze(-1), torch.ones_like(self.scale), self.gradient)
+
 
 class LayerInputs:
     """Captured tensors of one layer; tokens are sorted by expert once and gathered a batch at a time.
 
     ``tensors`` are those of `capture`: ``hidden`` [T, H], ``ids`` [T, k], ``weights`` [T, k], and where there are any
-    ``shared`` [T] and ``gradient`` [T, H], in the precision in which they were captured.
+    ``shared`` [T] and ``gradient`` [T, H], in the precision in which they were captured. ``scales_inputs``: router
+    weights multiply what enters a routed expert.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], experts: int) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], experts: int, scales_inputs: bool = False) -> None:
+        self._scales_inputs = scales_inputs
         self.hidden = tensors["hidden"]
         self.shared = tensors.get("shared")
         self.gradient = tensors.get("gradient")
@@ -50,7 +56,9 @@ class LayerInputs:
         self._top_k = tensors["ids"].shape[1]
 
     @classmethod
-    def read(cls, paths: Sequence[Path], experts: int, device: torch.device) -> "Iterator[LayerInputs]":
+    def read(
+        cls, paths: Sequence[Path], experts: int, device: torch.device, scales_inputs: bool = False
+    ) -> "Iterator[LayerInputs]":
         """From files of `capture`, the next one read while one is in use; `UserError` for damaged data."""
         if not paths:
             return
@@ -60,7 +68,8 @@ class LayerInputs:
                 tensors = following.result()
                 if path is not None:
                     following = pool.submit(_read, path, experts, device)
-                yield cls({name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}, experts)
+                there = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+                yield cls(there, experts, scales_inputs)
 
     def __len__(self) -> int:
         """Tokens T."""
@@ -84,7 +93,8 @@ class LayerInputs:
                 yield self._batch(rows, self.shared[rows])
             return
         for places in self._places[expert].split(_BATCH):
-            yield self._batch(places // self._top_k, self._weights[places])
+            batch = self._batch(places // self._top_k, self._weights[places])
+            yield batch.with_scaled_inputs() if self._scales_inputs else batch
 
     def _batch(self, rows: slice | torch.Tensor, scale: torch.Tensor) -> Batch:
         gradient = None if self.gradient is None else self.gradient[rows].float()
@@ -99,7 +109,7 @@ def check_captured(files: dict[int, Path], folder: ModelFolder) -> None:
         facts, tensors = file.facts(CaptureFacts), file.tensors
         if facts["model"] != model or facts["layer"] != layer:
             raise file.error("was captured of another model or layer")
-        tokens, hidden = facts["sequences"] * facts["length"], folder.config["hidden_size"]
+        tokens, hidden = facts["sequences"] * facts["length"], folder.text["hidden_size"]
         top_k = tensors["ids"].shape[-1] if "ids" in tensors and tensors["ids"].shape else 0
         known = [
             file.tensor("hidden", FLOATING, (tokens, hidden)),

@@ -8,7 +8,7 @@ from typing import Any
 from mxmoe_steps.errors import UserError
 
 INDEX = "model.safetensors.index.json"
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # depends on the family
 _SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts_per_tok", "max_position_embeddings")
 _QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # ModelOpt, GPTQ, AWQ
 _DEQUANTIZING = {"mxfp4": "Mxfp4Config", "fp8": "FineGrainedFP8Config"}  # method -> its transformers configuration

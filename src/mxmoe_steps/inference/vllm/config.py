@@ -9,7 +9,7 @@ from packaging.version import Version
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FAMILIES, Family
+from mxmoe_steps.models.adapters import FAMILIES, Family
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
