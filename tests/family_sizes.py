@@ -57,7 +57,10 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "exaone_moe": {"num_experts": 4, "num_shared_experts": 1, **_WINDOW_FIRST, **_SPARSE_LAST},
     "afmoe": {"num_experts": 4, "num_shared_experts": 1, "num_dense_layers": 1, "mup_enabled": True, **_WINDOW_FIRST},
     "flex_olmo": {"num_experts": 4},
-    "mimo_v2_flash": {"n_routed_experts": 4, "num_key_value_heads": 4, "num_attention_heads": 4, **_SPARSE_LAST},
+    "mimo_v2_flash": {
+        "n_routed_experts": 4, "num_key_value_heads": 1, "head_dim": 48, "v_head_dim": 32, "sliding_window": 8,
+        "layer_types": ["full_attention", "sliding_attention"], **_SPARSE_LAST,
+    },
     "kimi_linear": {
         "num_experts": 4, "num_experts_per_token": 2, "num_shared_experts": 1, "linear_head_dim": 16,
         "linear_num_heads": 2, "layer_types": ["linear_attention", "full_attention"], **_LATENT, **_SPARSE_LAST,

@@ -85,6 +85,11 @@ def check_precision(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Decoder layers of a ``config.json`` that `check_sizes` has seen: their number, or that of their listed types."""
+    return int(config["num_hidden_layers"] if "num_hidden_layers" in config else len(config["layers_block_type"]))
+
+
 def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
     """`UserError` for a number of layers, experts or features that is missing or no number."""
     experts = [key for key in EXPERT_COUNTS if key in config]
@@ -92,7 +97,7 @@ def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{folder}/config.json: none of the keys {', '.join(EXPERT_COUNTS)} says how many experts there are"
         )
-    if "num_hidden_layers" not in config:
+    if "num_hidden_layers" not in config and not isinstance(config.get("layers_block_type"), list):
         raise UserError(f"{folder}/config.json: num_hidden_layers is missing; download the file again")
     for key in (*_SIZES, *experts):
         value = config.get(key, 1)

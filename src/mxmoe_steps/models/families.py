@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.adapters import Family, family_of
-from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, read_index
+from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, layer_count, read_config, read_index
 from mxmoe_steps.models.places import Place
 from mxmoe_steps.models.raw import FLOATS, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
@@ -49,6 +49,11 @@ class ModelFolder:
     def experts(self) -> int:
         """Routed experts per layer."""
         return int(next(self.text[key] for key in EXPERT_COUNTS if key in self.text))
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, with experts or without."""
+        return layer_count(self.text)
 
     @property
     def vocabulary(self) -> int:
@@ -127,7 +132,7 @@ class ModelFolder:
             return sorted(map(int, self.config["quantization_config"]["blocks"]))
         inside = re.compile(self._in_layers(r"(\d+)", ("experts.", *self.family.stacked)))
         layers = {int(match[1]) for match in map(inside.match, self.files) if match}
-        found = sorted(layers & set(range(int(self.text["num_hidden_layers"]))))
+        found = sorted(layers & set(range(self.layers)))
         if not found:
             raise UserError(self._no_experts())
         return found
