@@ -15,6 +15,7 @@ from mxmoe_steps.models.borders import Borders, runs_of
 from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.options.shared import Waiting
+from mxmoe_steps.schemes import BLOCKS, SHARED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -72,6 +73,22 @@ def make_checkpoint(family: str, path: Path, **extra: Any) -> None:
 def moe_of(model: Any, family: str, layer: int) -> Any:
     """A layer's MoE module, or the layer where experts are its own."""
     return model.get_submodule(FAMILIES[family].moe_path(layer))
+
+
+def block_weight(moe: Any, family: str, expert: int, block: str) -> torch.Tensor:
+    """A view of one block's weight [N, K] inside the whole layer."""
+    if expert == SHARED:
+        return getattr(getattr(moe, str(FAMILIES[family].shared)), f"{block}_proj").weight
+    if family == "nemotron_h":
+        return getattr(moe.experts, f"{block}_proj")[expert]
+    down, gate_up = moe.experts.down_proj[expert], moe.experts.gate_up_proj[expert]
+    if family == "gpt_oss":
+        return (down if block == "down" else gate_up[:, BLOCKS.index(block) :: 2]).T
+    if family == "llama4":
+        return (down if block == "down" else gate_up.chunk(2, -1)[BLOCKS.index(block)]).T
+    if block == "down":
+        return down
+    return gate_up.chunk(2)[BLOCKS.index(block)]
 
 
 def capture_tokens(checkpoint: Path, tokens: torch.Tensor, out: Path, batch: int = 2) -> dict[int, dict[str, Any]]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import capture_tokens, make_checkpoint, moe_of
+from checkpoints import block_weight, capture_tokens, make_checkpoint, moe_of
 from safetensors.torch import load_file
 
 from mxmoe_steps import calibrate
@@ -13,27 +13,11 @@ from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.loading import auto_class
 from mxmoe_steps.quantizers.grid import from_tensors
-from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 SCHEME = parse_scheme("w3a16_g32")
 ALIKE: set[str] = set()
-
-
-def block_weight(moe: Any, family: str, expert: int, block: str) -> torch.Tensor:
-    """A view of one block's weight [N, K] inside the whole layer."""
-    if expert == SHARED:
-        return getattr(getattr(moe, str(FAMILIES[family].shared)), f"{block}_proj").weight
-    if family == "nemotron_h":
-        return getattr(moe.experts, f"{block}_proj")[expert]
-    down, gate_up = moe.experts.down_proj[expert], moe.experts.gate_up_proj[expert]
-    if family == "gpt_oss":
-        return (down if block == "down" else gate_up[:, BLOCKS.index(block) :: 2]).T
-    if family == "llama4":
-        return (down if block == "down" else gate_up.chunk(2, -1)[BLOCKS.index(block)]).T
-    if block == "down":
-        return down
-    return gate_up.chunk(2)[BLOCKS.index(block)]
 
 
 def output_of(moe: Any, family: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
