@@ -5,8 +5,6 @@ that. Stdlib only.
 """
 
 from dataclasses import dataclass
-from typing import Any
-
 from mxmoe_steps.models.families import ModelFolder
 
 _START = 3 << 30  # Python, PyTorch and, on a GPU node, CUDA
@@ -28,7 +26,7 @@ class Sizes:
     @classmethod
     def of(cls, model: ModelFolder) -> "Sizes":
         """From ``config.json``."""
-        config: dict[str, Any] = model.config
+        config = model.text
         hidden = int(config["hidden_size"])
         dense = int(config.get("intermediate_size") or 0)
         width = int(config.get("moe_intermediate_size") or dense)

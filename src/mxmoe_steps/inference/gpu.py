@@ -63,13 +63,14 @@ class KernelMoe(nn.Module):
         """[..., H] to [..., H]."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
-            _, weights, expert_ids = getattr(self, self.family.router)(tokens, *self._router_bias())
+            _, weights, expert_ids = getattr(self, self.family.router)(*self._routed_by(tokens))
         out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
         return out.to(hidden.dtype).view(hidden.shape)
 
-    def _router_bias(self) -> list[Any]:
-        name = self.family.router_bias
-        return [] if name is None else [getattr(self, name)]
+    def _routed_by(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What the family's router is called with."""
+        bias = [] if self.family.router_bias is None else [getattr(self, self.family.router_bias)]
+        return [tokens.unsqueeze(0) if self.family.batched_router else tokens, *bias]
 
     def _save_to_state_dict(self, *_: Any) -> None:
         raise UserError(IN_KERNEL_ORDER)

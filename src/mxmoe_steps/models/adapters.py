@@ -22,7 +22,8 @@ class Family:
     Modules of transformers, by path: ``decoder`` has ``layers``, an ``embedding`` and a ``norm``; ``head`` is the
     language-model head. ``moe`` is the MoE module in a layer, empty where experts and router are the layer's own;
     ``shared`` is the shared expert in it, ``shared_gate`` the gate of that, and ``router`` what routes: on hidden
-    states and, where ``router_bias`` names one, a tensor of the MoE module. ``is_wrapper``: a vision-language model,
+    states, [1, T, H] where it is ``batched_router``, else [T, H], and, where ``router_bias`` names one, a tensor of the
+    MoE module. ``is_wrapper``: a vision-language model,
     of which ``text_config`` describes the language model.
 
     The checkpoint: names of the decoder begin with one of ``prefixes``; the MoE module is ``stored_moe`` there, unless
@@ -46,6 +47,7 @@ class Family:
     moe: str = "mlp"
     router: str = "gate"
     router_bias: str | None = None
+    batched_router: bool = False
     shared: str | None = None
     shared_gate: str | None = None
     shared_count: str | None = None
@@ -142,7 +144,7 @@ FAMILIES: Mapping[str, Family] = {
     "hunyuan_v1_moe": Family(shared="shared_mlp"),
     "solar_open": _SHARED,
     "exaone_moe": _SHARED,
-    "afmoe": replace(_SHARED, router="router", router_bias="expert_bias"),
+    "afmoe": replace(_SHARED, router="router", router_bias="expert_bias", batched_router=True),
     "flex_olmo": Family(),
     "mimo_v2_flash": Family(),
     "kimi_linear": replace(_MIXTRAL, shared="shared_experts"),

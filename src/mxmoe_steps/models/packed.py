@@ -136,10 +136,11 @@ class ScaledExperts(MixedExperts):
     def each(self, scaled: torch.Tensor) -> torch.Tensor:
         """What the operator computes."""
         result = torch.zeros_like(scaled)
-        for expert, tokens, out in zip(self, scaled.chunk(len(self)), result.chunk(len(self)), strict=True):
-            (routed,) = tokens.any(-1).nonzero(as_tuple=True)
-            if len(routed):
-                out[routed] = expert(tokens[routed])
+        (routed,) = scaled.any(-1).nonzero(as_tuple=True)
+        for number, expert in enumerate(self):
+            own = routed[routed // (len(scaled) // len(self)) == number]
+            if len(own):
+                result[own] = expert(scaled[own])
         return result
 
 
