@@ -4,7 +4,7 @@
 
 A region is <!-- table: NAME -->...<!-- end -->: lines of their own for a table, a part of a line for figures in a
 sentence. `TABLES` makes each from `docs/measurements/*.json`, the files that benchmarks write with --out, from
-`mixed_allocations.json`, or from the time model fitted to the measurements in `timing/profiles`. A test holds that no
+`mixed_allocations.json`, from the table of model families, or from the time model fitted to the measurements in `timing/profiles`. A test holds that no
 region is out of date.
 """
 
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mxmoe_steps.models.__main__ import FAMILY_HEAD, family_rows, refused_rows
 from mxmoe_steps.timing.estimate import measured_file
 from mxmoe_steps.timing.fit import fit
 from mxmoe_steps.timing.measurements import read_measurements
@@ -209,6 +210,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate-steps": generate_steps,
     "generate-tokens": generate_tokens,
     "generate-ratios": generate_ratios,
+    "families": lambda: markdown(FAMILY_HEAD, family_rows()),
+    "refused": lambda: markdown(("refused", "because"), refused_rows()),
 }
 
 

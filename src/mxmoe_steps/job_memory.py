@@ -11,6 +11,10 @@ _START = 3 << 30  # Python, PyTorch and, on a GPU node, CUDA
 _LIGHT = 2 << 30  # steps without PyTorch
 _WORKSPACE = 8 << 30  # `calibration.weights` quantizes as many experts at a time as fit
 _LOGITS = 4 * (4 << 25)  # `streaming` has at most this many bytes of them and of what is computed from them
+_SHARED_WIDTHS = (
+    "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+)
+_SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _ACTIVATIONS = 16  # copies of a run's hidden states that are alive within a layer
 
 
@@ -30,7 +34,9 @@ class Sizes:
         hidden = int(config["hidden_size"])
         dense = int(config.get("intermediate_size") or 0)
         width = int(config.get("moe_intermediate_size") or dense)
-        shared = int(config.get("shared_expert_intermediate_size") or width * int(config.get("n_shared_experts") or 0))
+        alone = next((config[key] for key in _SHARED_WIDTHS if config.get(key)), 0)
+        together = next((config[key] for key in _SHARED_COUNTS if config.get(key)), int(model.family.shared is not None))
+        shared = int(alone or width * together)
         experts = 3 * hidden * (model.experts * width + shared)
         return cls(
             max(experts, 3 * hidden * dense) + 8 * hidden**2, experts, int(config["vocab_size"]) * hidden, hidden

@@ -193,7 +193,23 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-REFUSED: Mapping[str, str] = {}
+SERVED = frozenset(  # what vLLM's own test of ours has seen (docs/serving.md)
+    "qwen2_moe qwen3_moe olmoe mixtral phimoe minimax deepseek_v2 deepseek_v3 glm4_moe dots1 gpt_oss".split()
+)
+
+REFUSED: Mapping[str, str] = {
+    "dbrx": "experts lie in one matrix of all experts' rows, which is no linear block of its own",
+    "deepseek_v4": "a layer takes several streams of hidden states, not one",
+    "diffusion_gemma": "it generates by diffusion, and has no next token whose likelihood could be measured",
+    "doge": "experts are single rows of an embedding, not linear blocks",
+    "ernie4_5_vl_moe": "a layer has two sets of experts, one for text and one for images",
+    "hy_v4": "a layer takes several streams of hidden states, not one",
+    "jetmoe": "attention has experts, too, and their router is not that of the MoE module",
+    "longcat_flash": "some experts have no weights, and a layer has two attentions",
+    "nllb_moe": "an encoder and a decoder, not one stack of layers",
+    "openai_privacy_filter": "it classifies tokens, and has no next token whose likelihood could be measured",
+    "switch_transformers": "an encoder and a decoder, not one stack of layers",
+}
 
 
 def family_of(where: Path, config: Mapping[str, Any]) -> Family:
