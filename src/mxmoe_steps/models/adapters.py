@@ -4,7 +4,7 @@ Facts of the published checkpoints and of transformers' model classes. Stdlib on
 weights straight from safetensors and never build a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -82,6 +82,17 @@ class Family:
     def moe_path(self, layer: int) -> str:
         """Path of a layer's MoE module in transformers, or of the layer where experts are its own."""
         return f"{self.layer_path(layer)}.{self.moe}" if self.moe else self.layer_path(layer)
+
+    def prefix_of(self, stored: Iterable[str]) -> str:
+        """With which of `prefixes` a checkpoint's names of the decoder begin; some were saved without ``model.``."""
+        starts = {before for before, layers, _ in (name.partition("layers.") for name in stored) if layers}
+        return next((prefix for prefix in self.prefixes if prefix in starts), self.prefixes[0])
+
+    def own_name(self, stored: str, prefix: str) -> str:
+        """The name of a checkpoint's tensor if the decoder's began with its path in transformers, not ``prefix``."""
+        if not stored.startswith(prefix) or (not prefix and stored.startswith(f"{self.head}.")):
+            return stored
+        return f"{self.decoder}.{stored.removeprefix(prefix)}"
 
     def text(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of ``config.json`` that describes the language model."""

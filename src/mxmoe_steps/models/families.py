@@ -88,14 +88,7 @@ class ModelFolder:
 
     @cached_property
     def _prefix(self) -> str:
-        """With which names of the decoder begin here: some were saved without a head, and so without ``model.``."""
-        known = self.family.prefixes
-        return next((prefix for prefix in known if f"{prefix}layers." in self._starts), known[0])
-
-    @cached_property
-    def _starts(self) -> set[str]:
-        """Names of tensors up to the first ``layers.``."""
-        return {f"{before}layers." for before, found, _ in (name.partition("layers.") for name in self._stored) if found}
+        return self.family.prefix_of(self._stored)
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name of a tensor in `files`."""
@@ -105,12 +98,7 @@ class ModelFolder:
     @cached_property
     def files(self) -> dict[str, Path]:
         """Tensor name -> safetensors file; names of the decoder begin with its path in transformers."""
-        return {self._own_name(name): file for name, file in self._stored.items()}
-
-    def _own_name(self, stored: str) -> str:
-        if not stored.startswith(self._prefix) or (not self._prefix and stored.startswith(f"{self.family.head}.")):
-            return stored
-        return f"{self.family.decoder}.{stored.removeprefix(self._prefix)}"
+        return {self.family.own_name(name, self._prefix): file for name, file in self._stored.items()}
 
     @property
     def dtype(self) -> str:

@@ -58,6 +58,8 @@ def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequ
     found: dict[str, RawTensor] = {}
     for file in files:
         found |= tensors_of(Path(file))
+    prefix = family.prefix_of(found)
+    found = {family.own_name(name, prefix): tensor for name, tensor in found.items()}
     folder = Path(files[0]).parent
     known = set()
     for layer, expert, block, path, module in packed_blocks(model, family, layers):
