@@ -4,8 +4,8 @@
 
 A region is <!-- table: NAME -->...<!-- end -->: lines of their own for a table, a part of a line for figures in a
 sentence. `TABLES` makes each from `docs/measurements/*.json`, the files that benchmarks write with --out, from
-`mixed_allocations.json`, from the table of model families, or from the time model fitted to the measurements in `timing/profiles`. A test holds that no
-region is out of date.
+`mixed_allocations.json`, from the tables of model families, or from the time model fitted to the measurements in
+`timing/profiles`. A test holds that no region is out of date.
 """
 
 import json

@@ -27,7 +27,6 @@ from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
-
 # The others' experts are like those of one of these; what calibrate makes of them is in test_identity
 CALIBRATED = {
     "qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "phimoe", "minimax", "deepseek_v2", "deepseek_v3", "glm4_moe",
@@ -161,9 +160,21 @@ def test_the_text_class_loads_the_language_model_of_a_wrapper(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("gemma4", {"num_kv_shared_layers": 1}, "num_kv_shared_layers 1 of gemma4 is not supported: a layer takes keys"),
-        ("glm_moe_dsa", {"indexer_types": ["full", "shared"]}, "indexer_types 'shared' of glm_moe_dsa .* shared indexer"),
-        ("nemotron_h", {"moe_latent_size": 32}, "moe_latent_size 32 of nemotron_h is not supported: routed experts see"),
+        (
+            "gemma4",
+            {"num_kv_shared_layers": 1},
+            "num_kv_shared_layers 1 of gemma4 is not supported: a layer takes keys",
+        ),
+        (
+            "glm_moe_dsa",
+            {"indexer_types": ["full", "shared"]},
+            "indexer_types 'shared' of glm_moe_dsa .* shared indexer",
+        ),
+        (
+            "nemotron_h",
+            {"moe_latent_size": 32},
+            "moe_latent_size 32 of nemotron_h is not supported: routed experts see",
+        ),
         ("mixtral", {"model_type": "longcat_flash"}, "'longcat_flash' is not supported: some experts have no weights"),
     ],
 )

@@ -103,7 +103,12 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
         ("gpt_oss", "w4a16", {}, "the kernels do not clamp gate and up"),
         ("gemma4", "w4a16", {"hidden_activation": "silu"}, "router and experts are no module of their own"),
         ("llama4", "w4a16", {"moe_layers": [0, 1]}, "router weights multiply inputs"),
-        ("nemotron_h", "w4a16", {"layers_block_type": ["moe", "moe", "attention"], "mlp_hidden_act": "silu"}, "experts have no gate"),
+        (
+            "nemotron_h",
+            "w4a16",
+            {"layers_block_type": ["moe", "moe", "attention"], "mlp_hidden_act": "silu"},
+            "experts have no gate",
+        ),
     ],
 )
 def test_layers_without_a_kernel_stay_and_say_why(

@@ -32,7 +32,9 @@ WINDOWS: dict[str, dict[str, Any]] = {  # attention that differs from layer to l
 }
 
 
-def whole_model(family: str, checkpoint: Path, tokens: torch.Tensor) -> tuple[dict[int, dict[str, Any]], list[torch.Tensor]]:
+def whole_model(
+    family: str, checkpoint: Path, tokens: torch.Tensor
+) -> tuple[dict[int, dict[str, Any]], list[torch.Tensor]]:
     """transformers' own forward and backward of everything: captured tensors by layer, and log-probabilities."""
     folder = open_model(checkpoint)
     model = auto_class(folder).from_pretrained(checkpoint, dtype=torch.float32).requires_grad_(False)
@@ -317,8 +319,8 @@ def test_a_broken_checkpoint_is_named(
 
 def test_an_unsupported_family_lists_the_supported_ones(deep_moe: Path, tmp_path: Path) -> None:
     config = json.loads((deep_moe / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "dbrx"}))
-    with pytest.raises(UserError, match="'dbrx' is not supported; supported are " + ", ".join(sorted(FAMILIES))):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bamba"}))
+    with pytest.raises(UserError, match="'bamba' is not supported; supported are " + ", ".join(sorted(FAMILIES))):
         StreamedModel(tmp_path, "float32", "cpu")
 
 

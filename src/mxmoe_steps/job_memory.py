@@ -5,6 +5,7 @@ that. Stdlib only.
 """
 
 from dataclasses import dataclass
+
 from mxmoe_steps.models.families import ModelFolder
 
 _START = 3 << 30  # Python, PyTorch and, on a GPU node, CUDA
@@ -12,7 +13,9 @@ _LIGHT = 2 << 30  # steps without PyTorch
 _WORKSPACE = 8 << 30  # `calibration.weights` quantizes as many experts at a time as fit
 _LOGITS = 4 * (4 << 25)  # `streaming` has at most this many bytes of them and of what is computed from them
 _SHARED_WIDTHS = (
-    "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
 )
 _SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _ACTIVATIONS = 16  # copies of a run's hidden states that are alive within a layer
@@ -35,7 +38,9 @@ class Sizes:
         dense = int(config.get("intermediate_size") or 0)
         width = int(config.get("moe_intermediate_size") or dense)
         alone = next((config[key] for key in _SHARED_WIDTHS if config.get(key)), 0)
-        together = next((config[key] for key in _SHARED_COUNTS if config.get(key)), int(model.family.shared is not None))
+        together = next(
+            (config[key] for key in _SHARED_COUNTS if config.get(key)), int(model.family.shared is not None)
+        )
         shared = int(alone or width * together)
         experts = 3 * hidden * (model.experts * width + shared)
         return cls(

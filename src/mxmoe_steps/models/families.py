@@ -12,17 +12,30 @@ from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.adapters import Family, family_of
-from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, layer_count, read_config, read_index
+from mxmoe_steps.models.description import (
+    EXPERT_COUNTS,
+    check_precision,
+    check_sizes,
+    layer_count,
+    read_config,
+    read_index,
+)
 from mxmoe_steps.models.places import Place
 from mxmoe_steps.models.raw import FLOATS, RawTensor, tensors_of
 from mxmoe_steps.schemes import BLOCKS, SHARED
-
 
 PACKED_MODULES = ("mxmoe_steps.models.quantizer",)  # what a model that is not packed never runs
 
 Parameter = Literal["weight", "bias"]
 
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2")  # `mxmoe_steps.models.gating` computes them
+ACTIVATIONS = (
+    "silu",
+    "swish",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+)  # `mxmoe_steps.models.gating` computes them
 
 # In config.json of our checkpoints; transformers quotes it where it is not registered (`models.quantizer`)
 EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe_steps before loading the model"
@@ -31,6 +44,7 @@ _TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelFolder:
@@ -239,7 +253,8 @@ def open_model(path: str | Path) -> ModelFolder:
     activation = family.text(config).get(family.activation, "silu")
     if activation not in ACTIVATIONS and not family.clamped:
         raise UserError(
-            f"{folder}/config.json: {family.activation} {activation!r} is not supported; known: {', '.join(ACTIVATIONS)}"
+            f"{folder}/config.json: {family.activation} {activation!r} is not supported;"
+            f" known: {', '.join(ACTIVATIONS)}"
         )
     return ModelFolder(folder, family, config)
 

@@ -37,7 +37,7 @@ def heard_calls(decoder: Any, norm: Any, inputs: dict[str, torch.Tensor], return
 
 
 def logits_of(owner: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """[n, V] of final hidden states [n, H]: what ``owner`` of ``lm_head`` makes of them when ``owner.model`` is done."""
+    """[n, V] of final hidden states [n, H]: what the head's ``owner`` makes of them when ``owner.model`` is done."""
     from transformers.modeling_outputs import BaseModelOutput
 
     class Done(BaseModelOutput):

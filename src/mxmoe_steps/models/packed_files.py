@@ -75,7 +75,9 @@ def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequ
                     f" {' or '.join(dtypes)} {list(expected.shape)}; {_FIX}"
                 )
             known.add(f"{path}.{name}")
-    inside = tuple(f"{family.moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner)
+    inside = tuple(
+        f"{family.moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner
+    )
     for name in sorted(set(found) - known):
         if name.startswith(inside):
             raise UserError(f"{found[name].file}: {name} belongs to no block of quantization_config; {_FIX}")
