@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mxmoe_steps.models.__main__ import FAMILY_HEAD, family_rows, refused_rows
+from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.timing.estimate import measured_file
 from mxmoe_steps.timing.fit import fit
 from mxmoe_steps.timing.measurements import read_measurements
@@ -210,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate-steps": generate_steps,
     "generate-tokens": generate_tokens,
     "generate-ratios": generate_ratios,
+    "family-names": lambda: ", ".join(f"`{name}`" for name in sorted(FAMILIES)),
     "families": lambda: markdown(FAMILY_HEAD, family_rows()),
     "refused": lambda: markdown(("refused", "because"), refused_rows()),
 }

@@ -101,18 +101,19 @@ class ModelFolder:
         return {name: self.path / file for name, file in weight_map.items()}
 
     @cached_property
-    def _prefix(self) -> str:
-        return self.family.prefix_of(self._stored)
+    def _stored_names(self) -> dict[str, str]:
+        """Name in `files` -> the checkpoint's own."""
+        prefix = self.family.prefix_of(self._stored)
+        return {self.family.own_name(name, prefix): name for name in self._stored}
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name of a tensor in `files`."""
-        own = f"{self.family.decoder}."
-        return self._prefix + name.removeprefix(own) if name.startswith(own) else name
+        return self._stored_names[name]
 
     @cached_property
     def files(self) -> dict[str, Path]:
         """Tensor name -> safetensors file; names of the decoder begin with its path in transformers."""
-        return {self.family.own_name(name, self._prefix): file for name, file in self._stored.items()}
+        return {name: self._stored[stored] for name, stored in self._stored_names.items()}
 
     @property
     def dtype(self) -> str:
