@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import SIZES, block_weight, capture_tokens, make_checkpoint, moe_of
+from checkpoints import SIZES, block_weight, capture_tokens, make_checkpoint, make_model, moe_of
 from family_sizes import FAMILY_SIZES, VISION_SIZES
 from packed import pack
 from safetensors.torch import load_file, save_file
@@ -45,7 +45,14 @@ def check_blocks(folder: ModelFolder, model: Any, family: str) -> None:
     assert folder.experts == 4
     gate = 96 if FAMILIES[family].gated else 0
     for block, shape in (("gate", (4, gate, 64)), ("up", (4, 96, 64)), ("down", (4, 64, 96))):
-        assert read_block(folder, layers[-1], range(4), block).shape == shape
+        weights = read_block(folder, layers[-1], range(4), block)
+        assert weights.shape == shape
+        for expert in (0, 3):
+            assert folder.raw_block(layers[-1], expert, block).read() == weights[expert].numpy().tobytes()
+            if block in FAMILIES[family].own_blocks:
+                assert torch.equal(
+                    weights[expert], block_weight(moe_of(model, family, layers[-1]), family, expert, block)
+                )
 
 
 @pytest.mark.parametrize("family", sorted(CALIBRATED))
@@ -200,3 +207,16 @@ def test_a_model_without_shared_expert_in_a_family_that_has_them(tmp_path: Path)
     assert SHARED not in open_model(tmp_path / "model").expert_ids()
     path = pack(tmp_path / "model", tmp_path / "packed", lambda *_: ("w4a16_g32",) * 3)
     mxmoe_steps.load_quantized(path)(torch.arange(5)[None])
+
+
+def test_stacked_experts_are_read_as_transformers_reads_them_whichever_way_they_lie(tmp_path: Path) -> None:
+    """Published ones are transposed; those that transformers saves, and square ones, need not be."""
+    for inner in (96, 32):  # 2 x 32 = 64 features: gate and up are square, and taken as they are
+        model = make_model("qwen3_vl_moe", moe_intermediate_size=inner)
+        path = tmp_path / str(inner)
+        model.save_pretrained(path)
+        folder = open_model(path)
+        weight = model.get_submodule(folder.family.moe_path(1)).experts.gate_up_proj
+        for block, expected in zip(BLOCKS, weight.chunk(2, dim=1), strict=False):
+            assert torch.equal(read_block(folder, 1, range(4), block), expected)
+            assert folder.raw_block(1, 2, block).read() == expected[2].detach().numpy().tobytes()
