@@ -38,6 +38,12 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": _DELTA_FIRST,
     "qwen3_vl_moe": {"num_experts": 4, "head_dim": 32, **_MULTI_ROTARY},
     "glm4_moe_lite": {"n_routed_experts": 4, "n_shared_experts": 1, **_GROUPS, **_SPARSE_LAST, **_LATENT},
+    "glm4v_moe": {
+        "n_routed_experts": 4, "n_shared_experts": 1, "head_dim": 32, **_DENSE_FIRST,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "partial_rotary_factor": 0.5,
+        },
+    },
     "minimax_m2": {"num_local_experts": 4, "head_dim": 32, **_HALF_ROTARY},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 2},
     "granitemoe": _GRANITE,
@@ -88,6 +94,10 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
 VISION_SIZES: dict[str, dict[str, Any]] = {  # of wrappers
     "qwen3_5_moe": _QWEN_VISION,
     "qwen3_vl_moe": _QWEN_VISION,
+    "glm4v_moe": {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
+        "image_size": 8, "spatial_merge_size": 2,
+    },
     "llama4": {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 8,
         "patch_size": 4, "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,

@@ -141,6 +141,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_moe": replace(_GATED, decoder=_VISION[0], prefixes=_VISION[1], is_wrapper=True),
     "qwen3_vl_moe": Family(decoder=_VISION[0], prefixes=_VISION[1], is_wrapper=True, orientation="either"),
     "glm4_moe_lite": _SHARED,
+    "glm4v_moe": replace(_SHARED, decoder=_VISION[0], prefixes=_VISION[1], is_wrapper=True),
     "minimax_m2": replace(_MIXTRAL, router_bias="e_score_correction_bias"),
     "ernie4_5_moe": replace(
         _SHARED,
