@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM
 import mxmoe_steps
 from mxmoe_steps import calibrate, quantize
 from mxmoe_steps.allocation.files import write_allocation
+from mxmoe_steps.config.existence import blocks_of
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import expert_modules
+from mxmoe_steps.job_memory import Sizes
 from mxmoe_steps.models.__main__ import main
 from mxmoe_steps.models.adapters import FAMILIES, REFUSED
 from mxmoe_steps.models.families import ModelFolder, open_model
@@ -43,6 +45,12 @@ def check_blocks(folder: ModelFolder, model: Any, family: str) -> None:
     layers = [layer for layer in range(folder.layers) if hasattr(moe_of(model, family, layer), "experts")]
     assert folder.moe_layers == layers
     assert folder.experts == 4
+    assert folder.vocabulary == 96
+    blocks = blocks_of(folder, sizes=True)
+    assert len(blocks) == len(layers) * len(folder.expert_ids()) * 3
+    layer = model.get_submodule(FAMILIES[family].layer_path(layers[-1]))
+    assert Sizes.of(folder).layer >= sum(parameter.numel() for parameter in layer.parameters())
+    assert Sizes.of(folder).experts * len(layers) >= blocks.params.sum()
     gate = 96 if FAMILIES[family].gated else 0
     for block, shape in (("gate", (4, gate, 64)), ("up", (4, 96, 64)), ("down", (4, 64, 96))):
         weights = read_block(folder, layers[-1], range(4), block)

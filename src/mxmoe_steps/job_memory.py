@@ -43,9 +43,9 @@ class Sizes:
         )
         shared = int(alone or width * together)
         experts = 3 * hidden * (model.experts * width + shared)
-        return cls(
-            max(experts, 3 * hidden * dense) + 8 * hidden**2, experts, int(config["vocab_size"]) * hidden, hidden
-        )
+        dense = 3 * hidden * dense
+        feed_forward = max(experts, dense) if model.family.moe else experts + dense  # one of them, or both in a layer
+        return cls(feed_forward + 8 * hidden**2, experts, int(config["vocab_size"]) * hidden, hidden)
 
 
 def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: int) -> dict[str, int]:
