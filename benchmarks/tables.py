@@ -4,8 +4,8 @@
 
 A region is <!-- table: NAME -->...<!-- end -->: lines of their own for a table, a part of a line for figures in a
 sentence. `TABLES` makes each from `docs/measurements/*.json`, the files that benchmarks write with --out, from
-`mixed_allocations.json`, or from the time model fitted to the measurements in `timing/profiles`. A test holds that no
-region is out of date.
+`mixed_allocations.json`, from the tables of model families, or from the time model fitted to the measurements in
+`timing/profiles`. A test holds that no region is out of date.
 """
 
 import json
@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mxmoe_steps.models.__main__ import FAMILY_HEAD, family_rows, refused_rows
+from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.timing.estimate import measured_file
 from mxmoe_steps.timing.fit import fit
 from mxmoe_steps.timing.measurements import read_measurements
@@ -245,6 +247,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-step": lambda: serving("step"),
     "serving-first": lambda: serving("first token"),
     "serving-http": serving_http,
+    "family-names": lambda: ", ".join(f"`{name}`" for name in sorted(FAMILIES)),
+    "families": lambda: markdown(FAMILY_HEAD, family_rows()),
+    "refused": lambda: markdown(("refused", "because"), refused_rows()),
 }
 
 

@@ -1,17 +1,21 @@
 """Tiny random checkpoints of every supported family."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from family_sizes import FAMILY_SIZES, VISION_SIZES
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mxmoe_steps import capture
+from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.borders import Borders, runs_of
 from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.options.shared import Waiting
+from mxmoe_steps.schemes import BLOCKS, SHARED
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -28,42 +32,63 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_LATENT = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
-_GROUPS = {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-FAMILY_SIZES: dict[str, dict[str, Any]] = {
-    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 128},
-    "qwen3_moe": {"num_experts": 4, "head_dim": 32},
-    "olmoe": {"num_experts": 4},
-    "mixtral": {"num_local_experts": 4},
-    "phimoe": {"num_local_experts": 4},
-    "minimax": {"num_local_experts": 4, "layer_types": ["full_attention", "full_attention"]},
-    "deepseek_v2": {"n_routed_experts": 4, "n_shared_experts": 2, **_GROUPS, **_LATENT},
-    "deepseek_v3": {"n_routed_experts": 4, "n_shared_experts": 1, **_GROUPS, **_LATENT},
-    "glm4_moe": {"n_routed_experts": 4, "n_shared_experts": 1, **_GROUPS},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 32, "swiglu_limit": 0.7},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, **_GROUPS},
-}
+_STACKED = ("qwen3_5_moe", "qwen3_vl_moe")  # published so, and saved otherwise by transformers
 
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
-    """A random model whose experts, norms and biases all matter."""
+    """A random model whose experts, norms, biases and router corrections all matter."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **(SIZES | FAMILY_SIZES[family] | extra))
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    sizes, kind = SIZES | FAMILY_SIZES[family] | extra, AutoModelForCausalLM
+    if family in VISION_SIZES:
+        sizes, kind = {"text_config": sizes, "vision_config": VISION_SIZES[family]}, AutoModelForImageTextToText
+        sizes["tie_word_embeddings"] = sizes["text_config"]["tie_word_embeddings"]
+    model: Any = kind.from_config(AutoConfig.for_model(family, **sizes), dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.1)
-            elif name.endswith("norm.weight"):
+            elif re.search(r"norm\w*\.weight$|scale$", name):
                 parameter.uniform_(0.9, 1.1)
             else:
                 parameter.normal_(0, 0.02)
+        for name, buffer in model.named_buffers():
+            if name.endswith("bias"):
+                buffer.normal_(0, 0.02)
     return model.eval()
 
 
 def make_checkpoint(family: str, path: Path, **extra: Any) -> None:
     """The same, saved in shards as its family publishes them."""
-    make_model(family, **extra).save_pretrained(path, max_shard_size="100KB")
+    model = make_model(family, **extra)
+    model.save_pretrained(path, max_shard_size="100KB", save_original_format=family not in _STACKED)
+    if family == "qwen3_vl_moe":  # transposed, which transformers undoes
+        for file in path.glob("*.safetensors"):
+            tensors = load_file(file)
+            for name in tensors:
+                if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+                    tensors[name] = tensors[name].transpose(1, 2).contiguous()
+            save_file(tensors, file, metadata={"format": "pt"})
+
+
+def moe_of(model: Any, family: str, layer: int) -> Any:
+    """A layer's MoE module, or the layer where experts are its own."""
+    return model.get_submodule(FAMILIES[family].moe_path(layer))
+
+
+def block_weight(moe: Any, family: str, expert: int, block: str) -> torch.Tensor:
+    """A view of one block's weight [N, K] inside the whole layer."""
+    if expert == SHARED:
+        return getattr(getattr(moe, str(FAMILIES[family].shared)), f"{block}_proj").weight
+    if family == "nemotron_h":
+        return getattr(moe.experts, f"{block}_proj")[expert]
+    down, gate_up = moe.experts.down_proj[expert], moe.experts.gate_up_proj[expert]
+    if family == "gpt_oss":
+        return (down if block == "down" else gate_up[:, BLOCKS.index(block) :: 2]).T
+    if family == "llama4":
+        return (down if block == "down" else gate_up.chunk(2, -1)[BLOCKS.index(block)]).T
+    if block == "down":
+        return down
+    return gate_up.chunk(2)[BLOCKS.index(block)]
 
 
 def capture_tokens(checkpoint: Path, tokens: torch.Tensor, out: Path, batch: int = 2) -> dict[int, dict[str, Any]]:

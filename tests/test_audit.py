@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FAMILIES, open_model, resolve_model
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import open_model, resolve_model
 from mxmoe_steps.models.streaming import StreamedModel
 
 Tensors = dict[str, torch.Tensor]

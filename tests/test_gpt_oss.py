@@ -19,9 +19,10 @@ import mxmoe_steps
 from mxmoe_steps import calibrate, quantize
 from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FAMILIES, open_model
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.gating import gating_of
-from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
@@ -214,7 +215,7 @@ def test_a_packed_checkpoint_streams_and_saves(packed: Path, tmp_path: Path) -> 
         with streamed.loaded("model.embed_tokens"):
             hidden = streamed.embed(tokens)
         for layer in range(streamed.layers):
-            with streamed.loaded(layer_path(layer)):
+            with streamed.loaded(streamed.layer_path(layer)):
                 hidden = streamed.run_layer(layer, hidden)
         with streamed.head():
             assert torch.equal(streamed.log_probs(streamed.decoder.norm(hidden)), expected)

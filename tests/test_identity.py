@@ -5,37 +5,31 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import capture_tokens, make_checkpoint
+from checkpoints import block_weight, capture_tokens, make_checkpoint, moe_of
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 from mxmoe_steps import calibrate
-from mxmoe_steps.models.families import FAMILIES
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.loading import auto_class
 from mxmoe_steps.quantizers.grid import from_tensors
-from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 SCHEME = parse_scheme("w3a16_g32")
+ALIKE: set[str] = set()
 
 
-def block_weight(moe: Any, family: str, expert: int, block: str) -> torch.Tensor:
-    """A view of one block's weight [N, K] inside the whole layer."""
-    if expert == SHARED:
-        return getattr(getattr(moe, str(FAMILIES[family].shared)), f"{block}_proj").weight
-    down, gate_up = moe.experts.down_proj[expert], moe.experts.gate_up_proj[expert]
-    if family == "gpt_oss":
-        return (down if block == "down" else gate_up[:, BLOCKS.index(block) :: 2]).T
-    if block == "down":
-        return down
-    return gate_up.chunk(2)[BLOCKS.index(block)]
+def output_of(moe: Any, family: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    hidden = tensors["hidden"].double()
+    if family == "gemma4":  # its router looks at other hidden states
+        return moe.experts(hidden, tensors["ids"].long(), tensors["weights"].double())
+    output = moe(hidden.unsqueeze(0))
+    output = output[0] if isinstance(output, tuple) else output  # gpt_oss and llama4 return their router's scores, too
+    return output.view(hidden.shape)
 
 
-def output_of(moe: Any, hidden: torch.Tensor) -> torch.Tensor:
-    output = moe(hidden)
-    return output[0] if isinstance(output, tuple) else output  # gpt_oss returns its router's scores, too
-
-
-@pytest.mark.parametrize("family", ["qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - ALIKE))
 def test_losses_equal_forwards_of_the_whole_layer(family: str, tmp_path: Path) -> None:
     """Every block in turn gets its quantized weight; routers, shared experts and scaling factors are transformers'."""
     make_checkpoint(family, tmp_path / "model")
@@ -49,23 +43,27 @@ def test_losses_equal_forwards_of_the_whole_layer(family: str, tmp_path: Path) -
     packed = load_file(tmp_path / "out" / f"{SCHEME}.safetensors")
 
     # "eager": the grouped products of transformers have no float64
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", dtype=torch.float64, experts_implementation="eager"
-    ).requires_grad_(False)
+    model = (
+        auto_class(open_model(tmp_path / "model"))
+        .from_pretrained(tmp_path / "model", dtype=torch.float64, experts_implementation="eager")
+        .requires_grad_(False)
+    )
     assert set(losses["layer"]) == set(captured)
     assert set(losses["expert"]) == ({SHARED} if FAMILIES[family].shared else set()) | {0, 1, 2, 3}
     for row in losses.itertuples():
-        moe = model.model.layers[row.layer].mlp
-        hidden = captured[row.layer]["hidden"].double().unsqueeze(0)
-        before = output_of(moe, hidden)
+        if row.block == "gate" and not FAMILIES[family].gated:
+            assert row.out_features == row.out_sq == row.fisher == 0
+            continue
+        moe, tensors = moe_of(model, family, row.layer), captured[row.layer]
+        before = output_of(moe, family, tensors)
         weight = block_weight(moe, family, row.expert, row.block)
         original = weight.clone()
         prefix = f"{row.layer}.{row.expert}.{row.block}"
         parts = {part: packed[f"{prefix}.{part}"] for part in ("qweight", "scales", "zeros")}
         weight.copy_(from_tensors(SCHEME, row.in_features, parts).dequantize())
-        change = (output_of(moe, hidden) - before).squeeze(0)
+        change = output_of(moe, family, tensors) - before
         weight.copy_(original)
         assert row.out_sq == pytest.approx(float(change.square().sum()), rel=1e-4, abs=1e-12)
-        fisher = 0.5 * (change * captured[row.layer]["gradient"].double()).sum(-1).square().mean()
+        fisher = 0.5 * (change * tensors["gradient"].double()).sum(-1).square().mean()
         assert row.fisher == pytest.approx(float(fisher), rel=1e-3, abs=1e-15)
-    assert (losses["out_sq"] > 0).mean() > 0.9
+    assert (losses["out_sq"] > 0).mean() > (0.9 if FAMILIES[family].gated else 0.6)

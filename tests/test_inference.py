@@ -23,11 +23,12 @@ from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architectures import PHASES
 from mxmoe_steps.kernels.plan import LayerPlan
-from mxmoe_steps.models.families import FAMILIES, moe_path, open_model
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import open_model
 from mxmoe_steps.schemes import SHARED
 
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
-SHARED_SIZES = {"qwen2_moe": {"shared_expert_intermediate_size": 256}}
+FAMILY_SIZES = {"qwen2_moe": {"shared_expert_intermediate_size": 256}, "granitemoehybrid": {"mamba_n_heads": 16}}
 SCHEMES = ["w4a16", "w8a8_fp8", "w16a16", "w2a16", "w8a8", "w4a8_fp8", "w8a16", "w6a16", "w4a16_mxfp4"]
 
 
@@ -50,7 +51,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_packed(folder: Path, family: str, schemes: list[str], **extra: Any) -> Path:
-    make_checkpoint(family, folder / "model", dtype=torch.bfloat16, **(SIZES | SHARED_SIZES.get(family, {}) | extra))
+    make_checkpoint(family, folder / "model", dtype=torch.bfloat16, **(SIZES | FAMILY_SIZES.get(family, {}) | extra))
     dealt = itertools.cycle(schemes)
     return pack(folder / "model", folder / "packed", lambda *_: (next(dealt), next(dealt), next(dealt)))
 
@@ -59,7 +60,7 @@ def move(model: Any) -> None:
     gpu.use_kernels(model, map(int, model.config.quantization_config.blocks))
 
 
-@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt_oss"}))
+@pytest.mark.parametrize("family", sorted(name for name in FAMILIES if not FAMILIES[name].without_kernels))
 def test_every_family_with_kernels_gives_the_logits_of_the_reference(
     family: str, tmp_path: Path, kernels: None
 ) -> None:
@@ -68,11 +69,12 @@ def test_every_family_with_kernels_gives_the_logits_of_the_reference(
     tokens = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(tokens).logits.float()
-        names = {name for name, _ in model.named_parameters() if not re.search(r"experts\.|shared_expert\.", name)}
+        moved = re.compile(r"experts\.|shared_expert\.|mlp\.shared_mlp\.")
+        names = {name for name, _ in model.named_parameters() if not moved.search(name)}
         move(model)
         got = model(tokens).logits.float()
     for layer in open_model(path).moe_layers:
-        assert isinstance(model.get_submodule(moe_path(layer)), gpu.KernelMoe)
+        assert isinstance(model.get_submodule(FAMILIES[family].moe_path(layer)), gpu.KernelMoe)
     assert {name for name, _ in model.named_parameters()} == names
     # Rounded to bfloat16 in other places, which flips an 8-bit code or a router's choice now and then.
     assert (got - expected).norm() / expected.norm() < 0.06
@@ -89,7 +91,7 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
     model = mxmoe_steps.load_quantized(str(make_packed(tmp_path, "qwen3_moe", ["w4a16"])))
     move(model)
     with pytest.raises(UserError, match="in kernel order on cpu, their input is on meta"):
-        model.get_submodule(moe_path(0))(torch.empty(1, 2, 128, device="meta"))
+        model.get_submodule("model.layers.0.mlp")(torch.empty(1, 2, 128, device="meta"))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +111,14 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
         ("qwen2_moe", "w8a16", {"moe_intermediate_size": 192}, "shared expert of width 256: no multiple"),
         ("qwen3_moe", "w4a16", {"hidden_act": "gelu"}, "no activation gelu"),
         ("gpt_oss", "w4a16", {}, "the kernels do not clamp gate and up"),
+        ("gemma4", "w4a16", {"hidden_activation": "silu"}, "router and experts are no module of their own"),
+        ("llama4", "w4a16", {"moe_layers": [0, 1]}, "router weights multiply inputs"),
+        (
+            "nemotron_h",
+            "w4a16",
+            {"layers_block_type": ["moe", "moe", "attention"], "mlp_hidden_act": "silu"},
+            "experts have no gate",
+        ),
     ],
 )
 def test_layers_without_a_kernel_stay_and_say_why(
@@ -125,7 +135,7 @@ def test_layers_without_a_kernel_stay_and_say_why(
         move(model)
     assert "layers 0-1 run reference arithmetic (" in caplog.text
     assert why in caplog.text
-    assert not isinstance(model.get_submodule(moe_path(0)), gpu.KernelMoe)
+    assert not any(isinstance(module, gpu.KernelMoe) for module in model.modules())
     model(torch.arange(5)[None])
 
 
@@ -174,7 +184,7 @@ def test_some_layers_may_have_kernels_and_others_not(
 
 def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> None:
     path = make_packed(tmp_path, "qwen2_moe", ["w8a8_fp8", "w4a16"])
-    moe = mxmoe_steps.load_quantized(str(path)).get_submodule(moe_path(0))
+    moe = mxmoe_steps.load_quantized(str(path)).get_submodule("model.layers.0.mlp")
     family = FAMILIES["qwen2_moe"]
     experts = gpu.expert_modules(moe, family)
     here, plan = (gpu.plan_of(experts, family, "silu", elsewhere) for elsewhere in (False, True))

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from mxmoe_steps.job_memory import Sizes, job_memory
-from mxmoe_steps.models.families import FAMILIES, ModelFolder
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import ModelFolder
 
 ROOT = Path(__file__).parents[1]
 QWEN3_30B = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import FAMILY_SIZES, make_checkpoint
+from checkpoints import make_checkpoint
+from family_sizes import FAMILY_SIZES
 from packed import pack
 from published import PUBLISHED, publish
 from safetensors.torch import load_file, save_file

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import mxmoe_steps
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.models.streaming import StreamedModel
 
 FUZZ = settings(
     max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -51,7 +51,7 @@ def by_transformers(path: Path) -> Any:
 def by_layers(path: Path) -> None:
     model = StreamedModel(path, "float32", "cpu")
     for layer in range(2):
-        with model.loaded(layer_path(layer)):
+        with model.loaded(model.layer_path(layer)):
             pass
 
 

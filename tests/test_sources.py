@@ -23,7 +23,7 @@ from mxmoe_steps.models.raw import tensors_of
 from mxmoe_steps.models.sources.format import SourceFormat
 from mxmoe_steps.models.sources.formats import source_formats
 from mxmoe_steps.models.sources.tensor import Dequantized
-from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.gptq import gptq
 from mxmoe_steps.quantizers.grid import round_to_nearest
@@ -52,7 +52,7 @@ def test_a_published_model_is_the_one_that_it_means(
     streamed = StreamedModel(published, "auto", "cpu")
     assert streamed.dtype == torch.bfloat16
     seen = 0
-    for module in ("model.embed_tokens", *map(layer_path, range(streamed.layers)), "model.norm", "lm_head"):
+    for module in ("model.embed_tokens", *map(streamed.layer_path, range(streamed.layers)), "model.norm", "lm_head"):
         with streamed.loaded(module):
             for name, tensor in streamed.model.get_submodule(module).state_dict().items():
                 assert same_bits(tensor, expected[f"{module}.{name}"]), f"{module}.{name}"
@@ -180,7 +180,7 @@ def test_experts_of_a_stack_are_dequantized_one_at_a_time(tmp_path: Path, monkey
     shapes.clear()
     streamed = StreamedModel(published, "auto", "cpu")
     assert not shapes, "headers say what a model needs"
-    with streamed.loaded(layer_path(0)):
+    with streamed.loaded(streamed.layer_path(0)):
         assert len(shapes) == 2 * 4
         assert {len(shape) for shape in shapes} == {2}
 

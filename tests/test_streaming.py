@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import capture_tokens, make_checkpoint, make_model
+from checkpoints import capture_tokens, make_checkpoint, make_model, moe_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from mxmoe_steps import capture, evaluate, trace
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FAMILIES, open_model
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.loading import auto_class
 from mxmoe_steps.models.rows import read_rows, write_rows
-from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.models.streaming import StreamedModel
 
 RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 3}
 WINDOWS: dict[str, dict[str, Any]] = {  # attention that differs from layer to layer
@@ -31,13 +32,19 @@ WINDOWS: dict[str, dict[str, Any]] = {  # attention that differs from layer to l
 }
 
 
-def whole_model(checkpoint: Path, tokens: torch.Tensor) -> tuple[dict[int, dict[str, Any]], list[torch.Tensor]]:
+def whole_model(
+    family: str, checkpoint: Path, tokens: torch.Tensor
+) -> tuple[dict[int, dict[str, Any]], list[torch.Tensor]]:
     """transformers' own forward and backward of everything: captured tensors by layer, and log-probabilities."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).requires_grad_(False)
     folder = open_model(checkpoint)
+    model = auto_class(folder).from_pretrained(checkpoint, dtype=torch.float32).requires_grad_(False)
     found: dict[int, dict[str, Any]] = {layer: {} for layer in folder.moe_layers}
     for layer in folder.moe_layers:
-        moe = model.model.layers[layer].mlp
+        moe = moe_of(model, family, layer)
+
+        def chose(_module: Any, args: Any, output: Any, layer: int = layer) -> None:
+            weights, ids = output[0].max(-1, keepdim=True)
+            enter(None, (args[0], ids, weights), layer)
 
         def enter(_module: Any, args: Any, layer: int = layer) -> None:
             for name, tensor in zip(("hidden", "ids", "weights"), args, strict=True):
@@ -49,8 +56,11 @@ def whole_model(checkpoint: Path, tokens: torch.Tensor) -> tuple[dict[int, dict[
             found[layer].setdefault("probes", []).append(probe)
             return (first + probe, *output[1:]) if isinstance(output, tuple) else first + probe
 
-        moe.experts.register_forward_pre_hook(enter)
-        moe.register_forward_hook(leave)
+        if family == "llama4":
+            moe.router.register_forward_hook(chose)
+        else:
+            moe.experts.register_forward_pre_hook(enter)
+        (moe.experts if family == "gemma4" else moe).register_forward_hook(leave)
     generator = torch.Generator().manual_seed(2)
     results = []
     for run in tokens.split(2):
@@ -59,7 +69,7 @@ def whole_model(checkpoint: Path, tokens: torch.Tensor) -> tuple[dict[int, dict[
         (-log_probs.gather(-1, labels).sum()).backward()
         results.append(log_probs.detach())
     for tensors in found.values():
-        tensors["gradient"] = [probe.grad.flatten(0, 1) for probe in tensors.pop("probes")]
+        tensors["gradient"] = [probe.grad.reshape(-1, probe.shape[-1]) for probe in tensors.pop("probes")]
     return {layer: {name: torch.cat(v) for name, v in found[layer].items()} for layer in found}, results
 
 
@@ -67,7 +77,7 @@ def whole_model(checkpoint: Path, tokens: torch.Tensor) -> tuple[dict[int, dict[
 def test_a_streamed_model_equals_the_whole_one(family: str, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path / "model", **WINDOWS.get(family, {}))
     tokens = torch.randint(3, 96, (5, 24), generator=torch.Generator().manual_seed(1))
-    expected, log_probs = whole_model(tmp_path / "model", tokens)
+    expected, log_probs = whole_model(family, tmp_path / "model", tokens)
     got = capture_tokens(tmp_path / "model", tokens, tmp_path / "capture")
     assert sorted(got) == sorted(expected)
     for layer, tensors in expected.items():
@@ -81,13 +91,13 @@ def test_a_streamed_model_equals_the_whole_one(family: str, tmp_path: Path) -> N
 
     model = StreamedModel(tmp_path / "model", "float32", "cpu")
     with torch.no_grad():
-        with model.loaded("model.embed_tokens"):
+        with model.loaded(model.embedding):
             hidden = model.embed(tokens[:2])
         for layer in range(model.layers):
-            with model.loaded(layer_path(layer)):
+            with model.loaded(model.layer_path(layer)):
                 hidden = model.run_layer(layer, hidden)
         with model.head():
-            assert torch.equal(model.log_probs(model.decoder.norm(hidden.flatten(0, 1))), log_probs[0])
+            assert torch.equal(model.log_probs(model.final_norm(hidden.flatten(0, 1))), log_probs[0])
     assert all(parameter.is_meta for parameter in model.model.parameters())
 
 
@@ -225,7 +235,7 @@ def test_checkpoint_layouts(tmp_path: Path, fused: bool, tied: bool) -> None:
         with streamed.loaded("model.embed_tokens"):
             hidden = streamed.embed(tokens)
         for layer in range(2):
-            with streamed.loaded(layer_path(layer)):
+            with streamed.loaded(streamed.layer_path(layer)):
                 hidden = streamed.run_layer(layer, hidden)
         with streamed.head():
             got = streamed.log_probs(streamed.decoder.norm(hidden))
@@ -309,8 +319,8 @@ def test_a_broken_checkpoint_is_named(
 
 def test_an_unsupported_family_lists_the_supported_ones(deep_moe: Path, tmp_path: Path) -> None:
     config = json.loads((deep_moe / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "jamba"}))
-    with pytest.raises(UserError, match="'jamba' is not supported; supported are " + ", ".join(sorted(FAMILIES))):
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bamba"}))
+    with pytest.raises(UserError, match="'bamba' is not supported; supported are " + ", ".join(sorted(FAMILIES))):
         StreamedModel(tmp_path, "float32", "cpu")
 
 

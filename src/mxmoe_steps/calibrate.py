@@ -186,7 +186,9 @@ def calibrate(options: CalibrateOptions) -> None:
     with working_in(partial, shared=options.layers is not None):
         todo = [layer for layer in folder.moe_layers if layer in wanted and finished(parts[layer], keys[layer]) is None]
         try:
-            reading = LayerInputs.read([captured[layer] for layer in todo], folder.experts, device)
+            reading = LayerInputs.read(
+                [captured[layer] for layer in todo], folder.experts, device, folder.family.scales_inputs
+            )
             for layer, inputs in zip(todo, reading, strict=True):
                 if inputs.gradient is None and any(loss.needs_gradient for loss in losses[len(BUILTIN) :]):
                     raise UserError(

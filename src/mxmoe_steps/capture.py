@@ -122,7 +122,7 @@ def head_gradient(model: "StreamedModel", borders: "Borders", runs: list[slice],
             gradients = []
             for rows in hidden.flatten(0, 1).split(model.head_rows):
                 rows.requires_grad_()
-                log_probs = model.log_probs(model.decoder.norm(rows))
+                log_probs = model.log_probs(model.final_norm(rows))
                 labels = torch.multinomial(log_probs.detach().exp(), 1, generator=generator)
                 gradients += torch.autograd.grad(-log_probs.gather(-1, labels).sum(), rows)
             writer.append("hidden", torch.cat(gradients).view(hidden.shape))
@@ -134,7 +134,6 @@ def backward(model: "StreamedModel", borders: "Borders", runs: list[slice], laye
 
     from mxmoe_steps.models.borders import hooked
     from mxmoe_steps.models.rows import read_rows, write_rows
-    from mxmoe_steps.models.streaming import layer_path
 
     has_experts = layer in model.folder.moe_layers
     probes: list[Tensor] = []
@@ -146,13 +145,13 @@ def backward(model: "StreamedModel", borders: "Borders", runs: list[slice], laye
         return (summed + probes[0], *output[1:]) if isinstance(output, tuple) else summed + probes[0]
 
     with ExitStack() as stack:
-        stack.enter_context(model.loaded(layer_path(layer)))
+        stack.enter_context(model.loaded(model.layer_path(layer)))
         target = write_rows(borders.gradient(layer), borders.layout, {"border": layer})
         writer = stack.enter_context(target)
         write = stack.enter_context(layer_file(borders, layer, facts)) if has_experts else None
         if has_experts:
-            stack.enter_context(hooked(model.moe(layer).experts, found.append))
-            stack.callback(model.moe(layer).register_forward_hook(add_probe).remove)
+            stack.enter_context(hooked(model, layer, found.append))
+            stack.callback(model.summing(layer).register_forward_hook(add_probe).remove)
         for run in runs:
             probes.clear()
             found.clear()
@@ -168,7 +167,7 @@ def backward(model: "StreamedModel", borders: "Borders", runs: list[slice], laye
                 )
             writer.append("hidden", below)
             if write is not None:
-                write(captured(model, layer, found[0]) | {"gradient": gradient[0].flatten(0, 1)})
+                write(captured(model, layer, found[0]) | {"gradient": gradient[0].reshape(-1, gradient[0].shape[-1])})
 
 
 def capture_forward(

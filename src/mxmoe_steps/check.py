@@ -55,7 +55,7 @@ def check(options: CheckOptions) -> None:
         ("evaluate", options.evaluate, "test"),
     ):
         sequences, length, *texts = reading
-        if int(length) > (longest := getattr(model.model.config, "max_position_embeddings", None) or int(length)):
+        if int(length) > (longest := getattr(model.config, "max_position_embeddings", None) or int(length)):
             raise UserError(f"{option}.length: {length}, but {path} knows positions of {longest} tokens; lower it")
         for text in texts:
             reader.read(text, split, int(sequences), int(length))

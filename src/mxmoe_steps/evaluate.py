@@ -86,7 +86,7 @@ class Reference:
         if not self.path.is_file():
             raise UserError(f"{path}: no such reference; evaluate the original with --save-reference first")
         self._file = file = TensorFile(self.path, "evaluate the original with --save-reference again")
-        facts, config = file.facts(ReferenceFacts), model.model.config
+        facts, config = file.facts(ReferenceFacts), model.config
         if model.folder.is_packed and facts["model"] != read_manifest(model.folder.path)["allocation"]["model"]:
             raise file.error(f"is of another model than {model.folder.path} was packed from")
         self.tokens = {}
@@ -126,7 +126,7 @@ def measure(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(model.head())
         if keep is not None:
-            hidden_size = model.model.config.hidden_size
+            hidden_size = model.config.hidden_size
             layout = {f"tokens.{text}": (torch.int64, tuple(tokens.shape)) for text, tokens in texts.items()}
             layout |= {f"hidden.{text}": (model.dtype, (*tokens.shape, hidden_size)) for text, tokens in texts.items()}
             facts = {"model": fingerprint(model.folder), "texts": sorted(texts)}
@@ -137,7 +137,7 @@ def measure(
                 rows = slice(low, min(low + batch, len(tokens)))
                 at = slice(start + rows.start, start + rows.stop)
                 entering = read_rows(borders.hidden(model.layers), "hidden", at).to(model.device)
-                hidden = model.decoder.norm(entering)
+                hidden = model.final_norm(entering)
                 original = reference.hidden(text, rows) if reference is not None else None
                 sums = [old + new for old, new in zip(sums, score(model, hidden, tokens[rows], original), strict=True)]
                 if keep is not None:

@@ -173,7 +173,7 @@ class PartFacts(TypedDict):
             Index,
             Expert,
             Literal["gate", "up", "down"],
-            Count,
+            Index,
             Count,
             Positive,
             Total,

@@ -5,7 +5,6 @@ that. Stdlib only.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from mxmoe_steps.models.families import ModelFolder
 
@@ -14,6 +13,12 @@ _LIGHT = 2 << 30  # steps without PyTorch
 _WORKSPACE = 8 << 30  # `calibration.weights` quantizes as many experts at a time as fit
 _LOGITS = 4 * (4 << 25)  # `streaming` has at most this many bytes of them and of what is computed from them
 _TUNED_BYTES = 48  # a weight as code, gradient, what Adam keeps, and temporaries
+_SHARED_WIDTHS = (
+    "shared_expert_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+_SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _ACTIVATIONS = 16  # copies of a run's hidden states that are alive within a layer
 
 
@@ -29,15 +34,19 @@ class Sizes:
     @classmethod
     def of(cls, model: ModelFolder) -> "Sizes":
         """From ``config.json``."""
-        config: dict[str, Any] = model.config
+        config = model.text
         hidden = int(config["hidden_size"])
         dense = int(config.get("intermediate_size") or 0)
         width = int(config.get("moe_intermediate_size") or dense)
-        shared = int(config.get("shared_expert_intermediate_size") or width * int(config.get("n_shared_experts") or 0))
-        experts = 3 * hidden * (model.experts * width + shared)
-        return cls(
-            max(experts, 3 * hidden * dense) + 8 * hidden**2, experts, int(config["vocab_size"]) * hidden, hidden
+        alone = next((config[key] for key in _SHARED_WIDTHS if config.get(key)), 0)
+        together = next(
+            (config[key] for key in _SHARED_COUNTS if config.get(key)), int(model.family.shared is not None)
         )
+        shared = int(alone or width * together)
+        experts = 3 * hidden * (model.experts * width + shared)
+        dense = 3 * hidden * dense
+        feed_forward = max(experts, dense) if model.family.moe else experts + dense  # one of them, or both in a layer
+        return cls(feed_forward + 8 * hidden**2, experts, int(config["vocab_size"]) * hidden, hidden)
 
 
 def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: int) -> dict[str, int]:

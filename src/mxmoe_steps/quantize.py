@@ -64,6 +64,8 @@ def checkpoint_tensors(
     replaced: list[tuple[str, RawTensor]] = []
     for (layer, expert), schemes in assignment.items():
         for block, scheme in zip(BLOCKS, schemes, strict=True):
+            if block not in folder.family.own_blocks:
+                continue
             original.pop(folder.place(layer, expert, block).tensor, None)  # one of all experts goes with the first
             if folder.family.biased:
                 original.pop(folder.place(layer, expert, block, "bias").tensor, None)
@@ -126,7 +128,7 @@ def quantize(options: QuantizeOptions) -> None:
             "allocation": {key: value for key, value in allocation.items() if key != "assignment"},
             "weights_bytes": sum(file.stat().st_size for file in partial.glob("*.safetensors")),
             "other_bytes": sum(tensor.nbytes for tensor in others.values()),
-            "others": by_kind(others, int(folder.config["num_hidden_layers"])),
+            "others": by_kind(others, folder.layers),
             "published": published(folder),
             "left_out": left_out(folder, options.trust_remote_code),
         }

@@ -105,7 +105,7 @@ LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
             ("layer", pa.int32()),
             ("expert", pa.int32()),  # -1: the layer's shared expert
             ("block", pa.string()),  # gate, up or down
-            ("out_features", pa.int64()),
+            ("out_features", pa.int64()),  # 0: gate of experts without one
             ("in_features", pa.int64()),
             ("bits", pa.float64()),  # true bits per weight of this block, scales and zero points counted
             ("tokens", pa.int64()),  # calibration tokens the expert saw
@@ -119,7 +119,7 @@ LOSSES = TableKind(  # written by calibrate, one table per quantizer and scheme
     {
         "layer": _INDEX,
         "expert": (SHARED, 2**31 - 1),
-        "out_features": _COUNT,
+        "out_features": (0, 2**63 - 1),
         "in_features": _COUNT,
         "bits": (0.0, 64.0),
         "tokens": (0, 2**63 - 1),

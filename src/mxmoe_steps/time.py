@@ -91,7 +91,6 @@ def time(options: TimeOptions) -> None:
     """Measure and write the table."""
     from mxmoe_steps.measure import environment
     from mxmoe_steps.models.identity import fingerprint
-    from mxmoe_steps.models.streaming import layer_path
     from mxmoe_steps.tables import TIMES, write_table
     from mxmoe_steps.timing.checkpoints import Steps, layer_times, usable_layers
     from mxmoe_steps.timing.timer import Timer
@@ -105,12 +104,14 @@ def time(options: TimeOptions) -> None:
         raise UserError(f"{options.trace} is of another model than {options.model}; trace this one")
     layers = timed_layers(options, original.folder.moe_layers)
     compile_kernels(options)
-    timer, hidden = Timer(), original.model.config.hidden_size
+    timer, hidden = Timer(), original.config.hidden_size
     columns: dict[str, list[Any]] = {name: [] for name in TIMES.schema.names}
     said: set[str] = set()
     for done, number in enumerate(layers, 1):
         packed = usable_layers(models, number, said)
-        with original.loaded(layer_path(number)):
+        if not packed:
+            continue
+        with original.loaded(original.layer_path(number)):
             for tokens in sorted(set(options.tokens)):
                 steps = Steps(routing, options.traffic_text, tokens, options.steps, hidden, options.seed)
                 for index, step in enumerate(steps.of(number)):

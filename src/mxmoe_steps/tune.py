@@ -93,7 +93,6 @@ def advance(
     """Take both streams, of the original and the tuned model, through one layer; writes the file of what was tuned."""
     from mxmoe_steps.models.borders import forward, runs_of, unwatched
     from mxmoe_steps.models.rows import write_rows
-    from mxmoe_steps.models.streaming import layer_path
     from mxmoe_steps.tuning.layer import passes
     from mxmoe_steps.tuning.reading import read_text
 
@@ -104,7 +103,7 @@ def advance(
     if layer not in model.folder.moe_layers:
         forward(model, tuned, runs, layer + 1, unwatched, keep=True)
     else:
-        with model.loaded(layer_path(layer)):
+        with model.loaded(model.layer_path(layer)):
             held_out = sequences // _HELD_OUT * options.length
             captured = captured_files(options, layer)
             text = read_text(model, layer, tuned.hidden(layer), original.hidden(layer + 1), captured, runs, held_out)
@@ -199,6 +198,8 @@ def tune(options: TuneOptions) -> None:
     path = resolve_model(options.model, code=options.trust_remote_code)
     tokens = read_tokens(options, path)
     model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
+    if reason := model.folder.family.without_tuning:
+        raise UserError(f"{path}: experts of this family are not tuned: {reason}; leave tuned out of the sweep")
     captured = check_captures(options, model.folder)
     checkpoint = open_model(options.checkpoint)
     if not checkpoint.is_packed or read_manifest(checkpoint.path)["allocation"]["model"] != fingerprint(model.folder):

@@ -15,7 +15,6 @@ from transformers.generation.utils import DeferredStopCheck
 
 import mxmoe_steps
 from mxmoe_steps.inference import gpu
-from mxmoe_steps.models.families import moe_path
 
 pytestmark = needs_kernels
 
@@ -73,7 +72,7 @@ def test_logits_are_as_near_as_bfloat16_on_the_cpu(
         with torch.no_grad():
             got = model(tokens.cuda()).logits.cpu().double()
     assert "layers 0-3, 5 run the GPU kernels; layers 4 run reference arithmetic (scheme w4a4" in caplog.text
-    assert all(isinstance(model.get_submodule(moe_path(layer)), gpu.KernelMoe) for layer in (0, 1, 2, 3, 5))
+    assert all(isinstance(model.get_submodule(f"model.layers.{layer}.mlp"), gpu.KernelMoe) for layer in (0, 1, 2, 3, 5))
     with torch.no_grad():
         exact = mxmoe_steps.load_quantized(checkpoint, dtype="float32")(tokens).logits.double()
         rounded = mxmoe_steps.load_quantized(checkpoint, dtype="bfloat16")(tokens).logits.double()
@@ -211,7 +210,7 @@ def test_layers_on_two_gpus_give_the_logits_of_one(checkpoints: dict[str, str], 
     places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 0}  # one tied matrix
     places |= {f"model.layers.{layer}": int(layer >= 3) for layer in range(6)}
     two = mxmoe_steps.load_quantized(checkpoints["fine"], dtype="bfloat16", device_map=places)
-    assert two.get_submodule(moe_path(5)).layer.device == torch.device("cuda", 1)
+    assert two.get_submodule("model.layers.5.mlp").layer.device == torch.device("cuda", 1)
     with torch.no_grad():
         assert torch.equal(two(tokens.cuda()).logits.to("cuda:0"), one(tokens.cuda()).logits)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

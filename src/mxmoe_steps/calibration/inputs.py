@@ -33,16 +33,28 @@ class Batch:
     gradient: torch.Tensor | None
     domain: int = 0
 
+    def with_scaled_inputs(self) -> "Batch":
+        """The same tokens where router weights multiply what enters the expert."""
+        return Batch(self.x * self.scale.unsqueeze(-1), torch.ones_like(self.scale), self.gradient, self.domain)
+
 
 class LayerInputs:
     """Captured tensors of one layer; tokens are sorted by expert once and gathered a batch at a time.
 
     ``tensors`` are those of `capture`: ``hidden`` [T, H], ``ids`` [T, k], ``weights`` [T, k], and where there are any
     ``shared`` [T] and ``gradient`` [T, H], in the precision in which they were captured. ``sizes``: tokens of every
-    domain, which follow one another; None where all tokens are of one.
+    domain, which follow one another; None where all tokens are of one. ``scales_inputs``: router weights multiply what
+    enters a routed expert.
     """
 
-    def __init__(self, tensors: dict[str, torch.Tensor], experts: int, sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, torch.Tensor],
+        experts: int,
+        sizes: Sequence[int] | None = None,
+        scales_inputs: bool = False,
+    ) -> None:
+        self._scales_inputs = scales_inputs
         self.hidden = tensors["hidden"]
         self.shared = tensors.get("shared")
         self.gradient = tensors.get("gradient")
@@ -56,7 +68,9 @@ class LayerInputs:
         self._places = key.argsort(stable=True).split(counts)  # by expert, then domain: places in ids [T x k]
 
     @classmethod
-    def read(cls, layers: Sequence[Sequence[Path]], experts: int, device: torch.device) -> "Iterator[LayerInputs]":
+    def read(
+        cls, layers: Sequence[Sequence[Path]], experts: int, device: torch.device, scales_inputs: bool = False
+    ) -> "Iterator[LayerInputs]":
         """From files of `capture`, for every layer one a domain; the next layer is read while one is in use.
 
         `UserError` for damaged data.
@@ -70,7 +84,7 @@ class LayerInputs:
                 if paths is not None:
                     following = pool.submit(_read, paths, experts, device)
                 moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-                yield cls(moved, experts, sizes)
+                yield cls(moved, experts, sizes, scales_inputs)
 
     def __len__(self) -> int:
         """Tokens T."""
@@ -98,7 +112,8 @@ class LayerInputs:
             return
         for domain, found in enumerate(self._places_of(expert)):
             for places in found.split(_BATCH):
-                yield self._batch(places // self._top_k, self._weights[places], domain)
+                batch = self._batch(places // self._top_k, self._weights[places], domain)
+                yield batch.with_scaled_inputs() if self._scales_inputs else batch
 
     def _places_of(self, expert: int) -> Sequence[torch.Tensor]:
         count = len(self.sizes)
@@ -137,7 +152,7 @@ def check_captured(files: dict[int, Path], folder: ModelFolder) -> dict[str, Any
         facts, tensors = file.facts(CaptureFacts), file.tensors
         if facts["model"] != model or facts["layer"] != layer:
             raise file.error("was captured of another model or layer")
-        tokens, hidden = facts["sequences"] * facts["length"], folder.config["hidden_size"]
+        tokens, hidden = facts["sequences"] * facts["length"], folder.text["hidden_size"]
         top_k = tensors["ids"].shape[-1] if "ids" in tensors and tensors["ids"].shape else 0
         known = [
             file.tensor("hidden", FLOATING, (tokens, hidden)),

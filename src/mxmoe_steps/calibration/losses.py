@@ -81,9 +81,9 @@ def expert_losses(
             moved_gate = gating.of_gate(moved_gate.add_(gated))
             moved_up = gating.change_of_up(raised, moved_up)
             gated, raised = gating.of_gate(gated), gating.of_up(raised)
-            sums[0, batch.domain] += _sums((moved_gate.sub_(gated).mul_(raised)) @ down.T, batch, losses)
+            sums[0, batch.domain] += _sums((moved_gate.sub_(gated) * raised) @ down.T, batch, losses)
             sums[1, batch.domain] += _sums(moved_up.mul_(gated) @ down.T, batch, losses)
-            (moved,) = _product_changes(gated.mul_(raised), (down,), changes[2:], seen)
+            (moved,) = _product_changes(raised.mul_(gated), (down,), changes[2:], seen)
             sums[2, batch.domain] += _sums(moved, batch, losses)
     return sums
 

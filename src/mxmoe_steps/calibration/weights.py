@@ -40,14 +40,14 @@ def quantize_layer(
             concatenate([_quantized(block[stack], scheme, method) for stack in _stacks(*block.shape)])
             for block in weights
         ]
-    width, hidden = gate.shape[1:]
+    width, hidden = up.shape[1:]
     tokens = torch.tensor([inputs.tokens(expert) for expert in experts], device=gate.device)
     every = torch.zeros(hidden, hidden, dtype=torch.float64, device=gate.device)
     _add_second_moment(every, inputs.hidden)
     every /= len(inputs)
     inner = torch.zeros(len(experts), width, width, dtype=torch.float64, device=gate.device)
     gate_up = []
-    for stack in _stacks(len(experts), 2 * width, hidden):
+    for stack in _stacks(len(experts), gate.shape[1] + width, hidden):
         entering = torch.zeros(len(experts[stack]), hidden, hidden, dtype=torch.float64, device=gate.device)
         for index, expert in enumerate(experts[stack]):
             blocks = gate[stack][index].float(), up[stack][index].float()
@@ -61,7 +61,7 @@ def quantize_layer(
         for stack in _stacks(len(experts), hidden, width)
     ]
     both = concatenate(gate_up)
-    return [both[:, :width], both[:, width:], concatenate(downs)]
+    return [both[:, : gate.shape[1]], both[:, gate.shape[1] :], concatenate(downs)]
 
 
 def _stacks(experts: int, out_features: int, in_features: int) -> Iterator[slice]:
@@ -92,7 +92,7 @@ def add_moments(
     """Add one expert's second moments of what enters gate and up, and of what enters down."""
     for batch in batches:
         scale = batch.scale.unsqueeze(-1)
-        _add_second_moment(inner, gating.of_gate(batch.x @ gate.T).mul_(gating.of_up(batch.x @ up.T)).mul_(scale))
+        _add_second_moment(inner, gating(batch.x @ gate.T, batch.x @ up.T).mul_(scale))
         _add_second_moment(entering, batch.x * scale)
 
 

@@ -23,14 +23,13 @@ from mxmoe_steps.options.command_line import parse
 def checkpoint_kernels(path: Path) -> list[Configuration]:
     """The grouped GEMMs of a checkpoint's layers, each once."""
     from mxmoe_steps.inference.gpu import expert_modules, plan_of
-    from mxmoe_steps.models.families import moe_path
     from mxmoe_steps.models.streaming import StreamedModel
 
     model = StreamedModel(path, "bfloat16", "cpu")
     configs: dict[str, Configuration] = {}
     for layer in model.folder.moe_layers:
         try:
-            experts = expert_modules(model.model.get_submodule(moe_path(layer)), model.folder.family)
+            experts = expert_modules(model.moe(layer), model.folder.family)
             plan = plan_of(experts, model.folder.family, model.folder.activation)
         except UserError as error:
             print(f"layer {layer}: {error}")

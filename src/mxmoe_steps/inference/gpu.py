@@ -7,6 +7,7 @@ import importlib.util
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mxmoe_steps.inference.top_k import TopKByMaxima
 from mxmoe_steps.kernels.architectures import NAMES, for_capability
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
-from mxmoe_steps.models.families import FAMILIES, Family, moe_path
+from mxmoe_steps.models.adapters import Family, family_of
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.quantizers.grid import QuantizedWeight
@@ -49,25 +50,30 @@ class KernelMoe(nn.Module):
     def __init__(self, moe: nn.Module, family: Family, layer: MoeLayer) -> None:
         super().__init__()
         self.layer, self.number = layer, register(layer)
-        self.router_name = _router_name(moe)
-        for name in (self.router_name, family.shared_gate):
+        self.family = family
+        for name in (family.router, family.shared_gate):
             if name is not None:
                 self.add_module(name, moe.get_submodule(name))
+        if family.router_bias is not None:
+            bias = getattr(moe, family.router_bias, None)
+            hold: Any = self.register_parameter if isinstance(bias, nn.Parameter) else self.register_buffer
+            hold(family.router_bias, bias)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., H]."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
-            _, weights, expert_ids = getattr(self, self.router_name)(tokens)
+            _, weights, expert_ids = getattr(self, self.family.router)(*self._routed_by(tokens))
         out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
         return out.to(hidden.dtype).view(hidden.shape)
 
+    def _routed_by(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        """What the family's router is called with."""
+        bias = [] if self.family.router_bias is None else [getattr(self, self.family.router_bias)]
+        return [tokens.unsqueeze(0) if self.family.batched_router else tokens, *bias]
+
     def _save_to_state_dict(self, *_: Any) -> None:
         raise UserError(IN_KERNEL_ORDER)
-
-
-def _router_name(moe: nn.Module) -> str:
-    return "router" if hasattr(moe, "router") else "gate"
 
 
 def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
@@ -86,6 +92,8 @@ def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str, e
         raise UserError(f"the kernels have no activation {activation}")
     if family.clamped:
         raise UserError("the kernels do not clamp gate and up")
+    if family.without_kernels:
+        raise UserError(family.without_kernels)
     schemes = {}
     for number, expert in experts.items():
         gate, up, down = (_scheme(expert.get_submodule(f"{block}_proj")) for block in BLOCKS)
@@ -138,7 +146,7 @@ def layer_on_kernels(
 
 
 def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
-    router = next(moe.get_submodule(_router_name(moe)).parameters())
+    router = next(moe.get_submodule(family.router).parameters())
     check_hardware(router.device, router.dtype)
     gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate)
     gate_weight = None if gate is None else gate.weight.detach()
@@ -151,16 +159,18 @@ def use_kernels(model: Any, layers: Iterable[int]) -> bool:
 
     Returns whether all of them run the kernels now.
     """
-    family = FAMILIES[model.config.model_type]
+    config = model.config.get_text_config().to_dict()
+    family = family_of(Path(model.name_or_path), model.config.to_dict())
+    activation = str(config.get(family.activation, "silu"))
     moved: list[int] = []
     stayed: dict[str, list[int]] = {}
     for layer in layers:
-        path = moe_path(layer)
+        path = family.moe_path(layer)
         moe = model.get_submodule(path)
         if isinstance(moe, KernelMoe):
             continue
         try:
-            replacement = _replacement(moe, family, model.config.hidden_act)
+            replacement = _replacement(moe, family, activation)
         except UserError as error:
             stayed.setdefault(str(error), []).append(layer)
             continue

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.logging import disable_progress_bar
@@ -20,7 +19,7 @@ from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.finite import bad_numbers
-from mxmoe_steps.models.loading import empty_model
+from mxmoe_steps.models.loading import auto_class, empty_model
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig, MixedPrecisionQuantizer
 
@@ -97,7 +96,7 @@ def load_quantized(
     checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
     empty_model(folder, folder.dtype, trust_remote_code)  # refuses what transformers would trip over
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: Any = auto_class(folder).from_pretrained(
         path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
     if device_map is None:

@@ -13,16 +13,15 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import ModelFolder
 from mxmoe_steps.models.headers import Header
 from mxmoe_steps.models.raw import FLOATS, RawTensor
-from mxmoe_steps.schemes import BLOCKS
 
 _MEANING = re.compile(r"scale|zero|quant|absmax|g_idx|blocks", re.IGNORECASE)  # in names of what decodes weights
 _NAMED = 3  # names in a message
 
 
-def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> None:
-    """`UserError` where the checkpoint does not fit ``model``, a causal LM without weights.
+def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> dict[str, str]:
+    """Tensors of the checkpoint that ``model``, a causal LM without weights, is made of -> their parameter in it.
 
-    ``conversions`` and ``quantizer`` are what transformers would load it with.
+    `UserError` where they do not fit. ``conversions`` and ``quantizer`` are what transformers would load it with.
     """
     raw = {name: folder.raw(name) for name in folder.files}
     renamed = _renamed(model, raw, conversions)
@@ -39,6 +38,7 @@ def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> 
     _check_complete(folder, model, {renamed[name] for name in used})
     _check_company(folder, used, set(raw) - set(used))
     _check_shapes(folder, model, {name: Header(raw[name]) for name in used}, conversions, quantizer)
+    return {name: renamed[name] for name in used}
 
 
 def _renamed(model: Any, names: Iterable[str], conversions: Any) -> dict[str, str]:
@@ -56,7 +56,7 @@ def _check_blocks(folder: ModelFolder, raw: dict[str, RawTensor]) -> None:
     """Every block of every expert: a layer of which some are missing would be read as one of fewer experts."""
     for layer in folder.moe_layers:
         for expert in folder.expert_ids():
-            for block in BLOCKS:
+            for block in folder.family.own_blocks:
                 if (name := folder.place(layer, expert, block).tensor) not in raw:
                     raise UserError(
                         f"{folder.path}: the checkpoint holds no weights for layer {layer}, expert {expert}, {block}"
@@ -68,7 +68,7 @@ def _check_complete(folder: ModelFolder, model: Any, found: set[str]) -> None:
     tied = {target for target, source in model.all_tied_weights_keys.items() if source in found}
     missing = sorted(set(model.state_dict()) - found - tied)
     if missing:
-        head = missing == ["lm_head.weight"]
+        head = missing == [f"{folder.family.head}.weight"]
         advice = "set tie_word_embeddings in config.json if the head is the embedding" if head else "download it again"
         raise UserError(f"{folder.path}: the checkpoint holds no weights for {_some(missing)}; {advice}")
 

@@ -21,7 +21,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import PACKED_MODULES
 from mxmoe_steps.models.raw import tensors_of
 from mxmoe_steps.models.rows import is_whole, read_rows, write_rows
-from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.options.shared import Waiting
 from mxmoe_steps.provenance import file_marks, stamps
 
@@ -55,7 +55,7 @@ class Borders:
             "checkpoint": options.made_from or file_marks([*model.folder.sources, *sources]),
         }
         self.layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "hidden": (model.dtype, (*tokens.shape, model.model.config.hidden_size))
+            "hidden": (model.dtype, (*tokens.shape, model.config.hidden_size))
         }
         if not self._fits(key):
             for file in (self.folder / "key.json", *self.folder.glob("*.safetensors")):
@@ -107,9 +107,19 @@ def runs_of(sequences: Sequence[int], batch: int) -> list[slice]:
 
 
 @contextmanager
-def hooked(experts: nn.Module, seen: Seen) -> Iterator[None]:
-    """Call ``seen`` with what enters an experts module, whose call is the same in every transformers family."""
-    handle = experts.register_forward_pre_hook(lambda _module, args: seen((args[0], args[1], args[2])))
+def hooked(model: StreamedModel, layer: int, seen: Seen) -> Iterator[None]:
+    """Call ``seen`` with the routing of a layer whenever it runs."""
+    moe, family = model.moe(layer), model.family
+    if family.scales_inputs:  # its experts are given all tokens, its router says which of them count
+        top_k = model.config.num_experts_per_tok
+
+        def routed(_module: nn.Module, args: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+            weights, expert_ids = output[0].topk(top_k, dim=-1)
+            seen((args[0], expert_ids, weights))
+
+        handle = moe.get_submodule(family.router).register_forward_hook(routed)
+    else:
+        handle = moe.experts.register_forward_pre_hook(lambda _, args: seen((args[0], args[1], args[2])))
     try:
         yield
     finally:
@@ -134,7 +144,7 @@ def forward(
     reached = next((border for border in range(last, -1, -1) if borders.has(borders.hidden(border))), None)
     if reached is None:
         with (
-            model.loaded("model.embed_tokens"),
+            model.loaded(model.embedding),
             write_rows(borders.hidden(0), borders.layout, {"border": 0}) as writer,
         ):
             for run in runs:
@@ -143,14 +153,14 @@ def forward(
     for layer in range(reached, last):
         has_experts = layer in model.folder.moe_layers
         with (
-            model.loaded(layer_path(layer)),
+            model.loaded(model.layer_path(layer)),
             write_rows(borders.hidden(layer + 1), borders.layout, {"border": layer + 1}) as writer,
             (watch if has_experts else unwatched)(layer) as seen,
         ):
             for run in runs:
                 hidden = read_rows(borders.hidden(layer), "hidden", run).to(model.device)
                 found: list[Routing] = []
-                with hooked(model.moe(layer).experts, found.append) if has_experts else nullcontext():
+                with hooked(model, layer, found.append) if has_experts else nullcontext():
                     output = model.run_layer(layer, hidden)
                 check_output(model, layer, output, found)
                 for routing in found:

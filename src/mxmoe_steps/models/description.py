@@ -10,7 +10,7 @@ from mxmoe_steps.models.sources.format import FIX
 from mxmoe_steps.models.sources.formats import source_formats
 
 INDEX = "model.safetensors.index.json"
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")  # depends on family and version
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # depends on the family
 _SIZES = ("num_hidden_layers", "hidden_size", "vocab_size", "num_experts_per_tok", "max_position_embeddings")
 _QUANTIZER_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")  # ModelOpt, GPTQ, AWQ
 
@@ -84,6 +84,11 @@ def check_precision(folder: Path, config: Mapping[str, Any]) -> None:
         source_formats(stated, folder / "config.json")
 
 
+def layer_count(config: Mapping[str, Any]) -> int:
+    """Decoder layers of a ``config.json`` that `check_sizes` has seen: their number, or that of their listed types."""
+    return int(config["num_hidden_layers"] if "num_hidden_layers" in config else len(config["layers_block_type"]))
+
+
 def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
     """`UserError` for a number of layers, experts or features that is missing or no number."""
     experts = [key for key in EXPERT_COUNTS if key in config]
@@ -91,7 +96,7 @@ def check_sizes(folder: Path, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"{folder}/config.json: none of the keys {', '.join(EXPERT_COUNTS)} says how many experts there are"
         )
-    if "num_hidden_layers" not in config:
+    if "num_hidden_layers" not in config and not isinstance(config.get("layers_block_type"), list):
         raise UserError(f"{folder}/config.json: num_hidden_layers is missing; download the file again")
     for key in (*_SIZES, *experts):
         value = config.get(key, 1)

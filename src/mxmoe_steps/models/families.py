@@ -1,51 +1,45 @@
-"""Where each supported model family keeps its expert weights, as names of checkpoint tensors.
+"""A checkpoint folder: its family, its files, and where its expert weights are in them.
 
-Facts of the published checkpoints, not of the model classes: `calibrate` and `quantize` read weights straight from
-safetensors and never build a model. A checkpoint has one tensor per expert and block, or, as transformers 5 may also
-save it, one per layer for gate and up of all experts and one for down.
+A checkpoint has one tensor per expert and block, or one per layer for gate and up of all experts and one for down.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.description import EXPERT_COUNTS, check_precision, check_sizes, read_config, stated_quantization
-from mxmoe_steps.models.raw import FLOATS, RawColumns, RawTensor, tensors_of
+from mxmoe_steps.models.adapters import Family, family_of
+from mxmoe_steps.models.description import (
+    EXPERT_COUNTS,
+    check_precision,
+    check_sizes,
+    layer_count,
+    read_config,
+    stated_quantization,
+)
+from mxmoe_steps.models.places import Place
+from mxmoe_steps.models.raw import FLOATS, RawTensor, tensors_of
 from mxmoe_steps.models.sources.format import SourceFormat
 from mxmoe_steps.models.sources.formats import source_formats
 from mxmoe_steps.models.sources.tensor import Dequantized
 from mxmoe_steps.models.stored import StoredTensors
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
-
-@dataclass(frozen=True)
-class Family:
-    """Tensor names of one ``model_type``.
-
-    ``moe`` is the MoE module of a layer inside the checkpoint; ``blocks`` the names of gate, up and
-    down there; ``shared`` the shared expert's module, ``shared_gate`` its sigmoid gate. ``interleaved``: the
-    checkpoint stacks experts, transposed, with a column of up after each of gate (see `Place`); ``biased``: their
-    blocks have biases; ``clamped``: their gate and up are clamped (see `mxmoe_steps.models.gating.Gating`).
-    """
-
-    moe: str = "mlp"
-    blocks: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    shared: str | None = None
-    shared_gate: str | None = None
-    interleaved: bool = False
-    biased: bool = False
-    clamped: bool = False
-
-
 PACKED_MODULES = ("mxmoe_steps.models.quantizer",)  # what a model that is not packed never runs
 
 Parameter = Literal["weight", "bias"]
 
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu")  # `mxmoe_steps.models.gating` computes them
+ACTIVATIONS = (
+    "silu",
+    "swish",
+    "gelu",
+    "gelu_pytorch_tanh",
+    "relu",
+    "relu2",
+)  # `mxmoe_steps.models.gating` computes them
 
 # In config.json of our checkpoints; transformers quotes it where it is not registered (`models.quantizer`)
 EXPERTS_IMPLEMENTATION = "mxmoe_steps: pip install mxmoe-steps, and import mxmoe_steps before loading the model"
@@ -58,72 +52,6 @@ _COMPANIONS = (
     "generation_config.json", "*processor_config.json", "LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*",
     "USAGE_POLICY*",
 )  # fmt: skip
-_W123 = ("w1", "w3", "w2")
-FAMILIES: Mapping[str, Family] = {
-    "qwen2_moe": Family(shared="shared_expert", shared_gate="shared_expert_gate"),
-    "qwen3_moe": Family(),
-    "olmoe": Family(),
-    "mixtral": Family(moe="block_sparse_moe", blocks=_W123),
-    "phimoe": Family(moe="block_sparse_moe", blocks=_W123),
-    "minimax": Family(moe="block_sparse_moe", blocks=_W123),
-    "deepseek_v2": Family(shared="shared_experts"),
-    "deepseek_v3": Family(shared="shared_experts"),
-    "glm4_moe": Family(shared="shared_experts"),
-    "dots1": Family(shared="shared_experts"),
-    "gpt_oss": Family(interleaved=True, biased=True, clamped=True),
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a checkpoint keeps a linear block's weight or bias: in a tensor of its own, or in one of all experts.
-
-    The latter are ``gate_up_proj`` [E, 2I, H], gate's rows before up's, and ``down_proj`` [E, H, I]. Where they are
-    ``interleaved`` they are ``gate_up_proj`` [E, H, 2I], whose even columns are gate's and odd ones up's, and
-    ``down_proj`` [E, I, H], with biases [E, 2I] and [E, H].
-    """
-
-    tensor: str
-    expert: int | None = None
-    block: str = ""
-    interleaved: bool = False
-
-    def read(self, stored: Any) -> Any:
-        """The block's weight [N, K] or bias [N] from safetensors' unread slice of its tensor."""
-        if self.expert is None:
-            return stored[...]
-        if not self.interleaved:
-            return stored[self.expert, self._rows(stored.get_shape()[1])]
-        first, step = self._columns()
-        return stored[self.expert][..., first::step].movedim(-1, 0)
-
-    def raw(self, source: RawTensor) -> RawTensor:
-        """The same as bytes of its tensor's file."""
-        if self.expert is None:
-            return source
-        experts, *shape = source.shape
-        size = source.nbytes // experts
-        start = source.start + self.expert * size
-        if self.interleaved:
-            first, step = self._columns()
-            *inputs, columns = shape
-            outputs = columns // step
-            return RawColumns(source.file, source.dtype, (outputs, *inputs), start, start + size, first, step)
-        total, in_features = shape
-        rows = self._rows(total)
-        row_bytes = size // total
-        start, stop = start + rows.start * row_bytes, start + rows.stop * row_bytes
-        return RawTensor(source.file, source.dtype, (rows.stop - rows.start, in_features), start, stop)
-
-    def _rows(self, total: int) -> slice:
-        """The block's rows among those of its expert."""
-        if self.block == "down":
-            return slice(0, total)
-        return slice(0, total // 2) if self.block == "gate" else slice(total // 2, total)
-
-    def _columns(self) -> tuple[int, int]:
-        """First and step of the block's columns among those of its expert."""
-        return (0, 1) if self.block == "down" else (BLOCKS.index(self.block), 2)
 
 
 @dataclass(frozen=True)
@@ -135,14 +63,24 @@ class ModelFolder:
     config: dict[str, Any]
 
     @property
+    def text(self) -> Mapping[str, Any]:
+        """What ``config.json`` says of the language model."""
+        return self.family.text(self.config)
+
+    @property
     def experts(self) -> int:
         """Routed experts per layer."""
-        return int(next(self.config[key] for key in EXPERT_COUNTS if key in self.config))
+        return int(next(self.text[key] for key in EXPERT_COUNTS if key in self.text))
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers, with experts or without."""
+        return layer_count(self.text)
 
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding: token ids are below it."""
-        name = "model.embed_tokens.weight"
+        name = f"{self.family.decoder}.{self.family.embedding}.weight"
         shape = self.raw(name).shape
         if len(shape) != 2:
             raise UserError(f"{self.path}: {name} is {list(shape)} in the checkpoint, and no matrix; download it again")
@@ -162,7 +100,7 @@ class ModelFolder:
     @property
     def activation(self) -> str:
         """Name of the activation between gate and down, e.g. ``silu``."""
-        return str(self.config.get("hidden_act", "silu"))
+        return str(self.text.get(self.family.activation, "silu"))
 
     @cached_property
     def stored(self) -> StoredTensors:
@@ -174,19 +112,19 @@ class ModelFolder:
         return self.stored.files
 
     @cached_property
-    def _bare(self) -> bool:
-        """Whether names lack ``model.``, as where the decoder was saved without its head; transformers adds it, too."""
-        return not any(name.startswith("model.") for name in self._stored)
+    def _stored_names(self) -> dict[str, str]:
+        """Name in `files` -> the checkpoint's own."""
+        prefix = self.family.prefix_of(self._stored)
+        return {self.family.own_name(name, prefix): name for name in self._stored}
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's own name of a tensor in `files`."""
-        return name.removeprefix("model.") if self._bare else name
+        return self._stored_names[name]
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name in the causal language model -> safetensors file."""
-        bare = {name for name in self._stored if self._bare and not name.startswith("lm_head.")}
-        return {f"model.{name}" if name in bare else name: file for name, file in self._stored.items()}
+        """Tensor name -> safetensors file; names of the decoder begin with its path in transformers."""
+        return {name: self._stored[stored] for name, stored in self._stored_names.items()}
 
     @property
     def dtype(self) -> str:
@@ -201,7 +139,8 @@ class ModelFolder:
 
     @property
     def _stated_dtype(self) -> str | None:
-        stated = self.config.get("dtype", self.config.get("torch_dtype"))
+        configs = (self.config, self.text)
+        stated = next((said[key] for said in configs for key in ("dtype", "torch_dtype") if said.get(key)), None)
         return None if stated is None else str(stated)
 
     @cached_property
@@ -209,40 +148,69 @@ class ModelFolder:
         """Indices of the decoder layers that have experts."""
         if self.is_packed:
             return sorted(map(int, self.config["quantization_config"]["blocks"]))
-        inside = re.compile(rf"model\.layers\.(\d+)\.(?:mlp|{self.family.moe})\.experts\.")
+        inside = re.compile(self._in_layers(r"(\d+)", ("experts.", *self.family.stacked)))
         layers = {int(match[1]) for match in map(inside.match, self.files) if match}
-        found = sorted(layers & set(range(int(self.config["num_hidden_layers"]))))
+        found = sorted(layers & set(range(self.layers)))
         if not found:
             raise UserError(self._no_experts())
         return found
 
+    def _in_layers(self, layer: str, names: Iterable[str]) -> str:
+        """Pattern of tensors below the MoE module of a layer, as transformers and as the publisher calls it."""
+        modules = {re.escape(f"{module}.") if module else "" for module in (self.family.moe, self._stored_moe)}
+        inner = "|".join(map(re.escape, names))
+        return rf"{re.escape(self.family.decoder)}\.layers\.{layer}\.(?:{'|'.join(sorted(modules))})(?:{inner})"
+
+    @property
+    def _stored_moe(self) -> str:
+        return self.family.moe if self.family.stored_moe is None else self.family.stored_moe
+
     def _no_experts(self) -> str:
         """What to say of a checkpoint without the expected names: perhaps it has them under another prefix."""
-        inner = self.block_name(0, 0, "gate").removeprefix("model.layers.0")
-        stacked = self.place(0, 0, "gate").tensor.removeprefix("model.layers.0")
+        layer = self.family.layer_path(0)
+        inner = self.block_name(0, 0, "up").removeprefix(layer)
+        stacked = self.place(0, 0, "up").tensor.removeprefix(layer)
         for name in self._stored:
             prefix, layers, rest = name.partition("layers.")
-            if layers and prefix not in ("model.", "") and rest.lstrip("0123456789") in (inner, stacked):
+            if layers and prefix not in self.family.prefixes and rest.lstrip("0123456789") in (inner, stacked):
+                taken = " or ".join(f"{known}layers.*" for known in self.family.prefixes)
                 return (
                     f"{self.path}: its tensors are named like {name}, but transformers' model of this model_type takes"
-                    " the names model.layers.* or layers.*; take a release of the text model, or rename them"
+                    f" the names {taken}; take a release of the text model, or rename them"
                 )
-        return f"{self.path}: no tensor named like {self.place(0, 0, 'gate').tensor}; is it an MoE model?"
+        return f"{self.path}: no tensor named like {self.place(0, 0, 'up').tensor}; is it an MoE model?"
 
     def block_name(self, layer: int, expert: int, block: str) -> str:
         """Checkpoint name of one linear block's weight, [out_features, in_features]."""
-        inner = self.family.shared if expert == SHARED else f"experts.{expert}"
-        return f"model.layers.{layer}.{self.family.moe}.{inner}.{self.family.blocks[BLOCKS.index(block)]}.weight"
+        moe = f"{self.family.layer_path(layer)}." + (f"{self._stored_moe}." if self._stored_moe else "")
+        if expert == SHARED:
+            return f"{moe}{self.family.shared}.{block}_proj.weight"
+        return f"{moe}experts.{expert}.{self.family.blocks[BLOCKS.index(block)]}.weight"
 
     def place(self, layer: int, expert: int, block: str, parameter: Parameter = "weight") -> Place:
         """Where the block's weight, or its bias in a family that has them, is."""
-        name = self.block_name(layer, expert, block)
-        stacked = f"{moe_path(layer)}.experts.{'down_proj' if block == 'down' else 'gate_up_proj'}"
-        if self.family.interleaved:
-            return Place(stacked if parameter == "weight" else f"{stacked}_bias", expert, block, interleaved=True)
-        if name in self.files or stacked not in self.files or expert == SHARED:
-            return Place(name)
-        return Place(stacked, expert, block)
+        gated = self.family.gated
+        name = self.block_name(layer, expert, block if block in self.family.own_blocks else "up")
+        if name in self.files or expert == SHARED:
+            return Place(name, block=block, gated=gated)
+        stacked, orientation = self._stacked(layer, block)
+        if self.family.biased:
+            return Place(stacked if parameter == "weight" else f"{stacked}_bias", expert, block, orientation)
+        return Place(stacked, expert, block, orientation, gated) if stacked in self.files else Place(name)
+
+    def _stacked(self, layer: int, block: str) -> tuple[str, str]:
+        """Name and orientation of the tensor of a block of all experts, as published or as transformers 5 saves it."""
+        names = (self.family.stacked, ("experts.gate_up_proj", "experts.down_proj"))
+        modules = (self._stored_moe, self.family.moe)
+        for module, pair in zip(modules, names, strict=True):
+            name = ".".join(filter(None, (self.family.layer_path(layer), module, pair[block == "down"])))
+            if name in self.files:
+                break
+        if self.family.orientation != "either" or name not in self.files:
+            return name, self.family.orientation
+        _, outputs, inputs = self.raw(name).shape
+        in_rows = (outputs if block == "down" else inputs) == self.text["hidden_size"]
+        return name, "rows" if in_rows else "columns"
 
     def raw_block(self, layer: int, expert: int, block: str, parameter: Parameter = "weight") -> RawTensor:
         """The block's weight or bias as bytes of its file."""
@@ -289,18 +257,14 @@ def open_model(path: str | Path) -> ModelFolder:
     """Read a local model folder's ``config.json``; `UserError` for a missing, broken or unsupported model."""
     folder = Path(path)
     config = read_config(folder)
-    family = FAMILIES.get(str(config.get("model_type")))
-    if family is None:
-        raise UserError(
-            f"{folder}/config.json: model_type {config.get('model_type')!r} is not supported;"
-            f" supported are {', '.join(sorted(FAMILIES))}"
-        )
+    family = family_of(folder, config)
     check_precision(folder, config)
-    check_sizes(folder, config)
-    activation = config.get("hidden_act", "silu")
+    check_sizes(folder, family.text(config))
+    activation = family.text(config).get(family.activation, "silu")
     if activation not in ACTIVATIONS and not family.clamped:
         raise UserError(
-            f"{folder}/config.json: hidden_act {activation!r} is not supported; known: {', '.join(ACTIVATIONS)}"
+            f"{folder}/config.json: {family.activation} {activation!r} is not supported;"
+            f" known: {', '.join(ACTIVATIONS)}"
         )
     return ModelFolder(folder, family, config)
 
@@ -314,11 +278,6 @@ def open_original(path: str | Path) -> ModelFolder:
             " original model"
         )
     return folder
-
-
-def moe_path(layer: int) -> str:
-    """Path of a layer's MoE module in transformers, the same in every supported family."""
-    return f"model.layers.{layer}.mlp"
 
 
 def is_local(path: str) -> bool:

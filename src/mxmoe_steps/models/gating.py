@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from mxmoe_steps.models.families import Family
+from mxmoe_steps.models.adapters import Family
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -17,6 +16,7 @@ _ACTIVATIONS: dict[str, Function] = {  # the names are those of `families.ACTIVA
     "gelu": torch.nn.functional.gelu,
     "gelu_pytorch_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
     "relu": torch.nn.functional.relu,
+    "relu2": lambda x: torch.nn.functional.relu(x).square(),
 }
 
 
@@ -26,11 +26,13 @@ class Gating:
 
     With a ``limit`` it is gpt_oss's ``activation(min(gate, limit)) * (clamp(up, -limit, limit) + 1)``. ``biases`` of
     gate and up, [I], or [E, I] for a stack of experts, are added to the products first; None where there are none, or
-    where whoever multiplies adds them.
+    where whoever multiplies adds them. An expert that is not ``gated`` has no gate, [..., 0], and makes
+    ``activation(up)``.
     """
 
     activation: Function
     limit: float | None = None
+    gated: bool = True
     biases: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __getitem__(self, index: int) -> "Gating":
@@ -45,17 +47,24 @@ class Gating:
         return self.of_gate(gate) * self.of_up(up)
 
     def of_gate(self, product: torch.Tensor) -> torch.Tensor:
-        """Gate's factor."""
+        """Gate's factor, [..., I], or 1 without a gate, [..., 1]."""
+        if not self.gated:
+            return product.new_ones(*product.shape[:-1], 1)
         biased = product if self.biases is None else product + self.biases[0]
         return self.activation(biased if self.limit is None else biased.clamp(max=self.limit))
 
     def of_up(self, product: torch.Tensor) -> torch.Tensor:
         """Up's factor."""
+        if not self.gated:
+            return self.activation(product)
         biased = product if self.biases is None else product + self.biases[1]
         return biased if self.limit is None else biased.clamp(-self.limit, self.limit) + 1
 
     def change_of_up(self, product: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
         """``of_up(product + change) - of_up(product)``, of which nothing cancels."""
+        if not self.gated:
+            exact = product.double()
+            return (self.activation(exact + change.double()) - self.activation(exact)).to(change.dtype)
         if self.limit is None:
             return change
         biased = product if self.biases is None else product + self.biases[1]
@@ -71,4 +80,4 @@ def gating_of(family: "Family", config: Mapping[str, Any]) -> Gating:
     if family.clamped:
         alpha = float(config.get("swiglu_alpha", 1.702))  # published configurations leave it out
         return Gating(lambda x: x * torch.sigmoid(alpha * x), float(config.get("swiglu_limit", 7.0)))
-    return Gating(_ACTIVATIONS[config.get("hidden_act", "silu")])
+    return Gating(_ACTIVATIONS[config.get(family.activation, "silu")], gated=family.gated)

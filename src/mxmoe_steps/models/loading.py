@@ -25,9 +25,16 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def auto_class(folder: ModelFolder) -> Any:
+    """Which of transformers' classes loads the checkpoint: with its vision model where there is one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if folder.family.is_wrapper else AutoModelForCausalLM
+
+
 def empty_model(folder: ModelFolder, dtype: str, trust_remote_code: bool = False) -> Any:
-    """The causal LM that ``config.json`` describes, without weights (meta device); `UserError` if it describes none."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The model that ``config.json`` describes, without weights (meta device); `UserError` if it describes none."""
+    from transformers import AutoConfig
 
     precision = getattr(torch, dtype, None)
     if not isinstance(precision, torch.dtype) or not precision.is_floating_point:
@@ -35,7 +42,7 @@ def empty_model(folder: ModelFolder, dtype: str, trust_remote_code: bool = False
     try:
         config = AutoConfig.from_pretrained(folder.path, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
+            return auto_class(folder).from_config(config, dtype=precision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a wrong value leads to inside transformers
         raise UserError(f"{folder.path}/config.json: transformers builds no model from it: {error}") from error
 

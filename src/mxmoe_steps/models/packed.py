@@ -87,14 +87,16 @@ class MixedExpert(nn.Module):
     ) -> None:
         super().__init__()
         gate, up, down = schemes
-        self.gate_proj = make_linear(gate, inner, hidden, rotated, biased)
+        if gating.gated:
+            self.gate_proj = make_linear(gate, inner, hidden, rotated, biased)
         self.up_proj = make_linear(up, inner, hidden, rotated, biased)
         self.down_proj = make_linear(down, hidden, inner, rotated, biased)
         self.gating = gating
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., H]."""
-        return self.down_proj(self.gating(self.gate_proj(x), self.up_proj(x)))
+        up = self.up_proj(x)
+        return self.down_proj(self.gating(self.gate_proj(x), up) if self.gating.gated else self.gating.of_up(up))
 
 
 class MixedExperts(nn.ModuleList):
@@ -124,9 +126,30 @@ class MixedExperts(nn.ModuleList):
         return result.to(hidden.dtype)
 
 
+class ScaledExperts(MixedExperts):
+    """Those of a family whose router weights multiply inputs: it gives every expert all tokens, times their weights."""
+
+    def forward(self, scaled: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """[E T, H], tokens of expert 0 first, zero where a token is not routed, to what each expert makes of them."""
+        return _scaled_experts(self, scaled, key=self.number)
+
+    def each(self, scaled: torch.Tensor) -> torch.Tensor:
+        """What the operator computes."""
+        result = torch.zeros_like(scaled)
+        (routed,) = scaled.any(-1).nonzero(as_tuple=True)
+        for number, expert in enumerate(self):
+            own = routed[routed // (len(scaled) // len(self)) == number]
+            if len(own):
+                result[own] = expert(scaled[own])
+        return result
+
+
 # Which tokens an expert has is known on the host only after the GPU has said so: no CUDA graph can hold that.
 _packed_experts = define(
     "packed_experts(Tensor hidden, Tensor expert_ids, Tensor weights, int number) -> Tensor",
     MixedExperts.routed_sum,
     tags=(torch.Tag.cudagraph_unsafe,),
+)
+_scaled_experts = define(
+    "scaled_experts(Tensor scaled, int number) -> Tensor", ScaledExperts.each, tags=(torch.Tag.cudagraph_unsafe,)
 )

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import Family, moe_path
+from mxmoe_steps.models.adapters import Family
 from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.models.raw import FLOATING, RawTensor, tensors_of
-from mxmoe_steps.schemes import BLOCKS, SHARED
+from mxmoe_steps.schemes import SHARED
 
 _FIX = "run the quantize step again"
 _STORED = {torch.uint8: ("U8",), torch.bfloat16: ("BF16",)}  # of packed blocks; others are floating
@@ -23,8 +23,9 @@ _STORED = {torch.uint8: ("U8",), torch.bfloat16: ("BF16",)}  # of packed blocks;
 def check_experts(model: Any, family: Family, blocks: Mapping[str, Mapping[str, Any]]) -> None:
     """`UserError` unless ``blocks`` names the MoE layers of ``model`` and their experts, each once."""
     place = f"{model.name_or_path}/config.json: quantization_config"
-    for layer in range(len(model.model.layers)):
-        moe = model.get_submodule(moe_path(layer))
+    layers = len(model.get_submodule(family.decoder).layers)
+    for layer in range(layers):
+        moe = model.get_submodule(family.moe_path(layer))
         experts = {str(expert) for expert in range(len(moe.experts.down_proj))} if hasattr(moe, "experts") else set()
         if experts and family.shared is not None:
             experts.add(str(SHARED))
@@ -36,7 +37,7 @@ def check_experts(model: Any, family: Family, blocks: Mapping[str, Mapping[str, 
                 f"{place}: {verb} layer {layer}, expert {expert}, which the model"
                 f" {'has' if expert in experts else 'does not have'}; {_FIX}"
             )
-    unknown = sorted(set(blocks) - {str(layer) for layer in range(len(model.model.layers))}, key=int)
+    unknown = sorted(set(blocks) - {str(layer) for layer in range(layers)}, key=int)
     if unknown:
         raise UserError(f"{place}: names layer {unknown[0]}, which the model does not have; {_FIX}")
 
@@ -44,12 +45,12 @@ def check_experts(model: Any, family: Family, blocks: Mapping[str, Mapping[str, 
 def packed_blocks(model: Any, family: Family, layers: Iterable[int]) -> Iterator[tuple[int, int, str, str, Any]]:
     """(layer, expert, block, path, module) of every linear block of the expert modules."""
     for layer in layers:
-        moe = model.get_submodule(moe_path(layer))
+        moe = model.get_submodule(family.moe_path(layer))
         experts = [(expert, f"experts.{expert}") for expert in range(len(moe.experts))]
         for expert, name in [*experts, *([(SHARED, family.shared)] if family.shared is not None else [])]:
-            for block in BLOCKS:
+            for block in family.own_blocks:
                 path = f"{name}.{block}_proj"
-                yield layer, expert, block, f"{moe_path(layer)}.{path}", moe.get_submodule(path)
+                yield layer, expert, block, f"{family.moe_path(layer)}.{path}", moe.get_submodule(path)
 
 
 def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequence[str | Path]) -> None:
@@ -57,6 +58,8 @@ def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequ
     found: dict[str, RawTensor] = {}
     for file in files:
         found |= tensors_of(Path(file))
+    prefix = family.prefix_of(found)
+    found = {family.own_name(name, prefix): tensor for name, tensor in found.items()}
     folder = Path(files[0]).parent
     known = set()
     for layer, expert, block, path, module in packed_blocks(model, family, layers):
@@ -72,7 +75,9 @@ def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequ
                     f" {' or '.join(dtypes)} {list(expected.shape)}; {_FIX}"
                 )
             known.add(f"{path}.{name}")
-    inside = tuple(f"{moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner)
+    inside = tuple(
+        f"{family.moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner
+    )
     for name in sorted(set(found) - known):
         if name.startswith(inside):
             raise UserError(f"{found[name].file}: {name} belongs to no block of quantization_config; {_FIX}")

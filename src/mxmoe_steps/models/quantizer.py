@@ -15,9 +15,10 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION, FAMILIES, moe_path
+from mxmoe_steps.models.adapters import family_of
+from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION
 from mxmoe_steps.models.gating import gating_of
-from mxmoe_steps.models.packed import MixedExpert, MixedExperts
+from mxmoe_steps.models.packed import MixedExpert, MixedExperts, ScaledExperts
 from mxmoe_steps.models.packed_files import check_experts, check_tensors
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
@@ -60,16 +61,18 @@ class MixedPrecisionQuantizer(HfQuantizer):
     ) -> None:
         config = model.config
         config.experts_implementation = EXPERTS_IMPLEMENTATION  # `save_pretrained` writes attributes
-        family = FAMILIES[config.model_type]
+        family = family_of(Path(model.name_or_path), config.to_dict())
+        config = config.get_text_config()
         gating = gating_of(family, config.to_dict())
         quantization = self.quantization_config
         rotated = quantization.rotation is not None
         check_experts(model, family, quantization.blocks)
         with torch.device("meta"):
             for layer, experts in quantization.blocks.items():
-                moe = model.get_submodule(moe_path(int(layer)))
-                inner = moe.experts.down_proj.shape[1 if family.interleaved else 2]
-                moe.experts = MixedExperts(
+                moe = model.get_submodule(family.moe_path(int(layer)))
+                down = moe.experts.down_proj
+                inner = down[0].numel() // config.hidden_size
+                moe.experts = (ScaledExperts if family.scales_inputs else MixedExperts)(
                     MixedExpert(
                         quantization.of(int(layer), expert), config.hidden_size, inner, gating, rotated, family.biased
                     )
@@ -78,7 +81,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
                 if family.shared is not None:
                     old = getattr(moe, family.shared)
                     schemes = quantization.of(int(layer), SHARED)
-                    new = MixedExpert(schemes, config.hidden_size, old.gate_proj.out_features, gating, rotated)
+                    new = MixedExpert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
                     setattr(moe, family.shared, new)
         if checkpoint_files:
             check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)

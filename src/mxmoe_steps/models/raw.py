@@ -91,27 +91,27 @@ class RawTensor:
 
 @dataclass(frozen=True)
 class RawColumns(RawTensor):
-    """Columns of a matrix inside a file, every ``step``-th from the ``first``, as the rows of a tensor.
+    """Some ``columns`` of a matrix of ``total`` columns inside a file, as the rows of a tensor.
 
-    ``start`` and ``stop`` are those of the matrix, [K, N step] for a tensor of ``shape`` [N, K], or, for one of shape
-    [N], of a vector [N step].
+    ``start`` and ``stop`` are those of the matrix, [K, total] for a tensor of ``shape`` [N, K], or, for one of shape
+    [N], of a vector [total].
     """
 
-    first: int
-    step: int
+    total: int
+    columns: slice
 
     @property
     def nbytes(self) -> int:
         """Size of the columns."""
-        return (self.stop - self.start) // self.step
+        return (self.stop - self.start) // self.total * self.shape[0]
 
     def read(self, most: int | None = None) -> bytes:
         """The columns' data, one after the other; with ``most``, that of the matrix."""
         if most is not None:
             return super().read(most)
         element = self.nbytes // math.prod(self.shape)
-        matrix = np.frombuffer(super().read(), f"u{element}").reshape(-1, self.shape[0] * self.step)
-        return matrix[:, self.first :: self.step].T.tobytes()
+        matrix = np.frombuffer(super().read(), f"u{element}").reshape(-1, self.total)
+        return matrix[:, self.columns].T.tobytes()
 
 
 def tensors_of(file: Path) -> dict[str, RawTensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mxmoe_steps.atomic import write_json
 from mxmoe_steps.models.description import INDEX
-from mxmoe_steps.models.families import ModelFolder, moe_path
+from mxmoe_steps.models.families import ModelFolder
 from mxmoe_steps.models.raw import RawTensor, write_tensors
 from mxmoe_steps.schemes import SHARED
 
@@ -15,7 +15,7 @@ _SHARD_BYTES = 4 << 30
 def packed_name(folder: ModelFolder, layer: int, expert: int, block: str, part: str) -> str:
     """Name of a packed tensor in our checkpoints: the module path in transformers, for every family."""
     inner = folder.family.shared if expert == SHARED else f"experts.{expert}"
-    return f"{moe_path(layer)}.{inner}.{block}_proj.{part}"
+    return f"{folder.family.moe_path(layer)}.{inner}.{block}_proj.{part}"
 
 
 def write_shards(tensors: Sequence[tuple[str, RawTensor]], out: Path) -> None:

@@ -20,8 +20,9 @@ from torch import nn
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.audit import audit
-from mxmoe_steps.models.families import ModelFolder, moe_path, open_model
+from mxmoe_steps.models.families import ModelFolder, open_model
 from mxmoe_steps.models.finite import bad_numbers
+from mxmoe_steps.models.heard import Call, heard_calls, logits_of
 from mxmoe_steps.models.loading import empty_model, resolve_device
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.models.weights import check_block_weights, open_tensors
@@ -48,11 +49,16 @@ class StreamedModel:
         self.dtype: torch.dtype = self.model.dtype
         self._quantizer = self._replace_packed_modules()
         self._conversions: Any = get_model_conversion_mapping(self.model, None, self._quantizer)
-        audit(self.folder, self.model, self._conversions, self._quantizer)
+        self._parameters = audit(self.folder, self.model, self._conversions, self._quantizer)
         self.model.eval().requires_grad_(False)
-        self.decoder: Any = self.model.model
+        self.family = self.folder.family
+        self.decoder: Any = self.model.get_submodule(self.family.decoder)
+        self.final_norm: Any = self.decoder.get_submodule(self.family.norm)
+        self.config: Any = self.model.config.get_text_config()
         self.layers = len(self.decoder.layers)
-        self._make_buffers(self.decoder.rotary_emb)
+        for name, module in self.decoder.named_children():
+            if name != "layers":
+                self._make_buffers(module)
         self.arguments = cache(self._arguments)
 
     def _replace_packed_modules(self) -> Any:
@@ -80,24 +86,30 @@ class StreamedModel:
             for module in modules:
                 self.model.get_submodule(module).to("meta")
 
+    @property
+    def embedding(self) -> str:
+        """Path of the embedding."""
+        return f"{self.family.decoder}.{self.family.embedding}"
+
     @contextmanager
     def head(self) -> Iterator[None]:
         """Within the block the final norm and the language-model head have their weights; see `log_probs`."""
-        if "lm_head.weight" in self.folder.files:
-            with self.loaded("model.norm", "lm_head"):
+        norm, head = f"{self.family.decoder}.{self.family.norm}", self.model.get_submodule(self.family.head)
+        if f"{self.family.head}.weight" in self._parameters.values():
+            with self.loaded(norm, self.family.head):
                 yield
             return
-        with self.loaded("model.norm", "model.embed_tokens"):
-            self.model.lm_head.weight = self.decoder.embed_tokens.weight
+        with self.loaded(norm, self.embedding):
+            head.weight = self.model.get_submodule(self.embedding).weight
             yield
-        self.model.lm_head.to("meta")
+        head.to("meta")
 
     def _load(self, module: str) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
         target = self.model.get_submodule(module)
-        names = [name for name in self.folder.files if name.startswith(f"{module}.")]
+        names = [name for name, parameter in self._parameters.items() if parameter.startswith(f"{module}.")]
         loading = LoadStateDictConfig(
             device_map={"": self.device},
             dtype=self.dtype,
@@ -120,10 +132,10 @@ class StreamedModel:
 
     def _refuse_not_finite(self, module: str, name: str) -> None:
         """`UserError` that names layer, expert and block where an expert's weights are to blame."""
-        layer = int(module.rsplit(".", 1)[1]) if module.startswith("model.layers.") else None
-        if layer in self.folder.moe_layers and not self.folder.is_packed:
-            for block in BLOCKS:
-                check_block_weights(self.folder, layer, block)
+        for layer in self.folder.moe_layers:
+            if module == self.layer_path(layer) and not self.folder.is_packed:
+                for block in BLOCKS:
+                    check_block_weights(self.folder, layer, block)
         raise UserError(f"{self.folder.path}: {module}.{name}: the weights hold NaN or infinity; download them again")
 
     def _make_buffers(self, root: nn.Module) -> None:
@@ -136,50 +148,46 @@ class StreamedModel:
                 self.model._init_weights(module)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, L] token ids to what enters the first layer, [B, L, H]; within ``loaded("model.embed_tokens")``."""
-        hidden: torch.Tensor = self.decoder.embed_tokens(tokens.to(self.device))
+        """[B, L] token ids to what enters the first layer, [B, L, H]; within ``loaded(embedding)``."""
+        (hidden, *_), _ = self._heard(input_ids=tokens.to(self.device))[0]
         return hidden
 
-    def _arguments(self, batch: int, length: int) -> tuple[dict[str, Any], ...]:
+    def _arguments(self, batch: int, length: int) -> list[Call]:
         """What the decoder hands to each layer beside hidden states: masks, positions and rotary embeddings.
 
-        They depend on shapes alone. The decoder says them itself: it runs with layers that only listen.
+        They depend on shapes alone.
         """
-        heard: dict[int, dict[str, Any]] = {}
+        shape = (batch, length, self.config.hidden_size)
+        calls = self._heard(inputs_embeds=torch.zeros(shape, dtype=self.dtype, device=self.device))
+        return [(others, named) for (_, *others), named in calls]
 
-        def listen(layer: int) -> Any:
-            def forward(hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
-                heard[layer] = arguments
-                return hidden
-
-            return forward
-
-        quiet = [self.decoder.norm, *self.decoder.layers]
-        self.decoder.norm.forward = lambda hidden: hidden
-        for number, module in enumerate(self.decoder.layers):
-            module.forward = listen(number)
-        try:
-            shape = (batch, length, self.model.config.hidden_size)
-            with torch.no_grad():
-                self.decoder(inputs_embeds=torch.zeros(shape, dtype=self.dtype, device=self.device), use_cache=False)
-        finally:
-            for module in quiet:
-                del module.forward
-        return tuple(heard[number] for number in range(self.layers))
+    def _heard(self, **inputs: torch.Tensor) -> list[Call]:
+        returned = (None,) if self.family.returns_more else ()
+        return heard_calls(self.decoder, self.final_norm, inputs, returned)
 
     def run_layer(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """[B, L, H] through one decoder layer; within ``loaded(layer_path(layer))``."""
-        output: torch.Tensor = self.decoder.layers[layer](hidden, **self.arguments(*hidden.shape[:2])[layer])
-        return output
+        others, named = self.arguments(*hidden.shape[:2])[layer]
+        output: Any = self.decoder.layers[layer](hidden, *others, **named)
+        return output[0] if self.family.returns_more else output
 
     def log_probs(self, hidden: torch.Tensor) -> torch.Tensor:
         """Final hidden states [n, H], normed, to log-probabilities of the next token, float32 [n, V]; within `head`."""
-        return torch.log_softmax(self.model.lm_head(hidden).float(), dim=-1)
+        owner = self.model.get_submodule(self.family.head.rpartition(".")[0])
+        return torch.log_softmax(logits_of(owner, hidden).float(), dim=-1)
 
     @property
     def head_rows(self) -> int:
         """Tokens whose logits may exist at one time: a vocabulary is wide."""
-        return max(1, _LOGITS // self.model.config.vocab_size)
+        return max(1, _LOGITS // self.config.vocab_size)
+
+    def layer_path(self, layer: int) -> str:
+        """Path of a decoder layer."""
+        return self.family.layer_path(layer)
+
+    def summing(self, layer: int) -> Any:
+        """The module whose output is the sum of routed experts and shared expert, [..., H]."""
+        return self.moe(layer) if self.family.moe else self.moe(layer).experts
 
     def shared_factor(self, layer: int, hidden: torch.Tensor) -> torch.Tensor | None:
         """Factor of the shared expert's output, float32 [T], for what enters the experts, [T, H]; None without one."""
@@ -192,10 +200,5 @@ class StreamedModel:
         return torch.sigmoid(gate(hidden)).squeeze(-1).float()
 
     def moe(self, layer: int) -> Any:
-        """Router, experts and shared expert of a decoder layer."""
-        return self.model.get_submodule(moe_path(layer))
-
-
-def layer_path(layer: int) -> str:
-    """Path of a decoder layer, the same in transformers and in every supported checkpoint."""
-    return f"model.layers.{layer}"
+        """Router, experts and shared expert of a decoder layer; the layer itself where they are its own."""
+        return self.model.get_submodule(self.family.moe_path(layer))

@@ -83,7 +83,7 @@ def check_block_weights(model: ModelFolder, layer: int, block: str) -> None:
 
 def read_gating(model: ModelFolder, layer: int, experts: Sequence[int], device: torch.device | str = "cpu") -> Gating:
     """Gating of a stack of experts, with their biases in float32 where the family has them."""
-    gating = gating_of(model.family, model.config)
+    gating = gating_of(model.family, model.text)
     if not model.family.biased:
         return gating
     gate, up = (read_block(model, layer, experts, block, device, "bias").float() for block in BLOCKS[:2])

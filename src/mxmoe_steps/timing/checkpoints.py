@@ -15,7 +15,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import expert_modules, layer_on_kernels
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.models.families import Family
-from mxmoe_steps.models.streaming import StreamedModel, layer_path
+from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.timing.stages import stages_of
 from mxmoe_steps.timing.timer import Timer
 from mxmoe_steps.timing.times import ORIGINAL, WHOLE
@@ -56,7 +56,7 @@ class Steps:
 def on_kernels(model: StreamedModel, number: int) -> MoeLayer:
     """A layer of a packed checkpoint on the kernels; `UserError` where there are none for it."""
     family = model.folder.family
-    with model.loaded(layer_path(number)):
+    with model.loaded(model.layer_path(number)):
         moe = model.moe(number)
         gate = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
         device = next(moe.parameters()).device  # of the router, with its number
@@ -84,7 +84,7 @@ def captured_original(
     """The original's experts in each of transformers' implementations that can run them, as stages."""
     graphs = {}
     for name in ("grouped_mm", *(["batched_mm"] if len(step.x) <= _GATHERED else [])):
-        original.model.config._experts_implementation = name
+        original.config._experts_implementation = name
         try:
             run = in_transformers(original.moe(number), original.folder.family, step)
             graphs[ORIGINAL, name] = timer.capture(run)
@@ -97,7 +97,7 @@ def layer_times(
     timer: Timer, original: StreamedModel, layers: Mapping[str, MoeLayer], number: int, step: Step,
     rounds: int, repeats: int, seed: int,
 ) -> dict[tuple[str, str], list[float]]:  # fmt: skip
-    """(checkpoint, stage) -> microseconds in every round; within ``original.loaded(layer_path(number))``."""
+    """(checkpoint, stage) -> microseconds in every round; within ``original.loaded(original.layer_path(number))``."""
     graphs = captured_original(timer, original, number, step)
     for name, layer in layers.items():
         stages = stages_of(layer, step.x, step.expert_ids, step.weights)

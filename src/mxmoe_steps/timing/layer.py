@@ -18,7 +18,7 @@ def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], ND
     routed = blocks.expert != SHARED
     slices = np.ones(len(blocks), np.int64)
     out, inner = blocks.out_features.copy(), blocks.in_features.copy()
-    for kind in np.unique(blocks.kind):
+    for kind in np.unique(blocks.kind[blocks.params > 0]):  # experts without a gate have nothing to cut there
         for layer in np.unique(blocks.layer[~routed & (blocks.kind == kind)]):
             here = (blocks.layer == layer) & (blocks.kind == kind)
             shapes = {(int(n), int(k)) for n, k in zip(out[here & routed], inner[here & routed], strict=True)}

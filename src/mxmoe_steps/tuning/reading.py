@@ -1,5 +1,6 @@
 """A layer's text and its experts, from a streamed original, a packed checkpoint and hidden states at a border."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -132,13 +133,15 @@ def read_text(
     """
     found: list[Routing] = []
     rest = []
-    with silent(model, layer), hooked(model.moe(layer).experts, found.append):
+    with silent(model, layer), hooked(model, layer, found.append):
         for run in runs:
             hidden = read_rows(entering, "hidden", run).to(model.device)
             rest.append(model.run_layer(layer, hidden).flatten(0, 1))
     hidden, expert_ids, weights = (torch.cat(tensors) for tensors in zip(*found, strict=True))
     gradients = [read_rows(file, "gradient", slice(None)) for file in captured if "gradient" in tensors_of(file)]
     gradient = torch.cat(gradients).to(model.device) if gradients else None
+    decoder_layer = model.decoder.layers[layer]
+    factors = (getattr(decoder_layer, name, 1.0) for name in ("mlp_beta_factor", "residual_multiplier"))
     return LayerText(
         hidden=hidden,
         expert_ids=expert_ids.long(),
@@ -146,7 +149,7 @@ def read_text(
         shared=model.shared_factor(layer, hidden),
         rest=torch.cat(rest),
         wanted=read_rows(wanted, "hidden", slice(None)).to(model.device).flatten(0, 1),
-        factor=float(getattr(model.decoder.layers[layer], "mlp_beta_factor", 1.0)),  # of minimax
+        factor=math.prod(map(float, factors)),  # of minimax and of granite
         metric=metric_of(gradient, hidden.shape[1]).to(model.device),
         held_out=held_out,
     )

@@ -59,7 +59,7 @@ def least_budgets(points: Iterable[Point]) -> list[str]:
 def part_borders(config: Config, model: ModelFolder) -> list[int]:
     """Layers at which a job of `trace`, `capture` or `tune` hands over to the next; none when one job does it all."""
     step = config.runtime.layers_per_job
-    return [] if step is None else list(range(step, int(model.config["num_hidden_layers"]), step))
+    return [] if step is None else list(range(step, model.layers, step))
 
 
 def memory_of_steps(config: Config, model: ModelFolder) -> dict[str, int]:

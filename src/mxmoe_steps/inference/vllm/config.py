@@ -9,7 +9,7 @@ from packaging.version import Version
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.families import FAMILIES, Family
+from mxmoe_steps.models.adapters import FAMILIES, SERVED, Family
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
@@ -70,8 +70,8 @@ class PackedConfig(QuantizationConfig):
         """vLLM tells the model's config."""
         self.model = hf_config.to_dict()
         family = self.model.get("model_type")
-        if family not in FAMILIES:
-            raise UserError(f"{model_name}: model_type {family!r} is none of {', '.join(sorted(FAMILIES))}")
+        if family not in SERVED:
+            raise UserError(f"{model_name}: model_type {family!r} is none of {', '.join(sorted(SERVED))}")
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """Our names of routed experts, the same for every family, to those that vLLM's model class looks up.
