@@ -1,6 +1,6 @@
 """Who gains and who loses by mixing precisions: KL divergence by text, for every way that domains may count.
 
-    snakemake --cores 2 --until calibrate    # the demo's captures and losses
+    snakemake --cores 2                      # the demo: captures and losses
     python benchmarks/domains.py             # half an hour on two cores
 
 First table: allocations of least loss (r = 1) under every objective, beside uniform GPTQ weights. Second: the same when
