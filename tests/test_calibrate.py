@@ -142,7 +142,9 @@ def test_the_log_names_experts_with_too_few_tokens(
     named = [f"{expert} ({count} of 96)" for expert, count in enumerate(counts[1]) if count < 96]
     run(tiny_moe, captured, tmp_path / "whole", "gptq", "w4a16_g32")
     warning, line, *_ = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: 512 tokens of calibration text are 4 for each of an expert's 64 input features;")
+    assert warning.startswith(
+        "warning: 512 tokens of calibration text are 4 for each of an expert's 64 input features;"
+    )
     assert "1,024, 8 for each" in warning
     assert line == "calibrate gptq w4a16_g32_asym: layer 0"
     run(tiny_moe, fewer, tmp_path / "gptq", "gptq", "w4a16_g32")

@@ -60,7 +60,7 @@ def test_a_layer_computes_what_its_packed_modules_do(family: str, quantizer: str
     forward(original, borders, runs, number + 1, unwatched, keep=True)
     entering, leaving = borders.hidden(number), borders.hidden(number + 1)
     with original.loaded(layer_path(number)):
-        text = read_text(original, number, entering, leaving, captured, runs, 0)
+        text = read_text(original, number, entering, leaving, [captured], runs, 0)
     packed = PackedFolder(open_model(checkpoint), original.folder)
     got = read_layer(packed, original.folder, number, original.device).output(text, slice(0, 36))
 
@@ -168,7 +168,7 @@ def checkpoint(tiny_moe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def options(tiny_moe: Path, sources: str, captured: Path, checkpoint: Path) -> dict[str, Any]:
     of_step = {"text": "words", "sequences": 16, "length": 32, "steps": 30, "step_tokens": 64, "batch": 4, "rate": 5e-3}
-    inputs = {"model": str(tiny_moe), "sources": sources, "capture": captured, "checkpoint": checkpoint}
+    inputs = {"model": str(tiny_moe), "sources": sources, "capture": [captured], "checkpoint": checkpoint}
     return inputs | of_step | RUNTIME
 
 
@@ -252,7 +252,7 @@ def test_what_does_not_belong_together_is_refused(
         return str(error.value)
 
     assert "was not packed from" in refused(checkpoint=tiny_moe)
-    assert "run the capture step for this model" in refused(capture=tmp_path)
+    assert "run the capture step for this model" in refused(capture=[tmp_path])
     other = tmp_path / "other"
     shutil.copytree(options["checkpoint"], other)
     manifest = (other / "mxmoe.json").read_text().replace(read_manifest(other)["allocation"]["model"], "0" * 16)
@@ -274,6 +274,6 @@ def test_a_metric_is_the_mean_of_outer_products() -> None:
     gradient = torch.randn(100, 8, generator=torch.Generator().manual_seed(0))
     expected = gradient.double().T @ gradient.double()
     expected = 0.8 * expected / expected.diagonal().mean() + 0.2 * torch.eye(8)
-    assert torch.allclose(layer.metric_of(gradient, 8).double(), expected, atol=1e-5)
-    assert torch.equal(layer.metric_of(None, 8), torch.eye(8))
-    assert torch.equal(layer.metric_of(torch.zeros(3, 8), 8), 0.2 * torch.eye(8))
+    assert torch.allclose(layer.metric_of(list(gradient.split(40)), 8).double(), expected, atol=1e-5)
+    assert torch.equal(layer.metric_of([], 8), torch.eye(8))
+    assert torch.equal(layer.metric_of([torch.zeros(3, 8)], 8), 0.2 * torch.eye(8))

@@ -51,7 +51,9 @@ class TuneOptions(Descent, CalibrationText, TextThroughModel):
     """Options of the step."""
 
     checkpoint: InFolder = Field(description="folder that quantize wrote")
-    capture: InFolder = Field(description="folder that capture wrote; its gradients say which errors matter")
+    capture: Annotated[list[Path], Field(min_length=1), Flag("FOLDER")] = Field(
+        description="folders that capture wrote; their gradients say which errors matter"
+    )
     until: Annotated[Count | None, Flag("LAYER", decides=False)] = Field(
         None, description="only tune the layers before this one"
     )
@@ -100,7 +102,7 @@ def advance(
     else:
         with model.loaded(layer_path(layer)):
             held_out = options.sequences // _HELD_OUT * options.length
-            captured = captured_file(options, layer)
+            captured = captured_files(options, layer)
             text = read_text(model, layer, tuned.hidden(layer), original.hidden(layer + 1), captured, runs, held_out)
         experts, tensors = tune_layer(options, model, packed, layer, text)
         layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -115,9 +117,9 @@ def advance(
     tuned.hidden(layer).unlink()
 
 
-def captured_file(options: TuneOptions, layer: int) -> Path:
+def captured_files(options: TuneOptions, layer: int) -> list[Path]:
     """What `capture` wrote of a layer."""
-    return options.capture / f"layer-{layer:03d}.safetensors"
+    return [folder / f"layer-{layer:03d}.safetensors" for folder in options.capture]
 
 
 def layer_file(tuned: "Borders", layer: int) -> Path:
@@ -163,11 +165,12 @@ def tune(options: TuneOptions) -> None:
     path = resolve_model(options.model, code=options.trust_remote_code)
     tokens = torch.from_numpy(read_texts(options, path, [options.text], "calibration")[options.text])
     model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)
-    captured = {layer: captured_file(options, layer) for layer in model.folder.moe_layers}
-    for file in captured.values():
+    captured = {layer: captured_files(options, layer) for layer in model.folder.moe_layers}
+    for file in (file for files in captured.values() for file in files):
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
-    check_captured(captured, model.folder)
+    for files in zip(*captured.values(), strict=True):
+        check_captured(dict(zip(captured, files, strict=True)), model.folder)
     checkpoint = open_model(options.checkpoint)
     if not checkpoint.is_packed or read_manifest(checkpoint.path)["allocation"]["model"] != fingerprint(model.folder):
         raise UserError(f"{checkpoint.path}: was not packed from {options.model}; run the quantize step for this model")
@@ -176,11 +179,11 @@ def tune(options: TuneOptions) -> None:
     warn_if_short(model.folder, tokens.numel())
     if wide := sorted(scheme.name for scheme in packed.schemes if not is_tuned(scheme)):
         print(f"tune: blocks of {', '.join(wide)} stay as they are", file=sys.stderr, flush=True)
+    sources = [*checkpoint.sources, *(file for files in captured.values() for file in files)]
     last = min(options.until or model.layers, model.layers)
     with Borders.locked(options):
         original, tuned = (
-            Borders(model, tokens, "mxmoe_steps.tune", options, stream, [*checkpoint.sources, *captured.values()])
-            for stream in ("original", "tuned")
+            Borders(model, tokens, "mxmoe_steps.tune", options, stream, sources) for stream in ("original", "tuned")
         )
         reached = next((border for border in range(model.layers, -1, -1) if tuned.has(tuned.hidden(border))), None)
         if reached is None:

@@ -121,14 +121,14 @@ def read_text(
     layer: int,
     entering: Path,
     wanted: Path,
-    captured: Path,
+    captured: Sequence[Path],
     runs: Sequence[slice],
     held_out: int,
 ) -> LayerText:
     """The text at the border before a layer, brought to its experts; within ``model.loaded`` of the layer.
 
     ``entering``: hidden states of the tuned model; ``wanted``: those of the original that leave the layer;
-    ``captured``: the layer's file that `capture` wrote.
+    ``captured``: the layer's files that `capture` wrote.
     """
     found: list[Routing] = []
     rest = []
@@ -137,8 +137,9 @@ def read_text(
             hidden = read_rows(entering, "hidden", run).to(model.device)
             rest.append(model.run_layer(layer, hidden).flatten(0, 1))
     hidden, expert_ids, weights = (torch.cat(tensors) for tensors in zip(*found, strict=True))
-    has_gradient = "gradient" in tensors_of(captured)
-    gradient = read_rows(captured, "gradient", slice(None)).to(model.device) if has_gradient else None
+    gradients = [
+        read_rows(file, "gradient", slice(None)).to(model.device) for file in captured if "gradient" in tensors_of(file)
+    ]
     return LayerText(
         hidden=hidden,
         expert_ids=expert_ids.long(),
@@ -147,6 +148,6 @@ def read_text(
         rest=torch.cat(rest),
         wanted=read_rows(wanted, "hidden", slice(None)).to(model.device).flatten(0, 1),
         factor=float(getattr(model.decoder.layers[layer], "mlp_beta_factor", 1.0)),  # of minimax
-        metric=metric_of(gradient, hidden.shape[1]).to(model.device),
+        metric=metric_of(gradients, hidden.shape[1]).to(model.device),
         held_out=held_out,
     )
