@@ -169,8 +169,8 @@ def tune(options: TuneOptions) -> None:
     for file in (file for files in captured.values() for file in files):
         if not file.is_file():
             raise UserError(f"{file}: no such captured layer; run the capture step for this model")
-    for files in zip(*captured.values(), strict=True):
-        check_captured(dict(zip(captured, files, strict=True)), model.folder)
+    for of_one in zip(*captured.values(), strict=True):
+        check_captured(dict(zip(captured, of_one, strict=True)), model.folder)
     checkpoint = open_model(options.checkpoint)
     if not checkpoint.is_packed or read_manifest(checkpoint.path)["allocation"]["model"] != fingerprint(model.folder):
         raise UserError(f"{checkpoint.path}: was not packed from {options.model}; run the quantize step for this model")
@@ -197,12 +197,12 @@ def tune(options: TuneOptions) -> None:
                     " run fewer jobs on the GPU at a time, or set runtime.device: cpu"
                 ) from error
         if options.until is None:
-            files = [layer_file(tuned, layer) for layer in model.folder.moe_layers]
-            for file in files:
+            tuned_files = [layer_file(tuned, layer) for layer in model.folder.moe_layers]
+            for file in tuned_files:
                 if not file.is_file():
                     tuned.remove()
                     raise UserError(f"{file.name} was lost from {tuned.folder}; run tune again from the start")
-            write_checkpoint(options, packed, files)
+            write_checkpoint(options, packed, tuned_files)
             shutil.rmtree(options.waiting_room)
 
 
