@@ -118,7 +118,7 @@ class Layer:
         """As `mxmoe_steps.tuning.reading.read_layer` makes it of files."""
         return self._experts(self.packed, self.packed_shared, precision)
 
-    def entering(self, hidden: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor | None) -> LayerText:
+    def entering(self, hidden: torch.Tensor, wanted: torch.Tensor, gradients: list[torch.Tensor]) -> LayerText:
         """As `mxmoe_steps.tuning.reading.read_text` makes it of files; hidden states [S, L, H]."""
         rest = torch.cat([self._attend(run) for run in hidden.split(BATCH)]).flatten(0, 1)
         x = rms_norm(rest, rest.shape[-1:])
@@ -131,7 +131,7 @@ class Layer:
             rest=rest,
             wanted=wanted.flatten(0, 1),
             factor=1.0,
-            metric=metric_of(gradient, x.shape[-1]).to(x.device),
+            metric=metric_of(gradients, x.shape[-1]).to(x.device),
             held_out=len(hidden) // 16 * hidden.shape[1],
         )
 
@@ -145,7 +145,7 @@ class Layer:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The original's output, [S, L, H]."""
-        text = self.entering(hidden, hidden, None)
+        text = self.entering(hidden, hidden, [])
         runs = passes(0, len(text.hidden), BATCH * hidden.shape[1])
         return torch.cat([self.original.output(text, rows).to(hidden.dtype) for rows in runs]).view(hidden.shape)
 
@@ -171,7 +171,7 @@ def run_layer(
     with clock.step("original's pass"):
         wanted = layer(original)
     with clock.step("tuned model's pass"):
-        text = layer.entering(tuned, wanted, gradient)
+        text = layer.entering(tuned, wanted, [gradient])
     with clock.step("make blocks"):
         experts = layer.quantized(torch.bfloat16 if device.type == "cuda" else torch.float32)
     with clock.step("errors"):

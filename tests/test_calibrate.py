@@ -141,9 +141,14 @@ def test_the_log_names_experts_with_too_few_tokens(
     assert counts[1][0] == 0
     named = [f"{expert} ({count} of 96)" for expert, count in enumerate(counts[1]) if count < 96]
     run(tiny_moe, captured, tmp_path / "whole", "gptq", "w4a16_g32")
-    assert capsys.readouterr().err.splitlines()[0] == "calibrate gptq w4a16_g32_asym: layer 0"
+    warning, line, *_ = capsys.readouterr().err.splitlines()
+    assert warning.startswith(
+        "warning: 512 tokens of calibration text are 4 for each of an expert's 64 input features;"
+    )
+    assert "1,024, 8 for each" in warning
+    assert line == "calibrate gptq w4a16_g32_asym: layer 0"
     run(tiny_moe, fewer, tmp_path / "gptq", "gptq", "w4a16_g32")
-    assert capsys.readouterr().err.splitlines()[1:] == [
+    assert capsys.readouterr().err.splitlines()[2:] == [
         "calibrate gptq w4a16_g32_asym: layer 1; fewer tokens than input features: experts shared (150 of 160),"
         f" {', '.join(named)}: their Hessians are mostly the layer's",
     ]

@@ -227,12 +227,12 @@ def tune(options: TuneOptions) -> None:
                     " run fewer jobs on the GPU at a time, or set runtime.device: cpu"
                 ) from error
         if options.until is None:
-            files = [layer_file(tuned, layer) for layer in model.folder.moe_layers]
-            for file in files:
+            tuned_files = [layer_file(tuned, layer) for layer in model.folder.moe_layers]
+            for file in tuned_files:
                 if not file.is_file():
                     tuned.remove()
                     raise UserError(f"{file.name} was lost from {tuned.folder}; run tune again from the start")
-            write_checkpoint(options, packed, files)
+            write_checkpoint(options, packed, tuned_files)
             shutil.rmtree(options.waiting_room)
 
 

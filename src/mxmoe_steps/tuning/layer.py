@@ -5,7 +5,7 @@ A step then takes any tokens of the text, and no more than the experts runs.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,18 +105,18 @@ class TunedLayer:
         return output, parts
 
 
-def metric_of(gradient: torch.Tensor | None, features: int) -> torch.Tensor:
+def metric_of(gradients: Sequence[torch.Tensor], features: int) -> torch.Tensor:
     """What an error of the layer's output [.., H] costs, float32 [H, H]: g g^T, the mean over tokens, mixed with the
     identity.
 
-    ``gradient`` [T, H]: of the model's loss with respect to that output, as `capture` has it: 1/2 (g . e)^2 estimates
-    the KL divergence that the error e causes. None: the identity alone.
+    ``gradients``, some [T, H]: of the model's loss with respect to that output, as `capture` has them: 1/2 (g . e)^2
+    estimates the KL divergence that the error e causes. Without any it is the identity alone.
     """
     identity = torch.eye(features)
-    if gradient is None:
+    if not gradients:
         return identity
-    moments = torch.zeros(features, features, dtype=torch.float64, device=gradient.device)
-    for part in gradient.split(_PASS):
+    moments = torch.zeros(features, features, dtype=torch.float64, device=gradients[0].device)
+    for part in (part for gradient in gradients for part in gradient.split(_PASS)):
         moments += part.float().T @ part.float()
     moments /= moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     return ((1 - _PLAIN) * moments.float() + _PLAIN * identity.to(moments.device)).contiguous()

@@ -138,8 +138,9 @@ def read_text(
             hidden = read_rows(entering, "hidden", run).to(model.device)
             rest.append(model.run_layer(layer, hidden).flatten(0, 1))
     hidden, expert_ids, weights = (torch.cat(tensors) for tensors in zip(*found, strict=True))
-    gradients = [read_rows(file, "gradient", slice(None)) for file in captured if "gradient" in tensors_of(file)]
-    gradient = torch.cat(gradients).to(model.device) if gradients else None
+    gradients = [
+        read_rows(file, "gradient", slice(None)).to(model.device) for file in captured if "gradient" in tensors_of(file)
+    ]
     decoder_layer = model.decoder.layers[layer]
     factors = (getattr(decoder_layer, name, 1.0) for name in ("mlp_beta_factor", "residual_multiplier"))
     return LayerText(
@@ -150,6 +151,6 @@ def read_text(
         rest=torch.cat(rest),
         wanted=read_rows(wanted, "hidden", slice(None)).to(model.device).flatten(0, 1),
         factor=math.prod(map(float, factors)),  # of minimax and of granite
-        metric=metric_of(gradient, hidden.shape[1]).to(model.device),
+        metric=metric_of(gradients, hidden.shape[1]).to(model.device),
         held_out=held_out,
     )
