@@ -18,6 +18,7 @@ Where their bits lie in the thread's words every code says for itself, see `code
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -183,14 +184,37 @@ def _fields(format_: Format, device: torch.device) -> list[Field]:
     return format_.fields(*(axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")))
 
 
+@cache
+def _packing(format_: Format, device: torch.device) -> list[tuple[Field, list[tuple[torch.Tensor, torch.Tensor]]]]:
+    """Fields with the words that have equally many of their codes: words [W] and those codes [W, n], for every n.
+
+    Codes of a word are summed side by side: adding them up by their words would take atomics on a GPU.
+    """
+    found = []
+    for field, there in zip(_fields(format_, torch.device("cpu")), _fields(format_, device), strict=True):
+        codes_of: dict[int, list[int]] = {}
+        for code, word in enumerate(field.word.tolist()):
+            codes_of.setdefault(word, []).append(code)
+        alike: dict[int, list[int]] = {}
+        for word, codes in codes_of.items():
+            alike.setdefault(len(codes), []).append(word)
+        groups = [
+            (torch.tensor(words, device=device), torch.tensor([codes_of[word] for word in words], device=device))
+            for words in alike.values()
+        ]
+        found.append((there, groups))
+    return found
+
+
 def _split_words(codes: torch.Tensor, format_: Format) -> torch.Tensor:
     """Codes [N/128, K/128, 256, 64] to the code bytes of each half chunk, uint8 [N/128, K/128, 2, bytes]."""
-    codes = codes.long()
+    codes = codes.int()
     words = codes.new_zeros(*codes.shape[:-1], format_.words)
-    for field in _fields(format_, codes.device):
-        bits = (codes >> field.low) & (2**field.width - 1)
-        words.index_add_(-1, field.word, bits << field.shift)
-    data = words.view(torch.uint8).view(*words.shape, 8)[..., :4]  # little-endian low halves
+    for field, words_of in _packing(format_, codes.device):
+        bits = (codes >> field.low & 2**field.width - 1) << field.shift.int()
+        for word, code in words_of:
+            words[..., word] += bits[..., code].sum(-1, dtype=torch.int32)
+    data = words.view(torch.uint8).view(*words.shape, 4)  # little-endian
     loads = data.split([load.words for load in format_.loads], -2)
     return torch.cat([load.flatten(-2).unflatten(-2, (2, -1)).flatten(-2) for load in loads], -1)
 
