@@ -10,7 +10,7 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
-from mxmoe_steps.kernels.architectures import CAPABILITIES, NAMES, for_capability
+from mxmoe_steps.kernels.architectures import NAMES, require
 from mxmoe_steps.kernels.build import ENTRY, RUNTIME, Kernel, TokenKernel, build, runtime_library
 from mxmoe_steps.kernels.codes.format import TILE_ROWS, Format
 from mxmoe_steps.kernels.layouts import KernelWeights
@@ -243,12 +243,7 @@ def _ones(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 @cache
 def architecture_of(device: torch.device) -> Architecture:
     """That of a GPU; `UserError` if there are no kernels for it."""
-    capability = torch.cuda.get_device_capability(device)
-    architecture = for_capability(capability)
-    if architecture is None:
-        major, minor = capability
-        raise UserError(f"{device} has compute capability {major}.{minor}; the kernels are for {CAPABILITIES}")
-    return architecture
+    return require(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
 
 @cache
@@ -267,9 +262,9 @@ def check_device(tensor: torch.Tensor, name: str) -> None:
 
 
 @cache
-def token_kernel(name: str, device: torch.device) -> Any:
-    """The function of one of `Architecture.token_kernels` for a GPU."""
-    return load_kernel(TokenKernel(name, architecture_of(device)))
+def token_kernel(name: str, architecture: Architecture) -> Any:
+    """The function of one of `Architecture.token_kernels`."""
+    return load_kernel(TokenKernel(name, architecture))
 
 
 @cache
