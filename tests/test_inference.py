@@ -34,6 +34,7 @@ class TorchLayer:
     """`MoeLayer` in torch, on the CPU."""
 
     def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
+        plan.check(DEFAULT)
         self.plan, self.read, self.device, self.gate = plan, read, device, gate
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
 @pytest.mark.parametrize(
     ("family", "scheme", "extra", "why"),
     [
-        ("qwen3_moe", "w4a4", {}, "scheme w4a4_g-1_sym: no GPU kernel"),
+        ("qwen3_moe", "w4a4", {}, "scheme w4a4_g128_sym: H100, H200 (sm_90a) have no int4 tensor cores"),
         ("qwen3_moe", "w4a16_g64", {}, "scheme w4a16_g64_asym: no GPU kernel"),
         ("qwen3_moe", "w4a16", {"moe_intermediate_size": 192}, "input features in multiples of 128"),
         ("qwen2_moe", "w8a16", {"moe_intermediate_size": 192}, "shared expert of width 256: no multiple"),
@@ -142,7 +143,10 @@ def test_some_layers_may_have_kernels_and_others_not(
     )
     with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
         move(mxmoe_steps.load_quantized(str(path)))
-    assert "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4" in caplog.text
+    assert (
+        "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4_g128_sym: H100, H200"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -193,7 +197,7 @@ def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: p
     made = {(*(format_.name for format_ in config.formats), config.gated) for config in kernels}
     assert made == {("w4a16_g128_asym", True), ("w4a16_g128_asym", False), ("w8a8_g-1_sym_fp8", False)}
     assert len(kernels) == len({config.name for config in kernels}) == len(made) * len(PHASES)
-    assert "layer 2: scheme w4a4_g-1_sym: no GPU kernel" in capsys.readouterr().out
+    assert "layer 2: scheme w4a4_g128_sym: H100, H200 (sm_90a) have no int4 tensor cores" in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

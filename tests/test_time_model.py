@@ -177,8 +177,9 @@ def test_other_models_are_refused(tmp_path):
 
 
 def test_schemes_and_formats_agree_on_how_split_tiles_multiply() -> None:
-    for one in FORMATS:
-        for other in FORMATS:
+    formats = [format_ for format_ in FORMATS if format_.operand in DEFAULT.operands]
+    for one in formats:
+        for other in formats:
             assert by_warp(parse_scheme(each.name) for each in (one, other)) == DEFAULT.by_warp((one, other))
 
 

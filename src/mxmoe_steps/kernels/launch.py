@@ -12,7 +12,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.architectures import NAMES, require
 from mxmoe_steps.kernels.build import ENTRY, RUNTIME, Kernel, TokenKernel, build, runtime_library
-from mxmoe_steps.kernels.codes.format import TILE_ROWS, Format
+from mxmoe_steps.kernels.codes.format import OPERAND_BITS, TILE_ROWS, Format
 from mxmoe_steps.kernels.layouts import KernelWeights
 from mxmoe_steps.kernels.limits import MAX_EXPERTS
 
@@ -22,8 +22,8 @@ MAX_STREAMS = 64  # that one kernel object can be launched on
 
 @dataclass(frozen=True)
 class Activations:
-    """Tokens sorted by expert: bfloat16 [rows, K] without scales, or uint8 bits of an 8-bit type [rows, K] with
-    float32 scales [rows]."""
+    """Tokens sorted by expert: bfloat16 [rows, K] without scales, or uint8 bits of an 8-bit type [rows, K], or
+    of int4 [rows, K / 2], the first one in the low bits, with float32 scales [rows]."""
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
@@ -150,7 +150,8 @@ class GroupGemmKernel:
             raise UserError(f"out has {out.shape[1]} columns; need a multiple of {COLUMN_MULTIPLE}")
         for operand, tokens in activations.items():
             kind = torch.bfloat16 if operand == "bf16" else torch.uint8
-            check_tensor(f"{operand} activations", tokens.values, kind, 2, out.device, (rows, features))
+            columns = features * OPERAND_BITS[operand] // (8 * kind.itemsize)
+            check_tensor(f"{operand} activations", tokens.values, kind, 2, out.device, (rows, columns))
             if operand != "bf16":
                 if tokens.scales is None:
                     raise UserError(f"{operand} activations need one scale per row")

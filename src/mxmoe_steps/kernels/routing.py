@@ -13,7 +13,7 @@ from functools import cache
 import torch
 
 from mxmoe_steps.kernels.architecture import CLUSTER_SORT, Architecture
-from mxmoe_steps.kernels.codes.format import EDGE
+from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS
 from mxmoe_steps.kernels.launch import Activations, architecture_of, token_kernel
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 
@@ -61,7 +61,7 @@ def dispatch(
     operands: Collection[str],
     gate: torch.Tensor | None = None,
 ) -> tuple[dict[str, Activations], torch.Tensor | None]:
-    """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for 8-bit types.
+    """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for types of 8 and 4 bits.
 
     ``needs``: int32 [experts + slices], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
     needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
@@ -100,10 +100,10 @@ def quantize(
 ) -> dict[str, Activations]:
     """``silu(gate) * up``, bfloat16 [rows, K], as the operands of the down blocks; otherwise as `swiglu`."""
     unrounded = {"bf16": Activations(products)} if "bf16" in operands else {}
-    eight_bits = [operand for operand in operands if operand != "bf16"]
-    if not eight_bits:
+    scaled = [operand for operand in operands if operand != "bf16"]
+    if not scaled:
         return unrounded
-    activations, outputs = _outputs(products, routed, eight_bits)
+    activations, outputs = _outputs(products, routed, scaled)
     function = token_kernel("quantize", routed.architecture)
     function(products, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return unrounded | activations
@@ -125,7 +125,7 @@ def combine(
     return out
 
 
-Outputs = tuple[torch.Tensor, ...]  # bfloat16, fp8, its scales, int8, its scales
+Outputs = tuple[torch.Tensor, ...]  # bfloat16, then values and scales of `Architecture.scaled_outputs`
 
 
 def _outputs(
@@ -136,14 +136,15 @@ def _outputs(
         operand: _empty(operand, routed.rows, features or like.shape[1], like.device) for operand in operands
     }
     full = _spare(like.device) | activations
-    bf16, fp8, int8 = full["bf16"], full["fp8"], full["int8"]
-    return activations, (bf16.values, fp8.values, fp8.scales, int8.values, int8.scales)  # type: ignore[return-value]
+    scaled = [full[operand] for operand in routed.architecture.scaled_outputs]
+    pairs = [tensor for one in scaled for tensor in (one.values, one.scales) if tensor is not None]
+    return activations, (full["bf16"].values, *pairs)
 
 
 def _empty(operand: str, rows: int, features: int, device: torch.device) -> Activations:
     if operand == "bf16":
         return Activations(torch.empty(rows, features, dtype=torch.bfloat16, device=device))
-    values = torch.empty(rows, features, dtype=torch.uint8, device=device)
+    values = torch.empty(rows, features * OPERAND_BITS[operand] // 8, dtype=torch.uint8, device=device)
     return Activations(values, torch.empty(rows, dtype=torch.float32, device=device))
 
 
