@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mxmoe_steps.timing.estimate import measured_file
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
+from mxmoe_steps.timing.estimate import PEAK_SHARES, measured_file
 from mxmoe_steps.timing.fit import fit
 from mxmoe_steps.timing.measurements import read_measurements
 from mxmoe_steps.timing.model import CONSTANTS
@@ -47,7 +48,7 @@ def profile() -> dict[str, Any]:
     path = measured_file("h100")
     assert path is not None
     rows, facts = read_measurements(path)
-    return facts | fit(rows, facts["sms"])[1]
+    return facts | fit(rows, facts["sms"], HOPPER)[1]
 
 
 def profile_machine() -> str:
@@ -194,6 +195,27 @@ def generate_ratios() -> str:
     return markdown(("sequences", *GENERATE_RUNS[1:]), rows)
 
 
+def mma() -> str:
+    """Microseconds of a layer's two launches by tokens, on both architectures of the H100."""
+    cells = [cell for cell in read(MEASUREMENTS / "mma.json") if cell["picked"]]
+    tokens = sorted({cell["T"] for cell in cells})
+    rows = []
+    for run in dict.fromkeys(cell["run"] for cell in cells):
+        us = [sum(cell["us"] for cell in cells if (cell["run"], cell["T"]) == (run, count)) for count in tokens]
+        scheme, _, wgmma = run.partition(" ")
+        rows.append([f"`{scheme}`, {'`wgmma`' if wgmma else '`mma.sync`'}", *(digits(each) for each in us)])
+    return markdown(["tokens", *map(str, tokens)], rows)
+
+
+def mma_shares() -> str:
+    """What the estimates count: shares of the tensor cores' peak by tokens of a tile."""
+    rows = []
+    for (kind, by_parts), shares in PEAK_SHARES.items():
+        weights = "decoded or grouped" if by_parts else "as they are"
+        rows.append([f"{kind}, weights {weights}", ", ".join(f"{n}: {percent(share)}" for n, share in shares.items())])
+    return markdown(["tensor cores", "share of the peak by tokens of a tile"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "profile-machine": profile_machine,
     "profile-errors": profile_errors,
@@ -209,6 +231,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate-steps": generate_steps,
     "generate-tokens": generate_tokens,
     "generate-ratios": generate_ratios,
+    "mma": mma,
+    "mma-shares": mma_shares,
 }
 
 

@@ -39,6 +39,13 @@ def edited(values: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     return result
 
 
+def test_the_papers_example_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(yaml.safe_load((ROOT / "config" / "w4a4.yaml").read_text(encoding="utf-8")), "w4a4")
+    assert config.profile.hardware == "rtx4090"
+    assert {point.budget_bits for point in points(config)} == {5.0}
+
+
 def test_the_demo_is_valid_and_names_its_points(values: dict[str, Any]) -> None:
     found = points(load_config(values, "demo"))
     names = [point.name for point in found]

@@ -17,7 +17,7 @@ from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.tables import MEASUREMENTS, PROFILE, read_table, write_table
-from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, read_hardware, roofline_kstep_us
+from mxmoe_steps.timing.estimate import HARDWARE, PEAK_SHARES, estimate_profile, read_hardware, roofline_kstep_us
 from mxmoe_steps.timing.fit import errors, fit
 from mxmoe_steps.timing.fit_constants import features, fit_constants, held_out, predict
 from mxmoe_steps.timing.fit_tiles import fit_tiles
@@ -41,6 +41,28 @@ def test_the_slower_of_tensor_cores_and_cache_counts():
     assert roofline_kstep_us(parse_scheme("w16a16"), 128, 8, h100) == pytest.approx(loaded * 132 / 8e6)
     peak = 2 * 128 * 128 * 256 * 132 / 989e6
     assert roofline_kstep_us(parse_scheme("w4a16"), 128, 256, {**h100, "l2_gbs": 1e6}) == pytest.approx(peak)
+
+
+def test_tiles_of_mma_sync_reach_the_measured_shares_of_a_peak():
+    cells = json.loads((ROOT / "docs" / "measurements" / "mma.json").read_text())
+    peaks = read_hardware("h100")["peak_tflops"]
+    names = {("bf16", False): "w16a16", ("bf16", True): "w4a16_g128_asym", ("int8", False): "w8a8_g-1_sym",
+             ("int8", True): "w4a8_g128_sym"}  # fmt: skip
+    operations = 2 * 8192 * 4 * 2 * 1408 * 2048  # four experts of a token, gate and up
+    for (kind, _), shares in PEAK_SHARES.items():
+        name = names[kind, _]
+        for phase, share in zip(PHASES, shares.values(), strict=True):
+            key = [name, "gate_up", phase, 8192]
+            (us,) = (cell["us"] for cell in cells if [cell[n] for n in ("run", "gemm", "phase", "T")] == key)
+            assert operations / (us * 1e6 * peaks[kind]) == pytest.approx(share, abs=6e-4)
+    rtx3090 = read_hardware("rtx3090")
+    fast = {**rtx3090, "l2_gbs": 1e9}
+    for name, kind, tokens, share in (("w16a16", "bf16", 64, 0.353), ("w4a16", "bf16", 8, 0.11),
+                                      ("w8a8", "int8", 256, 0.321), ("w4a4", "int4", 96, 0.249)):  # fmt: skip
+        perfect = 2 * 128 * 128 * tokens * 82 / (rtx3090["peak_tflops"][kind] * 1e6)
+        assert roofline_kstep_us(parse_scheme(name), 128, tokens, fast) == pytest.approx(perfect / share)
+    between = [roofline_kstep_us(parse_scheme("w4a16"), 128, tokens, fast) for tokens in (8, 36, 64)]
+    assert between[1] == pytest.approx((between[0] + between[2]) / 2)
 
 
 def test_unknown_gpu_and_missing_tensor_cores():
