@@ -17,8 +17,9 @@ from pydantic import Field
 from mxmoe_steps.atomic import atomic_folder
 from mxmoe_steps.errors import run_cli
 from mxmoe_steps.made_from import recorded
-from mxmoe_steps.options.base import Flag, OutFolder, Schemes, StepOptions, Target, Threads
+from mxmoe_steps.options.base import Flag, OutFolder, Schemes, StepOptions, Threads
 from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.target import Target
 from mxmoe_steps.schemes import parse_scheme
 
 if TYPE_CHECKING:

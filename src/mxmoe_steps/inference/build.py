@@ -16,8 +16,9 @@ from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.architectures import DEFAULT, for_target
 from mxmoe_steps.kernels.build import Kernel, TokenKernel, build, runtime_library
-from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Target, Threads
+from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Threads
 from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.target import Target
 
 
 def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Configuration]:

@@ -10,7 +10,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.architectures import ARCHITECTURES, for_target
 from mxmoe_steps.registry import NAME
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.values import distinct
@@ -87,14 +86,6 @@ def _canonical_scheme(text: str) -> str:
         raise ValueError(str(error)) from None
 
 
-def _known_target(text: str) -> str:
-    """A class of GPUs that there are kernels for."""
-    if for_target(text) is None:
-        known = ", ".join(f"{one.target} ({one.gpus})" for one in ARCHITECTURES)
-        raise ValueError(f"no kernels for {text}; there are some for {known}")
-    return text
-
-
 def _file_to_write(path: Path) -> Path:
     """A file that can be written, known before anything is computed."""
     if path.is_dir():
@@ -139,7 +130,6 @@ Exponent = Annotated[float, Field(ge=0, le=1)]
 Ceiling = Annotated[float, Field(gt=0)]
 Names = Annotated[list[str], AfterValidator(distinct), Flag("NAME")]
 SchemeName = Annotated[str, AfterValidator(_canonical_scheme), Flag("SCHEME")]
-Target = Annotated[str, AfterValidator(_known_target), Flag("TARGET")]
 Schemes = Annotated[list[SchemeName], Flag("SCHEME")]
 Settings = Annotated[list[str], Flag("SELECTOR=VALUE")]
 Device = Annotated[str, Field(pattern=r"^(cpu|auto|cuda(:\d+)?)$")]

@@ -7,7 +7,6 @@ an H100 (docs/gpus.md). Elsewhere they reach all of it.
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from typing_extensions import TypedDict
 
 from mxmoe_steps.errors import UserError
@@ -72,10 +71,12 @@ def tokens_at_peak(scheme: Scheme, tile_tokens: int, hardware: dict[str, Any]) -
         return max(tile_tokens, MIN_TENSOR_TOKENS)
     by_parts = scheme.act_bits < 8 or scheme.weight_bits < scheme.act_bits
     shares = PEAK_SHARES["bf16" if scheme.act_bits == 16 else "int8", by_parts]
-    last = max(shares)
-    at_most = min(tile_tokens, last)
-    points = list(shares), [tokens / share for tokens, share in shares.items()]
-    return float(np.interp(at_most, *points)) * tile_tokens / at_most
+    if tile_tokens >= max(shares):
+        return tile_tokens / shares[max(shares)]
+    below = max(tokens for tokens in shares if tokens <= tile_tokens)
+    above = min(tokens for tokens in shares if tokens > tile_tokens)
+    part = (tile_tokens - below) / (above - below)
+    return (1 - part) * below / shares[below] + part * above / shares[above]
 
 
 def roofline_kstep_us(scheme: Scheme, tile_height: int, tile_tokens: int, hardware: dict[str, Any]) -> float:
