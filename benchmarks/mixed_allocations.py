@@ -148,7 +148,8 @@ def solve(path: Path) -> None:
                     "case": case.name, "tokens": tokens, "name": name, "schemes": digits,
                     "bits": round(int(losses.bits[index, chosen].sum()) / int(blocks.params.sum()), 5),
                     "loss": round(float(losses.loss[index, chosen].sum()) ** 0.5, 5),
-                    "predicted_us": round(us, 2), "phase": step_phases(blocks, traffic, carried, profile.sms)[0],
+                    "predicted_us": round(us, 2),
+                    "phase": step_phases(blocks, traffic, carried, profile.sms, profile.architecture)[0],
                 }  # fmt: skip
                 lines.append(json.dumps(entry))
             print(case.name, tokens, flush=True)

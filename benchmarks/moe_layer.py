@@ -26,7 +26,7 @@ from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
-from mxmoe_steps.kernels.routing import dispatch, sort_by_expert
+from mxmoe_steps.kernels.routing import dispatch
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.stages import STAGES, stages_of
 from mxmoe_steps.timing.timer import Timer
@@ -108,7 +108,7 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
         cell |= {stage: timer(function) for stage, function in stages.items()}
         if count == CHECKED_TOKENS:
             out = layer(x, expert_ids, mixing).double()
-            routed = sort_by_expert(expert_ids, layer.plan.experts, layer.plan.slices)
+            routed = layer.sort(expert_ids)
             _, logits = dispatch(x, routed, layer.gate_up.needs, layer.gate_up.plan.operands, layer.gate)
             shared = layer.plan.slices > 0
             exact = reference.moe_layer(x, expert_ids, mixing, lambda e, b: weights[e, b], logits, shared)

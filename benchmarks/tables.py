@@ -15,9 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.models.__main__ import FAMILY_HEAD, family_rows, refused_rows
 from mxmoe_steps.models.adapters import FAMILIES
-from mxmoe_steps.timing.estimate import measured_file
+from mxmoe_steps.timing.estimate import PEAK_SHARES, measured_file
 from mxmoe_steps.timing.fit import fit
 from mxmoe_steps.timing.measurements import read_measurements
 from mxmoe_steps.timing.model import CONSTANTS
@@ -49,7 +50,7 @@ def profile() -> dict[str, Any]:
     path = measured_file("h100")
     assert path is not None
     rows, facts = read_measurements(path)
-    return facts | fit(rows, facts["sms"])[1]
+    return facts | fit(rows, facts["sms"], HOPPER)[1]
 
 
 def profile_machine() -> str:
@@ -228,6 +229,27 @@ def _serving() -> dict[str, list[dict[str, float]]]:
     return found
 
 
+def mma() -> str:
+    """Microseconds of a layer's two launches by tokens, on both architectures of the H100."""
+    cells = [cell for cell in read(MEASUREMENTS / "mma.json") if cell["picked"]]
+    tokens = sorted({cell["T"] for cell in cells})
+    rows = []
+    for run in dict.fromkeys(cell["run"] for cell in cells):
+        us = [sum(cell["us"] for cell in cells if (cell["run"], cell["T"]) == (run, count)) for count in tokens]
+        scheme, _, wgmma = run.partition(" ")
+        rows.append([f"`{scheme}`, {'`wgmma`' if wgmma else '`mma.sync`'}", *(digits(each) for each in us)])
+    return markdown(["tokens", *map(str, tokens)], rows)
+
+
+def mma_shares() -> str:
+    """What the estimates count: shares of the tensor cores' peak by tokens of a tile."""
+    rows = []
+    for (kind, by_parts), shares in PEAK_SHARES.items():
+        weights = "decoded or grouped" if by_parts else "as they are"
+        rows.append([f"{kind}, weights {weights}", ", ".join(f"{n}: {percent(share)}" for n, share in shares.items())])
+    return markdown(["tensor cores", "share of the peak by tokens of a tile"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "profile-machine": profile_machine,
     "profile-errors": profile_errors,
@@ -250,6 +272,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "family-names": lambda: ", ".join(f"`{name}`" for name in sorted(FAMILIES)),
     "families": lambda: markdown(FAMILY_HEAD, family_rows()),
     "refused": lambda: markdown(("refused", "because"), refused_rows()),
+    "mma": mma,
+    "mma-shares": mma_shares,
 }
 
 

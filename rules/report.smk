@@ -6,6 +6,7 @@ output   results/report.html, results/summary.csv, SVG figures
 """
 
 from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.kernels.architectures import ARCHITECTURES
 from mxmoe_steps.report import ReportOptions
 from mxmoe_steps.reporting.terminal import terminal_table
 from mxmoe_steps.timing.estimate import measured_file
@@ -45,7 +46,7 @@ REPORT_PARAMS = {
     **stamps("mxmoe_steps.report"),
     # Of kernels that were measured, the report says whether they are those of today.
     "kernels": (
-        canonical_json(kernel_hashes())
+        canonical_json({one.generator: kernel_hashes(one) for one in ARCHITECTURES})
         if HARDWARE == "local" or measured_file(HARDWARE)
         else None
     ),

@@ -20,8 +20,9 @@ from mxmoe_steps import check
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.build import checkpoint_kernels
-from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.architectures import PHASES
+from mxmoe_steps.kernels import moe_layer, reference
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architectures import ARCHITECTURES, CAPABILITIES, DEFAULT, PHASES
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import open_model
@@ -36,6 +37,7 @@ class TorchLayer:
     """`MoeLayer` in torch, on the CPU."""
 
     def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
+        plan.check(DEFAULT)
         self.plan, self.read, self.device, self.gate = plan, read, device, gate
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -97,7 +99,7 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
 @pytest.mark.parametrize(
     ("family", "scheme", "extra", "why"),
     [
-        ("qwen3_moe", "w4a4", {}, "scheme w4a4_g-1_sym: no GPU kernel"),
+        ("qwen3_moe", "w4a4", {}, "scheme w4a4_g128_sym: H100, H200 (sm_90a) have no int4 tensor cores"),
         ("qwen3_moe", "w4a16_g64", {}, "scheme w4a16_g64_asym: no GPU kernel"),
         ("qwen3_moe", "w4a16", {"moe_intermediate_size": 192}, "input features in multiples of 128"),
         (
@@ -179,7 +181,35 @@ def test_some_layers_may_have_kernels_and_others_not(
     )
     with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
         move(mxmoe_steps.load_quantized(str(path)))
-    assert "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4" in caplog.text
+    assert (
+        "layers 0-1, 3 run the GPU kernels; layers 2 run reference arithmetic (scheme w4a4_g128_sym: H100, H200"
+        in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    "architecture", [one for one in ARCHITECTURES if "fp8" not in one.operands], ids=lambda one: one.name
+)
+def test_a_gpu_without_fp8_keeps_layers_of_it_on_the_reference(
+    architecture: Architecture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = make_packed(tmp_path, "qwen3_moe", ["w4a16", "w8a8", "w8a8_fp8"])
+    monkeypatch.setattr(gpu, "check_hardware", lambda *_: None)
+    monkeypatch.setattr(moe_layer, "architecture_of", lambda device: architecture)
+    with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
+        move(mxmoe_steps.load_quantized(str(path)))
+    assert caplog.messages[-1] == (
+        f"experts: layers 0-1 run reference arithmetic (scheme w8a8_g-1_sym_fp8: {architecture.gpus}"
+        f" ({architecture.target}) have no fp8 tensor cores; kernels there multiply {', '.join(architecture.operands)})"
+    )
+
+
+def test_a_gpu_older_than_the_kernels_gets_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    with pytest.raises(UserError) as refused:
+        gpu.check_hardware(torch.device("cuda", 0), torch.bfloat16)
+    assert str(refused.value) == f"Tesla T4 has compute capability 7.5; the kernels are for {CAPABILITIES}"
 
 
 def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> None:
@@ -201,11 +231,11 @@ def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: p
     make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256, num_hidden_layers=3)
     layers = [("w4a16", "w4a16", "w8a8_fp8"), ("w4a16", "w4a16", "w4a16"), ("w4a4", "w4a16", "w4a16")]
     path = pack(tmp_path / "model", tmp_path / "packed", lambda layer, _: layers[layer])
-    kernels = checkpoint_kernels(str(path))
+    kernels = checkpoint_kernels(path, DEFAULT)
     made = {(*(format_.name for format_ in config.formats), config.gated) for config in kernels}
     assert made == {("w4a16_g128_asym", True), ("w4a16_g128_asym", False), ("w8a8_g-1_sym_fp8", False)}
     assert len(kernels) == len({config.name for config in kernels}) == len(made) * len(PHASES)
-    assert "layer 2: scheme w4a4_g-1_sym: no GPU kernel" in capsys.readouterr().out
+    assert "layer 2: scheme w4a4_g128_sym: H100, H200 (sm_90a) have no int4 tensor cores" in capsys.readouterr().out
 
 
 def test_without_a_gpu_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

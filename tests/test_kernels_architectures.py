@@ -8,7 +8,7 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels import launch
-from mxmoe_steps.kernels.architectures import ARCHITECTURES, BUILT, for_capability
+from mxmoe_steps.kernels.architectures import ARCHITECTURES, BUILT, PHASE_ROWS, for_capability, for_target
 from mxmoe_steps.kernels.build import TokenKernel, library_path
 from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
@@ -21,6 +21,13 @@ def test_every_architecture_is_found_by_its_capability() -> None:
     assert len({one.target for one in ARCHITECTURES}) == len({one.configuration for one in BUILT}) - 1
     assert for_capability((9, 0)) is HOPPER  # not that whose kernels are only checked there
     assert for_capability((7, 5)) is None
+    assert [for_target(one.target) for one in ARCHITECTURES] == list(ARCHITECTURES)
+    assert for_target("sm_75") is None
+
+
+def test_phases_have_tiles_of_the_same_rows_everywhere() -> None:
+    """Tables of times name the phase alone."""
+    assert all(one.phase_rows == PHASE_ROWS for one in BUILT)
 
 
 @pytest.mark.parametrize("architecture", BUILT, ids=lambda one: one.name)
@@ -39,8 +46,9 @@ def test_there_is_a_kernel_of_every_phase_for_every_format(architecture) -> None
 
 def test_a_gpu_without_kernels_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     launch.architecture_of.cache_clear()
-    with pytest.raises(UserError, match=r"capability 7.5; the kernels are for 9.0 \(H100, H200\), 8.0 \(A100"):
+    with pytest.raises(UserError, match=r"Tesla T4 has compute capability 7.5; the kernels are for 9.0 \(H100, "):
         launch.architecture_of(torch.device("cuda", 0))
 
 

@@ -81,7 +81,7 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 DECODED = [format_ for format_ in FORMATS if format_.decoded]
-BORROWERS = ["w1a16", "w1a16_g128_sym", "w4a16_g-1_asym", "w4a8_g-1_sym", "w4a8_g-1_sym_fp8"]
+BORROWERS = ["w1a16", "w1a16_g128_sym", "w4a16_g-1_asym", "w4a8_g-1_sym", "w4a8_g-1_sym_fp8", "w4a4_g-1_sym"]
 NAMES = [*(format_.name for format_ in DECODED), *BORROWERS]
 SCALES = {"near 1": (-1.0, 1.0), "2**-60 to 2**10.99": (-60.0, 10.99)}
 
@@ -104,6 +104,8 @@ def elements(word: int, operand: str) -> torch.Tensor:
     """What a register holds, float64, the lowest first."""
     if operand == "bf16":
         return halves(word)
+    if operand == "int4":
+        return torch.tensor([((word >> shift & 15) ^ 8) - 8 for shift in range(0, 32, 4)]).double()
     data = torch.tensor(list(word.to_bytes(4, "little")), dtype=torch.uint8)
     return data.view(E4M3 if operand == "fp8" else torch.int8).double()
 

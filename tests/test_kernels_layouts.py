@@ -10,7 +10,7 @@ from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.layouts import kernel_weights, original_weights, quantized_weight
 from mxmoe_steps.quantizers.grid import round_to_nearest
 
-BORROWERS = ["w4a16_g-1_asym", "w4a16_g-1_sym", "w1a16", "w1a16_g128_sym", "w4a8_g-1_sym"]
+BORROWERS = ["w4a16_g-1_asym", "w4a16_g-1_sym", "w1a16", "w1a16_g128_sym", "w4a8_g-1_sym", "w4a4_g-1_sym"]
 QUANTIZED = [format_ for format_ in FORMATS if not format_.original]
 
 
@@ -115,7 +115,7 @@ def test_scales_that_are_too_large_to_decode_with_are_refused(format_: Format) -
         ("w8a16", 128, 96, "multiples of 64"),
         ("w4a16_g64_asym", 128, 128, "no GPU kernel"),
         ("w4a8_g64", 128, 128, "no GPU kernel"),
-        ("w4a4", 128, 128, "no GPU kernel"),
+        ("w4a4_g64", 128, 128, "no GPU kernel"),
         ("w8a16_g128_sym", 128, 128, "no GPU kernel"),
     ],
 )

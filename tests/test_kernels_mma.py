@@ -2,17 +2,22 @@
 
 import importlib.util
 import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_weights import random_weight
 
 from mxmoe_steps.kernels.build import TokenKernel, build, default_cache
+from mxmoe_steps.kernels.codes.format import GROUP
 from mxmoe_steps.kernels.formats import FORMATS
+from mxmoe_steps.kernels.layouts import kernel_weights
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect, spills_in_loops
 from mxmoe_steps.kernels.mma.architecture import GPUS, ON_HOPPER, MmaSync
 from mxmoe_steps.kernels.mma.config import STEP_BYTES, MmaConfig
-from mxmoe_steps.kernels.sm90.config import UNIT, Tile
+from mxmoe_steps.kernels.sm90.config import UNIT, Tile, block_features
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("cutlass") is None or disassembler() is None,
@@ -131,6 +136,37 @@ def test_warps_of_a_block_multiply_all_of_a_tile() -> None:
         assert torch.equal(emulated(config, tile, weights, tokens), expected)
 
 
+def signed_nibbles(data: torch.Tensor) -> torch.Tensor:
+    """int64 [..., 2 n] of bytes [..., n], low bits first."""
+    return torch.stack((data << 4, data & 0xF0), -1).flatten(-2).view(torch.int8).long() // 16
+
+
+def test_steps_of_a_slot_multiply_its_groups_of_4_bit_codes() -> None:
+    """As `GroupedLoop` and the PTX ISA's ``mma.m16n8k64`` do: two chunks a slot, sums of each apart."""
+    weight = random_weight("w4a4", 1, 128, 256)
+    packed = kernel_weights(weight)
+    tokens = torch.randint(0, 256, (8, 128), dtype=torch.uint8)
+    block = block_of(tokens)
+    halves = packed.data[: 2 * packed.format.chunk_bytes].view(2, 2, -1)[..., : packed.format.code_bytes]
+    words = halves.view(2, 2, 2, 128, 16).permute(0, 1, 3, 2, 4).reshape(2, 8, 32, 8, 4)  # chunk, warp, lane, word
+    steps = STEPS * GROUP // block_features(packed.format)
+    for chunk in range(2):
+        sums = torch.zeros(8, 128, dtype=torch.int64)
+        for step in range(steps):
+            number, at = divmod(chunk * steps + step, STEPS)
+            assert number == 0  # one block of rows
+            starts = [token_offset(lane & 7 | lane & 8) ^ STEP_BYTES * at for lane in range(32)]
+            b = load_matrices(block, [starts[lane % 16] for lane in range(32)])[:2]
+            right = signed_nibbles(b.view(2, 8, 4, 4)).permute(1, 0, 2, 3).reshape(8, 64)
+            for warp in range(8):
+                a = signed_nibbles(words[chunk, warp, :, 4 * step : 4 * step + 4])  # lane, word, element
+                left = a.view(8, 4, 2, 2, 8).permute(3, 0, 2, 1, 4).reshape(16, 64)
+                sums[:, 16 * warp : 16 * warp + 16] += right @ left.T
+        of = slice(GROUP * chunk, GROUP * chunk + GROUP)
+        expected = signed_nibbles(tokens)[:, of] @ (weight.codes[0, :, of].long() - 8).T
+        assert torch.equal(sums, expected)
+
+
 @pytest.mark.parametrize("architecture", GPUS, ids=lambda one: one.target)
 def test_every_kernel_fits_in_shared_memory(architecture: MmaSync) -> None:
     for phase in architecture.phases:
@@ -148,9 +184,12 @@ MIXTURE = [  # a format of every main loop
     format_
     for format_ in FORMATS
     if format_.name
-    in ("w16a16", "w4a16_g128_asym", "w8a8_g-1_sym", "w4a8_g128_sym", "w8a8_g-1_sym_fp8", "w4a8_g128_sym_fp8")
+    in (
+        *("w16a16", "w4a16_g128_asym", "w8a8_g-1_sym", "w4a8_g128_sym", "w8a8_g-1_sym_fp8", "w4a8_g128_sym_fp8"),
+        "w4a4_g128_sym",
+    )
 ]
-OPCODE = {"bf16": "HMMA", "fp8": "QMMA", "int8": "IMMA"}
+OPCODE = {"bf16": "HMMA", "fp8": "QMMA", "int8": "IMMA", "int4": "IMMA"}
 
 
 @needs_compiler
@@ -163,10 +202,17 @@ def test_machine_code_is_native_and_keeps_to_registers(architecture: MmaSync, ph
     config = architecture.config(tuple(formats), phase)
     sass = disassemble(build(config, cache).with_suffix(".cubin"))
     code = inspect(sass)
-    steps = dict.fromkeys(architecture.operands, 0)
+    steps = Counter()
     for tile in config.tiles:
         steps[tile.format.operand] += tile.depth * STEPS * config.token_blocks(tile) * config.row_blocks
-    assert code.matrix == {OPCODE[operand]: count for operand, count in steps.items() if count}
+    native, calls = (len(re.findall(code, sass)) for code in (r"IMMA\.16864\.S4\.S4", "CALL.*m16n8k64_s4_s4"))
+    assert (native, calls) == ((steps["int4"], 0) if architecture.multiplies_nibbles else (0, steps["int4"]))
+    if calls:
+        steps["int4"] = 2  # of int8, in what is called
+    opcodes = Counter()
+    for operand, count in steps.items():
+        opcodes[OPCODE[operand]] += count
+    assert code.matrix == opcodes
     assert spills_in_loops(sass) == 0
     assert code.registers * config.threads * config.blocks_per_sm <= 64 * 1024
     assert "LDSM.16.M88.4" in sass
@@ -177,5 +223,7 @@ def test_machine_code_is_native_and_keeps_to_registers(architecture: MmaSync, ph
 @pytest.mark.parametrize("architecture", GPUS[1:3], ids=lambda one: one.target)
 def test_token_kernels_of_older_gpus(architecture: MmaSync, cache: Path) -> None:
     for name in ("sort_1", "dispatch", "swiglu", "quantize"):
-        code = inspect(disassemble(build(TokenKernel(name, architecture), cache).with_suffix(".cubin")))
+        sass = disassemble(build(TokenKernel(name, architecture), cache).with_suffix(".cubin"))
+        code = inspect(sass)
         assert (code.spills, code.matrix) == (0, {})
+        assert ("I2IP.S4.S32.SAT" in sass) == (name != "sort_1")

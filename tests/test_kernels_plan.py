@@ -130,7 +130,7 @@ def test_more_problems_take_a_larger_table() -> None:
 @pytest.mark.parametrize(
     ("scheme", "sizes", "said"),  # sizes: hidden, routed width, shared width
     [
-        ("w4a4", (256, 128, 256), "w4a4_g-1_sym: no GPU kernel"),
+        ("w4a4_g64", (256, 128, 256), "w4a4_g64_sym: no GPU kernel"),
         ("w4a16_g64", (256, 128, 256), "w4a16_g64_asym: no GPU kernel"),
         ("w4a16", (256, 192, 192), "multiples of 64 and input features in multiples of 128"),
         ("w16a16", (256, 96, 96), "multiples of 64"),

@@ -41,13 +41,18 @@ def test_reference_multiplies_each_expert_under_its_own_scheme() -> None:
     assert (out[:6, 64:] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["w8a8_fp8", "w8a8"])
+@pytest.mark.parametrize("name", ["w8a8_fp8", "w8a8", "w4a4", "w4a4_g128"])
 def test_quantized_tokens_are_the_values_calibration_uses(name: str) -> None:
     torch.manual_seed(1)
     scheme = parse_scheme(name)
     x = torch.randn(9, 192) * torch.logspace(-3, 3, 9)[:, None]
     codes, scales = reference.quantize_tokens(x, kernel_format(scheme).operand)
-    values = codes.view(torch.float8_e4m3fn if scheme.fp8 else torch.int8).float() * scales[:, None]
+    if scheme.act_bits == 4:
+        low, high = codes << 4, codes & 0xF0  # two a byte
+        codes = torch.stack((low, high), -1).flatten(-2).view(torch.int8) // 16
+    else:
+        codes = codes.view(torch.float8_e4m3fn if scheme.fp8 else torch.int8)
+    values = codes.float() * scales[:, None]
     torch.testing.assert_close(values, quantize_activations(x, scheme))
 
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.architectures import PHASE_ROWS, PHASES
+from mxmoe_steps.kernels.architectures import BUILT, PHASE_ROWS, PHASES
 from mxmoe_steps.kernels.formats import kernel_format
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.tables import MEASUREMENTS, PROFILE, read_table, write_table
-from mxmoe_steps.timing.estimate import HARDWARE, estimate_profile, read_hardware, roofline_kstep_us
+from mxmoe_steps.timing.estimate import HARDWARE, PEAK_SHARES, estimate_profile, read_hardware, roofline_kstep_us
 from mxmoe_steps.timing.fit import errors, fit
 from mxmoe_steps.timing.fit_constants import features, fit_constants, held_out, predict
 from mxmoe_steps.timing.fit_tiles import fit_tiles
@@ -40,6 +41,28 @@ def test_the_slower_of_tensor_cores_and_cache_counts():
     assert roofline_kstep_us(parse_scheme("w16a16"), 128, 8, h100) == pytest.approx(loaded * 132 / 8e6)
     peak = 2 * 128 * 128 * 256 * 132 / 989e6
     assert roofline_kstep_us(parse_scheme("w4a16"), 128, 256, {**h100, "l2_gbs": 1e6}) == pytest.approx(peak)
+
+
+def test_tiles_of_mma_sync_reach_the_measured_shares_of_a_peak():
+    cells = json.loads((ROOT / "docs" / "measurements" / "mma.json").read_text())
+    peaks = read_hardware("h100")["peak_tflops"]
+    names = {("bf16", False): "w16a16", ("bf16", True): "w4a16_g128_asym", ("int8", False): "w8a8_g-1_sym",
+             ("int8", True): "w4a8_g128_sym"}  # fmt: skip
+    operations = 2 * 8192 * 4 * 2 * 1408 * 2048  # four experts of a token, gate and up
+    for (kind, _), shares in PEAK_SHARES.items():
+        name = names[kind, _]
+        for phase, share in zip(PHASES, shares.values(), strict=True):
+            key = [name, "gate_up", phase, 8192]
+            (us,) = (cell["us"] for cell in cells if [cell[n] for n in ("run", "gemm", "phase", "T")] == key)
+            assert operations / (us * 1e6 * peaks[kind]) == pytest.approx(share, abs=6e-4)
+    rtx3090 = read_hardware("rtx3090")
+    fast = {**rtx3090, "l2_gbs": 1e9}
+    for name, kind, tokens, share in (("w16a16", "bf16", 64, 0.353), ("w4a16", "bf16", 8, 0.11),
+                                      ("w8a8", "int8", 256, 0.321), ("w4a4", "int4", 96, 0.249)):  # fmt: skip
+        perfect = 2 * 128 * 128 * tokens * 82 / (rtx3090["peak_tflops"][kind] * 1e6)
+        assert roofline_kstep_us(parse_scheme(name), 128, tokens, fast) == pytest.approx(perfect / share)
+    between = [roofline_kstep_us(parse_scheme("w4a16"), 128, tokens, fast) for tokens in (8, 36, 64)]
+    assert between[1] == pytest.approx((between[0] + between[2]) / 2)
 
 
 def test_unknown_gpu_and_missing_tensor_cores():
@@ -76,7 +99,7 @@ def synthetic_machine(noise: float) -> list[dict]:
 
     tile = {}
     rows = []
-    for launch, phase in tile_launches(FORMATS, SMS):
+    for launch, phase in tile_launches(HOPPER, FORMATS, SMS):
         scheme = parse_scheme(launch.schemes[0])
         tile_us, kstep_us = 0.5 + launch.tokens / 100, 0.1 + scheme.weight_bits / 40 + launch.tokens / 500
         tile.setdefault((phase, scheme.name), set()).add((launch.tokens, tile_us, kstep_us, 0.0))
@@ -95,7 +118,7 @@ def synthetic_machine(noise: float) -> list[dict]:
 
 def test_the_fit_finds_the_machine():
     rows = synthetic_machine(noise=0.01)
-    columns, facts = fit(rows, SMS)
+    columns, facts = fit(rows, SMS, HOPPER)
     for name, value in TRUE.items():
         assert facts[name] == pytest.approx(value, rel=0.1, abs=0.02), name
     for scheme, tokens, tile_us, kstep_us in zip(
@@ -107,7 +130,7 @@ def test_the_fit_finds_the_machine():
     assert facts["errors"]["mixed"]["p95"] < 0.05
     assert facts["repeat_spread"]["median"] == pytest.approx(0.023, rel=0.3)  # range of five normal draws: 2.33 sigma
     assert facts["fused_over_apart"][0]["median"] == pytest.approx(0.8, rel=0.02)
-    assert fit(rows, SMS) == (columns, facts)
+    assert fit(rows, SMS, HOPPER) == (columns, facts)
 
 
 def test_errors_by_hand():
@@ -129,13 +152,13 @@ def test_held_out_problems_do_not_reach_their_own_fit():
 def test_measurements_without_a_phase_are_refused():
     rows = [row for row in synthetic_machine(0.0) if row["phase"] != "latency"]
     with pytest.raises(UserError, match=r"no latency tiles of .*run measure again"):
-        fit(rows, SMS)
+        fit(rows, SMS, HOPPER)
 
 
 def test_too_few_measurements_are_refused(tmp_path):
     rows = [row for row in synthetic_machine(0.0) if row["kind"] == "tile"]
     with pytest.raises(UserError, match="0 problems, fewer than"):
-        fit(rows, SMS)
+        fit(rows, SMS, HOPPER)
     write_table(MEASUREMENTS, tmp_path / "other.parquet", {name: [] for name in MEASUREMENTS.schema.names},
                 {**MACHINE, "device": "NVIDIA Abacus"})  # fmt: skip
     with pytest.raises(UserError, match="no kernels for NVIDIA Abacus and no data sheet"):
@@ -152,9 +175,9 @@ def test_a_known_gpu_without_kernels_gets_its_data_sheet(tmp_path, capsys):
 
 def test_shipped_measurements_meet_the_bar(tmp_path):
     table, measured = read_table(MEASUREMENTS, HARDWARE.with_name("h100.parquet"))
-    assert {"codes.w4a16", "sm90.config", "sm90.group_gemm"} <= set(measured["kernels"]) & set(kernel_hashes())
+    assert {"codes.w4a16", "sm90.config", "sm90.group_gemm"} <= set(measured["kernels"]) & set(kernel_hashes(HOPPER))
     assert {"clocks", "compiler", "cuda", "date", "device", "driver", "torch"} <= set(measured)
-    facts = fit(table.to_pylist(), measured["sms"])[1]
+    facts = fit(table.to_pylist(), measured["sms"], HOPPER)[1]
     for error in facts["errors"].values():
         assert error["problems"] >= 100
         assert error["median"] <= 0.10
@@ -171,16 +194,19 @@ def test_shipped_measurements_meet_the_bar(tmp_path):
     assert f"{mixed[0].removesuffix(' %')} and {mixed[1]} for mixtures" in readme
 
 
-def test_launches_are_those_that_were_compiled():
-    compiled = set(kernel_configs(FORMATS))
-    launches = problem_launches(FORMATS, 50)
+@pytest.mark.parametrize("architecture", BUILT, ids=lambda one: one.name)
+def test_launches_are_those_that_were_compiled(architecture):
+    formats = tuple(format_ for format_ in FORMATS if format_.operand in architecture.operands)
+    compiled = set(kernel_configs(architecture, formats))
+    launches = problem_launches(formats, 50)
     assert all(config in compiled for launch in launches for p in PHASES
-               for config in (launch.config(p), *launch.configs_apart(p)))  # fmt: skip
-    assert launches == problem_launches(FORMATS, 50)
+               for config in (launch.config(architecture, p), *launch.configs_apart(architecture, p)))  # fmt: skip
+    assert launches == problem_launches(formats, 50)
     assert len({launch.model for launch in launches}) > 4
     assert all(sorted(launch.order) == list(range(len(launch.rows))) for launch in launches)
     assert not mixtures(FORMATS[:1])
-    for launch, _ in tile_launches(FORMATS, SMS):
+    for launch, phase in tile_launches(architecture, formats, SMS):
+        assert launch.config(architecture, phase) in compiled
         assert len(launch.rows) * -(-launch.n // 128) % (2 * SMS) == 0
 
 

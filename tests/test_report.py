@@ -56,7 +56,8 @@ def test_the_note_says_where_time_does_not_matter() -> None:
     assert "At 8192" not in note
     assert "w1a16_g128_asym has no kernel of its own: its time is an estimate, that of w2a16_g128_asym." in note
     error = {"problems": 100, "median": 0.04, "p95": 0.125}
-    measured = {"estimate": False, "device": "GPU", "source": "measured on a day", "errors": {"mixed": error},
+    measured = {"estimate": False, "device": "GPU", "arch": "sm_90a", "source": "measured on a day",
+                "errors": {"mixed": error},
                 "kernels": {}, "repeat_spread": {"median": 0.01, "p95": 0.05}}  # fmt: skip
     note = time_note(times, measured, {})
     assert "fitted to measured kernels" in note

@@ -9,7 +9,7 @@ from synthetic import write_trace
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.architectures import DEFAULT, PHASES
+from mxmoe_steps.kernels.architectures import BUILT, DEFAULT, PHASES
 from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.plan import plan_layer
 from mxmoe_steps.schemes import SHARED, parse_scheme
@@ -79,11 +79,11 @@ def test_gate_up_and_down_may_run_kernels_of_different_phases():
     rows = np.array([[[1, 1]]])
     traffic = Traffic((0,), 1, rows, np.ones(rows.shape))
     # Experts 0 and 1 and two slices: gate+up are 4 x 4 strips of 64 rows on 11 multiprocessors, down 4 x 4 as well
-    assert step_phases(blocks, traffic, [W8], 11) == ("decode", "decode")
-    assert step_phases(blocks, traffic, [W8], 16) == ("latency", "latency")
+    assert step_phases(blocks, traffic, [W8], 11, DEFAULT) == ("decode", "decode")
+    assert step_phases(blocks, traffic, [W8], 16, DEFAULT) == ("latency", "latency")
     wide = replace(blocks, out_features=np.where(blocks.kind < 2, blocks.out_features, 512))
-    assert step_phases(wide, traffic, [W8], 16) == ("latency", "latency")  # down: 32 strips are two rounds
-    assert step_phases(wide, traffic, [W8], 22) == ("latency", "decode")
+    assert step_phases(wide, traffic, [W8], 16, DEFAULT) == ("latency", "latency")  # down: 32 strips are two rounds
+    assert step_phases(wide, traffic, [W8], 22, DEFAULT) == ("latency", "decode")
     one_tile = {
         (phase, W8): np.array([[8.0, us, 0.0]]) for phase, us in (("latency", 1), ("decode", 3), ("prefill", 9))
     }
@@ -177,8 +177,9 @@ def test_other_models_are_refused(tmp_path):
 
 
 def test_schemes_and_formats_agree_on_how_split_tiles_multiply() -> None:
-    for one in FORMATS:
-        for other in FORMATS:
+    formats = [format_ for format_ in FORMATS if format_.operand in DEFAULT.operands]
+    for one in formats:
+        for other in formats:
             assert by_warp(parse_scheme(each.name) for each in (one, other)) == DEFAULT.by_warp((one, other))
 
 
@@ -201,9 +202,10 @@ def test_launches_are_those_that_a_layer_plans(shape, scheme) -> None:
         routed[0, 0, 0] = tokens * shape.top_k
         traffic = Traffic((0,), tokens, routed, np.ones(routed.shape))
         rows = tokens * shape.top_k
-        planned = [
-            DEFAULT.phase_for(rows, plan.experts, plan.slices, one.strips, 132, DEFAULT.by_warp(one.formats))
-            for one in (plan.gate_up, plan.down)
-        ]
-        shaped = [shape.launch(b).phase(rows, 132, [scheme]) for b in ("gate_up", "down")]
-        assert planned == shaped == [*step_phases(blocks, traffic, [scheme], 132)]
+        for of in BUILT:
+            planned = [
+                of.phase_for(rows, plan.experts, plan.slices, one.strips, 132, of.by_warp(one.formats))
+                for one in (plan.gate_up, plan.down)
+            ]
+            shaped = [shape.launch(b).phase(rows, 132, [scheme], of) for b in ("gate_up", "down")]
+            assert planned == shaped == [*step_phases(blocks, traffic, [scheme], 132, of)]

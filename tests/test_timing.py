@@ -5,13 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from gpu_marks import HAS_KERNELS
+from gpu_marks import HAS_KERNELS, RUN_HERE
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.architectures import BUILT
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, quantized_weight
+from mxmoe_steps.kernels.mma.architecture import ON_HOPPER
 from mxmoe_steps.kernels.plan import plan_layer
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.schemes import ORIGINAL, SHARED, parse_scheme
 from mxmoe_steps.timing import gpu
 from mxmoe_steps.timing.launches import Launch
@@ -49,15 +52,17 @@ def small_launch() -> Launch:
     return Launch("problem", "small", "gate_up", 9, 64, 128, tuple(rows.tolist()), names, FORMATS, slices=1)
 
 
-def test_fused_and_apart_multiply_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("architecture", [one for one in BUILT if "fp8" in one.operands], ids=lambda one: one.name)
+def test_fused_and_apart_multiply_the_same(architecture: Architecture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GroupGemmKernel", ReferenceKernel)
     launch = small_launch()
     jobs = [gpu.Job(launch, "decode"), gpu.Job(launch, "decode", apart=True)]
-    bench = gpu.Bench(jobs, "cpu")
+    bench = gpu.Bench(jobs, architecture, "cpu")
     monkeypatch.setattr(ReferenceKernel, "x", bench._tokens("bf16", sum(launch.expert_rows), launch.k).values, False)
     results = []
     for job in jobs:
         run = bench.prepare(job)
+        assert all(isinstance(config, architecture.configuration) for config in bench._kernels)
         bench._out.zero_()
         run()
         results.append(bench._out.clone())
@@ -75,15 +80,17 @@ def test_problems_run_in_the_order_of_a_layer() -> None:
 
 
 def test_kernel_hashes_cover_what_the_generator_imports() -> None:
-    assert {"codes.w4a16", "sm90.config", "sm90.group_gemm"} <= set(kernel_hashes())
-    assert "launch" not in kernel_hashes()
+    assert {"codes.w4a16", "sm90.config", "sm90.group_gemm"} <= set(kernel_hashes(HOPPER))
+    assert {"codes.w4a16", "mma.config", "mma.group_gemm"} <= set(kernel_hashes(ON_HOPPER))
+    assert "launch" not in kernel_hashes(HOPPER)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HAS_KERNELS, reason="needs a GPU with kernels")
-def test_a_launch_is_measured() -> None:
+@pytest.mark.parametrize("architecture", RUN_HERE, ids=lambda one: one.name)
+def test_a_launch_is_measured(architecture: Architecture) -> None:
     jobs = [gpu.Job(small_launch(), "decode"), gpu.Job(small_launch(), "decode", apart=True)]
-    times, clocks = gpu.Bench(jobs).measure(rounds=3, repeats=3)
+    times, clocks = gpu.Bench(jobs, architecture).measure(rounds=3, repeats=3)
     assert len(clocks) == 3
     assert all(len(us) == 3 and min(us) > 1 and max(us) < math.inf for us in times)
     assert np.median(times[0]) < np.median(times[1])  # one launch against three

@@ -92,14 +92,14 @@ def measure(options: MeasureOptions) -> None:
     from mxmoe_steps.timing.gpu import Bench, Job
 
     torch.manual_seed(0)
-    formats = formats_of([parse_scheme(text) for text in options.schemes])
-    jobs = [Job(launch, phase) for launch, phase in tile_launches(formats, facts["sms"])]
+    formats = formats_of([parse_scheme(text) for text in options.schemes], architecture)
+    jobs = [Job(launch, phase) for launch, phase in tile_launches(architecture, formats, facts["sms"])]
     for launch in problem_launches(formats, options.problems):
         for phase in architecture.phases:
             jobs.append(Job(launch, phase))
             if launch.mixed:
                 jobs.append(Job(launch, phase, apart=True))
-    times, clocks = Bench(jobs).measure(options.rounds, options.repeats)
+    times, clocks = Bench(jobs, architecture).measure(options.rounds, options.repeats)
     for number, (job, us) in enumerate(zip(jobs, times, strict=True)):
         launch = job.launch
         row = {

@@ -56,8 +56,10 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
             )
         print(f"profile: no kernels for {measured['device']}; its data sheet is used", file=sys.stderr)
         return estimate_profile(schemes, known[names[0]])
+    architecture = for_capability(tuple(measured["capability"]))
+    assert architecture is not None  # the table has rows
     try:
-        columns, fitted = fit(rows, measured["sms"])
+        columns, fitted = fit(rows, measured["sms"], architecture)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     for scheme in schemes:
@@ -66,8 +68,6 @@ def fit_profile(path: Path, schemes: list[Scheme]) -> tuple[dict[str, list[Any]]
                 f"{path}: no times of a kernel that runs {scheme}: measure with it, or count another one's, e.g."
                 f" solve.time_as: [{scheme}={columns['scheme'][0]}]"
             )
-    architecture = for_capability(tuple(measured["capability"]))
-    assert architecture is not None  # the table has rows
     source = f"measured on {measured['date']}, {measured['rounds']} rounds"
     facts = {"arch": architecture.target, "estimate": False, "source": source}
     return columns, measured | fitted | facts

@@ -79,7 +79,7 @@ def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_a
     source = "a roofline estimate from the data sheet" if facts["estimate"] else "a model fitted to measured kernels"
     sentences = [f"Layer times are predicted for {facts['device']} by {source}."]
     if not facts["estimate"]:
-        earlier = ", in an earlier version" if changed_kernels(facts["kernels"]) else ""
+        earlier = ", in an earlier version" if changed_kernels(facts["kernels"], facts["arch"]) else ""
         sentences.append(f"The kernels were {facts['source']}{earlier}. {held_out_errors(facts)}")
     for scheme, kernel in sorted(timed_as.items()):
         sentences.append(f"{scheme} has no kernel of its own: its time is an estimate, that of {kernel}.")

@@ -22,6 +22,7 @@ from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import OfModel, RemoteCode, Seeded
 
 if TYPE_CHECKING:
+    from mxmoe_steps.kernels.architecture import Architecture
     from mxmoe_steps.models.streaming import StreamedModel
 
 
@@ -76,12 +77,13 @@ def timed_layers(options: TimeOptions, known: list[int]) -> list[int]:
     return sorted(set(options.layers)) or known
 
 
-def compile_kernels(options: TimeOptions) -> None:
+def compile_kernels(options: TimeOptions, architecture: "Architecture") -> None:
     """Whatever the checkpoints' layers will launch, several kernels at a time."""
     from mxmoe_steps.inference.build import checkpoint_kernels
     from mxmoe_steps.kernels.build import build
 
-    kernels = {kernel.name: kernel for folder in options.checkpoints for kernel in checkpoint_kernels(folder)}
+    found = (kernel for folder in options.checkpoints for kernel in checkpoint_kernels(folder, architecture))
+    kernels = {kernel.name: kernel for kernel in found}
     with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
         for _ in pool.map(build, kernels.values()):
             pass
@@ -89,6 +91,7 @@ def compile_kernels(options: TimeOptions) -> None:
 
 def time(options: TimeOptions) -> None:
     """Measure and write the table."""
+    from mxmoe_steps.kernels.architectures import for_capability
     from mxmoe_steps.measure import environment
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.tables import TIMES, write_table
@@ -103,7 +106,9 @@ def time(options: TimeOptions) -> None:
     if routing.facts["model"] != fingerprint(original.folder):
         raise UserError(f"{options.trace} is of another model than {options.model}; trace this one")
     layers = timed_layers(options, original.folder.moe_layers)
-    compile_kernels(options)
+    architecture = for_capability((gpu["capability"][0], gpu["capability"][1]))
+    if architecture is not None:
+        compile_kernels(options, architecture)
     timer, hidden = Timer(), original.config.hidden_size
     columns: dict[str, list[Any]] = {name: [] for name in TIMES.schema.names}
     said: set[str] = set()

@@ -30,6 +30,7 @@ pytestmark = needs_kernels
 MIXTURE = ("w16a16", "w8a8_fp8", "w4a16", "w4a8_fp8", "w4a8", "w2a16")
 BORROWERS = (
     "w4a16_g-1_asym", "w4a16_g-1_sym", "w3a16_g-1_asym", "w1a16", "w1a16_g128_sym", "w4a8_g-1_sym", "w4a8_g-1_sym_fp8",
+    "w4a4_g-1_sym",
 )  # fmt: skip
 ROWS = [5, 0, 130, 64, 17, 1, 257, 33, 0, 48, 200, 16, 32, 300, 100, 3, 8, 9]  # ragged; every tile and its edges
 # Rounding the output to bf16 is 1.66e-3, rounding decoded weights to bf16 another 1.2e-3, or 1.8e-3 where a row has
@@ -62,7 +63,7 @@ def quantize(weight: torch.Tensor, scheme: Scheme) -> QuantizedWeight:
 
 def as_decoded(weight: QuantizedWeight | torch.Tensor) -> QuantizedWeight | torch.Tensor:
     """The bfloat16 weights that kernels decode codes of fewer than 8 bits to, where activations are bfloat16."""
-    if isinstance(weight, torch.Tensor) or weight.scheme.act_bits == 8 or weight.scheme.weight_bits == 8:
+    if isinstance(weight, torch.Tensor) or weight.scheme.act_bits < 16 or weight.scheme.weight_bits == 8:
         return weight
     return weight.dequantize().bfloat16()
 

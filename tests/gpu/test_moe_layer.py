@@ -6,18 +6,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_marks import needs_kernels
+from gpu_marks import RUN_HERE, needs_kernels
 
 from mxmoe_steps.kernels import launch, moe_layer, plan, reference
-from mxmoe_steps.kernels.architectures import DEFAULT
-from mxmoe_steps.kernels.build import build
-from mxmoe_steps.kernels.formats import FORMATS
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
+from mxmoe_steps.kernels.build import TokenKernel, build
+from mxmoe_steps.kernels.formats import FORMATS, kernel_format
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, from_e8m0, to_e8m0
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
 pytestmark = needs_kernels
+every_architecture = pytest.mark.parametrize("architecture", RUN_HERE, ids=lambda one: one.name)
 
 QWEN = (2048, 1408, 4)  # hidden, intermediate, slices of the shared expert: Qwen1.5-MoE with fewer experts
 UNIFORM = tuple(format_.name for format_ in FORMATS if format_.asymmetric == format_.zeros)
@@ -28,7 +30,8 @@ MIXTURES = (("w2a16", "w4a16", "w8a8_fp8"), ("w16a16", "w4a8_fp8", "w8a8", "w4a1
 # in one of a few, takes another e4m3 code, 6 to 12 % away: that is most of the error of fp8 down blocks (quantizing
 # to e4m3 is itself an error of 2.6e-2), and int8 products, summed exactly, show that it is all.
 # Running int8 sums (w4a8) are rounded to a step or two of a group's scale, about 1e-4 of the result; emulated, the
-# neighbouring bfloat16 and int8 values that products then land on make 3.0e-3 to 5.9e-3 of a layer.
+# neighbouring bfloat16 and int8 values that products then land on make 3.0e-3 to 5.9e-3 of a layer. Codes of int4
+# (w4a4) are further apart and seldom change.
 BOUND, ASYMMETRIC_BOUND, RUNNING_BOUND, FP8_BOUND = 4e-3, 7e-3, 8e-3, 3e-2
 
 Weights = dict[tuple[int, str], QuantizedWeight | torch.Tensor]
@@ -83,13 +86,19 @@ def random_weights(schemes: dict[int, tuple[Scheme, Scheme, Scheme]], sizes: tup
 
 
 def make_layer(
-    names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int, gated: bool = False
+    names: Sequence[str],
+    experts: int,
+    sizes: tuple[int, int, int],
+    seed: int,
+    gated: bool = False,
+    architecture: Architecture = RUN_HERE[0],
 ) -> tuple[MoeLayer, Weights]:
     torch.manual_seed(seed)
     weights = random_weights(schemes_of(names, experts, sizes[2], seed), sizes)
     plan = layer_plan(names, experts, sizes, seed)
     gate = (torch.randn(1, sizes[0], device="cuda") * 0.05).bfloat16() if gated else None
-    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0), gate), weights
+    device = torch.device("cuda", 0)
+    return MoeLayer(plan, lambda expert, block: weights[expert, block], device, gate, architecture), weights
 
 
 def route(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,15 +125,18 @@ def error_of(layer: MoeLayer, weights: Weights, tokens: int, top_k: int) -> floa
 def bound_of(names: Sequence[str]) -> float:
     if any(scheme.fp8 for scheme in map(parse_scheme, names)):
         return FP8_BOUND
-    if parse_scheme("w4a8") in map(parse_scheme, names):
+    if {parse_scheme("w4a8"), parse_scheme("w4a4_g128")} & set(map(parse_scheme, names)):
         return RUNNING_BOUND
     return BOUND if all(scheme.symmetric for scheme in map(parse_scheme, names)) else ASYMMETRIC_BOUND
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64, 1000])
 @pytest.mark.parametrize("name", UNIFORM)
-def test_one_scheme(name: str, tokens: int) -> None:
-    layer, weights = make_layer([name], 8, QWEN, 1, gated=True)
+@every_architecture
+def test_one_scheme(architecture: Architecture, name: str, tokens: int) -> None:
+    if kernel_format(parse_scheme(name)).operand not in architecture.operands:
+        pytest.skip(f"{architecture.gpus} do not multiply {name}")
+    layer, weights = make_layer([name], 8, QWEN, 1, gated=True, architecture=architecture)
     error = error_of(layer, weights, tokens, 4)
     print(name, tokens, error)
     assert error < bound_of([name])
@@ -132,8 +144,9 @@ def test_one_scheme(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [1, 2, 33, 517, 8192])
 @pytest.mark.parametrize("names", MIXTURES, ids="+".join)
-def test_random_mixtures(names: Sequence[str], tokens: int) -> None:
-    layer, weights = make_layer(names, 16, QWEN, tokens)
+@every_architecture
+def test_random_mixtures(architecture: Architecture, names: Sequence[str], tokens: int) -> None:
+    layer, weights = make_layer(names, 16, QWEN, tokens, architecture=architecture)
     error = error_of(layer, weights, tokens, 6)
     print(names, tokens, error)
     assert error < bound_of(names)
@@ -156,8 +169,9 @@ def by_expert(names: Sequence[str]) -> dict[int, tuple[Scheme, Scheme, Scheme]]:
 
 
 @pytest.mark.parametrize("names", BY_EXPERT, ids="+".join)
+@every_architecture
 def test_products_in_the_gate_up_launch_are_those_of_swiglu(
-    names: Sequence[str], monkeypatch: pytest.MonkeyPatch
+    architecture: Architecture, names: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit for bit: gate and up are rounded to bfloat16 in both."""
     torch.manual_seed(3)
@@ -168,7 +182,8 @@ def test_products_in_the_gate_up_launch_are_those_of_swiglu(
     monkeypatch.setattr(plan, "_gated", lambda schemes: False)
     plans.append(plan_layer(schemes, hidden, inner, inner * slices))
     assert [one.gate_up.gated for one in plans] == [True, False]
-    one, other = (MoeLayer(each, lambda *block: weights[block], torch.device("cuda", 0)) for each in plans)
+    device = torch.device("cuda", 0)
+    one, other = (MoeLayer(each, lambda *block: weights[block], device, None, architecture) for each in plans)
     for tokens in (1, 3, 40, 700):  # latency, decode and prefill kernels
         x = torch.randn(tokens, hidden, device="cuda").bfloat16()
         expert_ids, mixing = route(tokens, 8, 4)
@@ -269,17 +284,20 @@ def test_the_default_type_of_new_tensors_does_not_matter(monkeypatch: pytest.Mon
 
 
 def main() -> None:
-    """Build every kernel that these tests load: run where there is a compiler and no GPU."""
+    """Build every kernel that these tests load on a Hopper GPU: run where there is a compiler and no GPU."""
     plans = [layer_plan([name], 8, QWEN, 1) for name in UNIFORM]
     plans += [layer_plan(names, 16, QWEN, seed) for names in MIXTURES for seed in (1, 2, 33, 517, 8192)]
     shapes = [(1, (256, 128, 0)), (3, (128, 256, 1)), (8, (4096, 14336, 0)), (100, (256, 128, 2))]
     plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
     plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
     plans += [plan_layer(by_expert(names), QWEN[0], QWEN[1], QWEN[1] * QWEN[2]) for names in BY_EXPERT]
-    launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
-    configs = {config for launch in launches for config in launch.kernels(DEFAULT).values()}
-    for config in configs | {replace(config, gated=False) for config in configs}:
-        print(build(config), config.name, flush=True)
+    for architecture in [one for one in BUILT if one.capability == DEFAULT.capability]:
+        launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
+        launches = [one for one in launches if set(one.operands) <= set(architecture.operands)]
+        configs = {config for launch in launches for config in launch.kernels(architecture).values()}
+        kernels = [*(configs | {replace(config, gated=False) for config in configs})]
+        for kernel in (*kernels, *(TokenKernel(name, architecture) for name in architecture.token_kernels)):
+            print(build(kernel), architecture.name, kernel.name, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,22 @@
 
 import pytest
 import torch
-from gpu_marks import needs_kernels
+from gpu_marks import RUN_HERE, needs_kernels
 
 from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.launch import Activations
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, quantize, sort_by_expert, swiglu
+from mxmoe_steps.packing import unpack
 from mxmoe_steps.quantizers.grid import E4M3
 
 pytestmark = needs_kernels
 
 
-def route(tokens: int, experts: int, top_k: int, shared: int) -> Routed:
+def route(tokens: int, experts: int, top_k: int, shared: int, architecture: Architecture = RUN_HERE[0]) -> Routed:
     expert_ids = torch.rand(tokens, experts, device="cuda").topk(top_k, dim=1).indices
-    return sort_by_expert(expert_ids, experts, shared)
+    return sort_by_expert(expert_ids, experts, shared, architecture)
 
 
 def rows_of(routed: Routed) -> torch.Tensor:
@@ -52,6 +54,8 @@ def test_rows_are_sorted_by_expert(tokens: int, experts: int, top_k: int, shared
 
 def values_of(codes: torch.Tensor, operand: str) -> torch.Tensor:
     """What the bits mean: zeros may differ in sign."""
+    if operand == "int4":
+        return unpack(codes, 4, 2 * codes.shape[1]).float()
     return codes.view(E4M3 if operand == "fp8" else torch.int8).float()
 
 
@@ -78,21 +82,36 @@ def check_slices(made: dict[str, Activations], expected: torch.Tensor, tokens: i
     def joined(values: torch.Tensor) -> torch.Tensor:
         return values[last].view(shared, tokens, -1).transpose(0, 1).reshape(tokens, -1)
 
-    for operand in ("fp8", "int8"):
+    for operand in made.keys() - {"bf16"}:
         codes, scales = reference.quantize_tokens(joined(expected), operand)
         assert torch.equal(values_of(joined(made[operand].values.cpu()), operand), values_of(codes, operand))
         assert made[operand].scales is not None
         assert torch.equal(made[operand].scales[last].cpu().view(shared, tokens), scales.expand(shared, -1))
 
 
-@pytest.mark.parametrize("operands", [("bf16",), ("fp8",), ("int8",), ("bf16", "fp8", "int8")])
+def operands_of(architecture: Architecture) -> tuple[str, ...]:
+    """In the order of their masks."""
+    return tuple(operand for operand in OPERAND_MASKS if operand in architecture.operands)
+
+
+every_architecture = pytest.mark.parametrize("architecture", RUN_HERE, ids=lambda one: one.name)
+ALONE_AND_TOGETHER = [
+    pytest.param(one, operands, id=f"{one.name}-{'+'.join(operands)}")
+    for one in RUN_HERE
+    for operands in (*((operand,) for operand in operands_of(one)), operands_of(one))
+]
+
+
+@pytest.mark.parametrize(("architecture", "operands"), ALONE_AND_TOGETHER)
 @pytest.mark.parametrize("features", [64, 2048, 14336])
-def test_dispatched_tokens_are_those_of_the_reference_exactly(operands: tuple[str, ...], features: int) -> None:
+def test_dispatched_tokens_are_those_of_the_reference_exactly(
+    architecture: Architecture, operands: tuple[str, ...], features: int
+) -> None:
     torch.manual_seed(features)
     x = (torch.randn(200, features) * torch.logspace(-6, 6, 200)[:, None]).bfloat16()
     x[3] = 0
-    routed = route(200, 16, 3, 2)
-    needs = torch.randint(1, 8, (18,)) & sum(OPERAND_MASKS[operand] for operand in operands)
+    routed = route(200, 16, 3, 2, architecture)
+    needs = torch.randint(1, 16, (18,)) & sum(OPERAND_MASKS[operand] for operand in operands)
     made, logits = dispatch(x.cuda(), routed, needs.int().cuda(), operands)
     assert set(made) == set(operands)
     assert logits is None
@@ -121,20 +140,21 @@ def test_the_gate_of_a_shared_expert_is_multiplied_on_the_way(features: int, tok
 
 @pytest.mark.parametrize("features", [64, 1408, 14336])
 @pytest.mark.parametrize("shared", [0, 2])
-def test_products_of_gate_and_up(features: int, shared: int) -> None:
+@every_architecture
+def test_products_of_gate_and_up(architecture: Architecture, features: int, shared: int) -> None:
     torch.manual_seed(features)
     tokens = 50
-    routed = route(tokens, 16, 3, shared)
+    routed = route(tokens, 16, 3, shared, architecture)
     gate_up = (torch.randn(routed.rows, 2 * features) * torch.logspace(-2, 1.5, routed.rows)[:, None]).bfloat16()
     gate, up = gate_up.double().chunk(2, 1)
     exact = gate * gate.sigmoid() * up
-    operands = ("bf16", "fp8", "int8")
-    needs = torch.full((16 + shared,), 7, dtype=torch.int32, device="cuda")
+    operands, every = operands_of(architecture), architecture.operand_mask
+    needs = torch.full((16 + shared,), every, dtype=torch.int32, device="cuda")
     made = swiglu(gate_up.cuda(), routed, needs, operands)
     product = made["bf16"].values.cpu()
     assert ((product.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-30).all()
     routed_rows = tokens * 3
-    mask = torch.full((routed_rows,), 7)
+    mask = torch.full((routed_rows,), every)
     parts = {
         name: Activations(each.values[:routed_rows], None if each.scales is None else each.scales[:routed_rows])
         for name, each in made.items()
@@ -145,14 +165,17 @@ def test_products_of_gate_and_up(features: int, shared: int) -> None:
 
 @pytest.mark.parametrize("features", [64, 1408, 1536, 1600, 14336])  # a warp's up to 1536, then a block's
 @pytest.mark.parametrize("shared", [0, 2])
-def test_quantized_products_are_those_of_the_reference_exactly(features: int, shared: int) -> None:
+@every_architecture
+def test_quantized_products_are_those_of_the_reference_exactly(
+    architecture: Architecture, features: int, shared: int
+) -> None:
     torch.manual_seed(features)
     tokens = 53
-    routed = route(tokens, 16, 3, shared)
+    routed = route(tokens, 16, 3, shared, architecture)
     products = (torch.randn(routed.rows, features) * torch.logspace(-4, 4, routed.rows)[:, None]).bfloat16()
-    needs = torch.randint(1, 8, (16 + shared,))
-    needs[16:] = 6
-    made = quantize(products.cuda(), routed, needs.int().cuda(), ("bf16", "fp8", "int8"))
+    needs = torch.randint(1, 16, (16 + shared,)) & architecture.operand_mask
+    needs[16:] = architecture.operand_mask & ~OPERAND_MASKS["bf16"]
+    made = quantize(products.cuda(), routed, needs.int().cuda(), operands_of(architecture))
     assert torch.equal(made["bf16"].values.cpu(), products)
     mask = torch.empty(routed.rows, dtype=torch.long)
     mask[rows_of(routed)] = needs[experts_of(routed)]

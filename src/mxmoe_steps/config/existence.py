@@ -13,6 +13,7 @@ from mxmoe_steps.allocation.domains import parse_weights
 from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.data.sources import SOURCES, MixText
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.architectures import for_target
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.models.families import ModelFolder
 from mxmoe_steps.schemes import BLOCKS, ORIGINAL, parse_scheme
@@ -79,11 +80,14 @@ def check_kernels(config: "Config") -> None:
     hardware = config.profile.hardware
     measured = hardware == "local" or measured_file(hardware) is not None
     types = [] if measured else list(read_hardware(hardware)["peak_tflops"])
+    architecture = None if hardware == "local" else for_target(read_hardware(hardware)["arch"])
     for scheme in config.calibrate.schemes:
         kernel = parse_scheme(timed_as(config).get(scheme, scheme))
         try:
             if measured:
-                kernel_format(kernel)
+                format_ = kernel_format(kernel)
+                if architecture is not None:  # of a local GPU, compile asks
+                    architecture.check([format_])
             elif kernel.compute_type not in types:
                 raise UserError(f"scheme {kernel}: {hardware} has no {kernel.compute_type} tensor cores")
         except UserError as error:

@@ -108,8 +108,8 @@ class Profile(Section):
 
     hardware: str = Field(
         "h100",
-        description="a GPU that the package knows (a100, h100, h200, rtx4090), or local: compile kernels and measure"
-        " this machine's GPU",
+        description="a GPU that the package knows (a100, h100, h200, rtx3090, rtx4090, rtx5090), or local: compile"
+        " kernels and measure this machine's GPU",
     )
 
     @field_validator("hardware")

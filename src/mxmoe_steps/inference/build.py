@@ -1,7 +1,7 @@
 """Compile the GPU kernels that a quantized checkpoint runs; needs no GPU.
 
-Writes a folder that is complete by itself: where ``MXMOE_KERNEL_CACHE`` names it, the checkpoint loads onto a Hopper
-GPU without a compiler. Layers whose experts have no kernels are left out.
+Writes a folder that is complete by itself: where ``MXMOE_KERNEL_CACHE`` names it, the checkpoint loads onto a GPU of
+`--target` without a compiler. Layers whose experts have no kernels there are left out.
 """
 
 import shutil
@@ -13,14 +13,15 @@ from typing import Annotated
 from pydantic import Field
 
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.kernels.architecture import Configuration
-from mxmoe_steps.kernels.architectures import DEFAULT
-from mxmoe_steps.kernels.build import TokenKernel, build, runtime_library
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.architectures import DEFAULT, for_target
+from mxmoe_steps.kernels.build import Kernel, TokenKernel, build, runtime_library
 from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Threads
 from mxmoe_steps.options.command_line import parse
+from mxmoe_steps.options.target import Target
 
 
-def checkpoint_kernels(path: Path) -> list[Configuration]:
+def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Configuration]:
     """The grouped GEMMs of a checkpoint's layers, each once."""
     from mxmoe_steps.inference.gpu import expert_modules, plan_of
     from mxmoe_steps.models.streaming import StreamedModel
@@ -31,11 +32,12 @@ def checkpoint_kernels(path: Path) -> list[Configuration]:
         try:
             experts = expert_modules(model.moe(layer), model.folder.family)
             plan = plan_of(experts, model.folder.family, model.folder.activation)
+            plan.check(architecture)
         except UserError as error:
             print(f"layer {layer}: {error}")
             continue
         for launch in (plan.gate_up, plan.down):
-            configs |= {config.name: config for config in launch.kernels(DEFAULT).values()}
+            configs |= {config.name: config for config in launch.kernels(architecture).values()}
     return list(configs.values())
 
 
@@ -43,13 +45,17 @@ class BuildOptions(StepOptions):
     """Options of the command."""
 
     checkpoint: InFolder = Field(description="folder that the quantize step wrote")
+    target: Target = Field(DEFAULT.target, description="GPUs to compile for, e.g. sm_86")
     threads: Annotated[Threads, Flag("THREADS", decides=False)] = Field(1, description="kernels compiled at a time")
     out: OutFolder = Field(description="folder to write")
 
 
 def build_checkpoint(options: BuildOptions) -> None:
     """Compile what is not in the cache and copy it all to ``options.out``."""
-    kernels = [*checkpoint_kernels(options.checkpoint), *map(TokenKernel, DEFAULT.token_kernels)]
+    architecture = for_target(options.target)
+    assert architecture is not None  # the option is checked
+    kernels: list[Kernel] = [TokenKernel(name, architecture) for name in architecture.token_kernels]
+    kernels += checkpoint_kernels(options.checkpoint, architecture)
     with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
         libraries = list(pool.map(build, kernels))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.top_k import TopKByMaxima
-from mxmoe_steps.kernels.architectures import NAMES, for_capability
+from mxmoe_steps.kernels.architectures import require
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.models.adapters import Family, family_of
@@ -117,8 +117,7 @@ def check_hardware(device: torch.device, dtype: torch.dtype) -> None:
     """`UserError` if the kernels do not run there, on hidden states of that precision."""
     if device.type != "cuda":
         raise UserError(f"on the {device.type}")
-    if for_capability(torch.cuda.get_device_capability(device)) is None:
-        raise UserError(f"the kernels are for {NAMES} GPUs, not for {torch.cuda.get_device_name(device)}")
+    require(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
     if dtype != torch.bfloat16:
         raise UserError(f"the kernels compute in bfloat16, not in {str(dtype).removeprefix('torch.')}")
     if importlib.util.find_spec("tvm_ffi") is None:

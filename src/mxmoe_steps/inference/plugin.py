@@ -83,9 +83,9 @@ def load_quantized(
 ) -> Any:
     """A transformers causal LM with packed experts from a folder that ``quantize`` wrote.
 
-    On a Hopper GPU in bfloat16 the experts run the kernels of `mxmoe_steps.kernels`; their weights are then in kernel
-    order only, and the model stays on that GPU. Anywhere else they run the reference arithmetic. The logger
-    ``mxmoe_steps`` says which layers run what, and why.
+    On a GPU that there are kernels for, in bfloat16, the experts run the kernels of `mxmoe_steps.kernels`; their
+    weights are then in kernel order only, and the model stays on that GPU. Anywhere else they run the reference
+    arithmetic. The logger ``mxmoe_steps`` says which layers run what, and why.
 
     ``dtype`` is the precision of activations and of everything that is not an expert. ``device_map``: as in
     ``from_pretrained``, instead of ``device``. ``trust_remote_code``: run the model's own code that `quantize` copied.

@@ -5,7 +5,7 @@ expert's down block reads bfloat16), a second one rounds and stores it: from reg
 is long. A shared expert may be cut into slices of the routed experts' size; one block then takes all slices of a
 token, so that its scale covers the whole row as it does for one wide expert.
 
-Where gate and up were multiplied in their own launch, `Quantize` makes 8-bit operands of the products.
+Where gate and up were multiplied in their own launch, `Quantize` makes operands of 8 and 4 bits of the products.
 
 `Combine` sums the rows of a token in float32, in the order of the router's choices: no atomics, the same bits
 every time.
@@ -22,7 +22,7 @@ from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import ptx, rounding
 from mxmoe_steps.kernels.architecture import Architecture
-from mxmoe_steps.kernels.limits import MAX_ENTRIES, OPERAND_MASKS
+from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.rounding import VECTOR
 
 THREADS = 192  # of a block that makes rows: 1408 features, eight a thread, leave few idle
@@ -72,8 +72,7 @@ class Rows:
 
     def readable(self, mask: Int32) -> Int32:
         """The types of ``mask`` that the GPU has: the compiler leaves out what it cannot round to."""
-        every = sum(OPERAND_MASKS.values())
-        return mask if self.architecture.operand_mask == every else mask & self.architecture.operand_mask
+        return mask & self.architecture.operand_mask if self.architecture.unreadable_mask else mask
 
     @cute.jit
     def by_block(
@@ -94,7 +93,7 @@ class Rows:
         vector = rounding.Vector.make()
         held = Int32(-1)  # the vector that the registers hold
         largest = Float32(1.0)
-        if (mask & rounding.EIGHT_BITS) != 0:
+        if (mask & self.architecture.scaled_mask) != 0:
             pair = Int32(0)
             rounds = (total - thread + (THREADS - 1)) // THREADS
             for j in cutlass.range(rounds, unroll=1):  # backwards: the first vector is in the registers at the end
@@ -102,7 +101,7 @@ class Rows:
                 self.product(inputs, first + held // steps * tokens, held % steps, steps, vector.bf16)
                 pair = rounding.larger_of(pair, vector.bf16)
             largest = rounding.largest_of_block(pair, largest_of_warps)
-        scales = rounding.Scales.of(largest)
+        scales = rounding.Scales.of(largest, written)
         if thread < slices:
             rounding.store_scales(scales, mask, written, first + thread * tokens)
         for i in cutlass.range(thread, total, THREADS, unroll=1):
@@ -170,7 +169,7 @@ class SwiGlu(Rows):
 
 
 class Quantize(Rows):
-    """The 8-bit operands of the down blocks from products that gate/up launches made, bfloat16 [rows, K].
+    """The operands of 8 and 4 bits of the down blocks from products that gate/up launches made, bfloat16 [rows, K].
 
     Rows of up to `WARP_VECTORS` vectors are a warp's, in registers: many are on their way at a time, and nobody waits
     for a block. Longer ones, and those of a shared expert, which has one scale for all slices, are a block's.
@@ -208,7 +207,7 @@ class Quantize(Rows):
         if (block < routed_blocks) & (steps <= WARP_VECTORS):
             entry = block * WARPS + cute.arch.warp_idx()
             if entry < entries:
-                target, mask = rows[entry], self.readable(needs[Int32(experts[entry])] & rounding.EIGHT_BITS)
+                target, mask = rows[entry], self.readable(needs[Int32(experts[entry])] & self.architecture.scaled_mask)
                 if const_expr(self.architecture.overlaps):
                     cute.arch.griddepcontrol_wait()
                 self.by_warp(inputs, target, mask, steps, written)
@@ -218,7 +217,7 @@ class Quantize(Rows):
                 first, mask = rows[block], needs[Int32(experts[block])]
             else:
                 first, mask, count = entries + block - routed_blocks, needs[needs.shape[0] - 1], slices
-            mask = self.readable(mask & rounding.EIGHT_BITS)
+            mask = self.readable(mask & self.architecture.scaled_mask)
             if const_expr(self.architecture.overlaps):
                 cute.arch.griddepcontrol_wait()
             if mask != 0:
@@ -240,7 +239,7 @@ class Quantize(Rows):
         for j in cutlass.range_constexpr(WARP_VECTORS // 32):
             for i in cutlass.range_constexpr(VECTOR // 2):
                 pair = rounding.larger(pair, held[i, j])
-        scales = rounding.Scales.of(rounding.magnitude(rounding.largest_of_warp(pair)))
+        scales = rounding.Scales.of(rounding.magnitude(rounding.largest_of_warp(pair)), written)
         if lane == 0:
             rounding.store_scales(scales, mask, written, row)
         vector = rounding.Vector.make()

@@ -74,6 +74,21 @@ class Architecture(ABC):
         return sum(OPERAND_MASKS[operand] for operand in self.operands)
 
     @property
+    def scaled_outputs(self) -> tuple[str, ...]:
+        """Types with a scale per token that token kernels have outputs for, those of 8 bits on every GPU."""
+        return tuple(one for one in OPERAND_MASKS if one in ("fp8", "int8") or (one != "bf16" and one in self.operands))
+
+    @property
+    def scaled_mask(self) -> int:
+        """Sum of `OPERAND_MASKS` of `scaled_outputs`."""
+        return sum(OPERAND_MASKS[operand] for operand in self.scaled_outputs)
+
+    @property
+    def unreadable_mask(self) -> int:
+        """That of those types which no expert reads there."""
+        return self.scaled_mask & ~self.operand_mask
+
+    @property
     def token_kernels(self) -> tuple[str, ...]:
         """Kernels around the grouped GEMMs, by name."""
         return tuple(name for name in TOKEN_KERNELS if self.clusters or name != CLUSTER_SORT)

@@ -1,5 +1,6 @@
 """Which classes of GPUs there are kernels for. Stdlib only."""
 
+from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.mma.architecture import GPUS, ON_HOPPER
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
@@ -16,3 +17,17 @@ CAPABILITIES = ", ".join("{}.{} ({})".format(*one.capability, one.gpus) for one 
 def for_capability(capability: tuple[int, int]) -> Architecture | None:
     """The one of GPUs of a compute capability, if there are kernels for them."""
     return next((one for one in ARCHITECTURES if one.capability == capability), None)
+
+
+def require(capability: tuple[int, int], device: str) -> Architecture:
+    """That of ``device``, a GPU of a compute capability; `UserError` if there are no kernels for it."""
+    architecture = for_capability(capability)
+    if architecture is None:
+        major, minor = capability
+        raise UserError(f"{device} has compute capability {major}.{minor}; the kernels are for {CAPABILITIES}")
+    return architecture
+
+
+def for_target(target: str) -> Architecture | None:
+    """The one that compilers call ``target``, if there are kernels for it."""
+    return next((one for one in ARCHITECTURES if one.target == target), None)

@@ -24,7 +24,7 @@ from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
-from mxmoe_steps.kernels.codes.format import Format
+from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS, Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.options.base import Count, InFolder, OutFile, Schemes, StepOptions
 from mxmoe_steps.options.command_line import parse
@@ -183,9 +183,8 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
         number, size = (BFloat16, 2) if variant == "bf16" else (Float32, 4)
         weights = _fake(number, (sym_int(), sym_int()), size)
         return Combine(architecture), [bf16[0], row, weights, _fake(BFloat16, (sym_int(),), 2), bf16[1], count, count]
-    codes = [_fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16) for operand in ("fp8", "int8")]
-    scales = [_fake(Float32, (sym_int(),), 4) for _ in range(2)]
-    outputs = (bf16[1], codes[0], scales[0], codes[1], scales[1])
+    scaled = [(_fake_tokens(operand), _fake(Float32, (sym_int(),), 4)) for operand in architecture.scaled_outputs]
+    outputs = (bf16[1], *(tensor for pair in scaled for tensor in pair))
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
         generator = DispatchTokens(architecture, variant == "gated")
@@ -195,7 +194,7 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
 
 
 def _boundary_type(operand: str) -> Any:
-    """The type that tensors of an operand have outside: 8-bit types cross as bytes."""
+    """The type that tensors of an operand have outside: 8-bit types cross as bytes, 4-bit ones two a byte."""
     import cutlass
 
     return cutlass.BFloat16 if operand == "bf16" else cutlass.Uint8
@@ -215,10 +214,17 @@ def _fake_pairs(config: Configuration) -> Iterator[tuple[Any, Any]]:
     from cutlass.cute import sym_int
 
     for operand in config.operands:
-        tokens = _fake(_boundary_type(operand), (sym_int(), sym_int(divisibility=64)), 16)
-        yield tokens, _fake(cutlass.Float32, (sym_int(),), 4)
+        yield _fake_tokens(operand), _fake(cutlass.Float32, (sym_int(),), 4)
     for format_ in config.formats:
         yield _fake_weights(format_), _fake(cutlass.Float32, (sym_int(), sym_int()), 4)
+
+
+def _fake_tokens(operand: str) -> Any:
+    """Activations [rows, K], or [rows, K / 2] of two a byte."""
+    from cutlass.cute import sym_int
+
+    columns = sym_int(divisibility=EDGE * min(8, OPERAND_BITS[operand]) // 8)
+    return _fake(_boundary_type(operand), (sym_int(), columns), 16)
 
 
 def _fake_weights(format_: Format) -> Any:

@@ -8,6 +8,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.codes.w2a16 import W2A16
 from mxmoe_steps.kernels.codes.w3a16 import W3A16
+from mxmoe_steps.kernels.codes.w4a4 import W4A4
 from mxmoe_steps.kernels.codes.w4a8 import W4A8
 from mxmoe_steps.kernels.codes.w4a8_fp8 import W4A8Fp8
 from mxmoe_steps.kernels.codes.w4a16 import W4A16
@@ -20,7 +21,7 @@ from mxmoe_steps.kernels.codes.w16a16 import W16A16
 from mxmoe_steps.schemes import Scheme
 
 CODES: tuple[type[Format], ...] = (
-    W16A16, W8A16, W6A16, W4A16, W4A16Mxfp4, W3A16, W2A16, W8A8Fp8, W4A8Fp8, W8A8, W4A8,
+    W16A16, W8A16, W6A16, W4A16, W4A16Mxfp4, W3A16, W2A16, W8A8Fp8, W4A8Fp8, W8A8, W4A8, W4A4,
 )  # fmt: skip
 FORMATS = tuple(format_ for code in CODES for format_ in code.variants())
 

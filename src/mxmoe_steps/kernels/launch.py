@@ -10,9 +10,9 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
-from mxmoe_steps.kernels.architectures import CAPABILITIES, NAMES, for_capability
+from mxmoe_steps.kernels.architectures import NAMES, require
 from mxmoe_steps.kernels.build import ENTRY, RUNTIME, Kernel, TokenKernel, build, runtime_library
-from mxmoe_steps.kernels.codes.format import TILE_ROWS, Format
+from mxmoe_steps.kernels.codes.format import OPERAND_BITS, TILE_ROWS, Format
 from mxmoe_steps.kernels.layouts import KernelWeights
 from mxmoe_steps.kernels.limits import MAX_EXPERTS
 
@@ -22,8 +22,8 @@ MAX_STREAMS = 64  # that one kernel object can be launched on
 
 @dataclass(frozen=True)
 class Activations:
-    """Tokens sorted by expert: bfloat16 [rows, K] without scales, or uint8 bits of an 8-bit type [rows, K] with
-    float32 scales [rows]."""
+    """Tokens sorted by expert: bfloat16 [rows, K] without scales, or uint8 bits of an 8-bit type [rows, K], or
+    of int4 [rows, K / 2], the first one in the low bits, with float32 scales [rows]."""
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
@@ -150,7 +150,8 @@ class GroupGemmKernel:
             raise UserError(f"out has {out.shape[1]} columns; need a multiple of {COLUMN_MULTIPLE}")
         for operand, tokens in activations.items():
             kind = torch.bfloat16 if operand == "bf16" else torch.uint8
-            check_tensor(f"{operand} activations", tokens.values, kind, 2, out.device, (rows, features))
+            columns = features * OPERAND_BITS[operand] // (8 * kind.itemsize)
+            check_tensor(f"{operand} activations", tokens.values, kind, 2, out.device, (rows, columns))
             if operand != "bf16":
                 if tokens.scales is None:
                     raise UserError(f"{operand} activations need one scale per row")
@@ -243,12 +244,7 @@ def _ones(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 @cache
 def architecture_of(device: torch.device) -> Architecture:
     """That of a GPU; `UserError` if there are no kernels for it."""
-    capability = torch.cuda.get_device_capability(device)
-    architecture = for_capability(capability)
-    if architecture is None:
-        major, minor = capability
-        raise UserError(f"{device} has compute capability {major}.{minor}; the kernels are for {CAPABILITIES}")
-    return architecture
+    return require(torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
 
 
 @cache
@@ -267,9 +263,9 @@ def check_device(tensor: torch.Tensor, name: str) -> None:
 
 
 @cache
-def token_kernel(name: str, device: torch.device) -> Any:
-    """The function of one of `Architecture.token_kernels` for a GPU."""
-    return load_kernel(TokenKernel(name, architecture_of(device)))
+def token_kernel(name: str, architecture: Architecture) -> Any:
+    """The function of one of `Architecture.token_kernels`."""
+    return load_kernel(TokenKernel(name, architecture))
 
 
 @cache

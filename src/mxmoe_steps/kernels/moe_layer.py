@@ -53,7 +53,6 @@ class LayerGemm:
     """
 
     plan: LaunchPlan
-    architecture: Architecture
     by_warp: bool
     columns: int
     needs: torch.Tensor
@@ -64,7 +63,7 @@ class LayerGemm:
         """bfloat16 [rows, columns] from the operands [rows, K]."""
         device = routed.offsets.device
         experts = routed.offsets.shape[0] - 1 - routed.slices
-        phase = self.architecture.phase_for(
+        phase = routed.architecture.phase_for(
             routed.expert_ids.numel(), experts, routed.slices, self.plan.strips, processors(device), self.by_warp
         )
         new = torch.zeros if self.zeroed else torch.empty
@@ -75,19 +74,29 @@ class LayerGemm:
 class MoeLayer:
     """The experts of one layer in kernel order on ``device``."""
 
-    def __init__(self, plan: LayerPlan, read: Read, device: torch.device, gate: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        plan: LayerPlan,
+        read: Read,
+        device: torch.device,
+        gate: torch.Tensor | None = None,
+        architecture: Architecture | None = None,
+    ) -> None:
         """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice.
 
         ``gate``: weight of the shared expert's gate, bfloat16 [1, hidden] on ``device``, if it has one.
+        ``architecture``: by default that of ``device``. `UserError` if its kernels do not run the plan.
         """
+        self.architecture = architecture or architecture_of(device)
+        plan.check(self.architecture)
         if gate is not None:
             check_tensor("the shared expert's gate", gate, torch.bfloat16, 2, device, (1, plan.hidden))
         self.plan, self.device, self.gate = plan, device, gate
         columns = plan.intermediate if plan.gate_up.gated else 2 * plan.intermediate
         with torch.cuda.device(device):
-            prepare(device)
-            self.gate_up = _prepare(plan, plan.gate_up, columns, read, device)
-            self.down = _prepare(plan, plan.down, plan.hidden, read, device)
+            prepare(device, self.architecture)
+            self.gate_up = self._prepare(plan.gate_up, columns, read)
+            self.down = self._prepare(plan.down, plan.hidden, read)
 
     def __deepcopy__(self, _: dict[int, Any]) -> "MoeLayer":
         """A copy of a model has the same layer: it never changes."""
@@ -122,31 +131,34 @@ class MoeLayer:
 
     def _run(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         up, down = self.gate_up, self.down
-        routed = sort_by_expert(expert_ids, self.plan.experts, self.plan.slices)
+        routed = self.sort(expert_ids)
         activations, logits = dispatch(x, routed, up.needs, up.plan.operands, self.gate)
         return combine(down(self.activate(up(activations, routed), routed), routed), routed, weights, logits)
+
+    def sort(self, expert_ids: torch.Tensor) -> Routed:
+        """The router's choices [tokens, top_k], sorted by expert."""
+        return sort_by_expert(expert_ids, self.plan.experts, self.plan.slices, self.architecture)
 
     def activate(self, gate_up: torch.Tensor, routed: Routed) -> dict[str, Activations]:
         """The down blocks' operands from the output of the gate/up launch: gate and up, or already their product."""
         act = quantize if self.gate_up.plan.gated else swiglu
         return act(gate_up, routed, self.down.needs, self.down.plan.operands)
 
+    def _prepare(self, launch: LaunchPlan, columns: int, read: Read) -> LayerGemm:
+        plan, device = self.plan, self.device
+        weights = [_stack([_entries(read, source) for source in sources], device) for sources in launch.stacks]
+        problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device, launch.gated)
+        needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
+        kernels = launch.kernels(self.architecture)
+        gemms = {phase: GroupGemm(_kernel(config), weights, problems) for phase, config in kernels.items()}
+        zeroed = plan.elsewhere and launch is plan.down  # the sum reads all rows of a token
+        return LayerGemm(launch, self.architecture.by_warp(launch.formats), columns, needs, gemms, zeroed)
+
 
 @cache
 def _kernel(config: Configuration) -> GroupGemmKernel:
     """Layers share kernels."""
     return GroupGemmKernel(config)
-
-
-def _prepare(plan: LayerPlan, launch: LaunchPlan, columns: int, read: Read, device: torch.device) -> LayerGemm:
-    weights = [_stack([_entries(read, source) for source in sources], device) for sources in launch.stacks]
-    problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device, launch.gated)
-    needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
-    architecture = architecture_of(device)
-    kernels = launch.kernels(architecture)
-    gemms = {phase: GroupGemm(_kernel(config), weights, problems) for phase, config in kernels.items()}
-    zeroed = plan.elsewhere and launch is plan.down  # the sum reads all rows of a token
-    return LayerGemm(launch, architecture, architecture.by_warp(launch.formats), columns, needs, gemms, zeroed)
 
 
 def _entries(read: Read, source: Source) -> KernelWeights:

@@ -77,6 +77,10 @@ class LayerPlan:
     down: LaunchPlan
     elsewhere: bool = False
 
+    def check(self, architecture: Architecture) -> None:
+        """`UserError` unless kernels of ``architecture`` multiply all formats."""
+        architecture.check((*self.gate_up.formats, *self.down.formats))
+
 
 def plan_layer(
     schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0, elsewhere: bool = False

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mxmoe_steps import packing
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
 from mxmoe_steps.schemes import ORIGINAL, SHARED
 
@@ -38,13 +39,15 @@ def group_gemm(
 
 
 def quantize_tokens(x: torch.Tensor, operand: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token symmetric quantization of ``x`` [rows, K] to ``fp8`` or ``int8``: (uint8 bits [rows, K], float32
-    scales [rows]). The same arithmetic as `quantize_activations`; a row of zeros gets a tiny scale."""
-    top = E4M3_MAX if operand == "fp8" else 127.0
+    """Per-token symmetric quantization of ``x`` [rows, K] to ``fp8``, ``int8`` or ``int4``: (uint8 bits [rows, K], of
+    int4 [rows, K / 2] with the first one in the low bits, float32 scales [rows]). The same arithmetic as
+    `quantize_activations`; a row of zeros gets a tiny scale."""
+    top = {"fp8": E4M3_MAX, "int8": 127.0, "int4": 7.0}[operand]
     scales = x.abs().amax(-1).float().clamp_min(1e-30) / top
     scaled = (x.float() / scales[:, None]).clamp(-top, top)
     codes = scaled.to(E4M3) if operand == "fp8" else scaled.round().to(torch.int8)
-    return codes.view(torch.uint8), scales
+    codes = codes.view(torch.uint8)
+    return (packing.pack(codes & 15, 4) if operand == "int4" else codes), scales
 
 
 def moe_layer(

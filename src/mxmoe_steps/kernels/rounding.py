@@ -1,4 +1,4 @@
-"""Per-row quantization to 8 bits inside a kernel (CuTe DSL), and a sigmoid: what `tokens`, `activations` and the
+"""Per-row quantization to 8 and 4 bits inside a kernel (CuTe DSL), and a sigmoid: what `tokens`, `activations` and the
 epilogue of gate and up share.
 
 The arithmetic is that of `reference.quantize_tokens` on a CPU, bit for bit but for the sign of zeros: one float32
@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import cutlass
-from cutlass import BFloat16, Float32, Int32, Uint8, cute
+from cutlass import BFloat16, Float32, Int32, Uint8, const_expr, cute
 
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 
 VECTOR = 8  # elements a thread moves at once: 16 bytes of bfloat16
-BF16, FP8, INT8 = (OPERAND_MASKS[name] for name in ("bf16", "fp8", "int8"))
-EIGHT_BITS = FP8 | INT8
-LARGEST = {FP8: 448.0, INT8: 127.0}
+BF16, FP8, INT8, INT4 = (OPERAND_MASKS[name] for name in ("bf16", "fp8", "int8", "int4"))
+LARGEST = {FP8: 448.0, INT8: 127.0, INT4: 7.0}
 
 _TO_CODES = {
     FP8: "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, {$r1}, {$r0}; "
@@ -24,6 +23,9 @@ _TO_CODES = {
     INT8: "{ .reg .b32 a, b, c, d; cvt.rni.s32.f32 a, {$r0}; cvt.rni.s32.f32 b, {$r1}; "
     "cvt.rni.s32.f32 c, {$r2}; cvt.rni.s32.f32 d, {$r3}; cvt.pack.sat.s8.s32.b32 c, d, c, 0; "
     "cvt.pack.sat.s8.s32.b32 {$w0}, b, a, c; }",
+    INT4: "{ .reg .b32 a, b, c, d; cvt.rni.s32.f32 a, {$r0}; cvt.rni.s32.f32 b, {$r1}; "
+    "cvt.rni.s32.f32 c, {$r2}; cvt.rni.s32.f32 d, {$r3}; cvt.pack.sat.s4.s32.b32 c, d, c, 0; "
+    "cvt.pack.sat.s4.s32.b32 {$w0}, b, a, c; }",
 }
 
 
@@ -51,9 +53,9 @@ def swiglu(gate: cute.Tensor, up: cute.Tensor) -> cute.Tensor:
     return products
 
 
-def vectors(tensor: cute.Tensor, row: Int32) -> cute.Tensor:
-    """Row ``row`` of ``tensor`` [rows, K] as (VECTOR, K / VECTOR)."""
-    layout = cute.make_layout((VECTOR, tensor.shape[1] // VECTOR), stride=(1, VECTOR))
+def vectors(tensor: cute.Tensor, row: Int32, size: int = VECTOR) -> cute.Tensor:
+    """Row ``row`` of ``tensor`` [rows, columns] as (size, columns / size)."""
+    layout = cute.make_layout((size, tensor.shape[1] // size), stride=(1, size))
     return cute.make_tensor(tensor[row, None].iterator, layout)
 
 
@@ -115,42 +117,54 @@ def quotient(value: Float32, by: Float32, inverse: Float32) -> Float32:
 
 @dataclass(frozen=True)
 class Outputs:
-    """A row-major [rows, K] matrix in every operand type: bfloat16, or uint8 bits with float32 scales [rows]."""
+    """A row-major [rows, K] matrix in every operand type: bfloat16, or uint8 bits with float32 scales [rows].
+
+    ``int4``: [rows, K / 2], two a byte, the first one in its low bits; None where no GPU of the class reads it.
+    """
 
     bf16: Any
     fp8: Any
     fp8_scales: Any
     int8: Any
     int8_scales: Any
+    int4: Any = None
+    int4_scales: Any = None
 
 
 @dataclass(frozen=True)
 class Scales:
-    """A row's scale and its inverse for both 8-bit types."""
+    """A row's scale and its inverse for both 8-bit types and, if there is an output of it, int4."""
 
     fp8: Float32
     fp8_inverse: Float32
     int8: Float32
     int8_inverse: Float32
+    int4: Any = None
+    int4_inverse: Any = None
 
     @staticmethod
-    def of(largest: Float32) -> "Scales":
+    def of(largest: Float32, outputs: Outputs) -> "Scales":
         """From the largest magnitude of the row."""
         fp8, int8 = (divide(largest, Float32(LARGEST[kind])) for kind in (FP8, INT8))
-        return Scales(fp8, divide(Float32(1.0), fp8), int8, divide(Float32(1.0), int8))
+        scales = fp8, divide(Float32(1.0), fp8), int8, divide(Float32(1.0), int8)
+        if outputs.int4 is None:
+            return Scales(*scales)
+        int4 = divide(largest, Float32(LARGEST[INT4]))
+        return Scales(*scales, int4, divide(Float32(1.0), int4))
 
 
 @dataclass(frozen=True)
 class Vector:
-    """Registers of eight neighbouring elements of a row: bfloat16, and the codes of both 8-bit types."""
+    """Registers of eight neighbouring elements of a row: bfloat16, and the codes of the other types."""
 
     bf16: Any
     fp8: Any
     int8: Any
+    int4: Any
 
     @staticmethod
     def make() -> "Vector":
-        codes = [cute.make_rmem_tensor((VECTOR,), Uint8) for _ in range(2)]
+        codes = [cute.make_rmem_tensor((size,), Uint8) for size in (VECTOR, VECTOR, VECTOR // 2)]
         return Vector(cute.make_rmem_tensor((VECTOR,), BFloat16), *codes)
 
 
@@ -171,20 +185,28 @@ def larger_of(largest: Int32, eight: cute.Tensor) -> Int32:
 
 @cute.jit
 def encode(vector: Vector, mask: Int32, scales: Scales) -> None:
-    """Fill the codes of the 8-bit types in ``mask`` from the bfloat16 values."""
+    """Fill the codes of the types in ``mask`` from the bfloat16 values."""
     if (mask & FP8) != 0:
         _round_to(FP8, vector.bf16, scales.fp8, scales.fp8_inverse, vector.fp8)
     if (mask & INT8) != 0:
         _round_to(INT8, vector.bf16, scales.int8, scales.int8_inverse, vector.int8)
+    if const_expr(scales.int4 is not None):  # noqa: SIM102  (the other condition is the GPU's)
+        if (mask & INT4) != 0:
+            _round_to(INT4, vector.bf16, scales.int4, scales.int4_inverse, vector.int4)
 
 
 def _round_to(kind: int, eight: cute.Tensor, scale: Float32, inverse: Float32, codes: cute.Tensor) -> None:
     words = _words(codes)
     scaled = [quotient(Float32(eight[j]), scale, inverse) for j in range(VECTOR)]
-    for half in range(2):
-        words[half] = cute.arch.inline_ptx(
-            _TO_CODES[kind], write_only_types=[Int32], read_only_args=scaled[4 * half : 4 * half + 4]
-        )
+    halves = [
+        cute.arch.inline_ptx(_TO_CODES[kind], write_only_types=[Int32], read_only_args=scaled[4 * i : 4 * i + 4])
+        for i in range(2)
+    ]
+    if kind == INT4:
+        words[0] = halves[0] & 0xFFFF | halves[1] << 16
+    else:
+        for i in range(2):
+            words[i] = halves[i]
 
 
 @cute.jit
@@ -196,6 +218,9 @@ def store(vector: Vector, mask: Int32, outputs: Outputs, row: Int32, at: Int32) 
         cute.autovec_copy(vector.fp8, vectors(outputs.fp8, row)[None, at])
     if (mask & INT8) != 0:
         cute.autovec_copy(vector.int8, vectors(outputs.int8, row)[None, at])
+    if const_expr(outputs.int4 is not None):  # noqa: SIM102  (the other condition is the GPU's)
+        if (mask & INT4) != 0:
+            cute.autovec_copy(vector.int4, vectors(outputs.int4, row, VECTOR // 2)[None, at])
 
 
 @cute.jit
@@ -205,3 +230,6 @@ def store_scales(scales: Scales, mask: Int32, outputs: Outputs, row: Int32) -> N
         outputs.fp8_scales[row] = scales.fp8
     if (mask & INT8) != 0:
         outputs.int8_scales[row] = scales.int8
+    if const_expr(outputs.int4 is not None):  # noqa: SIM102  (the other condition is the GPU's)
+        if (mask & INT4) != 0:
+            outputs.int4_scales[row] = scales.int4

@@ -12,8 +12,8 @@ from functools import cache
 
 import torch
 
-from mxmoe_steps.kernels.architecture import CLUSTER_SORT
-from mxmoe_steps.kernels.codes.format import EDGE
+from mxmoe_steps.kernels.architecture import CLUSTER_SORT, Architecture
+from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS
 from mxmoe_steps.kernels.launch import Activations, architecture_of, token_kernel
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 
@@ -27,6 +27,7 @@ class Routed:
     ``expert_ids``: int64 [tokens, top_k], the router's choices; ``row``: int32 [tokens, top_k], the row of each.
     ``slices`` experts with the last numbers take every token: token t of the s-th is row ``tokens * (top_k + s) + t``.
     ``offsets``: int32 [experts + slices + 1], first row of each expert. ``rows``: of all experts.
+    ``architecture``: whose kernels sorted them, and take all later steps.
     """
 
     expert_ids: torch.Tensor
@@ -34,16 +35,23 @@ class Routed:
     offsets: torch.Tensor
     slices: int
     rows: int
+    architecture: Architecture
 
 
-def sort_by_expert(expert_ids: torch.Tensor, experts: int, slices: int = 0) -> Routed:
-    """Sort the router's choices, int64 [tokens, top_k] on the GPU with values below ``experts``."""
+def sort_by_expert(
+    expert_ids: torch.Tensor, experts: int, slices: int = 0, architecture: Architecture | None = None
+) -> Routed:
+    """Sort the router's choices, int64 [tokens, top_k] on the GPU with values below ``experts``.
+
+    ``architecture``: by default that of the GPU.
+    """
+    architecture = architecture or architecture_of(expert_ids.device)
     tokens, top_k = expert_ids.shape
     row = torch.empty_like(expert_ids, dtype=torch.int32)
     offsets = torch.empty(experts + slices + 1, dtype=torch.int32, device=expert_ids.device)
-    by_cluster = tokens * top_k > CLUSTER_ENTRIES and architecture_of(expert_ids.device).clusters
-    token_kernel(CLUSTER_SORT if by_cluster else "sort_1", expert_ids.device)(expert_ids, row, offsets, slices)
-    return Routed(expert_ids, row, offsets, slices, tokens * (top_k + slices))
+    by_cluster = tokens * top_k > CLUSTER_ENTRIES and architecture.clusters
+    token_kernel(CLUSTER_SORT if by_cluster else "sort_1", architecture)(expert_ids, row, offsets, slices)
+    return Routed(expert_ids, row, offsets, slices, tokens * (top_k + slices), architecture)
 
 
 def dispatch(
@@ -53,7 +61,7 @@ def dispatch(
     operands: Collection[str],
     gate: torch.Tensor | None = None,
 ) -> tuple[dict[str, Activations], torch.Tensor | None]:
-    """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for 8-bit types.
+    """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for types of 8 and 4 bits.
 
     ``needs``: int32 [experts + slices], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
     needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
@@ -62,12 +70,12 @@ def dispatch(
     activations, outputs = _outputs(x, routed, operands)
     if gate is None:
         spare = _spare(x.device)["bf16"].values
-        token_kernel("dispatch", x.device)(
+        token_kernel("dispatch", routed.architecture)(
             x, routed.expert_ids, routed.row, needs, outputs, (spare, spare[0]), routed.slices
         )
         return activations, None
     logits = torch.empty(x.shape[0], dtype=torch.bfloat16, device=x.device)
-    token_kernel("dispatch_gated", x.device)(
+    token_kernel("dispatch_gated", routed.architecture)(
         x, routed.expert_ids, routed.row, needs, outputs, (gate, logits), routed.slices
     )
     return activations, logits
@@ -82,7 +90,8 @@ def swiglu(
     scale, and the last expert's needs.
     """
     activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
-    token_kernel("swiglu", gate_up.device)(gate_up, routed.expert_ids, routed.row, needs, outputs, routed.slices)
+    function = token_kernel("swiglu", routed.architecture)
+    function(gate_up, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return activations
 
 
@@ -91,11 +100,12 @@ def quantize(
 ) -> dict[str, Activations]:
     """``silu(gate) * up``, bfloat16 [rows, K], as the operands of the down blocks; otherwise as `swiglu`."""
     unrounded = {"bf16": Activations(products)} if "bf16" in operands else {}
-    eight_bits = [operand for operand in operands if operand != "bf16"]
-    if not eight_bits:
+    scaled = [operand for operand in operands if operand != "bf16"]
+    if not scaled:
         return unrounded
-    activations, outputs = _outputs(products, routed, eight_bits)
-    token_kernel("quantize", products.device)(products, routed.expert_ids, routed.row, needs, outputs, routed.slices)
+    activations, outputs = _outputs(products, routed, scaled)
+    function = token_kernel("quantize", routed.architecture)
+    function(products, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return unrounded | activations
 
 
@@ -109,12 +119,13 @@ def combine(
     """
     out = torch.empty(routed.expert_ids.shape[0], rows.shape[1], dtype=torch.bfloat16, device=rows.device)
     gates = _spare(rows.device)["bf16"].values[0] if logits is None else logits
-    function = token_kernel("combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32", rows.device)
+    name = "combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32"
+    function = token_kernel(name, routed.architecture)
     function(rows, routed.row, weights, gates, out, routed.slices, int(logits is not None))
     return out
 
 
-Outputs = tuple[torch.Tensor, ...]  # bfloat16, fp8, its scales, int8, its scales
+Outputs = tuple[torch.Tensor, ...]  # bfloat16, then values and scales of `Architecture.scaled_outputs`
 
 
 def _outputs(
@@ -125,14 +136,15 @@ def _outputs(
         operand: _empty(operand, routed.rows, features or like.shape[1], like.device) for operand in operands
     }
     full = _spare(like.device) | activations
-    bf16, fp8, int8 = full["bf16"], full["fp8"], full["int8"]
-    return activations, (bf16.values, fp8.values, fp8.scales, int8.values, int8.scales)  # type: ignore[return-value]
+    scaled = [full[operand] for operand in routed.architecture.scaled_outputs]
+    pairs = [tensor for one in scaled for tensor in (one.values, one.scales) if tensor is not None]
+    return activations, (full["bf16"].values, *pairs)
 
 
 def _empty(operand: str, rows: int, features: int, device: torch.device) -> Activations:
     if operand == "bf16":
         return Activations(torch.empty(rows, features, dtype=torch.bfloat16, device=device))
-    values = torch.empty(rows, features, dtype=torch.uint8, device=device)
+    values = torch.empty(rows, features * OPERAND_BITS[operand] // 8, dtype=torch.uint8, device=device)
     return Activations(values, torch.empty(rows, dtype=torch.float32, device=device))
 
 
@@ -142,8 +154,8 @@ def _spare(device: torch.device) -> dict[str, Activations]:
     return {operand: _empty(operand, 1, EDGE, device) for operand in OPERAND_MASKS}
 
 
-def prepare(device: torch.device) -> None:
+def prepare(device: torch.device, architecture: Architecture) -> None:
     """Load the kernels and make what all calls on a device share."""
-    for name in architecture_of(device).token_kernels:
-        token_kernel(name, device)
+    for name in architecture.token_kernels:
+        token_kernel(name, architecture)
     _spare(device)

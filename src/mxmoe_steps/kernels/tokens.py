@@ -20,11 +20,10 @@ from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
 from mxmoe_steps.kernels.architecture import Architecture
-from mxmoe_steps.kernels.limits import MAX_ENTRIES, MAX_EXPERTS, OPERAND_MASKS
+from mxmoe_steps.kernels.limits import MAX_ENTRIES, MAX_EXPERTS
 
 SORT_THREADS = MAX_EXPERTS
 THREADS = 256  # of a block that dispatches a token
-ALL_OPERANDS = sum(OPERAND_MASKS.values())
 
 
 class SortByExpert:
@@ -143,7 +142,7 @@ class DispatchTokens:
 
     ``expert_ids`` and ``row`` as in `SortByExpert`; then ``slices`` experts that take every token, token t in row
     ``tokens * (top_k + s) + t`` of expert ``experts + s``. ``needs``: int32 [experts + slices], mask of the operand
-    types that an expert reads; no others are written. An 8-bit type gets one float32 scale per row.
+    types that an expert reads; no others are written. Types of 8 and 4 bits get one float32 scale per row.
     ``gating``: the weight [1, K] of the shared expert's gate and its logits [tokens], both bfloat16; they are written
     where it is ``gated``, and nobody looks at either otherwise.
     """
@@ -203,14 +202,14 @@ class DispatchTokens:
         types = Int32(0)
         for j in cutlass.range(entries, unroll=1):
             types |= masks[j]
-        if const_expr(self.architecture.operand_mask != ALL_OPERANDS):
+        if const_expr(self.architecture.unreadable_mask):
             types &= self.architecture.operand_mask  # the compiler then leaves out what the GPU cannot round to
 
         source = rounding.vectors(x, token)
         steps = source.shape[1]
         looked_at = Int32(steps)
         if const_expr(not self.gated):
-            looked_at *= Int32((types & rounding.EIGHT_BITS) != 0)
+            looked_at *= Int32((types & self.architecture.scaled_mask) != 0)
         vector = rounding.Vector.make()
         pair, logit = Int32(0), Float32(0.0)
         for i in cutlass.range(thread, looked_at, THREADS, unroll=1):
@@ -221,9 +220,9 @@ class DispatchTokens:
         if const_expr(self.gated):
             self.store_logit(logit, memory.sums.get_tensor(cute.make_layout(THREADS // 32)), gating[1], token)
         largest = Float32(1.0)
-        if (types & rounding.EIGHT_BITS) != 0:
+        if (types & self.architecture.scaled_mask) != 0:
             largest = rounding.largest_of_block(pair, memory.largest.get_tensor(cute.make_layout(THREADS // 32)))
-        scales = rounding.Scales.of(largest)
+        scales = rounding.Scales.of(largest, written)
         cute.autovec_copy(source[None, cutlass.min(thread, steps - 1)], vector.bf16)
 
         if const_expr(self.architecture.overlaps):

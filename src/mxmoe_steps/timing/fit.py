@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.architectures import PHASES
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.timing.fit_constants import features, fit_constants, held_out
@@ -23,7 +24,9 @@ def errors(predicted: NDArray[np.float64], measured: NDArray[np.float64]) -> dic
     return {"problems": len(measured), **_median_p95(np.abs(predicted / measured - 1))}
 
 
-def fit(measurements: list[Measurement], sms: int) -> tuple[dict[str, list[Any]], dict[str, Any]]:
+def fit(
+    measurements: list[Measurement], sms: int, architecture: Architecture
+) -> tuple[dict[str, list[Any]], dict[str, Any]]:
     """Columns and fitted facts of a PROFILE table.
 
     Held-out errors are those of the kernel that `Architecture.phase_for` picks. `UserError` if too little was measured.
@@ -31,7 +34,7 @@ def fit(measurements: list[Measurement], sms: int) -> tuple[dict[str, list[Any]]
     tiles = fit_tiles([one for one in measurements if one["kind"] == "tile"], sms)
     problems = [one for one in measurements if one["kind"] == "problem"]
     fused = [one for one in problems if not one["apart"]]
-    picked = [one for one in fused if one["phase"] == _phase(one, sms)]
+    picked = [one for one in fused if one["phase"] == _phase(one, sms, architecture)]
     missing = sorted({(phase, name) for one in fused for name in one["carried"] for phase in PHASES} - set(tiles))
     if missing or len(picked) < LEAST_PROBLEMS:
         what = f"{len(picked)} problems, fewer than {LEAST_PROBLEMS}"
@@ -65,11 +68,11 @@ def fit(measurements: list[Measurement], sms: int) -> tuple[dict[str, list[Any]]
     }
 
 
-def _phase(one: Measurement, sms: int) -> str:
+def _phase(one: Measurement, sms: int, architecture: Architecture) -> str:
     """Phase of the kernel that a layer runs for this problem."""
     layer = next(layer for layer in MODELS if layer.model == one["model"])
     rows = one["tokens"] * layer.top_k
-    return layer.launch(one["block"]).phase(rows, sms, map(parse_scheme, one["carried"]))
+    return layer.launch(one["block"]).phase(rows, sms, map(parse_scheme, one["carried"]), architecture)
 
 
 def _median_p95(values: Any) -> dict[str, float]:

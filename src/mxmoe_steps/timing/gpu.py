@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 
 from mxmoe_steps.kernels import reference
-from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.codes.format import GROUP, HALF_ROWS, TILE_ROWS, Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.launch import Activations, GroupGemmKernel, problem_table
@@ -65,8 +65,8 @@ class Job:
 class Bench:
     """Buffers and kernels that jobs share."""
 
-    def __init__(self, jobs: list[Job], device: str = "cuda") -> None:
-        self.jobs = jobs
+    def __init__(self, jobs: list[Job], architecture: Architecture, device: str = "cuda") -> None:
+        self.jobs, self.architecture = jobs, architecture
         self.device = device
         self._kernels: dict[Configuration, GroupGemmKernel] = {}
         self._stacks: dict[tuple[Format, int, int], KernelWeights] = {}
@@ -109,7 +109,11 @@ class Bench:
         out = self._out[: rows * launch.n * launch.blocks].view(rows, -1)
         offsets = torch.tensor([0, *launch.expert_rows], device=self.device).cumsum(0).int()
         formats = [kernel_format(parse_scheme(name)) for name in launch.schemes]
-        configs = launch.configs_apart(job.phase) if job.apart else [launch.config(job.phase)]
+        configs = (
+            launch.configs_apart(self.architecture, job.phase)
+            if job.apart
+            else [launch.config(self.architecture, job.phase)]
+        )
         calls = []
         for config in configs:
             stacks = [self._stack(format_, launch.n, launch.k) for format_ in config.formats]

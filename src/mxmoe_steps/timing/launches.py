@@ -10,8 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
-from mxmoe_steps.kernels.architecture import Configuration
-from mxmoe_steps.kernels.architectures import DEFAULT
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.shared import interleave
@@ -67,18 +67,25 @@ class Launch:
         """Whether more than one format takes part."""
         return len({kernel_format(parse_scheme(name)) for name in self.schemes}) > 1
 
-    def config(self, phase: str) -> Configuration:
+    def config(self, architecture: Architecture, phase: str) -> Configuration:
         """The kernel that runs it in one launch."""
-        return DEFAULT.config(self.carried, phase, MAX_PROBLEMS)
+        return architecture.config(self.carried, phase, MAX_PROBLEMS)
 
-    def configs_apart(self, phase: str) -> list[Configuration]:
+    def configs_apart(self, architecture: Architecture, phase: str) -> list[Configuration]:
         """The kernels that run it in one launch per format."""
-        return [DEFAULT.config((format_,), phase, MAX_PROBLEMS) for format_ in self.carried]
+        return [architecture.config((format_,), phase, MAX_PROBLEMS) for format_ in self.carried]
 
 
-def formats_of(schemes: list[Scheme]) -> tuple[Format, ...]:
-    """The formats of ``schemes`` that have kernels, in a kernel's order; `UserError` for one without."""
-    return tuple(sorted({kernel_format(scheme) for scheme in schemes}))
+def formats_of(schemes: list[Scheme], architecture: Architecture) -> tuple[Format, ...]:
+    """The formats of ``schemes``, in a kernel's order; `UserError` for one without a kernel of ``architecture``."""
+    formats = tuple(sorted({kernel_format(scheme) for scheme in schemes}))
+    try:
+        architecture.check(formats)
+    except UserError as error:
+        raise UserError(
+            f"{error}; take it out of the schemes (calibrate.schemes), or count another one's kernel with solve.time_as"
+        ) from None
+    return formats
 
 
 def mixtures(formats: tuple[Format, ...], seed: int = 0) -> list[tuple[Format, ...]]:
@@ -92,12 +99,12 @@ def mixtures(formats: tuple[Format, ...], seed: int = 0) -> list[tuple[Format, .
     return list(subsets)
 
 
-def tile_launches(formats: tuple[Format, ...], sms: int) -> list[tuple[Launch, str]]:
+def tile_launches(architecture: Architecture, formats: tuple[Format, ...], sms: int) -> list[tuple[Launch, str]]:
     """A launch for every tile of the formats' own kernels and (N, K), with its phase; whole waves over ``sms``."""
     launches = []
     for format_ in formats:
-        for phase in DEFAULT.phases:
-            for tokens in DEFAULT.token_tiles(format_, phase):
+        for phase in architecture.phases:
+            for tokens in architecture.token_tiles(format_, phase):
                 for n, k in (*TILE_SHAPES, SHORT_SHAPE):
                     step = 2 * sms // math.gcd(2 * sms, -(-n // 128))
                     most = SHORT_PROBLEMS if (n, k) == SHORT_SHAPE else TILE_PROBLEMS
@@ -144,7 +151,7 @@ def problem_launches(formats: tuple[Format, ...], count: int, seed: int = 0) -> 
     return launches
 
 
-def kernel_configs(formats: tuple[Format, ...], seed: int = 0) -> list[Configuration]:
+def kernel_configs(architecture: Architecture, formats: tuple[Format, ...], seed: int = 0) -> list[Configuration]:
     """Every kernel that the launches need: each format's own and the mixtures', of every phase."""
     carried = [*((format_,) for format_ in formats), *mixtures(formats, seed)]
-    return [DEFAULT.config(each, phase, MAX_PROBLEMS) for each in carried for phase in DEFAULT.phases]
+    return [architecture.config(each, phase, MAX_PROBLEMS) for each in carried for phase in architecture.phases]

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.times import LAUNCHES
+from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.shared import shared_slices
 from mxmoe_steps.schemes import SHARED, Scheme
 from mxmoe_steps.timing.shapes import LaunchShape
@@ -42,7 +43,9 @@ def launch_shapes(blocks: Blocks, experts: int) -> tuple[LaunchShape, ...]:
     )
 
 
-def step_phases(blocks: Blocks, traffic: Traffic, carried: Collection[Scheme], sms: int) -> tuple[str, ...]:
+def step_phases(
+    blocks: Blocks, traffic: Traffic, carried: Collection[Scheme], sms: int, architecture: Architecture
+) -> tuple[str, ...]:
     """Phases of the kernels that run the gate+up and the down launches of a median step and carry ``carried``."""
     rows, experts = int(np.median(traffic.rows.sum(2))), traffic.rows.shape[2]
-    return tuple(shape.phase(rows, sms, carried) for shape in launch_shapes(blocks, experts))
+    return tuple(shape.phase(rows, sms, carried, architecture) for shape in launch_shapes(blocks, experts))

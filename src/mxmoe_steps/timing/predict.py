@@ -41,7 +41,7 @@ def block_times(
     times = Times.zeros(len(blocks), len(kernels))
     for column, scheme in enumerate(kernels):
         within = carried or [scheme]
-        for launch, phase in enumerate(step_phases(blocks, traffic, within, profile.sms)):
+        for launch, phase in enumerate(step_phases(blocks, traffic, within, profile.sms, profile.architecture)):
             of = blocks.launch == launch
             own, loops = profile.loops(phase, [scheme]), profile.loops(phase, within)
             extra_us = profile.loop_tile_us * (loops - own)
@@ -68,7 +68,7 @@ def times_by_tile(
     if not one_tile:
         return {None: block_times(blocks, kernels, traffic, profile, carried)}
     within = carried or kernels
-    tiles = profile.common_tiles(step_phases(blocks, traffic, within, profile.sms), within)
+    tiles = profile.common_tiles(step_phases(blocks, traffic, within, profile.sms, profile.architecture), within)
     return {tile: block_times(blocks, kernels, traffic, profile.only_tile(tile), carried) for tile in tiles}
 
 

@@ -3,12 +3,14 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.architectures import PHASES
+from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architectures import DEFAULT, PHASES, for_target
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.tables import PROFILE, read_table
 from mxmoe_steps.timing.model import CONSTANTS
@@ -19,7 +21,7 @@ class Profile:
     """Times of one GPU.
 
     ``tiles``: of every (phase, scheme) its C tiles (tile_tokens, tile_us, kstep_us), ascending, float64 [C, 3]; the
-    other numbers are the constants of `timing.model`.
+    other numbers are the constants of `timing.model`. ``architecture``: whose rule picks the phase of a launch.
     """
 
     tiles: dict[tuple[str, Scheme], NDArray[np.float64]]
@@ -32,6 +34,7 @@ class Profile:
     bandwidth_gbs: float
     estimate: bool
     device: str
+    architecture: Architecture = DEFAULT  # of GPUs without kernels, too
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -66,7 +69,9 @@ def profile_of(columns: dict[str, NDArray[np.generic]], facts: dict[str, object]
     for phase, name in sorted({(str(phase), str(name)) for phase, name in keys}):
         own = cells[[key == (phase, name) for key in keys]]
         tiles[phase, parse_scheme(name)] = own[own[:, 0].argsort()]
-    return Profile(tiles, **{key: facts[key] for key in ("sms", *CONSTANTS, "estimate", "device")})  # type: ignore[arg-type]
+    architecture = for_target(str(facts["arch"])) or DEFAULT
+    numbers: dict[str, Any] = {key: facts[key] for key in ("sms", *CONSTANTS, "estimate", "device")}
+    return Profile(tiles, **numbers, architecture=architecture)
 
 
 def read_profile(path: str | Path) -> Profile:

@@ -6,7 +6,7 @@ What the kernels do is theirs to say (`kernels.shared`): slices of a shared expe
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mxmoe_steps.kernels.architectures import DEFAULT
+from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.shared import strips
 from mxmoe_steps.schemes import Scheme
 
@@ -19,10 +19,10 @@ class LaunchShape:
     slices: int
     out_features: tuple[int, ...]
 
-    def phase(self, rows: int, sms: int, carried: Iterable[Scheme]) -> str:
+    def phase(self, rows: int, sms: int, carried: Iterable[Scheme], architecture: Architecture) -> str:
         """Phase of the kernel for ``rows`` routed rows on ``sms`` multiprocessors that carries these schemes."""
         in_strips = strips(self.out_features)
-        return DEFAULT.phase_for(rows, self.experts, self.slices, in_strips, sms, by_warp(carried))
+        return architecture.phase_for(rows, self.experts, self.slices, in_strips, sms, by_warp(carried))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from mxmoe_steps.kernels.moe_layer import MoeLayer
-from mxmoe_steps.kernels.routing import combine, dispatch, sort_by_expert
+from mxmoe_steps.kernels.routing import combine, dispatch
 
 STAGES = ("sort", "dispatch", "gate_up", "swiglu", "down", "combine")
 
@@ -17,14 +17,14 @@ def stages_of(
 
     Without ``swiglu`` where that is part of ``gate_up``.
     """
-    up, down, plan = layer.gate_up, layer.down, layer.plan
-    routed = sort_by_expert(expert_ids, plan.experts, plan.slices)
+    up, down = layer.gate_up, layer.down
+    routed = layer.sort(expert_ids)
     activations, logits = dispatch(x, routed, up.needs, up.plan.operands, layer.gate)
     products = up(activations, routed)
     inner = layer.activate(products, routed)
     rows = down(inner, routed)
     stages: dict[str, Callable[[], object]] = {
-        "sort": lambda: sort_by_expert(expert_ids, plan.experts, plan.slices),
+        "sort": lambda: layer.sort(expert_ids),
         "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands, layer.gate),
         "gate_up": lambda: up(activations, routed),
         "swiglu": lambda: layer.activate(products, routed),

@@ -1,8 +1,8 @@
 """The experts of one layer on one rank: what vLLM loads them into, and what computes them then.
 
-On a Hopper GPU that is `MoeLayer`: routed and shared experts in one call where the hidden states are this rank's own
-tokens, else the shared expert in a call of its own. Elsewhere it is the reference arithmetic, which waits for the GPU
-and so is refused there, unless the user asks for eager execution.
+On a GPU that there are kernels for that is `MoeLayer`: routed and shared experts in one call where the hidden states
+are this rank's own tokens, else the shared expert in a call of its own. Elsewhere it is the reference arithmetic, which
+waits for the GPU and so is refused there, unless the user asks for eager execution.
 """
 
 from collections.abc import Callable

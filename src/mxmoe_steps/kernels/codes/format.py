@@ -14,7 +14,7 @@ HALF_ROWS = 64  # of its halves, which lie one after the other
 GROUP = 128  # input features of a chunk
 EDGE = 64  # output and input features must be multiples of this
 
-OPERAND_BITS = {"bf16": 16, "fp8": 8, "int8": 8}
+OPERAND_BITS = {"bf16": 16, "fp8": 8, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Format:
 
     ``zeros``: a bfloat16 zero point beside every scale.
 
-    ``operand``: what the tensor cores multiply (``bf16``, ``fp8`` e4m3, ``int8``); activations have this type.
+    ``operand``: what the tensor cores multiply (``bf16``, ``fp8`` e4m3, ``int8``, ``int4``), and activations are.
     ``bits``: stored bits per weight; fewer than the operand's means codes are decoded in registers.
     ``element``: what a code is, as in `Scheme`. ``group``: input features that share a scale; -1: a row, whose float32
     scale is applied at the end. ``asymmetric``: there is a variant with zero points.

@@ -29,10 +29,14 @@ class Shape:
 
 
 class MmaSync(Architecture):
-    """A few tokens: small, split tiles; some: small tiles; many: large tiles, by twice as many warps."""
+    """A few tokens: small, split tiles; some: small tiles; many: large tiles, by twice as many warps.
+
+    ``multiplies_nibbles``: whether int4 instructions are the GPU's own, not a subroutine of two of int8.
+    """
 
     phase_rows: ClassVar[Mapping[str, int]] = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
     configuration: ClassVar[type[MmaConfig]]
+    multiplies_nibbles: ClassVar[bool] = True
     generator: ClassVar[str] = f"{__package__}.group_gemm"
     overlaps: ClassVar[bool] = False
     clusters: ClassVar[bool] = False
@@ -77,7 +81,7 @@ class MmaSync(Architecture):
         return tuple(n for n in shape.tokens if n <= largest)
 
     def _tile(self, format_: Format, tokens: int, phase: str) -> Tile:
-        depth = GROUP // block_features(format_) if format_.decoded else 1
+        depth = max(1, GROUP // block_features(format_)) if format_.decoded else 1
         return Tile(format_, tokens, depth, self.phase_rows[phase])
 
 
@@ -87,7 +91,7 @@ class Sm80(MmaSync):
     capability: ClassVar[tuple[int, int]] = (8, 0)
     target: ClassVar[str] = "sm_80"
     configuration: ClassVar[type[MmaConfig]] = A100
-    operands: ClassVar[tuple[str, ...]] = ("bf16", "int8")
+    operands: ClassVar[tuple[str, ...]] = ("bf16", "int8", "int4")
 
 
 class Sm86(MmaSync):
@@ -96,7 +100,7 @@ class Sm86(MmaSync):
     capability: ClassVar[tuple[int, int]] = (8, 6)
     target: ClassVar[str] = "sm_86"
     configuration: ClassVar[type[MmaConfig]] = Ampere
-    operands: ClassVar[tuple[str, ...]] = ("bf16", "int8")
+    operands: ClassVar[tuple[str, ...]] = ("bf16", "int8", "int4")
 
 
 class Sm89(MmaSync):
@@ -113,6 +117,7 @@ class Sm120(MmaSync):
     capability: ClassVar[tuple[int, int]] = (12, 0)
     target: ClassVar[str] = "sm_120a"
     configuration: ClassVar[type[MmaConfig]] = Blackwell
+    multiplies_nibbles: ClassVar[bool] = False
 
 
 class MmaOnHopper(MmaSync):
@@ -123,6 +128,7 @@ class MmaOnHopper(MmaSync):
     capability: ClassVar[tuple[int, int]] = HOPPER.capability
     target: ClassVar[str] = HOPPER.target
     configuration: ClassVar[type[MmaConfig]] = OnHopper
+    multiplies_nibbles: ClassVar[bool] = False
 
 
 GPUS: tuple[MmaSync, ...] = (Sm80(), Sm86(), Sm89(), Sm120())

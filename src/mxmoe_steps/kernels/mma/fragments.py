@@ -29,6 +29,7 @@ INSTRUCTIONS = {
     "bf16": "m16n8k16.row.col.f32.bf16.bf16.f32",
     "fp8": "m16n8k32.row.col.f32.e4m3.e4m3.f32",
     "int8": "m16n8k32.row.col.s32.s8.s8.s32",
+    "int4": "m16n8k64.row.col.s32.s4.s4.s32",
 }
 
 

@@ -25,7 +25,7 @@ import cutlass
 from cutlass import Int32, Int64, Uint8, cute
 from cutlass.memory import SmemAllocator
 
-from mxmoe_steps.kernels.codes.format import TILE_ROWS
+from mxmoe_steps.kernels.codes.format import OPERAND_BITS, TILE_ROWS
 from mxmoe_steps.kernels.limits import MAX_EXPERTS
 from mxmoe_steps.kernels.mma.asynchronous import initialize
 from mxmoe_steps.kernels.mma.config import PRODUCERS, ROW_WARPS, MmaConfig
@@ -78,7 +78,7 @@ class GroupGemm:
             offsets,
             out,
             counters,
-            (out_features, activations[0][0].shape[1]),
+            (out_features, self.features(activations[0][0])),
         ).launch(
             grid=(grid, 1, 1),
             block=(config.threads, 1, 1),
@@ -86,6 +86,10 @@ class GroupGemm:
             preferred_smem_carveout=100,  # percent: all of it
             stream=stream,
         )
+
+    def features(self, tokens: cute.Tensor) -> Int32:
+        """Input features of the first operand: its columns, or as many as a byte holds times them."""
+        return tokens.shape[1] * max(1, 8 // OPERAND_BITS[self.config.operands[0]])
 
     @cute.kernel
     def kernel(

@@ -14,7 +14,7 @@ from mxmoe_steps.kernels.codes.format import GROUP
 from mxmoe_steps.kernels.mma.config import MMA_ROWS, MMA_TOKENS, STEP_BYTES, MmaConfig
 from mxmoe_steps.kernels.mma.fragments import STEPS, load_matrices, multiply, token_offset, weight_offset
 from mxmoe_steps.kernels.mma.ring import Ring
-from mxmoe_steps.kernels.sm90.config import ROW_BYTES, Tile
+from mxmoe_steps.kernels.sm90.config import ROW_BYTES, Tile, block_features
 from mxmoe_steps.kernels.sm90.main_loops import MAGIC
 from mxmoe_steps.kernels.sm90.registers import Scratch, fetch_codes, fetch_scales, row_of
 from mxmoe_steps.kernels.sm90.ring import Chunks, Position
@@ -170,16 +170,16 @@ class Bf16Loop(DecodedLoop):
                 scratch.terms[i] = term
 
 
-class EightBitLoop(DecodedLoop):
-    """Codes become 8-bit numbers; sums of a group are multiplied by its scale in float32.
+class GroupedLoop(DecodedLoop):
+    """Codes become 8-bit numbers, or are 4-bit ones; sums of a group are multiplied by its scale in float32.
 
-    Those of int8 start at the bits of the float32 MAGIC: the same bits are MAGIC + sum, so nothing is converted.
+    Those of integers start at the bits of the float32 MAGIC: the same bits are MAGIC + sum, so nothing is converted.
     """
 
     def multiply_slot(self, acc: cute.Tensor, views: Any, begin: Int32) -> None:
         """As `MainLoop.multiply_slot`."""
         format_ = self.tile.format
-        integers = format_.operand == "int8"
+        integers = format_.operand != "fp8"
         _, tokens = self.ring.address(self.tile, begin)
         tokens = self.token_address(tokens)
         words = [cute.make_rmem_tensor((format_.words,), Int32) for _ in self.row_blocks]
@@ -191,7 +191,9 @@ class EightBitLoop(DecodedLoop):
                 for half in range(2):
                     fetch_codes(format_, views[m], half, chunk, begin, words[m])
                 fetch_scales(views[m], chunk, begin, scales[m])
-            fetched = self.ahead([partial(self.token_fragments, tokens, chunk, step) for step in range(STEPS)])
+            steps = STEPS * GROUP // block_features(format_)  # of a chunk
+            places = [divmod(chunk * steps + step, STEPS) for step in range(steps)]
+            fetched = self.ahead([partial(self.token_fragments, tokens, *place) for place in places])
             for step, fragments in enumerate(fetched):
                 weights = [format_.decode(words[m], step, None) for m in self.row_blocks]
                 self.add(sums, weights, fragments, start if step == 0 else None)
@@ -208,4 +210,4 @@ def loop_of(tile: Tile) -> type[MainLoop]:
     """The main loop of a tile."""
     if not tile.format.decoded:
         return RowsLoop
-    return Bf16Loop if tile.format.operand == "bf16" else EightBitLoop
+    return Bf16Loop if tile.format.operand == "bf16" else GroupedLoop

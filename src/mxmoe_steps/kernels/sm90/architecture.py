@@ -39,6 +39,7 @@ class Hopper(Architecture):
     phase_rows: ClassVar[Mapping[str, int]] = {"latency": HALF_ROWS, "decode": TILE_ROWS, "prefill": TILE_ROWS}
     configuration: ClassVar[type] = KernelConfig
     generator: ClassVar[str] = f"{__package__}.group_gemm"
+    operands: ClassVar[tuple[str, ...]] = ("bf16", "fp8", "int8")  # of `wgmma`
 
     def config(
         self, formats: tuple[Format, ...], phase: str, max_problems: int = 128, gated: bool = False
@@ -47,6 +48,7 @@ class Hopper(Architecture):
         clusters help w16a16 with many tokens, and nothing else. A few tokens leave SMs without tiles, or with one:
         tiles of 64 rows, each by four warpgroups, are more and shorter.
         """
+        self.check(formats)
         blocks = self._blocks_per_sm(formats, phase)
         cluster = 2 if phase == "prefill" and all(format_.original for format_ in formats) else 1
         split = LATENCY_SPLIT if phase == "latency" else 1
