@@ -158,8 +158,8 @@ def known_facts(folder: "ModelFolder") -> dict[str, Any]:
 
     if folder.is_packed:
         manifest = read_manifest(folder.path)
-        known = ("allocation", "weights_bytes", "other_bytes", "published", "tuned")
-        return {key: manifest[key] for key in known if key in manifest}
+        names = ("allocation", "weights_bytes", "other_bytes", "published", "tuned")
+        return {name: manifest[name] for name in names if name in manifest}
     original = published(folder)
     known = {"weights_bytes": original["bytes"], "other_bytes": other_bytes(folder), "published": original}
     return {"allocation": None, **known}
