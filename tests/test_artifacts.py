@@ -16,6 +16,7 @@ from synthetic import run, write_losses, write_trace
 from mxmoe_steps import frontier, profile, solve
 from mxmoe_steps.allocation.files import read_allocation, read_frontier
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.schemes import parse_scheme
 from mxmoe_steps.tables import LOSSES, MEASUREMENTS, PROFILE, TRAFFIC, read_table, write_table
 from mxmoe_steps.timing import estimate
@@ -183,7 +184,7 @@ def test_damaged_measurements(
         if said:
             assert "measured.parquet: " in said
         else:
-            refusal(lambda: fit(*_rows_and_sms(path)))
+            refusal(lambda: fit(*_rows_and_sms(path), HOPPER))
 
 
 def _rows_and_sms(path: Path) -> tuple[list[dict[str, Any]], int]:
