@@ -16,6 +16,7 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from mxmoe_steps.allocation.files import AllocationSummary
+from mxmoe_steps.errors import UserError
 from mxmoe_steps.records import STRICT, Count, Name, Positive, Quantity, Total, read_record
 
 Size = Annotated[int, Field(ge=1, lt=2**63)]
@@ -75,6 +76,15 @@ class _Evaluation(TypedDict):
 def read_manifest(folder: Path) -> dict[str, Any]:
     """``mxmoe.json`` of a packed checkpoint; `UserError` names what is missing or out of range."""
     return read_record(folder / "mxmoe.json", _Manifest, "run the quantize step again")
+
+
+def check_packed_from(checkpoint: Any, fingerprint: str, original: str) -> None:
+    """`UserError` unless ``checkpoint``, a `ModelFolder`, was packed from the model of that fingerprint.
+
+    ``original`` names that model in the message. Not typed: what imports that module runs again when families change.
+    """
+    if not checkpoint.is_packed or read_manifest(checkpoint.path)["allocation"]["model"] != fingerprint:
+        raise UserError(f"{checkpoint.path}: was not packed from {original}; run the quantize step for this model")
 
 
 def read_evaluation(path: str | Path) -> dict[str, Any]:

@@ -199,7 +199,8 @@ def report(options: ReportOptions) -> None:
     unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
     unquantized = {"assignment": unpacked, "model": some["model"], "timed_as": {}}
     times = predicted_times(options, {**allocations, original: unquantized})
-    times |= {one.name: times[one.name.removesuffix(TUNED)] for one in checkpoints}
+    plain = {one.name: one.name.removesuffix(TUNED) for one in checkpoints}  # tuning changes no times
+    times |= {name: times[other] for name, other in plain.items()}
     losses = {}
     for path in options.losses:
         rows, facts = read_table(LOSSES, path)
@@ -207,7 +208,6 @@ def report(options: ReportOptions) -> None:
     tiles, profile_facts = read_table(PROFILE, options.profile)
     estimate = bool(profile_facts["estimate"])
     timed_facts, measured = measured_times(options, some["model"])
-    plain = {one.name: one.name.removesuffix(TUNED) for one in checkpoints}  # tuning changes no times
     measured |= {name: measured[other] for name, other in plain.items() if other in measured}
     table = summary_table(checkpoints, times, estimate, measured)
     frontiers = [read_frontier(path) for path in options.frontiers]

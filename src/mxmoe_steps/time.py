@@ -41,32 +41,22 @@ class TimeOptions(Seeded, OfModel, RemoteCode, StepOptions):
     out: OutFile = Field(description="parquet file to write")
 
 
-def open_checkpoints(options: TimeOptions) -> "tuple[StreamedModel, dict[str, StreamedModel]]":
-    """The original, and the checkpoints by the names of their folders; `UserError` where they are of other models."""
-    from mxmoe_steps.models.families import open_model, resolve_model
-    from mxmoe_steps.models.identity import fingerprint
+def open_checkpoints(options: TimeOptions, path: Path, of_model: str) -> "dict[str, StreamedModel]":
+    """The checkpoints by the names of their folders; `UserError` where they were not packed from ``path``, whose
+    fingerprint is ``of_model``."""
+    from mxmoe_steps.evaluations import check_packed_from
+    from mxmoe_steps.models.families import open_model
     from mxmoe_steps.models.streaming import StreamedModel
+    from mxmoe_steps.timing.times import ORIGINAL
 
-    path = resolve_model(options.model, code=options.trust_remote_code)
-    of_model = fingerprint(open_model(path))
-    models = {}
+    models: dict[str, StreamedModel] = {}
     for folder in options.checkpoints:
         name = folder.resolve().name
-        if name in models or name == "original":
+        if name in models or name == ORIGINAL:
             raise UserError(f"{folder}: another checkpoint has the name {name}; rename the folder")
-        _check_origin(folder, of_model, path)
+        check_packed_from(open_model(folder), of_model, str(path))
         models[name] = StreamedModel(folder, "bfloat16", "cuda", options.trust_remote_code)
-    return StreamedModel(path, "bfloat16", "cuda", options.trust_remote_code), models
-
-
-def _check_origin(folder: Path, of_model: str, path: Path) -> None:
-    from mxmoe_steps.evaluations import read_manifest
-    from mxmoe_steps.models.families import open_model
-
-    if not open_model(folder).is_packed:
-        raise UserError(f"{folder} is no packed checkpoint; give folders that the quantize step wrote")
-    if read_manifest(folder)["allocation"]["model"] != of_model:
-        raise UserError(f"{folder} was packed from another model than {path}; quantize this one")
+    return models
 
 
 def timed_layers(options: TimeOptions, known: list[int]) -> list[int]:
@@ -93,17 +83,22 @@ def time(options: TimeOptions) -> None:
     """Measure and write the table."""
     from mxmoe_steps.kernels.architectures import for_capability
     from mxmoe_steps.measure import environment
+    from mxmoe_steps.models.families import resolve_model
     from mxmoe_steps.models.identity import fingerprint
+    from mxmoe_steps.models.streaming import StreamedModel
     from mxmoe_steps.tables import TIMES, write_table
     from mxmoe_steps.timing.checkpoints import Steps, layer_times, usable_layers
     from mxmoe_steps.timing.timer import Timer
     from mxmoe_steps.timing.traffic import Routing
 
     gpu = environment("time")
-    original, models = open_checkpoints(options)
+    path = resolve_model(options.model, code=options.trust_remote_code)
+    original = StreamedModel(path, "bfloat16", "cuda", options.trust_remote_code)
+    of_model = fingerprint(original.folder)
+    models = open_checkpoints(options, path, of_model)
     routing = Routing(options.trace)
     routing.check_texts([options.traffic_text])
-    if routing.facts["model"] != fingerprint(original.folder):
+    if routing.facts["model"] != of_model:
         raise UserError(f"{options.trace} is of another model than {options.model}; trace this one")
     layers = timed_layers(options, original.folder.moe_layers)
     architecture = for_capability((gpu["capability"][0], gpu["capability"][1]))
@@ -128,7 +123,7 @@ def time(options: TimeOptions) -> None:
                             columns[name].append(value)
         print(f"time: layer {number} ({done} of {len(layers)})", file=sys.stderr, flush=True)
     facts = {name: gpu[name] for name in ("compiler", "cuda", "date", "device", "driver", "torch")}
-    facts |= {"model": routing.facts["model"], "text": options.traffic_text, "rounds": options.rounds}
+    facts |= {"model": of_model, "text": options.traffic_text, "rounds": options.rounds}
     write_table(TIMES, options.out, columns, facts | {"repeats": options.repeats, "steps": options.steps})
     print_times(columns)
 

@@ -185,7 +185,7 @@ def tune(options: TuneOptions) -> None:
     import torch
 
     from mxmoe_steps.calibration.amount import warn_if_short
-    from mxmoe_steps.evaluations import read_manifest
+    from mxmoe_steps.evaluations import check_packed_from
     from mxmoe_steps.models.borders import Borders, forward, runs_of, unwatched
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
@@ -202,8 +202,7 @@ def tune(options: TuneOptions) -> None:
         raise UserError(f"{path}: experts of this family are not tuned: {reason}; leave tuned out of the sweep")
     captured = check_captures(options, model.folder)
     checkpoint = open_model(options.checkpoint)
-    if not checkpoint.is_packed or read_manifest(checkpoint.path)["allocation"]["model"] != fingerprint(model.folder):
-        raise UserError(f"{checkpoint.path}: was not packed from {options.model}; run the quantize step for this model")
+    check_packed_from(checkpoint, fingerprint(model.folder), options.model)
     StreamedModel(options.checkpoint, options.dtype, "cpu", options.trust_remote_code)  # refuses one that is not whole
     packed = PackedFolder(checkpoint, model.folder)
     warn_if_short(model.folder, tokens.numel())

@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 import pandas as pd
 
 from mxmoe_steps.reporting.summary import time_columns
+from mxmoe_steps.reporting.terminal import row_name
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -65,7 +65,7 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
             if published != 16:
                 shares += f", {budget / published:.0%} of the published {published:.2f}"
             rows.append(f'<tr class="budget"><td colspan="{len(heads)}">at most {budget:g} bits, {shares}</td></tr>')
-        cells = [_name(row), "" if pd.isna(row["quantizer"]) else row["quantizer"], f"{row['bits']:.3f}"]
+        cells = [row_name(row), "" if pd.isna(row["quantizer"]) else row["quantizer"], f"{row['bits']:.3f}"]
         cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['size_mb']:.2f}", f"{row['other_mb']:.2f}"]
         cells += [f"{row['of_16_bit']:.1%}", f"{row['of_published']:.1%}"]
         cells += ["" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in (*times, *measured)]
@@ -80,12 +80,6 @@ def domains_html(table: pd.DataFrame) -> str:
     heads = ["checkpoint", "bits at most", "KL over uniform's, held-out text", "predicted, calibration text"]
     rows = ["<tr>" + "".join(f'<th class="text">{escape(head)}</th>' for head in heads) + "</tr>"]
     for _, row in table[table["kind"] == "ours"].iterrows():
-        cells = [_name(row), f"{row['budget_bits']:g}", row["texts_over_uniform"], row["predicted_over_uniform"]]
+        cells = [row_name(row), f"{row['budget_bits']:g}", row["texts_over_uniform"], row["predicted_over_uniform"]]
         rows.append("<tr>" + "".join(f'<td class="text">{escape(cell)}</td>' for cell in cells) + "</tr>")
     return f'<div class="scroll"><table>{"".join(rows)}</table></div>'
-
-
-def _name(row: Any) -> str:
-    if row["kind"].startswith("ours"):
-        return f"{row['kind']}, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
-    return f"{row['kind']}, {row['scheme']}"

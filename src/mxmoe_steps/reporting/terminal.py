@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 _MOST_ROWS = 24
 _TIMES = 2  # columns of predicted times: the smallest and the largest number of tokens
@@ -19,7 +20,7 @@ def terminal_table(summary: Path, report: Path) -> str:
     shown = rows if len(rows) <= _MOST_ROWS else _best(rows)[:_MOST_ROWS]
     columns = _columns(rows[0])
     cells = [list(columns), *([_shown(row[name]) for name in columns.values()] for row in shown)]
-    names = ["", *map(_name, shown)]
+    names = ["", *map(row_name, shown)]
     width = max(map(len, names))
     widths = [max(len(line[at]) for line in cells) for at in range(len(columns))]
     lines = [
@@ -38,7 +39,8 @@ def _columns(row: Mapping[str, str]) -> dict[str, str]:
     return {"bits": "bits", "MB": "size_mb", "KL": "kl", "perplexity": "perplexity"} | heads
 
 
-def _name(row: Mapping[str, str]) -> str:
+def row_name(row: Any) -> str:
+    """What a row of the summary is, for people."""
     if row["kind"].startswith("ours"):
         return f"{row['kind']}, per {row['granularity']}, {row['goal']}, {row['tokens']} tokens"
     return f"{row['kind']}, {row['scheme']}"

@@ -24,7 +24,6 @@ from mxmoe_steps.timing.traffic import Routing, sample_steps
 _GATHERED = 16  # tokens up to which transformers' batched_mm is tried: it copies the weights of every chosen expert
 
 log = logging.getLogger("mxmoe_steps")
-Calls = dict[tuple[str, str], Callable[[], object]]  # checkpoint and stage -> launches
 
 
 @dataclass(frozen=True)
