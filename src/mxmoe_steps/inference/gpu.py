@@ -16,13 +16,15 @@ from torch import nn
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.top_k import TopKByMaxima
 from mxmoe_steps.kernels.architectures import require
+from mxmoe_steps.kernels.gating import CLAMPED, Gating
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.models.adapters import Family, family_of
+from mxmoe_steps.models.gating import clamping
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.quantizers.grid import QuantizedWeight
-from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme
+from mxmoe_steps.schemes import ORIGINAL, SHARED, Scheme
 
 log = logging.getLogger("mxmoe_steps")
 
@@ -59,13 +61,14 @@ class KernelMoe(nn.Module):
             hold: Any = self.register_parameter if isinstance(bias, nn.Parameter) else self.register_buffer
             hold(family.router_bias, bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., H] to [..., H]."""
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """[..., H] to [..., H], and router weights where the model's own module returns more."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
             _, weights, expert_ids = getattr(self, self.family.router)(*self._routed_by(tokens))
         out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
-        return out.to(hidden.dtype).view(hidden.shape)
+        out = out.to(hidden.dtype).view(hidden.shape)
+        return (out, weights) if self.family.moe_returns_more else out
 
     def _routed_by(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What the family's router is called with."""
@@ -82,30 +85,33 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
 
 
-def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str, elsewhere: bool = False) -> LayerPlan:
+def kernel_gating(family: Family, config: Mapping[str, Any]) -> Gating:
+    """What the kernels are to compute between gate and down, from what ``config.json`` says of the language model."""
+    if family.clamped:
+        alpha, limit = clamping(config)
+        return Gating(CLAMPED, family.gated, family.biased, alpha, limit)
+    function = str(config.get(family.activation, "silu"))
+    return Gating("silu" if function == "swish" else function, family.gated, family.biased)
+
+
+def plan_of(experts: Mapping[int, nn.Module], family: Family, gating: Gating, elsewhere: bool = False) -> LayerPlan:
     """The launches of a layer of packed ``experts``; `UserError` says why there are no kernels for it.
 
-    ``experts``: modules of gate_proj, up_proj and down_proj, numbered from 0, and `SHARED` if there is one;
-    ``elsewhere``: other GPUs have more, see `LayerPlan`.
+    ``experts``: modules of gate_proj, if they have one, up_proj and down_proj, numbered from 0, and `SHARED` if there
+    is one; ``elsewhere``: other GPUs have more, see `LayerPlan`.
     """
-    if activation not in ("silu", "swish"):
-        raise UserError(f"the kernels have no activation {activation}")
-    if family.clamped:
-        raise UserError("the kernels do not clamp gate and up")
     if family.without_kernels:
         raise UserError(family.without_kernels)
     schemes = {}
     for number, expert in experts.items():
-        gate, up, down = (_scheme(expert.get_submodule(f"{block}_proj")) for block in BLOCKS)
-        schemes[number] = (gate, up, down)
+        *_, up, down = own = [_scheme(expert.get_submodule(f"{block}_proj")) for block in family.own_blocks]
+        schemes[number] = (own[0], up, down)
     down_proj: Any = experts[0].down_proj
     shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
-    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere)
+    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere, gating)
 
 
 def _scheme(linear: Any) -> Scheme:
-    if linear.bias is not None:
-        raise UserError("the kernels add no biases")
     if isinstance(linear, PackedLinear):
         if linear.rotated:
             raise UserError("the kernels do not rotate inputs")
@@ -127,7 +133,7 @@ def check_hardware(device: torch.device, dtype: torch.dtype) -> None:
 def layer_on_kernels(
     experts: Mapping[int, nn.Module],
     family: Family,
-    activation: str,
+    gating: Gating,
     device: torch.device,
     gate: torch.Tensor | None = None,
     elsewhere: bool = False,
@@ -141,15 +147,20 @@ def layer_on_kernels(
         linear: Any = experts[expert].get_submodule(f"{block}_proj")
         return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
 
-    return MoeLayer(plan_of(experts, family, activation, elsewhere), read, device, gate)
+    def bias(expert: int, block: str) -> torch.Tensor:
+        linear: Any = experts[expert].get_submodule(f"{block}_proj")
+        return linear.bias.detach()
+
+    plan = plan_of(experts, family, gating, elsewhere)
+    return MoeLayer(plan, read, device, gate, biases=bias if gating.biased else None)
 
 
-def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
+def _replacement(moe: nn.Module, family: Family, gating: Gating) -> KernelMoe:
     router = next(moe.get_submodule(family.router).parameters())
     check_hardware(router.device, router.dtype)
     gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate)
     gate_weight = None if gate is None else gate.weight.detach()
-    layer = layer_on_kernels(expert_modules(moe, family), family, activation, router.device, gate_weight)
+    layer = layer_on_kernels(expert_modules(moe, family), family, gating, router.device, gate_weight)
     return KernelMoe(moe, family, layer)
 
 
@@ -160,7 +171,7 @@ def use_kernels(model: Any, layers: Iterable[int]) -> bool:
     """
     config = model.config.get_text_config().to_dict()
     family = family_of(Path(model.name_or_path), model.config.to_dict())
-    activation = str(config.get(family.activation, "silu"))
+    gating = kernel_gating(family, config)
     moved: list[int] = []
     stayed: dict[str, list[int]] = {}
     for layer in layers:
@@ -169,7 +180,7 @@ def use_kernels(model: Any, layers: Iterable[int]) -> bool:
         if isinstance(moe, KernelMoe):
             continue
         try:
-            replacement = _replacement(moe, family, activation)
+            replacement = _replacement(moe, family, gating)
         except UserError as error:
             stayed.setdefault(str(error), []).append(layer)
             continue

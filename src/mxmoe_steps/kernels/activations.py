@@ -30,6 +30,7 @@ WARPS = THREADS // 32
 WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
 AT_ONCE = 6  # rows that a thread of `Combine` waits for together; more take over 64 registers
+AT_ONCE_BIASED = 4  # the same with their biases
 
 
 class Rows:
@@ -140,23 +141,31 @@ class SwiGlu(Rows):
         memory = SmemAllocator().allocate(self.Shared)
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
-        tokens, top_k = expert_ids.shape[0], expert_ids.shape[1]
-        first, mask, count = Int32(0), Int32(0), Int32(1)
-        if entry < top_k:
-            first = row[token, entry]
-            mask = needs[Int32(expert_ids[token, entry])]
-        else:
-            first = tokens * top_k + token
-            mask = needs[needs.shape[0] - 1]
-            count = slices
-        mask = self.readable(mask)
+        first, mask, count, _ = self.place(entry, token, expert_ids, row, needs, slices)
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_wait()
         largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
         self.by_block(
-            inputs, first, mask, inputs.shape[1] // (2 * VECTOR), count, tokens, rounding.Outputs(*outputs),
-            largest_of_warps, thread,
+            inputs, first, mask, inputs.shape[1] // (2 * VECTOR), count, expert_ids.shape[0],
+            rounding.Outputs(*outputs), largest_of_warps, thread,
         )  # fmt: skip
+
+    @cute.jit
+    def place(
+        self, entry: Int32, token: Int32, expert_ids: cute.Tensor, row: cute.Tensor, needs: cute.Tensor, slices: Int32
+    ) -> tuple[Int32, Int32, Int32, Int32]:
+        """A block's first row, the types that are made of it, the number of its rows, and their expert."""
+        tokens, top_k = expert_ids.shape[0], expert_ids.shape[1]
+        first, mask, count, expert = Int32(0), Int32(0), Int32(1), needs.shape[0] - 1
+        if entry < top_k:
+            first = row[token, entry]
+            expert = Int32(expert_ids[token, entry])
+            mask = needs[expert]
+        else:
+            first = tokens * top_k + token
+            mask = needs[needs.shape[0] - 1]
+            count = slices
+        return first, self.readable(mask), count, expert
 
     @cute.jit
     def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
@@ -260,18 +269,22 @@ class Quantize(Rows):
 class Combine:
     """Row t of ``out``, bfloat16 [tokens, N]: the sum of the token's rows of ``inputs`` [rows, N] times their weights.
 
-    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``row`` [tokens, top_k]. The ``slices`` rows of a
+    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``choices[0]`` [tokens, top_k]. The ``slices`` rows of a
     token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
+
+    If the kernel is ``biased``, the router's choices [tokens, top_k] and what is added to the rows of every expert
+    first, bfloat16 [experts, N], follow in ``choices``; then there are no slices.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
-        self.architecture = architecture
+    def __init__(self, architecture: Architecture, biased: bool) -> None:
+        self.architecture, self.biased = architecture, biased
+        self.at_once = AT_ONCE_BIASED if biased else AT_ONCE
 
     @cute.jit
     def __call__(
         self,
         inputs: cute.Tensor,
-        row: cute.Tensor,
+        choices: tuple,
         weights: cute.Tensor,
         gate: cute.Tensor,
         out: cute.Tensor,
@@ -281,12 +294,12 @@ class Combine:
     ) -> None:
         @cute.struct
         class Shared:
-            rows: cute.struct.MemRange[Int32, MAX_ENTRIES]
+            rows: cute.struct.MemRange[Int32, MAX_ENTRIES * (1 + self.biased)]  # then the experts of biased ones
             factors: cute.struct.MemRange[Float32, MAX_ENTRIES]
 
         self.Shared = Shared
         span = COMBINE_THREADS * VECTOR
-        self.kernel(inputs, row, weights, gate, out, slices, gated).launch(
+        self.kernel(inputs, choices, weights, gate, out, slices, gated).launch(
             grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1),
             block=(COMBINE_THREADS, 1, 1),
             use_pdl=self.architecture.overlaps,
@@ -297,7 +310,7 @@ class Combine:
     def kernel(
         self,
         inputs: cute.Tensor,
-        row: cute.Tensor,
+        choices: tuple,
         weights: cute.Tensor,
         gate: cute.Tensor,
         out: cute.Tensor,
@@ -307,8 +320,9 @@ class Combine:
         part, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
-        rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES))
+        rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES * (1 + self.biased)))
         factors = memory.factors.get_tensor(cute.make_layout(MAX_ENTRIES))
+        row, added = choices[0], choices[1:]
         top_k = row.shape[1]
         entries = top_k + slices
         if thread < entries:
@@ -316,6 +330,8 @@ class Combine:
             if thread < top_k:
                 rows[thread] = row[token, thread]
                 factors[thread] = Float32(weights[token, thread])
+                if const_expr(self.biased):
+                    rows[MAX_ENTRIES + thread] = Int32(added[0][token, thread])
         cute.arch.sync_threads()
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_wait()
@@ -327,8 +343,8 @@ class Combine:
             routed, common = (cute.make_rmem_tensor((VECTOR,), Float32) for _ in range(2))
             routed.fill(0.0)
             common.fill(0.0)
-            for first in cutlass.range(0, entries, AT_ONCE, unroll=1):
-                self.add(inputs, (rows, factors), (first, top_k, entries), at, (routed, common))
+            for first in cutlass.range(0, entries, self.at_once, unroll=1):
+                self.add(inputs, (rows, factors), (first, top_k, entries), at, (routed, common), added)
             factor = Float32(1.0)
             if gated != 0:
                 factor = rounding.sigmoid(logit)
@@ -338,21 +354,26 @@ class Combine:
             cute.autovec_copy(rounded, rounding.vectors(out, token)[None, at])
 
     @cute.jit
-    def add(self, inputs: cute.Tensor, listed: tuple, span: tuple, at: Int32, sums: tuple) -> None:
-        """Add vector ``at`` of the next rows, at most `AT_ONCE`, which are loaded together.
+    def add(self, inputs: cute.Tensor, listed: tuple, span: tuple, at: Int32, sums: tuple, added: Any) -> None:
+        """Add vector ``at`` of the next rows, at most ``at_once``, which are loaded together.
 
         ``listed``: rows and their factors; ``span``: the next one, the first shared one and their end; ``sums``: of
         routed and of shared rows.
         """
         (rows, factors), (first, top_k, end), (routed, common) = listed, span, sums
-        loaded = cute.make_rmem_tensor((VECTOR, AT_ONCE), BFloat16)
-        for j in cutlass.range_constexpr(AT_ONCE):
+        loaded, biases = (cute.make_rmem_tensor((VECTOR, self.at_once), BFloat16) for _ in range(2))
+        for j in cutlass.range_constexpr(self.at_once):
             entry = cutlass.min(first + j, end - 1)  # no branches between loads
             cute.autovec_copy(rounding.vectors(inputs, rows[entry])[None, at], loaded[None, j])
-        for j in cutlass.range_constexpr(AT_ONCE):
+            if const_expr(self.biased):
+                cute.autovec_copy(rounding.vectors(added[1], rows[MAX_ENTRIES + entry])[None, at], biases[None, j])
+        for j in cutlass.range_constexpr(self.at_once):
             if first + j < top_k:
                 for e in cutlass.range_constexpr(VECTOR):
-                    routed[e] = routed[e] + factors[first + j] * Float32(loaded[e, j])
+                    value = Float32(loaded[e, j])
+                    if const_expr(self.biased):
+                        value += Float32(biases[e, j])
+                    routed[e] = routed[e] + factors[first + j] * value
             elif first + j < end:
                 for e in cutlass.range_constexpr(VECTOR):
                     common[e] = common[e] + Float32(loaded[e, j])

@@ -35,7 +35,7 @@ COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refuse
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
 
-_TOKENS = (f"{__package__}.tokens", f"{__package__}.activations")
+_TOKENS = tuple(f"{__package__}.{name}" for name in ("tokens", "activations", "activate"))
 
 
 def default_cache() -> Path:
@@ -169,26 +169,33 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
     from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import sym_int
 
+    from mxmoe_steps.kernels.activate import Activate
     from mxmoe_steps.kernels.activations import Combine, Quantize, SwiGlu
+    from mxmoe_steps.kernels.gating import of_variant
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
     architecture = kernel.architecture
     kind, _, variant = kernel.name.partition("_")
     expert_ids, row = (_fake(number, (sym_int(), sym_int()), 4) for number in (Int64, Int32))
     needs, count = _fake(Int32, (sym_int(),), 4), Int32(1)
-    bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(2)]
+    bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(3)]
     if kind == "sort":
         return SortByExpert(architecture, int(variant)), [expert_ids, row, _fake(Int32, (sym_int(),), 4), count]
     if kind == "combine":
-        number, size = (BFloat16, 2) if variant == "bf16" else (Float32, 4)
-        weights = _fake(number, (sym_int(), sym_int()), size)
-        return Combine(architecture), [bf16[0], row, weights, _fake(BFloat16, (sym_int(),), 2), bf16[1], count, count]
+        number, size = (BFloat16, 2) if variant.startswith("bf16") else (Float32, 4)
+        weights, gate = _fake(number, (sym_int(), sym_int()), size), _fake(BFloat16, (sym_int(),), 2)
+        biased = variant.endswith("biased")
+        choices = (row, expert_ids, bf16[2]) if biased else (row,)
+        return Combine(architecture, biased), [bf16[0], choices, weights, gate, bf16[1], count, count]
     scaled = [(_fake_tokens(operand), _fake(Float32, (sym_int(),), 4)) for operand in architecture.scaled_outputs]
     outputs = (bf16[1], *(tensor for pair in scaled for tensor in pair))
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
         generator = DispatchTokens(architecture, variant == "gated")
         return generator, [bf16[0], expert_ids, row, needs, outputs, gating, count]
+    if kind == "activate":
+        terms = (bf16[2], Float32(1.0), Float32(1.0))
+        return Activate(architecture, of_variant(variant)), [bf16[0], expert_ids, row, needs, outputs, terms, count]
     rows = {"swiglu": SwiGlu, "quantize": Quantize}[kind](architecture)
     return rows, [bf16[0], expert_ids, row, needs, outputs, count]
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mxmoe_steps import packing
+from mxmoe_steps.kernels.gating import CLAMPED, Gating
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
 from mxmoe_steps.schemes import ORIGINAL, SHARED
 
@@ -50,6 +51,23 @@ def quantize_tokens(x: torch.Tensor, operand: str) -> tuple[torch.Tensor, torch.
     return (packing.pack(codes & 15, 4) if operand == "int4" else codes), scales
 
 
+def product(gating: Gating, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+    """What experts make of the sums of gate (None if they have none) and up, biases added, in their precision."""
+    functional = torch.nn.functional
+    if gating.function == CLAMPED:
+        assert gate is not None
+        gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
+        return gate * (gating.alpha * gate).sigmoid() * (up + 1)
+    function = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x).square(),
+    }[gating.function]
+    return function(up) if gate is None else function(gate) * up
+
+
 def moe_layer(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -57,9 +75,12 @@ def moe_layer(
     read: Callable[[int, str], QuantizedWeight | torch.Tensor],
     gate: torch.Tensor | None = None,
     shared: bool = False,
+    gating: Gating = Gating(),
+    biases: Callable[[int, str], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """float64 [tokens, H]: the layer that `mxmoe_steps.kernels.moe_layer.MoeLayer` computes, exact but for its bfloat16
     intermediates. ``read(expert, block)``: the weights of gate, up or down; ``gate``: the shared expert's gate logits.
+    ``biases(expert, block)``: of a biased ``gating``.
     """
 
     def linear(block: QuantizedWeight | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -68,9 +89,13 @@ def moe_layer(
         seen = quantize_activations(rows, block.scheme).double()
         return (seen @ block.dequantize().double().T).bfloat16()
 
+    def sums(expert: int, block: str, rows: torch.Tensor) -> torch.Tensor:
+        found = linear(read(expert, block), rows).double()
+        return found if biases is None else found + biases(expert, block).double()
+
     def run(expert: int, rows: torch.Tensor) -> torch.Tensor:
-        inner, up = (linear(read(expert, block), rows).double() for block in ("gate", "up"))
-        return linear(read(expert, "down"), (inner * inner.sigmoid() * up).bfloat16()).double()
+        inner = sums(expert, "gate", rows) if gating.gated else None
+        return sums(expert, "down", product(gating, inner, sums(expert, "up", rows)).bfloat16())
 
     result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in expert_ids.unique().tolist():

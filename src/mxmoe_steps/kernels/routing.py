@@ -1,4 +1,4 @@
-"""The steps around the grouped GEMMs of a layer, on torch tensors: sort, dispatch, SwiGLU, combine.
+"""The steps around the grouped GEMMs of a layer, on torch tensors: sort, dispatch, SwiGLU or another gating, combine.
 
 Nothing here waits for the GPU, and nothing is checked: `moe_layer.MoeLayer` checks what enters it, and what lies
 between its launches is its own. Launches after `dispatch` read what the sort wrote before they wait for the launch
@@ -14,6 +14,7 @@ import torch
 
 from mxmoe_steps.kernels.architecture import CLUSTER_SORT, Architecture
 from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS
+from mxmoe_steps.kernels.gating import Gating
 from mxmoe_steps.kernels.launch import Activations, architecture_of, token_kernel
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 
@@ -95,6 +96,23 @@ def swiglu(
     return activations
 
 
+def activate(
+    gate_up: torch.Tensor,
+    routed: Routed,
+    needs: torch.Tensor,
+    operands: Collection[str],
+    gating: Gating,
+    biases: torch.Tensor | None,
+) -> dict[str, Activations]:
+    """As `swiglu`, for any ``gating``: ``gate_up`` is bfloat16 [rows, K] of experts without gate. ``biases``: bfloat16
+    [experts + slices, columns of ``gate_up``] if there are any."""
+    activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // gating.columns)
+    terms = (_spare(gate_up.device)["bf16"].values if biases is None else biases, gating.alpha, gating.limit)
+    function = token_kernel(f"activate_{gating.variant}", routed.architecture)
+    function(gate_up, routed.expert_ids, routed.row, needs, outputs, terms, routed.slices)
+    return activations
+
+
 def quantize(
     products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
 ) -> dict[str, Activations]:
@@ -110,18 +128,24 @@ def quantize(
 
 
 def combine(
-    rows: torch.Tensor, routed: Routed, weights: torch.Tensor, logits: torch.Tensor | None = None
+    rows: torch.Tensor,
+    routed: Routed,
+    weights: torch.Tensor,
+    logits: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sum of each token's ``rows``, bfloat16 [rows, N], in float32; bfloat16 [tokens, N].
 
     ``weights``: bfloat16 or float32 [tokens, top_k]. Shared rows count once, times the sigmoid of ``logits``, bfloat16
-    [tokens], if there are any.
+    [tokens], if there are any. ``biases``: bfloat16 [experts, N], added to the rows of each expert first; not with
+    shared rows.
     """
     out = torch.empty(routed.expert_ids.shape[0], rows.shape[1], dtype=torch.bfloat16, device=rows.device)
     gates = _spare(rows.device)["bf16"].values[0] if logits is None else logits
     name = "combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32"
-    function = token_kernel(name, routed.architecture)
-    function(rows, routed.row, weights, gates, out, routed.slices, int(logits is not None))
+    function = token_kernel(name if biases is None else f"{name}_biased", routed.architecture)
+    choices = (routed.row,) if biases is None else (routed.row, routed.expert_ids, biases)
+    function(rows, choices, weights, gates, out, routed.slices, int(logits is not None))
     return out
 
 
@@ -154,8 +178,8 @@ def _spare(device: torch.device) -> dict[str, Activations]:
     return {operand: _empty(operand, 1, EDGE, device) for operand in OPERAND_MASKS}
 
 
-def prepare(device: torch.device, architecture: Architecture) -> None:
+def prepare(device: torch.device, architecture: Architecture, gating: Gating) -> None:
     """Load the kernels and make what all calls on a device share."""
-    for name in architecture.token_kernels:
+    for name in (*architecture.token_kernels, *gating.token_kernels):
         token_kernel(name, architecture)
     _spare(device)

@@ -72,12 +72,17 @@ class Gating:
         return (change + (biased - clamped)).clamp(-self.limit - clamped, self.limit - clamped)
 
 
+def clamping(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Alpha and limit of a clamped gating; published configurations leave alpha out."""
+    return float(config.get("swiglu_alpha", 1.702)), float(config.get("swiglu_limit", 7.0))
+
+
 def gating_of(family: "Family", config: Mapping[str, Any]) -> Gating:
     """Gating of a model's experts, without biases, from its ``config.json``.
 
     Activations are spelled out here because importing those of transformers takes seconds.
     """
     if family.clamped:
-        alpha = float(config.get("swiglu_alpha", 1.702))  # published configurations leave it out
-        return Gating(lambda x: x * torch.sigmoid(alpha * x), float(config.get("swiglu_limit", 7.0)))
+        alpha, limit = clamping(config)
+        return Gating(lambda x: x * torch.sigmoid(alpha * x), limit)
     return Gating(_ACTIVATIONS[config.get(family.activation, "silu")], gated=family.gated)

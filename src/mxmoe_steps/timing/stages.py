@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from mxmoe_steps.kernels.moe_layer import MoeLayer
-from mxmoe_steps.kernels.routing import combine, dispatch
+from mxmoe_steps.kernels.routing import dispatch
 
 STAGES = ("sort", "dispatch", "gate_up", "swiglu", "down", "combine")
 
@@ -29,7 +29,7 @@ def stages_of(
         "gate_up": lambda: up(activations, routed),
         "swiglu": lambda: layer.activate(products, routed),
         "down": lambda: down(inner, routed),
-        "combine": lambda: combine(rows, routed, weights, logits),
+        "combine": lambda: layer.combine(rows, routed, weights, logits),
     }
     if up.plan.gated and down.plan.operands == ("bf16",):
         del stages["swiglu"]
