@@ -137,13 +137,13 @@ def test_layers_without_a_kernel_stay_and_say_why(
 
 
 def test_check_says_which_layers_have_no_kernels_and_why(tmp_path: Path) -> None:
-    """Widths that are multiples of 32; of 64, which kernels of groups do not take; and of 128."""
+    """Two slices of a shared expert, each of a multiple of 32, of 64, which may cut a group, and of 128; one slice."""
     schemes = ["w4a16", "w8a8_fp8"]
-    odd = "blocks of {0} x 128 under {1}: kernels need output features in multiples of 64"
-    group = "blocks of 128 x {0} under {1}: kernels need output features in multiples of 64 and input features in"
-    expected = {352: [odd, odd], 736: [odd, odd], 192: [group], 256: []}
-    for width, reasons in expected.items():
-        make_checkpoint("deepseek_v3", tmp_path / str(width), **SIZES | {"moe_intermediate_size": width})
+    cut = "down blocks under {1}: kernels cut a shared expert into slices of the routed experts' width, {0}, and need"
+    expected = {(352, 2): [cut, cut], (192, 2): [cut], (256, 2): [], (352, 1): []}
+    for (width, shared), reasons in expected.items():
+        sizes = SIZES | {"moe_intermediate_size": width, "n_shared_experts": shared}
+        make_checkpoint("deepseek_v3", tmp_path / str(width), **sizes)
         options: Any = SimpleNamespace(candidates=schemes)
         lines = list(check.without_kernels(options, open_model(tmp_path / str(width))))
         for line, reason, scheme in zip(lines, reasons, ["w4a16_g128_asym", "w8a8_g-1_sym_fp8"], strict=False):

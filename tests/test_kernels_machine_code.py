@@ -9,6 +9,7 @@ import pytest
 from mxmoe_steps.kernels.build import TokenKernel, build, default_cache, library_path
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
+from mxmoe_steps.kernels.gating import CLAMPED, Gating
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.kernels.sm90.config import SHARED_BYTES, UNIT, KernelConfig, Tile, by_warp
@@ -99,7 +100,9 @@ def test_a_table_of_512_problems_fits(cache: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", HOPPER.token_kernels)
+@pytest.mark.parametrize(
+    "name", [*HOPPER.token_kernels, *Gating(CLAMPED, biased=True).token_kernels, "activate_gelu", "activate_relu2-ungated"]
+)
 def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, cache: Path) -> None:
     sass = disassemble(build(TokenKernel(name), cache).with_suffix(".cubin"))
     code = inspect(sass)

@@ -222,7 +222,7 @@ def test_machine_code_is_native_and_keeps_to_registers(architecture: MmaSync, ph
 @needs_compiler
 @pytest.mark.parametrize("architecture", GPUS[1:3], ids=lambda one: one.target)
 def test_token_kernels_of_older_gpus(architecture: MmaSync, cache: Path) -> None:
-    for name in ("sort_1", "dispatch", "swiglu", "quantize"):
+    for name in ("sort_1", "dispatch", "swiglu", "quantize", "activate_clamped-biased"):
         sass = disassemble(build(TokenKernel(name, architecture), cache).with_suffix(".cubin"))
         code = inspect(sass)
         assert (code.spills, code.matrix) == (0, {})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.gating import CLAMPED, Gating, of_variant
 from mxmoe_steps.kernels.launch import problem_table
 from mxmoe_steps.kernels.layouts import quantized_weight
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
@@ -132,11 +133,71 @@ def test_more_problems_take_a_larger_table() -> None:
     [
         ("w4a4_g64", (256, 128, 256), "w4a4_g64_sym: no GPU kernel"),
         ("w4a16_g64", (256, 128, 256), "w4a16_g64_asym: no GPU kernel"),
-        ("w4a16", (256, 192, 192), "multiples of 64 and input features in multiples of 128"),
-        ("w16a16", (256, 96, 96), "multiples of 64"),
+        ("w4a16", (256, 192, 384), "slices of the routed experts' width, 192, and need a multiple of 128"),
+        ("w16a16", (256, 96, 192), "slices of the routed experts' width, 96, and need a multiple of 64"),
+        ("w16a16", (96, 128, 128), "hidden states of 96 features: kernels need a multiple of 64"),
         ("w16a16", (256, 192, 256), "shared expert of width 256: no multiple"),
     ],
 )
 def test_layers_without_a_kernel_say_why(scheme: str, sizes: tuple[int, int, int], said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan_layer({0: (parse_scheme(scheme),) * 3, SHARED: (parse_scheme("w16a16"),) * 3}, *sizes)
+
+
+@pytest.mark.parametrize("width", [32, 192, 352, 720])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_odd_widths_are_filled_up_with_features_of_zeros(name: str, width: int) -> None:
+    """Rows of gate and up are zero, columns of down meet these; 192 hidden features are a group and a half."""
+    torch.manual_seed(width)
+    hidden, scheme = 192, parse_scheme(name)
+    whole = {
+        (expert, block): torch.randn(*((hidden, width) if block == "down" else (width, hidden))) * 0.1
+        for expert in (0, SHARED)
+        for block in BLOCKS
+    }
+    weights: Weights = {
+        place: matrix.bfloat16() if scheme.is_original else round_to_nearest(matrix, scheme)
+        for place, matrix in whole.items()
+    }
+    up = parse_scheme("w8a16") if name != "w8a16" else parse_scheme("w4a16")  # gate and up are blocks of their own
+    for expert in (0, SHARED):
+        weights[expert, "up"] = round_to_nearest(whole[expert, "up"], up)
+    plan = plan_layer(dict.fromkeys((0, SHARED), (scheme, up, scheme)), hidden, width, width)
+    filled = width + -width % 64
+    assert (plan.intermediate, plan.padding, plan.slices) == (filled, filled - width, 1)
+    for launch in (plan.gate_up, plan.down):
+        for sources in launch.stacks:
+            for source in sources:
+                stack = _entries(lambda *block: weights[block], source)
+                block = weights[source.expert, source.block]
+                assert (stack.out_features, stack.in_features) == (
+                    (hidden, filled) if source.block == "down" else (filled, hidden)
+                )
+                if isinstance(block, torch.Tensor):
+                    got = stack.data[0].double()
+                else:
+                    got = dense(quantized_weight(stack, block.scheme))[0]
+                rows, features = block.shape if isinstance(block, torch.Tensor) else block.codes.shape
+                assert torch.equal(got[:rows, :features], dense(block))
+                assert (got[rows:] == 0).all()
+                assert got.isfinite().all()
+
+
+def test_other_gatings_have_launches_of_their_own() -> None:
+    w4 = parse_scheme("w4a16")
+    schemes = dict.fromkeys((0, 1), (w4, w4, w4))
+    assert plan_layer(schemes, HIDDEN, INNER).gate_up.gated
+    gelu = plan_layer(schemes, HIDDEN, INNER, gating=Gating("gelu"))
+    assert not gelu.gate_up.gated
+    assert sorted(problem[3] for problem in gelu.gate_up.problems) == [0, 0, INNER, INNER]
+    ungated = plan_layer(schemes, HIDDEN, INNER, gating=Gating("relu2", gated=False))
+    assert [source.block for source in ungated.gate_up.stacks[0]] == ["up", "up"]
+    assert [problem[3] for problem in ungated.gate_up.problems] == [0, 0]
+    with pytest.raises(UserError, match="no biases of a shared expert"):
+        plan_layer(schemes | {SHARED: (w4, w4, w4)}, HIDDEN, INNER, INNER, gating=Gating(biased=True))
+
+
+@pytest.mark.parametrize("gating", [Gating(), Gating(CLAMPED, biased=True), Gating("relu2", gated=False)])
+def test_a_gating_is_told_by_the_name_of_its_kernel(gating: Gating) -> None:
+    assert of_variant(gating.variant) == gating
+    assert gating.plain == (gating.token_kernels == ())

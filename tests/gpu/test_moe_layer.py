@@ -60,7 +60,7 @@ def random_block(scheme: Scheme, n: int, k: int) -> QuantizedWeight | torch.Tens
     """Random codes and plausible scales: weights of about 0.03."""
     if scheme.is_original:
         return (torch.randn(n, k, device="cuda") * 0.03).bfloat16()
-    groups = k // scheme.group_size(k)
+    groups = -(-k // scheme.group_size(k))
     spread = 0.05 / 2**scheme.weight_bits
     if scheme.fp8 and scheme.weight_bits == 8:
         codes, spread = (torch.randn(n, k, device="cuda") * 100).clamp(-448, 448).to(E4M3), 3e-4
