@@ -45,9 +45,7 @@ class TorchLayer:
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = None if self.gate is None else (x @ self.gate.T).squeeze(-1)
         shared, gating = self.plan.slices > 0, self.plan.gating
-        return reference.moe_layer(
-            x, expert_ids, weights, self.read, logits, shared, gating, self.biases
-        ).bfloat16()
+        return reference.moe_layer(x, expert_ids, weights, self.read, logits, shared, gating, self.biases).bfloat16()
 
 
 @pytest.fixture

@@ -101,7 +101,8 @@ def test_a_table_of_512_problems_fits(cache: Path) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    "name", [*HOPPER.token_kernels, *Gating(CLAMPED, biased=True).token_kernels, "activate_gelu", "activate_relu2-ungated"]
+    "name",
+    [*HOPPER.token_kernels, *Gating(CLAMPED, biased=True).token_kernels, "activate_gelu", "activate_relu2-ungated"],
 )
 def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, cache: Path) -> None:
     sass = disassemble(build(TokenKernel(name), cache).with_suffix(".cubin"))

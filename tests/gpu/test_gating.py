@@ -19,7 +19,7 @@ from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
 from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.formats import kernel_format
-from mxmoe_steps.kernels.gating import CLAMPED, FUNCTIONS, Gating
+from mxmoe_steps.kernels.gating import CLAMPED, FUNCTIONS, SWIGLU, Gating
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
@@ -66,7 +66,7 @@ class Made:
         names: Sequence[str],
         experts: int,
         sizes: tuple[int, int, int],
-        gating: Gating = Gating(),
+        gating: Gating = SWIGLU,
         architecture: Architecture = RUN_HERE[0],
         elsewhere: bool = False,
     ) -> None:
@@ -173,9 +173,7 @@ def test_activations_are_rounded_once_and_nothing_hides_nan(architecture: Archit
     gate, up = whole.chunk(2, 1) if gating.gated else (None, whole)
     exact = reference.product(gating, gate, up)
     needs = torch.full((16,), OPERAND_MASKS["bf16"] | OPERAND_MASKS["int8"], dtype=torch.int32, device="cuda")
-    made = activate(
-        sums.cuda(), routed, needs, ("bf16", "int8"), gating, biases.cuda() if gating.biased else None
-    )
+    made = activate(sums.cuda(), routed, needs, ("bf16", "int8"), gating, biases.cuda() if gating.biased else None)
     got = made["bf16"].values.cpu()
     assert torch.equal(got.isnan(), exact.isnan())
     usual = exact.isfinite()
@@ -259,7 +257,7 @@ def main() -> None:
         for gating in (CLAMPED_BIASED, UNGATED)
         for experts in (1, 7)
     ]
-    plans += [plan_of([name], 8, (2880, ODD_WIDTHS[0], 0), Gating()) for name in UNIFORM]
+    plans += [plan_of([name], 8, (2880, ODD_WIDTHS[0], 0), SWIGLU) for name in UNIFORM]
     with tempfile.TemporaryDirectory() as folder:
         for family in MODELS:
             for kernel in checkpoint_kernels(make_packed(family, Path(folder) / family), DEFAULT):

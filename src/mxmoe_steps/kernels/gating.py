@@ -24,7 +24,7 @@ class Gating:
     @property
     def plain(self) -> bool:
         """Whether it is SwiGLU, which the grouped GEMM of gate and up can compute as well."""
-        return self == Gating()
+        return self == SWIGLU
 
     @property
     def columns(self) -> int:
@@ -41,6 +41,9 @@ class Gating:
         """Kernels that only layers of this gating run."""
         own = () if self.plain else (f"activate_{self.variant}",)
         return (*own, "combine_bf16_biased", "combine_float32_biased") if self.biased else own
+
+
+SWIGLU = Gating()
 
 
 def of_variant(variant: str) -> Gating:

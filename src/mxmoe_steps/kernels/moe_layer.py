@@ -97,7 +97,10 @@ class MoeLayer:
             check_tensor("the shared expert's gate", gate, torch.bfloat16, 2, device, (1, plan.hidden))
         self.plan, self.device, self.gate = plan, device, gate
         columns = plan.intermediate * (1 if plan.gate_up.gated else plan.gating.columns)
-        self.inner_biases, self.down_biases = (None, None) if biases is None else self._biases(biases)
+        self.inner_biases: torch.Tensor | None = None
+        self.down_biases: torch.Tensor | None = None
+        if biases is not None:
+            self.inner_biases, self.down_biases = self._biases(biases)
         with torch.cuda.device(device):
             prepare(device, self.architecture, plan.gating)
             self.gate_up = self._prepare(plan.gate_up, columns, read)

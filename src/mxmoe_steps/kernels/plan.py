@@ -14,7 +14,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.codes.format import EDGE, Format
 from mxmoe_steps.kernels.formats import kernel_format
-from mxmoe_steps.kernels.gating import Gating
+from mxmoe_steps.kernels.gating import SWIGLU, Gating
 from mxmoe_steps.kernels.limits import MAX_EXPERTS, OPERAND_MASKS
 from mxmoe_steps.kernels.shared import interleave, shared_slices, strips
 from mxmoe_steps.schemes import SHARED, Scheme
@@ -81,7 +81,7 @@ class LayerPlan:
     gate_up: LaunchPlan
     down: LaunchPlan
     elsewhere: bool = False
-    gating: Gating = Gating()
+    gating: Gating = SWIGLU
     padding: int = 0
 
     def check(self, architecture: Architecture) -> None:
@@ -95,7 +95,7 @@ def plan_layer(
     intermediate: int,
     shared: int = 0,
     elsewhere: bool = False,
-    gating: Gating = Gating(),
+    gating: Gating = SWIGLU,
 ) -> LayerPlan:
     """Plan a layer from the schemes of its experts, numbered from 0, and of `SHARED` if it has that.
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mxmoe_steps import packing
-from mxmoe_steps.kernels.gating import CLAMPED, Gating
+from mxmoe_steps.kernels.gating import CLAMPED, SWIGLU, Gating
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
 from mxmoe_steps.schemes import ORIGINAL, SHARED
 
@@ -58,13 +58,14 @@ def product(gating: Gating, gate: torch.Tensor | None, up: torch.Tensor) -> torc
         assert gate is not None
         gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
         return gate * (gating.alpha * gate).sigmoid() * (up + 1)
-    function = {
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": functional.silu,
         "gelu": functional.gelu,
         "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
         "relu": functional.relu,
         "relu2": lambda x: functional.relu(x).square(),
-    }[gating.function]
+    }
+    function = functions[gating.function]
     return function(up) if gate is None else function(gate) * up
 
 
@@ -75,7 +76,7 @@ def moe_layer(
     read: Callable[[int, str], QuantizedWeight | torch.Tensor],
     gate: torch.Tensor | None = None,
     shared: bool = False,
-    gating: Gating = Gating(),
+    gating: Gating = SWIGLU,
     biases: Callable[[int, str], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """float64 [tokens, H]: the layer that `mxmoe_steps.kernels.moe_layer.MoeLayer` computes, exact but for its bfloat16

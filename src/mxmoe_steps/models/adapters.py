@@ -147,9 +147,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": _SHARED,
     "glm4_moe": _SHARED,
     "dots1": _SHARED,
-    "gpt_oss": Family(
-        router="router", orientation="alternating", biased=True, clamped=True, moe_returns_more=True
-    ),
+    "gpt_oss": Family(router="router", orientation="alternating", biased=True, clamped=True, moe_returns_more=True),
     "qwen3_next": _GATED,
     "qwen3_5_moe_text": replace(_GATED, prefixes=("model.", "model.language_model.", "")),
     "qwen3_5_moe": replace(_GATED, decoder=_VISION[0], prefixes=_VISION[1], is_wrapper=True),
