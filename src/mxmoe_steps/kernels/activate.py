@@ -5,14 +5,12 @@ All of it is float32, rounded once to bfloat16; sums of the launch before were r
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import cutlass
 from cutlass import BFloat16, Float32, Int32, const_expr, cute
-from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import rounding
-from mxmoe_steps.kernels.activations import THREADS, WARPS, SwiGlu
+from mxmoe_steps.kernels.activations import SwiGlu
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.gating import CLAMPED, Gating
 from mxmoe_steps.kernels.rounding import VECTOR
@@ -67,67 +65,28 @@ _FUNCTIONS: dict[str, Callable[[Float32], Float32]] = {  # those of `gating.FUNC
 
 
 class Activate(SwiGlu):
-    """As `SwiGlu`, for any ``gating``. ``inputs``: bfloat16 [rows, 2 K], gate first, or [rows, K] without gate.
+    """As `SwiGlu`, for any ``gating``.
 
-    ``terms``: biases, bfloat16 [experts, columns of ``inputs``], read where there are any; alpha; limit.
+    ``inputs``: sums of the launch before, bfloat16 [rows, 2 K], gate first, or [rows, K] without gate; biases, bfloat16
+    [experts, as many columns], read where there are any; alpha; limit.
     """
 
     def __init__(self, architecture: Architecture, gating: Gating) -> None:
         super().__init__(architecture)
         self.gating = gating
 
-    @cute.jit
-    def __call__(  # type: ignore[override]
-        self,
-        inputs: cute.Tensor,
-        expert_ids: cute.Tensor,
-        row: cute.Tensor,
-        needs: cute.Tensor,
-        outputs: tuple,
-        terms: tuple,
-        slices: Int32,
-        stream: Any,
-    ) -> None:
-        @cute.struct
-        class Shared:
-            largest: cute.struct.MemRange[Int32, WARPS]
+    def source(self, inputs: tuple, expert: Int32) -> tuple:
+        """All ``inputs`` and the row's expert."""
+        return *inputs, expert
 
-        self.Shared = Shared
-        grid, _ = self.grid(inputs, expert_ids, slices)
-        self.kernel(inputs, expert_ids, row, needs, outputs, terms, slices).launch(
-            grid=grid, block=(THREADS, 1, 1), use_pdl=self.architecture.overlaps, stream=stream
-        )
-
-    @cute.kernel
-    def kernel(  # type: ignore[override]
-        self,
-        inputs: cute.Tensor,
-        expert_ids: cute.Tensor,
-        row: cute.Tensor,
-        needs: cute.Tensor,
-        outputs: tuple,
-        terms: tuple,
-        slices: Int32,
-    ) -> None:
-        entry, token, _ = cute.arch.block_idx()
-        thread, _, _ = cute.arch.thread_idx()
-        memory = SmemAllocator().allocate(self.Shared)
-        if const_expr(self.architecture.overlaps):
-            cute.arch.griddepcontrol_launch_dependents()
-        first, mask, count, expert = self.place(entry, token, expert_ids, row, needs, slices)
-        if const_expr(self.architecture.overlaps):
-            cute.arch.griddepcontrol_wait()
-        if mask != 0:
-            self.by_block(
-                (inputs, expert, *terms), first, mask, inputs.shape[1] // (self.gating.columns * VECTOR), count,
-                expert_ids.shape[0], rounding.Outputs(*outputs), memory.largest.get_tensor(cute.make_layout(WARPS)),
-                thread,
-            )  # fmt: skip
+    def steps(self, inputs: tuple) -> Int32:
+        """Vectors of a product."""
+        return inputs[0].shape[1] // (self.gating.columns * VECTOR)
 
     @cute.jit
     def product(self, inputs: tuple, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
-        """Vector ``at`` of a row's product into ``eight``; ``inputs``: those of the launch, the row's expert, terms."""
-        gating, alpha, limit = self.gating, inputs[3], inputs[4]
+        """Vector ``at`` of a row's product into ``eight``; ``inputs``: see `source`."""
+        gating, alpha, limit = self.gating, inputs[2], inputs[3]
         values = cute.make_rmem_tensor((VECTOR,), Float32)
         if const_expr(gating.gated):
             up = self.sums(inputs, row, at + steps)
@@ -153,5 +112,5 @@ class Activate(SwiGlu):
         if not self.gating.biased:
             return values
         biases = cute.make_rmem_tensor((VECTOR,), BFloat16)
-        cute.autovec_copy(rounding.vectors(inputs[2], inputs[1])[None, at], biases)
+        cute.autovec_copy(rounding.vectors(inputs[1], inputs[4])[None, at], biases)
         return [value + Float32(biases[e]) for e, value in enumerate(values)]

@@ -36,7 +36,8 @@ AT_ONCE_BIASED = 4  # the same with their biases
 class Rows:
     """What `SwiGlu` and `Quantize` share: their arguments, and how a block makes a row.
 
-    ``inputs``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations.
+    ``inputs``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations, or a tuple
+    with such a tensor.
     ``expert_ids``, ``row``, ``needs``, ``slices``: as for `tokens.DispatchTokens`, of the down blocks. ``outputs``:
     `rounding.Outputs`.
     """
@@ -49,7 +50,7 @@ class Rows:
     @cute.jit
     def __call__(
         self,
-        inputs: cute.Tensor,
+        inputs: Any,
         expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -67,7 +68,7 @@ class Rows:
             grid=grid, block=(THREADS, 1, 1), use_pdl=self.architecture.overlaps, stream=stream
         )
 
-    def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: Any, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
         """Blocks of the launch, and what else the kernel must know of them."""
         raise NotImplementedError
 
@@ -78,7 +79,7 @@ class Rows:
     @cute.jit
     def by_block(
         self,
-        inputs: cute.Tensor,
+        inputs: Any,
         first: Int32,
         mask: Int32,
         steps: Int32,
@@ -112,7 +113,7 @@ class Rows:
             rounding.encode(vector, mask, scales)
             rounding.store(vector, mask, written, target, i % steps)
 
-    def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def product(self, inputs: Any, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of the activations of row ``row`` into ``eight``."""
         raise NotImplementedError
 
@@ -123,13 +124,13 @@ class SwiGlu(Rows):
     ``inputs``: bfloat16 [rows, 2 K], gate first.
     """
 
-    def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: Any, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
         return (expert_ids.shape[1] + cutlass.min(slices, 1), expert_ids.shape[0], 1), ()
 
     @cute.kernel
     def kernel(
         self,
-        inputs: cute.Tensor,
+        inputs: Any,
         expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -141,14 +142,22 @@ class SwiGlu(Rows):
         memory = SmemAllocator().allocate(self.Shared)
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
-        first, mask, count, _ = self.place(entry, token, expert_ids, row, needs, slices)
+        first, mask, count, expert = self.place(entry, token, expert_ids, row, needs, slices)
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_wait()
         largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
         self.by_block(
-            inputs, first, mask, inputs.shape[1] // (2 * VECTOR), count, expert_ids.shape[0],
+            self.source(inputs, expert), first, mask, self.steps(inputs), count, expert_ids.shape[0],
             rounding.Outputs(*outputs), largest_of_warps, thread,
         )  # fmt: skip
+
+    def source(self, inputs: Any, expert: Int32) -> Any:
+        """What `product` is to know of a row of ``expert``."""
+        return inputs
+
+    def steps(self, inputs: Any) -> Int32:
+        """Vectors of a product."""
+        return inputs.shape[1] // (2 * VECTOR)
 
     @cute.jit
     def place(
@@ -168,7 +177,7 @@ class SwiGlu(Rows):
         return first, self.readable(mask), count, expert
 
     @cute.jit
-    def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def product(self, inputs: Any, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of a row's product into ``eight``."""
         vectors = rounding.vectors(inputs, row)
         gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
@@ -269,8 +278,8 @@ class Quantize(Rows):
 class Combine:
     """Row t of ``out``, bfloat16 [tokens, N]: the sum of the token's rows of ``inputs`` [rows, N] times their weights.
 
-    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``choices[0]`` [tokens, top_k]. The ``slices`` rows of a
-    token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
+    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``choices[0]`` [tokens, top_k]. The ``slices`` rows of
+    a token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
 
     If the kernel is ``biased``, the router's choices [tokens, top_k] and what is added to the rows of every expert
     first, bfloat16 [experts, N], follow in ``choices``; then there are no slices.

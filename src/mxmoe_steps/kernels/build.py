@@ -194,8 +194,8 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
         generator = DispatchTokens(architecture, variant == "gated")
         return generator, [bf16[0], expert_ids, row, needs, outputs, gating, count]
     if kind == "activate":
-        terms = (bf16[2], Float32(1.0), Float32(1.0))
-        return Activate(architecture, of_variant(variant)), [bf16[0], expert_ids, row, needs, outputs, terms, count]
+        inputs = (bf16[0], bf16[2], Float32(1.0), Float32(1.0))
+        return Activate(architecture, of_variant(variant)), [inputs, expert_ids, row, needs, outputs, count]
     rows = {"swiglu": SwiGlu, "quantize": Quantize}[kind](architecture)
     return rows, [bf16[0], expert_ids, row, needs, outputs, count]
 

@@ -88,8 +88,8 @@ class MoeLayer:
         """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice.
 
         ``gate``: weight of the shared expert's gate, bfloat16 [1, hidden] on ``device``, if it has one.
-        ``architecture``: by default that of ``device``. ``biases``: of a plan whose gating is biased. `UserError` if the
-        architecture's kernels do not run the plan.
+        ``architecture``: by default that of ``device``. ``biases``: of a plan whose gating is biased. `UserError` if
+        the architecture's kernels do not run the plan.
         """
         self.architecture = architecture or architecture_of(device)
         plan.check(self.architecture)
@@ -162,7 +162,7 @@ class MoeLayer:
         return combine(rows, routed, weights, logits, self.down_biases)
 
     def _biases(self, read: ReadBias) -> tuple[torch.Tensor, torch.Tensor]:
-        """bfloat16 [experts, columns], of what enters `activate` and of the down blocks; no biases of experts elsewhere."""
+        """bfloat16 [experts, columns], of what enters `activate` and of the down blocks; zeros of experts elsewhere."""
         plan, blocks = self.plan, ("gate", "up") if self.plan.gating.gated else ("up",)
 
         def stack(*kinds: str) -> torch.Tensor:

@@ -71,7 +71,8 @@ class LaunchPlan:
 class LayerPlan:
     """A layer of ``experts`` routed experts and ``slices`` of a shared one, [hidden] to [hidden] features.
 
-    ``intermediate``: width of an expert, of which the last ``padding`` features are zero. ``elsewhere``: the last of ``experts`` stands for all that are on other GPUs. It has no blocks and adds nothing.
+    ``intermediate``: width of an expert, of which the last ``padding`` features are zero. ``elsewhere``: the last of
+    ``experts`` stands for all that are on other GPUs. It has no blocks and adds nothing.
     """
 
     experts: int

@@ -107,9 +107,10 @@ def activate(
     """As `swiglu`, for any ``gating``: ``gate_up`` is bfloat16 [rows, K] of experts without gate. ``biases``: bfloat16
     [experts + slices, columns of ``gate_up``] if there are any."""
     activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // gating.columns)
-    terms = (_spare(gate_up.device)["bf16"].values if biases is None else biases, gating.alpha, gating.limit)
+    added = _spare(gate_up.device)["bf16"].values if biases is None else biases
+    inputs = (gate_up, added, gating.alpha, gating.limit)
     function = token_kernel(f"activate_{gating.variant}", routed.architecture)
-    function(gate_up, routed.expert_ids, routed.row, needs, outputs, terms, routed.slices)
+    function(inputs, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return activations
 
 
