@@ -23,7 +23,8 @@ from mxmoe_steps.options.target import Target
 
 def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
     """The grouped GEMMs of a checkpoint's layers, each once, and the kernels around them that not all models run."""
-    from mxmoe_steps.inference.gpu import expert_modules, kernel_gating, plan_of
+    from mxmoe_steps.inference.gpu import expert_modules, plan_of
+    from mxmoe_steps.models.gating import kernel_gating
     from mxmoe_steps.models.streaming import StreamedModel
 
     model = StreamedModel(path, "bfloat16", "cpu")

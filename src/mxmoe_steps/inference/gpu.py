@@ -16,11 +16,11 @@ from torch import nn
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.top_k import TopKByMaxima
 from mxmoe_steps.kernels.architectures import require
-from mxmoe_steps.kernels.gating import CLAMPED, Gating
+from mxmoe_steps.kernels.gating import Gating
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.models.adapters import Family, family_of
-from mxmoe_steps.models.gating import clamping
+from mxmoe_steps.models.gating import kernel_gating
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.quantizers.grid import QuantizedWeight
@@ -83,15 +83,6 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     """Number -> module of gate_proj, up_proj and down_proj, of a transformers MoE module with packed experts."""
     routed = dict(enumerate(moe.get_submodule("experts").children()))
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
-
-
-def kernel_gating(family: Family, config: Mapping[str, Any]) -> Gating:
-    """What the kernels are to compute between gate and down, from what ``config.json`` says of the language model."""
-    if family.clamped:
-        alpha, limit = clamping(config)
-        return Gating(CLAMPED, family.gated, family.biased, alpha, limit)
-    function = str(config.get(family.activation, "silu"))
-    return Gating("silu" if function == "swish" else function, family.gated, family.biased)
 
 
 def plan_of(experts: Mapping[int, nn.Module], family: Family, gating: Gating, elsewhere: bool = False) -> LayerPlan:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.inference.gpu import expert_modules, kernel_gating, layer_on_kernels
+from mxmoe_steps.inference.gpu import expert_modules, layer_on_kernels
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.models.families import Family
+from mxmoe_steps.models.gating import kernel_gating
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.timing.stages import stages_of
 from mxmoe_steps.timing.timer import Timer

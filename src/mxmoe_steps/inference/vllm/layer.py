@@ -16,10 +16,10 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.inference.gpu import check_hardware, kernel_gating, layer_on_kernels
+from mxmoe_steps.inference.gpu import check_hardware, layer_on_kernels
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.models.adapters import Family
-from mxmoe_steps.models.gating import gating_of
+from mxmoe_steps.models.gating import gating_of, kernel_gating
 from mxmoe_steps.models.operators import define
 from mxmoe_steps.models.packed import MixedExperts
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme
