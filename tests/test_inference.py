@@ -113,7 +113,6 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
             "slices of the routed experts' width, 192, and need a multiple of 128",
         ),
         ("gemma4", "w4a16", {"hidden_activation": "silu"}, "router and experts are no module of their own"),
-        ("llama4", "w4a16", {"moe_layers": [0, 1]}, "router weights multiply inputs"),
     ],
 )
 def test_layers_without_a_kernel_stay_and_say_why(

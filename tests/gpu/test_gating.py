@@ -42,6 +42,7 @@ GATINGS = (CLAMPED_BIASED, UNGATED, *(Gating(function) for function in FUNCTIONS
 OSS_SCHEMES = (("w4a16_mxfp4",), MIXTURES[0])
 MODELS = {
     "gpt_oss": {"hidden_size": 192, "intermediate_size": 160},
+    "llama4": {"hidden_size": 192, "intermediate_size": 160},
     "nemotron_h": {
         "hidden_size": 192, "moe_intermediate_size": 160, "moe_shared_expert_intermediate_size": 160,
         "intermediate_size": 160,
@@ -89,6 +90,8 @@ class Made:
         """Relative to float64 with the same bfloat16 intermediates."""
         x = torch.randn(tokens, self.plan.hidden, device="cuda").bfloat16()
         expert_ids, mixing = route(tokens, self.plan.experts, top_k)
+        if self.plan.elsewhere:  # the last one is that of other GPUs, and chosen as well
+            expert_ids = (expert_ids + 1) % self.plan.experts
         mixing = mixing.bfloat16() if tokens % 2 else mixing
         out = self.layer(x, expert_ids, mixing)
         assert torch.equal(out, self.layer(x, expert_ids, mixing)), "not the same bits twice"

@@ -23,7 +23,7 @@ from mxmoe_steps.options.target import Target
 
 def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
     """The grouped GEMMs of a checkpoint's layers, each once, and the kernels around them that not all models run."""
-    from mxmoe_steps.inference.gpu import expert_modules, plan_of
+    from mxmoe_steps.inference.gpu import kernel_experts, plan_of
     from mxmoe_steps.models.gating import kernel_gating
     from mxmoe_steps.models.streaming import StreamedModel
 
@@ -32,7 +32,7 @@ def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
     kernels: dict[str, Kernel] = {}
     for layer in model.folder.moe_layers:
         try:
-            experts = expert_modules(model.moe(layer), model.folder.family)
+            experts = kernel_experts(model.moe(layer), model.folder.family)
             plan = plan_of(experts, model.folder.family, gating)
             plan.check(architecture)
         except UserError as error:

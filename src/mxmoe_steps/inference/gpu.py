@@ -65,10 +65,32 @@ class KernelMoe(nn.Module):
         """[..., H] to [..., H], and router weights where the model's own module returns more."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
-            _, weights, expert_ids = getattr(self, self.family.router)(*self._routed_by(tokens))
-        out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
+            weights, expert_ids = self._route(tokens)
+        if self.family.scales_inputs:
+            out = self._of_scaled(tokens, expert_ids, weights)
+        else:
+            out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
         out = out.to(hidden.dtype).view(hidden.shape)
         return (out, weights) if self.family.moe_returns_more else out
+
+    def _route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and expert ids [T, k]."""
+        router: Any = getattr(self, self.family.router)
+        if self.family.scales_inputs:
+            scores, _ = router(tokens)  # of all experts; those that are not chosen have 0
+            return scores.topk(router.top_k)
+        _, weights, expert_ids = router(*self._routed_by(tokens))
+        return weights, expert_ids
+
+    def _of_scaled(self, tokens: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """A token for every choice, times its weight, and one for the shared expert, which is the layer's last."""
+        last = torch.full_like(expert_ids[:, :1], self.layer.plan.experts - 1)
+        expert_ids = torch.cat([expert_ids, last], 1)
+        scaled = torch.cat([tokens[:, None] * weights[..., None], tokens[:, None]], 1)
+        once = torch.ones(expert_ids.numel(), 1, dtype=torch.bfloat16, device=tokens.device)
+        rows = scaled.flatten(0, 1).bfloat16()
+        out = _experts_on_kernels(self.layer, rows, expert_ids.view(-1, 1), once, key=self.number)
+        return out.view(scaled.shape).sum(1)
 
     def _routed_by(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What the family's router is called with."""
@@ -83,6 +105,18 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     """Number -> module of gate_proj, up_proj and down_proj, of a transformers MoE module with packed experts."""
     routed = dict(enumerate(moe.get_submodule("experts").children()))
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
+
+
+def kernel_experts(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
+    """`expert_modules` as a layer on the kernels numbers them. Where router weights multiply inputs, the shared expert
+    is one more routed one: it alone sees tokens as they are."""
+    experts = expert_modules(moe, family)
+    if not family.scales_inputs:
+        return experts
+    widths = {expert.get_submodule("down_proj").in_features for expert in experts.values()}
+    if len(widths) > 1:
+        raise UserError("router weights multiply inputs, and the shared expert is of another width than the others")
+    return {number % len(experts): expert for number, expert in experts.items()}
 
 
 def plan_of(experts: Mapping[int, nn.Module], family: Family, gating: Gating, elsewhere: bool = False) -> LayerPlan:
@@ -151,7 +185,7 @@ def _replacement(moe: nn.Module, family: Family, gating: Gating) -> KernelMoe:
     check_hardware(router.device, router.dtype)
     gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate)
     gate_weight = None if gate is None else gate.weight.detach()
-    layer = layer_on_kernels(expert_modules(moe, family), family, gating, router.device, gate_weight)
+    layer = layer_on_kernels(kernel_experts(moe, family), family, gating, router.device, gate_weight)
     return KernelMoe(moe, family, layer)
 
 

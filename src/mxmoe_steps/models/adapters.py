@@ -104,11 +104,7 @@ class Family:
     @property
     def without_kernels(self) -> str:
         """Why the experts of all its models run reference arithmetic on a GPU; empty where they do not."""
-        reasons = {
-            "router weights multiply inputs": self.scales_inputs,
-            "router and experts are no module of their own": not self.moe,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), "")
+        return "" if self.moe else "router and experts are no module of their own"
 
     @property
     def without_tuning(self) -> str:

@@ -56,6 +56,8 @@ class Steps:
 def on_kernels(model: StreamedModel, number: int) -> MoeLayer:
     """A layer of a packed checkpoint on the kernels; `UserError` where there are none for it."""
     family = model.folder.family
+    if family.scales_inputs:
+        raise UserError("router weights multiply inputs, and what routes is not timed")
     with model.loaded(model.layer_path(number)):
         moe = model.moe(number)
         gate = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
