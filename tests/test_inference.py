@@ -23,6 +23,8 @@ from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import moe_layer, reference
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.architectures import ARCHITECTURES, CAPABILITIES, DEFAULT, PHASES
+from mxmoe_steps.kernels.build import TokenKernel
+from mxmoe_steps.kernels.gating import SWIGLU
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import open_model
@@ -209,7 +211,7 @@ def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> No
     moe = mxmoe_steps.load_quantized(str(path)).get_submodule("model.layers.0.mlp")
     family = FAMILIES["qwen2_moe"]
     experts = gpu.expert_modules(moe, family)
-    here, plan = (gpu.plan_of(experts, family, "silu", elsewhere) for elsewhere in (False, True))
+    here, plan = (gpu.plan_of(experts, family, SWIGLU, elsewhere) for elsewhere in (False, True))
     assert plan.elsewhere
     assert (plan.experts, plan.slices) == (here.experts + 1, here.slices) == (5, 2)
     for launch, other in ((plan.gate_up, here.gate_up), (plan.down, here.down)):
@@ -228,6 +230,17 @@ def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: p
     assert made == {("w4a16_g128_asym", True), ("w4a16_g128_asym", False), ("w8a8_g-1_sym_fp8", False)}
     assert len(kernels) == len({config.name for config in kernels}) == len(made) * len(PHASES)
     assert "layer 2: scheme w4a4_g128_sym: H100, H200 (sm_90a) have no int4 tensor cores" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_gpt_oss_has_kernels_of_its_own_and_of_the_format_it_is_published_in(tmp_path: Path) -> None:
+    path = make_packed(tmp_path, "gpt_oss", ["w4a16_mxfp4"], hidden_size=192, intermediate_size=96)
+    kernels = checkpoint_kernels(path, DEFAULT)
+    around = {kernel.name for kernel in kernels if isinstance(kernel, TokenKernel)}
+    assert around == {"activate_clamped-biased", "combine_bf16_biased", "combine_float32_biased"}
+    made = {
+        (format_.name, config.gated) for config in kernels if config.name not in around for format_ in config.formats
+    }
+    assert made == {("w4a16_g32_sym_mxfp4", False)}
 
 
 def test_without_a_gpu_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
