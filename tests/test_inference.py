@@ -27,7 +27,8 @@ from mxmoe_steps.kernels.build import TokenKernel
 from mxmoe_steps.kernels.gating import SWIGLU
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.models.adapters import FAMILIES
-from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.families import ACTIVATIONS, open_model
+from mxmoe_steps.models.gating import gating_of, kernel_gating
 from mxmoe_steps.schemes import SHARED
 
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
@@ -85,6 +86,18 @@ def test_every_family_with_kernels_gives_the_logits_of_the_reference(
     assert {name for name, _ in model.named_parameters()} == names
     # Rounded to bfloat16 in other places, which flips an 8-bit code or a router's choice now and then.
     assert (got - expected).norm() / expected.norm() < 0.06
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "gemma4"])
+def test_the_kernels_are_told_the_gating_of_the_reference(family: str, activation: str) -> None:
+    config = {FAMILIES[family].activation: activation, "swiglu_limit": 0.5}
+    kernels = kernel_gating(FAMILIES[family], config)
+    gate, up = torch.randn(2, 3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = gating_of(FAMILIES[family], config)(gate, up)
+    got = reference.product(kernels, gate if kernels.gated else None, up)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert kernels.biased == FAMILIES[family].biased
 
 
 def test_a_model_on_the_kernels_is_not_saved(tmp_path: Path, kernels: None) -> None:
