@@ -18,13 +18,13 @@ from packed import pack
 import mxmoe_steps
 from mxmoe_steps import check
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import SWIGLU
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import moe_layer, reference
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.architectures import ARCHITECTURES, CAPABILITIES, DEFAULT, PHASES
 from mxmoe_steps.kernels.build import TokenKernel
-from mxmoe_steps.kernels.gating import SWIGLU
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import ACTIVATIONS, open_model

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mxmoe_steps.gating import CLAMPED, Gating
 from mxmoe_steps.kernels.build import TokenKernel, build, default_cache, library_path
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
-from mxmoe_steps.kernels.gating import CLAMPED, Gating
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.kernels.sm90.config import SHARED_BYTES, UNIT, KernelConfig, Tile, by_warp

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.gating import CLAMPED, Gating, of_variant
+from mxmoe_steps.gating import CLAMPED, Gating, of_variant
 from mxmoe_steps.kernels.launch import problem_table
 from mxmoe_steps.kernels.layouts import quantized_weight
 from mxmoe_steps.kernels.limits import OPERAND_MASKS

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from mxmoe_steps import capture, evaluate, trace
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.gating import CLAMPED, SWIGLU, Gating
+from mxmoe_steps.gating import CLAMPED, SWIGLU, Gating
 from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.loading import auto_class

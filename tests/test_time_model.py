@@ -9,9 +9,9 @@ from synthetic import write_trace
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import Gating
 from mxmoe_steps.kernels.architectures import BUILT, DEFAULT, PHASES
 from mxmoe_steps.kernels.formats import FORMATS
-from mxmoe_steps.kernels.gating import Gating
 from mxmoe_steps.kernels.plan import plan_layer
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.layer import cut_shared, step_phases

@@ -12,6 +12,7 @@ from packed import pack
 from test_moe_layer import MIXTURES, UNIFORM, bound_of, random_weights, route, schemes_of
 
 import mxmoe_steps
+from mxmoe_steps.gating import CLAMPED, FUNCTIONS, SWIGLU, Gating
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import reference
@@ -19,7 +20,6 @@ from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
 from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.formats import kernel_format
-from mxmoe_steps.kernels.gating import CLAMPED, FUNCTIONS, SWIGLU, Gating
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import Gating
 from mxmoe_steps.inference.top_k import TopKByMaxima
 from mxmoe_steps.kernels.architectures import require
-from mxmoe_steps.kernels.gating import Gating
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.models.adapters import Family, family_of

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import cutlass
 from cutlass import BFloat16, Float32, Int32, const_expr, cute
 
+from mxmoe_steps.gating import CLAMPED, Gating
 from mxmoe_steps.kernels import rounding
 from mxmoe_steps.kernels.activations import SwiGlu
 from mxmoe_steps.kernels.architecture import Architecture
-from mxmoe_steps.kernels.gating import CLAMPED, Gating
 from mxmoe_steps.kernels.rounding import VECTOR
 
 _TANH_FACTOR, _TANH_CUBIC = 1.5957691216057308, 0.044715  # 2 sqrt(2 / pi); of Hendrycks and Gimpel (2016)

@@ -169,9 +169,9 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
     from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import sym_int
 
+    from mxmoe_steps.gating import of_variant
     from mxmoe_steps.kernels.activate import Activate
     from mxmoe_steps.kernels.activations import Combine, Quantize, SwiGlu
-    from mxmoe_steps.kernels.gating import of_variant
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
     architecture = kernel.architecture

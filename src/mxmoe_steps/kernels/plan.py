@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import SWIGLU, Gating
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.codes.format import EDGE, Format
 from mxmoe_steps.kernels.formats import kernel_format
-from mxmoe_steps.kernels.gating import SWIGLU, Gating
 from mxmoe_steps.kernels.limits import MAX_EXPERTS, OPERAND_MASKS
 from mxmoe_steps.kernels.shared import interleave, shared_slices, strips
 from mxmoe_steps.schemes import SHARED, Scheme

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mxmoe_steps import packing
-from mxmoe_steps.kernels.gating import CLAMPED, SWIGLU, Gating
+from mxmoe_steps.gating import CLAMPED, SWIGLU, Gating
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
 from mxmoe_steps.schemes import ORIGINAL, SHARED
 

@@ -12,9 +12,9 @@ from functools import cache
 
 import torch
 
+from mxmoe_steps.gating import Gating
 from mxmoe_steps.kernels.architecture import CLUSTER_SORT, Architecture
 from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS
-from mxmoe_steps.kernels.gating import Gating
 from mxmoe_steps.kernels.launch import Activations, architecture_of, token_kernel
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mxmoe_steps.kernels import gating
+from mxmoe_steps import gating
 from mxmoe_steps.models.adapters import Family
 
 Function = Callable[[torch.Tensor], torch.Tensor]

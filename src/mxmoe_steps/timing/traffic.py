@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.facts import TrafficFacts
-from mxmoe_steps.kernels.gating import SWIGLU, Gating, of_variant
+from mxmoe_steps.gating import SWIGLU, Gating, of_variant
 from mxmoe_steps.models.raw import TensorFile
 from mxmoe_steps.tables import TRAFFIC, read_table
 

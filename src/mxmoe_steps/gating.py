@@ -1,4 +1,4 @@
-"""Which functions of gate and up the kernels compute between a layer's grouped GEMMs. Stdlib only."""
+"""What an expert makes of gate and up, as data for kernels and times; `models.gating` computes it. Stdlib only."""
 
 import math
 from dataclasses import dataclass
