@@ -22,7 +22,7 @@ from pydantic import Field
 
 from mxmoe_steps.atomic import canonical_json, write_json
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS, Architecture, Configuration
 from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
 from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS, Format
 from mxmoe_steps.kernels.formats import kernel_format
@@ -35,7 +35,7 @@ COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refuse
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
 
-_TOKENS = (f"{__package__}.tokens", f"{__package__}.activations")
+_TOKENS = (f"{__package__}.tokens", f"{__package__}.activations", f"{__package__}.rotated")
 
 
 def default_cache() -> Path:
@@ -46,7 +46,7 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class TokenKernel:
-    """One of `Architecture.token_kernels`."""
+    """One of `Architecture.token_kernels`, or of `ROTATED_KERNELS`."""
 
     name: str
     architecture: Architecture = DEFAULT
@@ -170,10 +170,12 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
     from cutlass.cute import sym_int
 
     from mxmoe_steps.kernels.activations import Combine, Quantize, SwiGlu
+    from mxmoe_steps.kernels.rotated import DispatchRotated, QuantizeRotated, SwiGluRotated
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
     architecture = kernel.architecture
-    kind, _, variant = kernel.name.partition("_")
+    rotated = kernel.name in ROTATED_KERNELS
+    kind, _, variant = kernel.name.removesuffix("_rotated").partition("_")
     expert_ids, row = (_fake(number, (sym_int(), sym_int()), 4) for number in (Int64, Int32))
     needs, count = _fake(Int32, (sym_int(),), 4), Int32(1)
     bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(2)]
@@ -187,10 +189,10 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
     outputs = (bf16[1], *(tensor for pair in scaled for tensor in pair))
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
-        generator = DispatchTokens(architecture, variant == "gated")
+        generator = (DispatchRotated if rotated else DispatchTokens)(architecture, variant == "gated")
         return generator, [bf16[0], expert_ids, row, needs, outputs, gating, count]
-    rows = {"swiglu": SwiGlu, "quantize": Quantize}[kind](architecture)
-    return rows, [bf16[0], expert_ids, row, needs, outputs, count]
+    plain, turned = {"swiglu": (SwiGlu, SwiGluRotated), "quantize": (Quantize, QuantizeRotated)}[kind]
+    return (turned if rotated else plain)(architecture), [bf16[0], expert_ids, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:
