@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from mxmoe_steps.kernels.plan import LayerPlan
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -19,9 +20,10 @@ class Kernels:
         numbers = [*range(self.experts), *([SHARED] if plan.slices else [])]
         self.weights = {(number, block): self._dense(read(number, block)) for number in numbers for block in BLOCKS}
 
-    @staticmethod
-    def _dense(block: Any) -> torch.Tensor:
-        return block.clone() if isinstance(block, torch.Tensor) else block.dequantize()
+    def _dense(self, block: Any) -> torch.Tensor:
+        if isinstance(block, torch.Tensor):
+            return block.clone()
+        return rotate(block.dequantize()) if self.plan.rotated else block.dequantize()
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         gate, up, down = (self.weights[expert, block] for block in BLOCKS)

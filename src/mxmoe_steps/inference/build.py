@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS, Architecture, Configuration
 from mxmoe_steps.kernels.architectures import DEFAULT, for_target
 from mxmoe_steps.kernels.build import Kernel, TokenKernel, build, runtime_library
 from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Threads
@@ -21,12 +21,13 @@ from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.target import Target
 
 
-def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Configuration]:
-    """The grouped GEMMs of a checkpoint's layers, each once."""
+def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
+    """The kernels of a checkpoint's layers, each once."""
     from mxmoe_steps.inference.gpu import expert_modules, plan_of
     from mxmoe_steps.models.streaming import StreamedModel
 
     model = StreamedModel(path, "bfloat16", "cpu")
+    names = dict.fromkeys(architecture.token_kernels)
     configs: dict[str, Configuration] = {}
     for layer in model.folder.moe_layers:
         try:
@@ -36,9 +37,10 @@ def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Configura
         except UserError as error:
             print(f"layer {layer}: {error}")
             continue
+        names |= dict.fromkeys(ROTATED_KERNELS if plan.rotated else ())
         for launch in (plan.gate_up, plan.down):
             configs |= {config.name: config for config in launch.kernels(architecture).values()}
-    return list(configs.values())
+    return [*(TokenKernel(name, architecture) for name in names), *configs.values()]
 
 
 class BuildOptions(StepOptions):
@@ -54,8 +56,7 @@ def build_checkpoint(options: BuildOptions) -> None:
     """Compile what is not in the cache and copy it all to ``options.out``."""
     architecture = for_target(options.target)
     assert architecture is not None  # the option is checked
-    kernels: list[Kernel] = [TokenKernel(name, architecture) for name in architecture.token_kernels]
-    kernels += checkpoint_kernels(options.checkpoint, architecture)
+    kernels = checkpoint_kernels(options.checkpoint, architecture)
     with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
         libraries = list(pool.map(build, kernels))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -100,17 +100,14 @@ def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str, e
         schemes[number] = (gate, up, down)
     down_proj: Any = experts[0].down_proj
     shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
-    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere)
+    rotated = any(getattr(module, "rotated", False) for expert in experts.values() for module in expert.children())
+    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere, rotated)
 
 
 def _scheme(linear: Any) -> Scheme:
     if linear.bias is not None:
         raise UserError("the kernels add no biases")
-    if isinstance(linear, PackedLinear):
-        if linear.rotated:
-            raise UserError("the kernels do not rotate inputs")
-        return linear.scheme
-    return ORIGINAL
+    return linear.scheme if isinstance(linear, PackedLinear) else ORIGINAL
 
 
 def check_hardware(device: torch.device, dtype: torch.dtype) -> None:

@@ -22,24 +22,36 @@ from mxmoe_steps.kernels.rounding import VECTOR
 
 OF_WARP = 32 * VECTOR  # features that the lanes of a warp hold, a vector each
 CHUNK_VECTORS = CHUNK // VECTOR
+PASSES = (  # through shared memory: stride, numbers of a thread, least and greatest span that takes it
+    (OF_WARP, 2, 2 * OF_WARP, 2 * OF_WARP),
+    (OF_WARP, 4, 4 * OF_WARP, 4 * OF_WARP),
+    (OF_WARP, 8, 8 * OF_WARP, CHUNK),
+    (8 * OF_WARP, 2, 16 * OF_WARP, 16 * OF_WARP),
+    (8 * OF_WARP, 4, 32 * OF_WARP, CHUNK),
+)
 SMALLEST = 1e-30  # magnitude that a scale is made of
 
 
-def butterflies(values: cute.Tensor) -> None:
-    """All sums and differences of a power of two of registers: strides 1, 2, 4, ... of them."""
+def butterflies(values: Any, count: int) -> None:
+    """All sums and differences of ``count`` registers, a power of two: strides 1, 2, 4, ... of them."""
     step = 1
-    while step < cute.size(values):
-        for i in range(cute.size(values)):
+    while step < count:
+        for i in range(count):
             if i & step == 0:
                 first, second = values[i], values[i + step]
                 values[i], values[i + step] = first + second, first - second
         step *= 2
 
 
+def apart(i: Any, stride: int, radix: int) -> Any:
+    """The first feature of the i-th ``radix`` that lie ``stride`` apart."""
+    return i // stride * (stride * radix) + i % stride
+
+
 @cute.jit
 def within_warp(values: cute.Tensor, span: Int32) -> None:
     """The strides below `OF_WARP` of ``values``, float32 [8] in every lane of a warp: neighbours of its neighbours'."""
-    butterflies(values)
+    butterflies(values, VECTOR)
     for step in (1, 2, 4, 8, 16):
         if step * VECTOR < span:
             sign = Float32(1.0)
@@ -64,30 +76,17 @@ def between_vectors(values: cute.Tensor, span: Int32) -> None:
 @cute.jit
 def across_warps(row: cute.Tensor, features: Int32, span: Int32, thread: Int32, threads: int) -> None:
     """The strides from `OF_WARP` on of ``row``, float32 in shared memory; by a block, which is synchronised after it."""
-    if span >= 8 * OF_WARP:
-        _strides(row, features, OF_WARP, 8, thread, threads)
-    elif span == 4 * OF_WARP:
-        _strides(row, features, OF_WARP, 4, thread, threads)
-    elif span == 2 * OF_WARP:
-        _strides(row, features, OF_WARP, 2, thread, threads)
-    if span == 32 * OF_WARP:
-        _strides(row, features, 8 * OF_WARP, 4, thread, threads)
-    elif span == 16 * OF_WARP:
-        _strides(row, features, 8 * OF_WARP, 2, thread, threads)
-
-
-@cute.jit
-def _strides(row: cute.Tensor, features: Int32, stride: int, radix: int, thread: Int32, threads: int) -> None:
-    """Transform every ``radix`` numbers that lie ``stride`` apart, a power of two: as many strides as that has bits."""
-    for i in cutlass.range(thread, features // radix, threads, unroll=1):
-        first = i // stride * (stride * radix) + i % stride
-        values = cute.make_rmem_tensor((radix,), Float32)
-        for j in cutlass.range_constexpr(radix):
-            values[j] = row[first + j * stride]
-        butterflies(values)
-        for j in cutlass.range_constexpr(radix):
-            row[first + j * stride] = values[j]
-    cute.arch.sync_threads()
+    for stride, radix, least, most in PASSES:
+        if (span >= least) & (span <= most):
+            for i in cutlass.range(thread, features // radix, threads, unroll=1):
+                first = apart(i, stride, radix)
+                values = cute.make_rmem_tensor((radix,), Float32)
+                for j in cutlass.range_constexpr(radix):
+                    values[j] = row[first + j * stride]
+                butterflies(values, radix)
+                for j in cutlass.range_constexpr(radix):
+                    row[first + j * stride] = values[j]
+            cute.arch.sync_threads()
 
 
 def norm(span: Int32) -> Float32:

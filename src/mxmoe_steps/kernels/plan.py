@@ -3,6 +3,9 @@
 A shared expert whose width is s times the routed one runs as s more experts that take every token: rows
 of its gate and up blocks, columns of its down block. Its problems and those of every format are spread over the launch,
 so that tiles which wait for memory run beside tiles which compute.
+
+Where inputs are rotated, packed blocks read rotated rows and blocks kept in 16 bits plain ones. Gate and up of an
+expert read the same bfloat16 rows: if one of them is packed and both read bfloat16, the other one's weights are rotated.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +16,7 @@ from mxmoe_steps.kernels.architecture import Architecture, Configuration
 from mxmoe_steps.kernels.codes.format import EDGE, Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.limits import MAX_EXPERTS, OPERAND_MASKS
+from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, span
 from mxmoe_steps.kernels.shared import interleave, shared_slices, strips
 from mxmoe_steps.schemes import SHARED, Scheme
 
@@ -21,11 +25,15 @@ Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
 @dataclass(frozen=True)
 class Source:
-    """A block of the model, or ``gate_up`` for two in one, and the number of entries that it is cut into."""
+    """A block of the model, or ``gate_up`` for two in one, and the number of entries that it is cut into.
+
+    ``rotate``: it is kept in 16 bits and yet reads rotated rows: its weights have to be rotated, too.
+    """
 
     expert: int
     block: str
     entries: int
+    rotate: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,8 +41,9 @@ class LaunchPlan:
     """One grouped GEMM.
 
     ``formats``: in the kernel's order; ``stacks[i]``: the blocks of ``formats[i]``, in the order of their entries.
-    ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads.
-    ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies silu(gate) and up, see `Architecture.config`.
+    ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads, or
+    `ROTATED_BF16` in place of that of bfloat16. ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies
+    silu(gate) and up, see `Architecture.config`. ``rotated``: some blocks read rotated rows.
     """
 
     formats: tuple[Format, ...]
@@ -43,6 +52,7 @@ class LaunchPlan:
     needs: tuple[int, ...]
     strips: int
     gated: bool
+    rotated: bool = False
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -77,19 +87,29 @@ class LayerPlan:
     down: LaunchPlan
     elsewhere: bool = False
 
+    @property
+    def rotated(self) -> bool:
+        """Whether some block reads rotated rows."""
+        return self.gate_up.rotated or self.down.rotated
+
     def check(self, architecture: Architecture) -> None:
         """`UserError` unless kernels of ``architecture`` multiply all formats."""
         architecture.check((*self.gate_up.formats, *self.down.formats))
 
 
 def plan_layer(
-    schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0, elsewhere: bool = False
+    schemes: Mapping[int, Schemes],
+    hidden: int,
+    intermediate: int,
+    shared: int = 0,
+    elsewhere: bool = False,
+    rotated: bool = False,
 ) -> LayerPlan:
     """Plan a layer from the schemes of its experts, numbered from 0, and of `SHARED` if it has that.
 
     ``intermediate``, ``shared``: widths of a routed and of the shared expert. Gate and up are multiplied in their own
     launch if they have the same scheme in every expert. ``elsewhere``: other GPUs have more experts, see `LayerPlan`.
-    `UserError` says why there is no kernel for it.
+    ``rotated``: the inputs of packed blocks are. `UserError` says why there is no kernel for it.
     """
     here = len(schemes) - (SHARED in schemes)
     experts = here + elsewhere
@@ -100,10 +120,12 @@ def plan_layer(
             raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
     if experts + slices > MAX_EXPERTS:
         raise UserError(f"{experts} experts and {slices} shared; the sort kernel takes {MAX_EXPERTS} together")
+    if rotated:
+        _check_rotation(hidden, intermediate, *([shared] if slices else []))
     order = [*([SHARED] if slices else []), *range(here)]
     gated = _gated(schemes)
     gate_up, down = (
-        _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, k)
+        _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, k, rotated)
         for blocks, n, k in (
             ({"gate_up": 0} if gated else {"gate": 0, "up": intermediate}, intermediate, hidden),
             ({"down": 0}, hidden, intermediate),
@@ -117,8 +139,22 @@ def _gated(schemes: Mapping[int, Schemes]) -> bool:
     return all(gate == up for gate, up, _ in schemes.values())
 
 
+def _check_rotation(*widths: int) -> None:
+    for features in widths:
+        if span(features) > CHUNK:
+            raise UserError(
+                f"rotated inputs of {features} features: the kernels rotate up to {CHUNK} at a time, not {span(features)}"
+            )
+
+
 def _plan_launch(
-    schemes: Sequence[tuple[int, Schemes]], columns: Mapping[str, int], experts: int, slices: int, n: int, k: int
+    schemes: Sequence[tuple[int, Schemes]],
+    columns: Mapping[str, int],
+    experts: int,
+    slices: int,
+    n: int,
+    k: int,
+    rotated: bool,
 ) -> LaunchPlan:
     """``columns``: output column of each block kind; ``n``, ``k``: output and input features of a block."""
     numbered = {"gate": 0, "up": 1, "down": 2, "gate_up": 0}
@@ -130,6 +166,7 @@ def _plan_launch(
                 f"blocks of {n} x {k} under {format_.name}: kernels need output features in multiples of {EDGE}"
                 f" and input features in multiples of {format_.feature_multiple}"
             )
+    packed = {(expert, format_.operand) for expert, _, format_ in blocks if rotated and not format_.original}
     stacks: list[list[Source]] = [[] for _ in formats]
     counts = [0] * len(formats)
     needs = [0] * (experts + slices)
@@ -137,13 +174,14 @@ def _plan_launch(
     for expert, block, format_ in blocks:
         number = formats.index(format_)
         numbers = range(experts, experts + slices) if expert == SHARED else [expert]
-        stacks[number].append(Source(expert, block, len(numbers)))
+        turned = (expert, format_.operand) in packed
+        stacks[number].append(Source(expert, block, len(numbers), turned and format_.original))
         for place in numbers:
             problems.append((place, number, counts[number], columns[block]))
-            needs[place] |= OPERAND_MASKS[format_.operand]
+            needs[place] |= ROTATED_BF16 if turned and format_.operand == "bf16" else OPERAND_MASKS[format_.operand]
             counts[number] += 1
     order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
     gated = "gate_up" in columns
     in_order = tuple(problems[i] for i in order)
     in_strips = strips([n] * len(columns) * (1 + gated))
-    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), in_strips, gated)
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), in_strips, gated, bool(packed))

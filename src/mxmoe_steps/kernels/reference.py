@@ -6,6 +6,7 @@ import torch
 
 from mxmoe_steps import packing
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import ORIGINAL, SHARED
 
 Problem = tuple[int, int, int, int]  # expert, number of the weight stack, entry in it, output column
@@ -57,14 +58,19 @@ def moe_layer(
     read: Callable[[int, str], QuantizedWeight | torch.Tensor],
     gate: torch.Tensor | None = None,
     shared: bool = False,
+    rotated: bool = False,
 ) -> torch.Tensor:
     """float64 [tokens, H]: the layer that `mxmoe_steps.kernels.moe_layer.MoeLayer` computes, exact but for its bfloat16
     intermediates. ``read(expert, block)``: the weights of gate, up or down; ``gate``: the shared expert's gate logits.
+    ``rotated``: the inputs of packed blocks are.
     """
 
     def linear(block: QuantizedWeight | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if isinstance(block, torch.Tensor):
             return (rows.double() @ block.double().T).bfloat16()
+        if rotated:
+            turned = rotate(rows.float())
+            rows = turned.bfloat16() if block.scheme.act_bits == 16 else turned
         seen = quantize_activations(rows, block.scheme).double()
         return (seen @ block.dequantize().double().T).bfloat16()
 

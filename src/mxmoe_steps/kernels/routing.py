@@ -9,10 +9,11 @@ come after them and take every token.
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
-from mxmoe_steps.kernels.architecture import CLUSTER_SORT, Architecture
+from mxmoe_steps.kernels.architecture import CLUSTER_SORT, ROTATED_KERNELS, Architecture
 from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS
 from mxmoe_steps.kernels.launch import Activations, architecture_of, token_kernel
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
@@ -60,51 +61,54 @@ def dispatch(
     needs: torch.Tensor,
     operands: Collection[str],
     gate: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> tuple[dict[str, Activations], torch.Tensor | None]:
     """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for types of 8 and 4 bits.
 
     ``needs``: int32 [experts + slices], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
     needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
-    experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second.
+    experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second. ``rotated``: types of 8 and 4 bits
+    hold the rotated token, and so does bfloat16 where an expert needs `ROTATED_BF16`.
     """
     activations, outputs = _outputs(x, routed, operands)
     if gate is None:
         spare = _spare(x.device)["bf16"].values
-        token_kernel("dispatch", routed.architecture)(
+        _kernel("dispatch", routed, rotated)(
             x, routed.expert_ids, routed.row, needs, outputs, (spare, spare[0]), routed.slices
         )
         return activations, None
     logits = torch.empty(x.shape[0], dtype=torch.bfloat16, device=x.device)
-    token_kernel("dispatch_gated", routed.architecture)(
+    _kernel("dispatch_gated", routed, rotated)(
         x, routed.expert_ids, routed.row, needs, outputs, (gate, logits), routed.slices
     )
     return activations, logits
 
 
 def swiglu(
-    gate_up: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
+    gate_up: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str], rotated: bool = False
 ) -> dict[str, Activations]:
     """``silu(gate) * up`` of gate_up, bfloat16 [rows, 2 K], rounded to bfloat16, as the operands of the down blocks.
 
-    ``needs`` and ``operands`` as for `dispatch`. The ``slices`` rows of a token are slices of one row: they get one
-    scale, and the last expert's needs.
+    ``needs``, ``operands`` and ``rotated`` as for `dispatch`. The ``slices`` rows of a token are slices of one row: they
+    get one scale and one rotation, and the last expert's needs.
     """
     activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
-    function = token_kernel("swiglu", routed.architecture)
+    function = _kernel("swiglu", routed, rotated)
     function(gate_up, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return activations
 
 
 def quantize(
-    products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
+    products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str], rotated: bool = False
 ) -> dict[str, Activations]:
     """``silu(gate) * up``, bfloat16 [rows, K], as the operands of the down blocks; otherwise as `swiglu`."""
-    unrounded = {"bf16": Activations(products)} if "bf16" in operands else {}
-    scaled = [operand for operand in operands if operand != "bf16"]
-    if not scaled:
+    as_it_is = not rotated and "bf16" in operands
+    unrounded = {"bf16": Activations(products)} if as_it_is else {}
+    made = [operand for operand in operands if not (as_it_is and operand == "bf16")]
+    if not made:
         return unrounded
-    activations, outputs = _outputs(products, routed, scaled)
-    function = token_kernel("quantize", routed.architecture)
+    activations, outputs = _outputs(products, routed, made)
+    function = _kernel("quantize", routed, rotated)
     function(products, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return unrounded | activations
 
@@ -123,6 +127,10 @@ def combine(
     function = token_kernel(name, routed.architecture)
     function(rows, routed.row, weights, gates, out, routed.slices, int(logits is not None))
     return out
+
+
+def _kernel(name: str, routed: Routed, rotated: bool) -> Any:
+    return token_kernel(f"{name}_rotated" if rotated else name, routed.architecture)
 
 
 Outputs = tuple[torch.Tensor, ...]  # bfloat16, then values and scales of `Architecture.scaled_outputs`
@@ -154,8 +162,8 @@ def _spare(device: torch.device) -> dict[str, Activations]:
     return {operand: _empty(operand, 1, EDGE, device) for operand in OPERAND_MASKS}
 
 
-def prepare(device: torch.device, architecture: Architecture) -> None:
-    """Load the kernels and make what all calls on a device share."""
-    for name in architecture.token_kernels:
+def prepare(device: torch.device, architecture: Architecture, rotated: bool = False) -> None:
+    """Load the kernels, also those of ``rotated`` layers, and make what all calls on a device share."""
+    for name in (*architecture.token_kernels, *(ROTATED_KERNELS if rotated else ())):
         token_kernel(name, architecture)
     _spare(device)
