@@ -1,4 +1,4 @@
-"""The rotation inside kernels, emulated: lanes of warps, then threads of a block, bit for bit as `rotate` in float32."""
+"""The rotation inside kernels, emulated: lanes of warps, then threads of a block, bit for bit as `rotate`."""
 
 import importlib.util
 

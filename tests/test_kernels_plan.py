@@ -161,7 +161,7 @@ def test_weights_kept_in_16_bits_beside_rotated_ones_are_rotated() -> None:
 def test_rotations_that_are_too_long_are_refused() -> None:
     schemes = {0: (parse_scheme("w8a8"),) * 3}
     assert plan_layer(schemes, 3 * CHUNK, CHUNK, rotated=True).rotated
-    with pytest.raises(UserError, match="rotated inputs of 16384 features: the kernels rotate up to 8192 at a time"):
+    with pytest.raises(UserError, match="rotated inputs of 16384 features: the kernels rotate up to 8192 together"):
         plan_layer(schemes, 256, 2 * CHUNK, rotated=True)
 
 

@@ -75,7 +75,7 @@ def between_vectors(values: cute.Tensor, span: Int32) -> None:
 
 @cute.jit
 def across_warps(row: cute.Tensor, features: Int32, span: Int32, thread: Int32, threads: int) -> None:
-    """The strides from `OF_WARP` on of ``row``, float32 in shared memory; by a block, which is synchronised after it."""
+    """The strides from `OF_WARP` on of ``row``, float32 in shared memory; by a block, which meets after each pass."""
     for stride, radix, least, most in PASSES:
         if (span >= least) & (span <= most):
             for i in cutlass.range(thread, features // radix, threads, unroll=1):

@@ -4,8 +4,8 @@ A shared expert whose width is s times the routed one runs as s more experts tha
 of its gate and up blocks, columns of its down block. Its problems and those of every format are spread over the launch,
 so that tiles which wait for memory run beside tiles which compute.
 
-Where inputs are rotated, packed blocks read rotated rows and blocks kept in 16 bits plain ones. Gate and up of an
-expert read the same bfloat16 rows: if one of them is packed and both read bfloat16, the other one's weights are rotated.
+Where inputs are rotated, packed blocks read rotated rows and blocks kept in 16 bits plain ones. But gate and up of an
+expert have the same bfloat16 rows: beside a packed block that reads bfloat16, weights kept in 16 bits are rotated, too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -143,7 +143,7 @@ def _check_rotation(*widths: int) -> None:
     for features in widths:
         if span(features) > CHUNK:
             raise UserError(
-                f"rotated inputs of {features} features: the kernels rotate up to {CHUNK} at a time, not {span(features)}"
+                f"rotated inputs of {features} features: the kernels rotate up to {CHUNK} together, not {span(features)}"
             )
 
 

@@ -9,7 +9,7 @@ from cutlass import BFloat16, Float32, Int32, const_expr, cute
 from cutlass.memory import SmemAllocator
 
 from mxmoe_steps.kernels import hadamard, rounding, tokens
-from mxmoe_steps.kernels.activations import THREADS, WARP_VECTORS, WARPS, Quantize, Rows, SwiGlu
+from mxmoe_steps.kernels.activations import THREADS, WARP_VECTORS, Quantize, Rows, SwiGlu
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.rotation import ROTATED_BF16, span
@@ -188,4 +188,3 @@ class QuantizeRotated(RotatedRows, Quantize):
                     eight.store(values[None, j].load() * hadamard.norm(size))
                     hadamard.encode(eight, vector, rotated, scales)
                     rounding.store(vector, rotated, written, row, lane + 32 * j)
-

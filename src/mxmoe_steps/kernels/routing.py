@@ -89,8 +89,8 @@ def swiglu(
 ) -> dict[str, Activations]:
     """``silu(gate) * up`` of gate_up, bfloat16 [rows, 2 K], rounded to bfloat16, as the operands of the down blocks.
 
-    ``needs``, ``operands`` and ``rotated`` as for `dispatch`. The ``slices`` rows of a token are slices of one row: they
-    get one scale and one rotation, and the last expert's needs.
+    ``needs``, ``operands`` and ``rotated`` as for `dispatch`. The ``slices`` rows of a token are slices of one row:
+    they get one scale and one rotation, and the last expert's needs.
     """
     activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
     function = _kernel("swiglu", routed, rotated)
