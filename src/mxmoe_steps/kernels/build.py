@@ -65,11 +65,12 @@ def architecture_of(kernel: Kernel) -> Architecture:
 def library_path(kernel: Kernel, cache: Path | None = None) -> Path:
     """Where a compiled kernel is or would be.
 
-    The name is a hash of the configuration, the generator's code, that of its formats, and the compiler; the same on
-    every machine.
+    The name is a hash of the configuration, the architecture, the generator's code, that of its formats, and the
+    compiler; the same on every machine. Two architectures may have one target: their token kernels differ.
     """
-    spec = kernel.name if isinstance(kernel, TokenKernel) else canonical_json(kernel.spec())
-    parts = [spec, architecture_of(kernel).target, COMPILER]
+    architecture = architecture_of(kernel)
+    spec = f"{architecture.name} {kernel.name}" if isinstance(kernel, TokenKernel) else canonical_json(kernel.spec())
+    parts = [spec, architecture.target, COMPILER]
     parts += [module_hash(module) for module in sorted({__name__, *_sources(kernel)})]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return (cache or default_cache()) / f"{key}.so"

@@ -141,9 +141,10 @@ def _gated(schemes: Mapping[int, Schemes]) -> bool:
 
 def _check_rotation(*widths: int) -> None:
     for features in widths:
-        if span(features) > CHUNK:
+        together = span(features)
+        if together > CHUNK:
             raise UserError(
-                f"rotated inputs of {features} features: the kernels rotate up to {CHUNK} together, not {span(features)}"
+                f"rotated inputs of {features} features: the kernels rotate up to {CHUNK} together, not {together}"
             )
 
 
