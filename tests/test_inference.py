@@ -22,7 +22,7 @@ from mxmoe_steps.gating import SWIGLU
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import moe_layer, reference
-from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS, Architecture
 from mxmoe_steps.kernels.architectures import ARCHITECTURES, CAPABILITIES, DEFAULT, PHASES
 from mxmoe_steps.kernels.build import TokenKernel
 from mxmoe_steps.kernels.plan import LayerPlan
@@ -47,8 +47,10 @@ class TorchLayer:
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = None if self.gate is None else (x @ self.gate.T).squeeze(-1)
-        shared, gating = self.plan.slices > 0, self.plan.gating
-        return reference.moe_layer(x, expert_ids, weights, self.read, logits, shared, gating, self.biases).bfloat16()
+        shared, plan = self.plan.slices > 0, self.plan
+        return reference.moe_layer(
+            x, expert_ids, weights, self.read, logits, shared, plan.rotated, plan.gating, self.biases
+        ).bfloat16()
 
 
 @pytest.fixture
@@ -166,15 +168,26 @@ def test_check_says_which_layers_have_no_kernels_and_why(tmp_path: Path) -> None
         assert len(lines) == len(reasons)
 
 
-def test_rotated_inputs_stay_with_the_reference(
-    tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_checkpoint("qwen3_moe", tmp_path / "model", **SIZES)
-    schemes = ("w4a16", "w4a16", "w16a16")
-    path = pack(tmp_path / "model", tmp_path / "packed", lambda *_: schemes, quantizer="rtn+hadamard")
-    with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
-        move(mxmoe_steps.load_quantized(str(path)))
-    assert "reference arithmetic (the kernels do not rotate inputs)" in caplog.text
+def test_rotated_checkpoints_give_the_logits_of_the_reference(tmp_path: Path, kernels: None) -> None:
+    """Packed blocks read rotated inputs, beside blocks kept in 16 bits, which do not."""
+    make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256)
+    dealt = itertools.cycle(SCHEMES)
+    path = pack(
+        tmp_path / "model",
+        tmp_path / "packed",
+        lambda *_: (next(dealt), next(dealt), next(dealt)),
+        quantizer="rtn+hadamard",
+    )
+    model = mxmoe_steps.load_quantized(str(path), dtype="bfloat16")
+    tokens = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits.float()
+        move(model)
+        got = model(tokens).logits.float()
+    assert model.get_submodule("model.layers.0.mlp").layer.plan.rotated
+    assert (got - expected).norm() / expected.norm() < 0.06
+    names = {kernel.name for kernel in checkpoint_kernels(path, DEFAULT)}
+    assert names >= {*ROTATED_KERNELS, *DEFAULT.token_kernels}
 
 
 def test_some_layers_may_have_kernels_and_others_not(
@@ -238,7 +251,9 @@ def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: p
     make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256, num_hidden_layers=3)
     layers = [("w4a16", "w4a16", "w8a8_fp8"), ("w4a16", "w4a16", "w4a16"), ("w4a4", "w4a16", "w4a16")]
     path = pack(tmp_path / "model", tmp_path / "packed", lambda layer, _: layers[layer])
-    kernels = checkpoint_kernels(path, DEFAULT)
+    every = checkpoint_kernels(path, DEFAULT)
+    assert [one.name for one in every if isinstance(one, TokenKernel)] == list(DEFAULT.token_kernels)
+    kernels = [one for one in every if not isinstance(one, TokenKernel)]
     made = {(*(format_.name for format_ in config.formats), config.gated) for config in kernels}
     assert made == {("w4a16_g128_asym", True), ("w4a16_g128_asym", False), ("w8a8_g-1_sym_fp8", False)}
     assert len(kernels) == len({config.name for config in kernels}) == len(made) * len(PHASES)

@@ -1,6 +1,7 @@
 """What a layer's grouped GEMMs are made of: problems, stacks in kernel order, the slices of a shared expert."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from mxmoe_steps.kernels.launch import problem_table
 from mxmoe_steps.kernels.layouts import quantized_weight
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.moe_layer import _entries, _stack
-from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
+from mxmoe_steps.kernels.plan import LayerPlan, Source, plan_layer
+from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.quantizers.grid import QuantizedWeight, round_to_nearest
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w2a16_g-1_sym", "w1a16",
@@ -126,6 +129,41 @@ def test_more_problems_take_a_larger_table() -> None:
     plan = plan_layer(dict.fromkeys(range(100), schemes), 256, 128)
     assert plan.gate_up.kernels(HOPPER)["decode"].max_problems == 224
     assert plan.down.kernels(HOPPER)["decode"].max_problems == 128
+
+
+def test_an_expert_reads_rotated_rows_or_plain_ones() -> None:
+    w16, w4, w8 = (parse_scheme(name) for name in ("w16a16", "w4a16", "w8a8"))
+    schemes = {0: (w4, w4, w8), 1: (w16, w16, w16), 2: (w16, w8, w4), 3: (w16, w4, w16), SHARED: (w8, w8, w4)}
+    plan = plan_layer(schemes, HIDDEN, INNER, 2 * INNER, rotated=True)
+    bf16, int8 = OPERAND_MASKS["bf16"], OPERAND_MASKS["int8"]
+    assert plan.rotated
+    assert plan.gate_up.needs == (ROTATED_BF16, bf16, bf16 | int8, ROTATED_BF16, int8, int8)
+    assert plan.down.needs == (int8, bf16, ROTATED_BF16, bf16, ROTATED_BF16, ROTATED_BF16)
+    rotate_too = [source for launch in (plan.gate_up, plan.down) for stack in launch.stacks for source in stack]
+    assert [source for source in rotate_too if source.rotate] == [Source(3, "gate", 1, rotate=True)]
+    plain = plan_layer(schemes, HIDDEN, INNER, 2 * INNER)
+    assert not plain.rotated
+    assert replace(plan.down, needs=plain.down.needs, rotated=False) == plain.down
+    only = plan_layer({0: (w16, w16, w8)}, HIDDEN, INNER, rotated=True)
+    assert (only.gate_up.rotated, only.down.rotated, only.rotated) == (False, True, True)
+    assert not plan_layer({0: (w16,) * 3}, HIDDEN, INNER, rotated=True).rotated
+
+
+def test_weights_kept_in_16_bits_beside_rotated_ones_are_rotated() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(INNER, HIDDEN).bfloat16()
+    turned = _entries(lambda *_: weight, Source(0, "gate", 1, rotate=True)).data
+    assert torch.equal(turned, rotate(weight.float()).bfloat16()[None])
+    x = torch.randn(7, HIDDEN)
+    exact = x.double() @ weight.double().T
+    assert (rotate(x).double() @ turned[0].double().T - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_rotations_that_are_too_long_are_refused() -> None:
+    schemes = {0: (parse_scheme("w8a8"),) * 3}
+    assert plan_layer(schemes, 3 * CHUNK, CHUNK, rotated=True).rotated
+    with pytest.raises(UserError, match="rotated inputs of 16384 features: the kernels rotate up to 8192 together"):
+        plan_layer(schemes, 256, 2 * CHUNK, rotated=True)
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,16 @@ MODEL_SCHEMES = ("w4a16_mxfp4", "w4a16", "w8a16", "w6a16")
 
 
 def plan_of(
-    names: Sequence[str], experts: int, sizes: tuple[int, int, int], gating: Gating, elsewhere: bool = False
+    names: Sequence[str],
+    experts: int,
+    sizes: tuple[int, int, int],
+    gating: Gating,
+    elsewhere: bool = False,
+    rotated: bool = False,
 ) -> LayerPlan:
     hidden, inner, slices = sizes
     schemes = schemes_of(names, experts, slices, 1)
-    return plan_layer(schemes, hidden, inner, inner * slices, elsewhere, gating)
+    return plan_layer(schemes, hidden, inner, inner * slices, elsewhere, gating, rotated)
 
 
 class Made:
@@ -70,6 +75,7 @@ class Made:
         gating: Gating = SWIGLU,
         architecture: Architecture = RUN_HERE[0],
         elsewhere: bool = False,
+        rotated: bool = False,
     ) -> None:
         torch.manual_seed(1)
         self.weights = random_weights(schemes_of(names, experts, sizes[2], 1), sizes)
@@ -79,7 +85,7 @@ class Made:
             .cuda()
             for place, weight in self.weights.items()
         }
-        self.plan, self.experts = plan_of(names, experts, sizes, gating, elsewhere), experts
+        self.plan, self.experts = plan_of(names, experts, sizes, gating, elsewhere, rotated), experts
         read_bias = (lambda *block: self.biases[block]) if gating.biased else None
         device = torch.device("cuda", 0)
         self.layer = MoeLayer(
@@ -98,7 +104,7 @@ class Made:
         here, gating = expert_ids < self.experts, self.plan.gating
         exact = reference.moe_layer(
             x, expert_ids.where(here, 0), mixing.where(here, 0), lambda *block: self.weights[block],
-            shared=self.plan.slices > 0, gating=gating,
+            shared=self.plan.slices > 0, rotated=self.plan.rotated, gating=gating,
             biases=(lambda *block: self.biases[block]) if gating.biased else None,
         )  # fmt: skip
         return ((out.double() - exact).norm() / exact.norm()).item()
@@ -123,6 +129,15 @@ def test_every_gating(architecture: Architecture, gating: Gating) -> None:
         error = made.error(tokens, 3)
         print(gating.variant, tokens, error)
         assert error < bound_of(MIXTURES[0])
+
+
+@pytest.mark.parametrize("gating", [CLAMPED_BIASED, UNGATED], ids=lambda one: one.variant)
+@every_architecture
+def test_rotated_inputs(architecture: Architecture, gating: Gating) -> None:
+    sizes = OSS if gating.biased else SLICED
+    made = Made(MIXTURES[0], 8, sizes, gating, architecture, rotated=True)
+    for tokens in (1, 40, 700):
+        assert made.error(tokens, 3) < bound_of(MIXTURES[0])
 
 
 @pytest.mark.parametrize("gating", [CLAMPED_BIASED, UNGATED], ids=lambda one: one.variant)
@@ -260,13 +275,15 @@ def main() -> None:
         for gating in (CLAMPED_BIASED, UNGATED)
         for experts in (1, 7)
     ]
+    plans += [plan_of(MIXTURES[0], 8, OSS, CLAMPED_BIASED, rotated=True)]
+    plans += [plan_of(MIXTURES[0], 8, SLICED, UNGATED, rotated=True)]
     plans += [plan_of([name], 8, (2880, ODD_WIDTHS[0], 0), SWIGLU) for name in UNIFORM]
     with tempfile.TemporaryDirectory() as folder:
         for family in MODELS:
             for kernel in checkpoint_kernels(make_packed(family, Path(folder) / family), DEFAULT):
                 print(build(kernel), kernel.name, flush=True)
     for architecture in [one for one in BUILT if one.capability == DEFAULT.capability]:
-        names = {*architecture.token_kernels, *(name for plan in plans for name in plan.gating.token_kernels)}
+        names = {*architecture.token_kernels, *(name for plan in plans for name in plan.token_kernels)}
         for name in sorted(names):
             print(build(TokenKernel(name, architecture)), architecture.name, name, flush=True)
         launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]

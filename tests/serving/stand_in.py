@@ -7,6 +7,7 @@ import torch
 
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.kernels.reference import product
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -23,9 +24,10 @@ class Kernels:
         self.weights = {(number, block): self._dense(read(number, block)) for number in numbers for block in BLOCKS}
         self.biases = {place: 0.0 if biases is None else biases(*place).clone() for place in self.weights}
 
-    @staticmethod
-    def _dense(block: Any) -> torch.Tensor:
-        return block.clone() if isinstance(block, torch.Tensor) else block.dequantize()
+    def _dense(self, block: Any) -> torch.Tensor:
+        if isinstance(block, torch.Tensor):
+            return block.clone()
+        return rotate(block.dequantize()) if self.plan.rotated else block.dequantize()
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         def linear(block: str, rows: torch.Tensor) -> torch.Tensor:

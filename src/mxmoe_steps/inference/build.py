@@ -22,14 +22,14 @@ from mxmoe_steps.options.target import Target
 
 
 def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
-    """The grouped GEMMs of a checkpoint's layers, each once, and the kernels around them that not all models run."""
+    """The kernels of a checkpoint's layers, each once."""
     from mxmoe_steps.inference.gpu import kernel_experts, plan_of
     from mxmoe_steps.models.gating import kernel_gating
     from mxmoe_steps.models.streaming import StreamedModel
 
     model = StreamedModel(path, "bfloat16", "cpu")
     gating = kernel_gating(model.folder.family, model.folder.text)
-    kernels: dict[str, Kernel] = {}
+    kernels: dict[str, Kernel] = {name: TokenKernel(name, architecture) for name in architecture.token_kernels}
     for layer in model.folder.moe_layers:
         try:
             experts = kernel_experts(model.moe(layer), model.folder.family)
@@ -38,9 +38,9 @@ def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
         except UserError as error:
             print(f"layer {layer}: {error}")
             continue
+        kernels |= {name: TokenKernel(name, architecture) for name in plan.token_kernels}
         for launch in (plan.gate_up, plan.down):
             kernels |= {config.name: config for config in launch.kernels(architecture).values()}
-        kernels |= {name: TokenKernel(name, architecture) for name in gating.token_kernels}
     return list(kernels.values())
 
 
@@ -57,8 +57,7 @@ def build_checkpoint(options: BuildOptions) -> None:
     """Compile what is not in the cache and copy it all to ``options.out``."""
     architecture = for_target(options.target)
     assert architecture is not None  # the option is checked
-    kernels: list[Kernel] = [TokenKernel(name, architecture) for name in architecture.token_kernels]
-    kernels += checkpoint_kernels(options.checkpoint, architecture)
+    kernels = checkpoint_kernels(options.checkpoint, architecture)
     with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
         libraries = list(pool.map(build, kernels))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -133,15 +133,13 @@ def plan_of(experts: Mapping[int, nn.Module], family: Family, gating: Gating, el
         schemes[number] = (own[0], up, down)
     down_proj: Any = experts[0].down_proj
     shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
-    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere, gating)
+    rotated = any(getattr(module, "rotated", False) for expert in experts.values() for module in expert.children())
+    widths = down_proj.out_features, down_proj.in_features, shared.in_features
+    return plan_layer(schemes, *widths, elsewhere, gating, rotated)
 
 
 def _scheme(linear: Any) -> Scheme:
-    if isinstance(linear, PackedLinear):
-        if linear.rotated:
-            raise UserError("the kernels do not rotate inputs")
-        return linear.scheme
-    return ORIGINAL
+    return linear.scheme if isinstance(linear, PackedLinear) else ORIGINAL
 
 
 def check_hardware(device: torch.device, dtype: torch.dtype) -> None:

@@ -201,6 +201,10 @@ class Quantize(Rows):
             blocks = (blocks + (WARPS - 1)) // WARPS
         return (blocks + cutlass.min(slices, 1) * tokens, 1, 1), (blocks,)
 
+    def readable(self, mask: Int32) -> Int32:
+        """Products are bfloat16 already."""
+        return super().readable(mask & self.architecture.scaled_mask)
+
     @cute.kernel
     def kernel(
         self,
@@ -225,7 +229,7 @@ class Quantize(Rows):
         if (block < routed_blocks) & (steps <= WARP_VECTORS):
             entry = block * WARPS + cute.arch.warp_idx()
             if entry < entries:
-                target, mask = rows[entry], self.readable(needs[Int32(experts[entry])] & self.architecture.scaled_mask)
+                target, mask = rows[entry], self.readable(needs[Int32(experts[entry])])
                 if const_expr(self.architecture.overlaps):
                     cute.arch.griddepcontrol_wait()
                 self.by_warp(inputs, target, mask, steps, written)
@@ -235,7 +239,7 @@ class Quantize(Rows):
                 first, mask = rows[block], needs[Int32(experts[block])]
             else:
                 first, mask, count = entries + block - routed_blocks, needs[needs.shape[0] - 1], slices
-            mask = self.readable(mask & self.architecture.scaled_mask)
+            mask = self.readable(mask)
             if const_expr(self.architecture.overlaps):
                 cute.arch.griddepcontrol_wait()
             if mask != 0:

@@ -5,7 +5,8 @@
 Six launches, whatever the mixture; the router stays the model's own. Where gate and up have the same scheme in every
 expert, their launch ends with SwiGLU: then the fourth only quantizes, or is left out where down blocks read bfloat16.
 The gate of a shared expert is multiplied where its tokens are dispatched. Where experts are no plain SwiGLU, the fourth
-launch is `activate.Activate`; biases of gate and up are added there, those of down in the last launch.
+launch is `activate.Activate`; biases of gate and up are added there, those of down in the last launch. Rotated inputs
+of packed blocks are made in float32 where they are rounded, in the second and the fourth launch.
 Between launches lie bfloat16 gate and up (if SwiGLU is one), bfloat16 or 8-bit products, and bfloat16 rows of the down
 blocks; sums are float32. Nothing waits for the GPU. What launches own is made with the layer, so that its first call
 can be captured in a CUDA graph.
@@ -36,6 +37,7 @@ from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
 from mxmoe_steps.kernels.routing import Routed, activate, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight
+from mxmoe_steps.quantizers.hadamard import rotate
 
 Block = QuantizedWeight | torch.Tensor  # [N, K]
 Read = Callable[[int, str], Block]  # expert (`SHARED` for the shared one) and block kind to its weights
@@ -102,7 +104,7 @@ class MoeLayer:
         if biases is not None:
             self.inner_biases, self.down_biases = self._biases(biases)
         with torch.cuda.device(device):
-            prepare(device, self.architecture, plan.gating)
+            prepare(device, (*self.architecture.token_kernels, *plan.token_kernels), self.architecture)
             self.gate_up = self._prepare(plan.gate_up, columns, read)
             self.down = self._prepare(plan.down, plan.hidden, read)
 
@@ -138,22 +140,28 @@ class MoeLayer:
         return torch.cat([self._run(*part) for part in parts]) if tokens else torch.empty_like(x)
 
     def _run(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        up, down = self.gate_up, self.down
         routed = self.sort(expert_ids)
-        activations, logits = dispatch(x, routed, up.needs, up.plan.operands, self.gate)
-        return self.combine(down(self.activate(up(activations, routed), routed), routed), routed, weights, logits)
+        activations, logits = self.dispatch(x, routed)
+        inner = self.activate(self.gate_up(activations, routed), routed)
+        return self.combine(self.down(inner, routed), routed, weights, logits)
 
     def sort(self, expert_ids: torch.Tensor) -> Routed:
         """The router's choices [tokens, top_k], sorted by expert."""
         return sort_by_expert(expert_ids, self.plan.experts, self.plan.slices, self.architecture)
 
+    def dispatch(self, x: torch.Tensor, routed: Routed) -> tuple[dict[str, Activations], torch.Tensor | None]:
+        """The gate and up blocks' operands of ``x`` [tokens, hidden]; logits of the shared expert's gate."""
+        up = self.gate_up
+        return dispatch(x, routed, up.needs, up.plan.operands, self.gate, up.plan.rotated)
+
     def activate(self, gate_up: torch.Tensor, routed: Routed) -> dict[str, Activations]:
         """The down blocks' operands from the output of the gate/up launch: gate and up, or already their product."""
-        gating, needs, operands = self.plan.gating, self.down.needs, self.down.plan.operands
+        gating, needs = self.plan.gating, self.down.needs
+        operands, rotated = self.down.plan.operands, self.down.plan.rotated
         if not gating.plain:
-            return activate(gate_up, routed, needs, operands, gating, self.inner_biases)
+            return activate(gate_up, routed, needs, operands, gating, self.inner_biases, rotated)
         act = quantize if self.gate_up.plan.gated else swiglu
-        return act(gate_up, routed, needs, operands)
+        return act(gate_up, routed, needs, operands, rotated)
 
     def combine(
         self, rows: torch.Tensor, routed: Routed, weights: torch.Tensor, logits: torch.Tensor | None
@@ -205,6 +213,8 @@ def _entries(read: Read, source: Source) -> KernelWeights:
 
     blocks = ("gate", "up") if source.block == "gate_up" else (source.block,)
     weights = [_filled(read(source.expert, block), block, source.padding) for block in blocks]
+    if source.rotate:
+        weights = [rotate(weight.float()).bfloat16() for weight in weights if isinstance(weight, torch.Tensor)]
 
     def entries(part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         parts = [cut(part(weight)) for weight in weights]

@@ -7,6 +7,7 @@ import torch
 from mxmoe_steps import packing
 from mxmoe_steps.gating import CLAMPED, SWIGLU, Gating
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import ORIGINAL, SHARED
 
 Problem = tuple[int, int, int, int]  # expert, number of the weight stack, entry in it, output column
@@ -76,17 +77,21 @@ def moe_layer(
     read: Callable[[int, str], QuantizedWeight | torch.Tensor],
     gate: torch.Tensor | None = None,
     shared: bool = False,
+    rotated: bool = False,
     gating: Gating = SWIGLU,
     biases: Callable[[int, str], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """float64 [tokens, H]: the layer that `mxmoe_steps.kernels.moe_layer.MoeLayer` computes, exact but for its bfloat16
     intermediates. ``read(expert, block)``: the weights of gate, up or down; ``gate``: the shared expert's gate logits.
-    ``biases(expert, block)``: of a biased ``gating``.
+    ``rotated``: the inputs of packed blocks are. ``biases(expert, block)``: of a biased ``gating``.
     """
 
     def linear(block: QuantizedWeight | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if isinstance(block, torch.Tensor):
             return (rows.double() @ block.double().T).bfloat16()
+        if rotated:
+            turned = rotate(rows.float())
+            rows = turned.bfloat16() if block.scheme.act_bits == 16 else turned
         seen = quantize_activations(rows, block.scheme).double()
         return (seen @ block.dequantize().double().T).bfloat16()
 
