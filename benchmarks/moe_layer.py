@@ -202,7 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="compile the kernels and stop")
     parser.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "SVG"), help="draw an earlier --out and stop")
-    parser.add_argument("--runs", nargs="*", default=list(RUNS), help="schemes, the mixtures hot and blocks, any +hadamard")
+    parser.add_argument(
+        "--runs", nargs="*", default=list(RUNS), help="schemes, the mixtures hot and blocks, any +hadamard"
+    )
     parser.add_argument("--workloads", nargs="*", default=[workload.name for workload in WORKLOADS])
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--out", type=Path, help="write every cell as JSON")
