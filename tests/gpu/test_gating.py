@@ -246,9 +246,11 @@ def test_a_model_generates_what_transformers_does_with_its_weights(family: str, 
             write_weights(exact, packed, family, layer)
         logits = exact(text).logits[:, 10:-1]
         got = model(text.cuda()).logits[:, 10:-1].cpu().float()
+        rounded = mxmoe_steps.load_quantized(str(path), dtype="bfloat16")(text).logits[:, 10:-1].float()
     behind = logits.amax(-1) - logits.gather(-1, text[:, 11:, None])[..., 0]
     print(family, "same tokens:", (behind == 0).float().mean().item(), "furthest behind:", behind.max().item())
-    assert (got - logits).norm() / logits.norm() < 0.05
+    print((got - logits).norm() / logits.norm(), (rounded - logits).norm() / logits.norm())
+    assert (got - logits).norm() < 1.5 * (rounded - logits).norm()
     assert (behind == 0).float().mean() > 0.8
     assert behind.max() < 0.2 * logits.std()
 
