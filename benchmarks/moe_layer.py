@@ -9,7 +9,7 @@ grouped GEMM, weighted sum; the shared expert with its sigmoid gate where the mo
 MoE module in transformers with ``experts_implementation="grouped_mm"`` in bfloat16, router left out as well. Workloads,
 routing and timing as in group_gemm.py: CUDA graphs, median of replays, L2 flushed before each. Mixtures: ``hot``, the
 shared expert and the busiest quarter of the routed ones at w8a8_fp8 and the others at w4a16; ``blocks``, one of
-w2a16, w4a16 and w8a8_fp8 for every block at random.
+w2a16, w4a16 and w8a8_fp8 for every block at random. ``+hadamard`` after any of them: with rotated inputs.
 """
 
 import argparse
@@ -22,11 +22,12 @@ import torch
 from group_gemm import WORKLOADS, Workload, floor_us, random_weights
 
 from mxmoe_steps.kernels import reference
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS
 from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
-from mxmoe_steps.kernels.routing import dispatch
+from mxmoe_steps.quantizers.names import ROTATED, is_rotated
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.stages import STAGES, stages_of
 from mxmoe_steps.timing.timer import Timer
@@ -41,6 +42,7 @@ DRAWN_TOKENS = (16, 256, 1024, 8192)
 
 def schemes_of(run: str, workload: Workload) -> dict[int, Schemes]:
     """Schemes of every expert under a run's name."""
+    run = run.removesuffix(ROTATED)
     w4, fp8 = parse_scheme("w4a16"), parse_scheme("w8a8_fp8")
     numbers = [*range(workload.experts), *([SHARED] if SLICES[workload.name] else [])]
     if run == "hot":
@@ -56,7 +58,8 @@ def schemes_of(run: str, workload: Workload) -> dict[int, Schemes]:
 
 def plan_run(run: str, workload: Workload) -> LayerPlan:
     inner = workload.intermediate
-    return plan_layer(schemes_of(run, workload), workload.hidden, inner, inner * SLICES[workload.name])
+    shared = inner * SLICES[workload.name]
+    return plan_layer(schemes_of(run, workload), workload.hidden, inner, shared, rotated=is_rotated(run))
 
 
 def make_layer(run: str, workload: Workload) -> tuple[MoeLayer, dict[tuple[int, str], Block]]:
@@ -108,10 +111,9 @@ def measure_layer(timer: Timer, run: str, workload: Workload, tokens: tuple[int,
         cell |= {stage: timer(function) for stage, function in stages.items()}
         if count == CHECKED_TOKENS:
             out = layer(x, expert_ids, mixing).double()
-            routed = layer.sort(expert_ids)
-            _, logits = dispatch(x, routed, layer.gate_up.needs, layer.gate_up.plan.operands, layer.gate)
-            shared = layer.plan.slices > 0
-            exact = reference.moe_layer(x, expert_ids, mixing, lambda e, b: weights[e, b], logits, shared)
+            _, logits = layer.dispatch(x, layer.sort(expert_ids))
+            shared, rotated = layer.plan.slices > 0, layer.plan.rotated
+            exact = reference.moe_layer(x, expert_ids, mixing, lambda e, b: weights[e, b], logits, shared, rotated)
             cell |= {"error": ((out - exact).norm() / exact.norm()).item()}
         cells.append(cell)
     return cells
@@ -200,7 +202,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="compile the kernels and stop")
     parser.add_argument("--draw", nargs=2, type=Path, metavar=("JSON", "SVG"), help="draw an earlier --out and stop")
-    parser.add_argument("--runs", nargs="*", default=list(RUNS), help="schemes, or the mixtures hot and blocks")
+    parser.add_argument(
+        "--runs", nargs="*", default=list(RUNS), help="schemes, the mixtures hot and blocks, any +hadamard"
+    )
     parser.add_argument("--workloads", nargs="*", default=[workload.name for workload in WORKLOADS])
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--out", type=Path, help="write every cell as JSON")
@@ -214,7 +218,8 @@ def main() -> None:
         launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
         for config in {config: None for launch in launches for config in launch.kernels(DEFAULT).values()}:
             print(build(config), config.name, flush=True)
-        for name in DEFAULT.token_kernels:
+        rotated = ROTATED_KERNELS if any(plan.rotated for plan in plans) else ()
+        for name in (*DEFAULT.token_kernels, *rotated):
             print(build(TokenKernel(name)), name)
         return
     torch.manual_seed(0)

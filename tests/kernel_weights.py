@@ -10,7 +10,7 @@ def random_weight(name: str, entries: int, rows: int, features: int, seed: int =
     """Codes over their whole range with random scales and zero points."""
     scheme = parse_scheme(name)
     generator = torch.Generator().manual_seed(seed)
-    groups = features // scheme.group_size(features)
+    groups = -(-features // scheme.group_size(features))
     codes = torch.randint(0, 2**scheme.weight_bits, (entries, rows, features), generator=generator, dtype=torch.uint8)
     if scheme.fp8 and scheme.weight_bits == 8:
         codes = torch.randn(entries, rows, features, generator=generator).mul(30).to(E4M3)

@@ -14,6 +14,8 @@ from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import round_to_nearest
+from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.quantizers.names import is_rotated
 from mxmoe_steps.schemes import BLOCKS, parse_scheme
 
 
@@ -32,6 +34,7 @@ def pack(
                 if name == "w16a16":
                     continue
                 weight = read_block(source, layer, [expert], block)[0].float()
+                weight = rotate(weight) if is_rotated(quantizer) else weight
                 for part, tensor in round_to_nearest(weight, parse_scheme(name)).tensors().items():
                     stores.setdefault(name, {})[f"{layer}.{expert}.{block}.{part}"] = tensor
     store, allocation = folder / "packed", folder / "allocation.json"

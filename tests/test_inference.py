@@ -18,14 +18,17 @@ from packed import pack
 import mxmoe_steps
 from mxmoe_steps import check
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import SWIGLU
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.build import checkpoint_kernels
 from mxmoe_steps.kernels import moe_layer, reference
-from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS, Architecture
 from mxmoe_steps.kernels.architectures import ARCHITECTURES, CAPABILITIES, DEFAULT, PHASES
+from mxmoe_steps.kernels.build import TokenKernel
 from mxmoe_steps.kernels.plan import LayerPlan
 from mxmoe_steps.models.adapters import FAMILIES
-from mxmoe_steps.models.families import open_model
+from mxmoe_steps.models.families import ACTIVATIONS, open_model
+from mxmoe_steps.models.gating import gating_of, kernel_gating
 from mxmoe_steps.schemes import SHARED
 
 SIZES = {"hidden_size": 128, "intermediate_size": 128, "moe_intermediate_size": 128}
@@ -36,13 +39,18 @@ SCHEMES = ["w4a16", "w8a8_fp8", "w16a16", "w2a16", "w8a8", "w4a8_fp8", "w8a16", 
 class TorchLayer:
     """`MoeLayer` in torch, on the CPU."""
 
-    def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
+    def __init__(
+        self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None, biases: Any = None
+    ) -> None:
         plan.check(DEFAULT)
-        self.plan, self.read, self.device, self.gate = plan, read, device, gate
+        self.plan, self.read, self.device, self.gate, self.biases = plan, read, device, gate, biases
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = None if self.gate is None else (x @ self.gate.T).squeeze(-1)
-        return reference.moe_layer(x, expert_ids, weights, self.read, logits, self.plan.slices > 0).bfloat16()
+        shared, plan = self.plan.slices > 0, self.plan
+        return reference.moe_layer(
+            x, expert_ids, weights, self.read, logits, shared, plan.rotated, plan.gating, self.biases
+        ).bfloat16()
 
 
 @pytest.fixture
@@ -82,6 +90,18 @@ def test_every_family_with_kernels_gives_the_logits_of_the_reference(
     assert (got - expected).norm() / expected.norm() < 0.06
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "nemotron_h", "gemma4"])
+def test_the_kernels_are_told_the_gating_of_the_reference(family: str, activation: str) -> None:
+    config = {FAMILIES[family].activation: activation, "swiglu_limit": 0.5}
+    kernels = kernel_gating(FAMILIES[family], config)
+    gate, up = torch.randn(2, 3, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).unbind()
+    expected = gating_of(FAMILIES[family], config)(gate, up)
+    got = reference.product(kernels, gate if kernels.gated else None, up)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    assert kernels.biased == FAMILIES[family].biased
+
+
 def test_a_model_on_the_kernels_is_not_saved(tmp_path: Path, kernels: None) -> None:
     model = mxmoe_steps.load_quantized(str(make_packed(tmp_path, "qwen3_moe", ["w4a16"])))
     move(model)
@@ -101,26 +121,15 @@ def test_inputs_must_be_where_the_weights_are(tmp_path: Path, kernels: None) -> 
     [
         ("qwen3_moe", "w4a4", {}, "scheme w4a4_g128_sym: H100, H200 (sm_90a) have no int4 tensor cores"),
         ("qwen3_moe", "w4a16_g64", {}, "scheme w4a16_g64_asym: no GPU kernel"),
-        ("qwen3_moe", "w4a16", {"moe_intermediate_size": 192}, "input features in multiples of 128"),
-        (
-            "qwen3_moe",
-            "w8a8_fp8",
-            {"moe_intermediate_size": 352},
-            "blocks of 352 x 128 under w8a8_g-1_sym_fp8: kernels",
-        ),
-        ("qwen3_moe", "w2a16", {"moe_intermediate_size": 720}, "blocks of 720 x 128 under w2a16_g128_asym: kernels"),
-        ("glm4_moe", "w4a16", {"moe_intermediate_size": 736, "first_k_dense_replace": 0}, "blocks of 736 x 128 under"),
+        ("qwen3_moe", "w4a16", {"hidden_size": 96}, "hidden states of 96 features: kernels need a multiple of 64"),
         ("qwen2_moe", "w8a16", {"moe_intermediate_size": 192}, "shared expert of width 256: no multiple"),
-        ("qwen3_moe", "w4a16", {"hidden_act": "gelu"}, "no activation gelu"),
-        ("gpt_oss", "w4a16", {}, "the kernels do not clamp gate and up"),
-        ("gemma4", "w4a16", {"hidden_activation": "silu"}, "router and experts are no module of their own"),
-        ("llama4", "w4a16", {"moe_layers": [0, 1]}, "router weights multiply inputs"),
         (
-            "nemotron_h",
+            "qwen2_moe",
             "w4a16",
-            {"layers_block_type": ["moe", "moe", "attention"], "mlp_hidden_act": "silu"},
-            "experts have no gate",
+            {"moe_intermediate_size": 192, "shared_expert_intermediate_size": 384},
+            "slices of the routed experts' width, 192, and need a multiple of 128",
         ),
+        ("gemma4", "w4a16", {"hidden_activation": "silu"}, "router and experts are no module of their own"),
     ],
 )
 def test_layers_without_a_kernel_stay_and_say_why(
@@ -142,13 +151,13 @@ def test_layers_without_a_kernel_stay_and_say_why(
 
 
 def test_check_says_which_layers_have_no_kernels_and_why(tmp_path: Path) -> None:
-    """Widths that are multiples of 32; of 64, which kernels of groups do not take; and of 128."""
+    """Two slices of a shared expert, each of a multiple of 32, of 64, which may cut a group, and of 128; one slice."""
     schemes = ["w4a16", "w8a8_fp8"]
-    odd = "blocks of {0} x 128 under {1}: kernels need output features in multiples of 64"
-    group = "blocks of 128 x {0} under {1}: kernels need output features in multiples of 64 and input features in"
-    expected = {352: [odd, odd], 736: [odd, odd], 192: [group], 256: []}
-    for width, reasons in expected.items():
-        make_checkpoint("deepseek_v3", tmp_path / str(width), **SIZES | {"moe_intermediate_size": width})
+    cut = "down blocks under {1}: kernels cut a shared expert into slices of the routed experts' width, {0}, and need"
+    expected = {(352, 2): [cut, cut], (192, 2): [cut], (256, 2): [], (352, 1): []}
+    for (width, shared), reasons in expected.items():
+        sizes = SIZES | {"moe_intermediate_size": width, "n_shared_experts": shared}
+        make_checkpoint("deepseek_v3", tmp_path / str(width), **sizes)
         options: Any = SimpleNamespace(candidates=schemes)
         lines = list(check.without_kernels(options, open_model(tmp_path / str(width))))
         for line, reason, scheme in zip(lines, reasons, ["w4a16_g128_asym", "w8a8_g-1_sym_fp8"], strict=False):
@@ -159,15 +168,26 @@ def test_check_says_which_layers_have_no_kernels_and_why(tmp_path: Path) -> None
         assert len(lines) == len(reasons)
 
 
-def test_rotated_inputs_stay_with_the_reference(
-    tmp_path: Path, kernels: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    make_checkpoint("qwen3_moe", tmp_path / "model", **SIZES)
-    schemes = ("w4a16", "w4a16", "w16a16")
-    path = pack(tmp_path / "model", tmp_path / "packed", lambda *_: schemes, quantizer="rtn+hadamard")
-    with caplog.at_level(logging.INFO, logger="mxmoe_steps"):
-        move(mxmoe_steps.load_quantized(str(path)))
-    assert "reference arithmetic (the kernels do not rotate inputs)" in caplog.text
+def test_rotated_checkpoints_give_the_logits_of_the_reference(tmp_path: Path, kernels: None) -> None:
+    """Packed blocks read rotated inputs, beside blocks kept in 16 bits, which do not."""
+    make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256)
+    dealt = itertools.cycle(SCHEMES)
+    path = pack(
+        tmp_path / "model",
+        tmp_path / "packed",
+        lambda *_: (next(dealt), next(dealt), next(dealt)),
+        quantizer="rtn+hadamard",
+    )
+    model = mxmoe_steps.load_quantized(str(path), dtype="bfloat16")
+    tokens = torch.randint(3, 90, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(tokens).logits.float()
+        move(model)
+        got = model(tokens).logits.float()
+    assert model.get_submodule("model.layers.0.mlp").layer.plan.rotated
+    assert (got - expected).norm() / expected.norm() < 0.06
+    names = {kernel.name for kernel in checkpoint_kernels(path, DEFAULT)}
+    assert names >= {*ROTATED_KERNELS, *DEFAULT.token_kernels}
 
 
 def test_some_layers_may_have_kernels_and_others_not(
@@ -217,7 +237,7 @@ def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> No
     moe = mxmoe_steps.load_quantized(str(path)).get_submodule("model.layers.0.mlp")
     family = FAMILIES["qwen2_moe"]
     experts = gpu.expert_modules(moe, family)
-    here, plan = (gpu.plan_of(experts, family, "silu", elsewhere) for elsewhere in (False, True))
+    here, plan = (gpu.plan_of(experts, family, SWIGLU, elsewhere) for elsewhere in (False, True))
     assert plan.elsewhere
     assert (plan.experts, plan.slices) == (here.experts + 1, here.slices) == (5, 2)
     for launch, other in ((plan.gate_up, here.gate_up), (plan.down, here.down)):
@@ -231,11 +251,25 @@ def test_a_checkpoints_kernels_are_those_of_its_layers(tmp_path: Path, capsys: p
     make_checkpoint("qwen2_moe", tmp_path / "model", **SIZES, shared_expert_intermediate_size=256, num_hidden_layers=3)
     layers = [("w4a16", "w4a16", "w8a8_fp8"), ("w4a16", "w4a16", "w4a16"), ("w4a4", "w4a16", "w4a16")]
     path = pack(tmp_path / "model", tmp_path / "packed", lambda layer, _: layers[layer])
-    kernels = checkpoint_kernels(path, DEFAULT)
+    every = checkpoint_kernels(path, DEFAULT)
+    assert [one.name for one in every if isinstance(one, TokenKernel)] == list(DEFAULT.token_kernels)
+    kernels = [one for one in every if not isinstance(one, TokenKernel)]
     made = {(*(format_.name for format_ in config.formats), config.gated) for config in kernels}
     assert made == {("w4a16_g128_asym", True), ("w4a16_g128_asym", False), ("w8a8_g-1_sym_fp8", False)}
     assert len(kernels) == len({config.name for config in kernels}) == len(made) * len(PHASES)
     assert "layer 2: scheme w4a4_g128_sym: H100, H200 (sm_90a) have no int4 tensor cores" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_gpt_oss_has_kernels_of_its_own_and_of_the_format_it_is_published_in(tmp_path: Path) -> None:
+    path = make_packed(tmp_path, "gpt_oss", ["w4a16_mxfp4"], hidden_size=192, intermediate_size=96)
+    kernels = checkpoint_kernels(path, DEFAULT)
+    around = {kernel.name for kernel in kernels if isinstance(kernel, TokenKernel)}
+    own = {"activate_clamped-biased", "combine_bf16_biased", "combine_float32_biased"}
+    assert around == own | set(DEFAULT.token_kernels)
+    made = {
+        (format_.name, config.gated) for config in kernels if config.name not in around for format_ in config.formats
+    }
+    assert made == {("w4a16_g32_sym_mxfp4", False)}
 
 
 def test_without_a_gpu_the_log_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mxmoe_steps.gating import CLAMPED, Gating
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS
 from mxmoe_steps.kernels.build import TokenKernel, build, default_cache, library_path
 from mxmoe_steps.kernels.codes.format import Format
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
@@ -99,12 +101,22 @@ def test_a_table_of_512_problems_fits(cache: Path) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", HOPPER.token_kernels)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *HOPPER.token_kernels,
+        *ROTATED_KERNELS,
+        *Gating(CLAMPED, biased=True).token_kernels,
+        "activate_gelu",
+        "activate_relu2-ungated",
+        "activate_clamped-biased_rotated",
+    ],
+)
 def test_token_kernels_keep_to_registers_and_move_16_bytes_at_a_time(name: str, cache: Path) -> None:
     sass = disassemble(build(TokenKernel(name), cache).with_suffix(".cubin"))
     code = inspect(sass)
     assert (code.spills, code.early_reads, code.matrix) == (0, [], {})
-    assert code.registers <= 64
+    assert code.registers <= (96 if name == "quantize_rotated" else 64)  # a warp holds a row of float32
     if not name.startswith("sort"):
         assert "LDG.E.128" in sass
         assert ("STG.E.64" if name == "quantize" else "STG.E.128") in sass  # that one stores eight codes of a byte

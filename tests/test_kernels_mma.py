@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_weights import random_weight
 
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS
 from mxmoe_steps.kernels.build import TokenKernel, build, default_cache
 from mxmoe_steps.kernels.codes.format import GROUP
 from mxmoe_steps.kernels.formats import FORMATS
@@ -222,7 +223,7 @@ def test_machine_code_is_native_and_keeps_to_registers(architecture: MmaSync, ph
 @needs_compiler
 @pytest.mark.parametrize("architecture", GPUS[1:3], ids=lambda one: one.target)
 def test_token_kernels_of_older_gpus(architecture: MmaSync, cache: Path) -> None:
-    for name in ("sort_1", "dispatch", "swiglu", "quantize"):
+    for name in ("sort_1", "dispatch", "swiglu", "quantize", "activate_clamped-biased", *ROTATED_KERNELS):
         sass = disassemble(build(TokenKernel(name, architecture), cache).with_suffix(".cubin"))
         code = inspect(sass)
         assert (code.spills, code.matrix) == (0, {})

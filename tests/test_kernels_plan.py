@@ -1,18 +1,22 @@
 """What a layer's grouped GEMMs are made of: problems, stacks in kernel order, the slices of a shared expert."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import CLAMPED, Gating, of_variant
 from mxmoe_steps.kernels.launch import problem_table
 from mxmoe_steps.kernels.layouts import quantized_weight
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.moe_layer import _entries, _stack
-from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
+from mxmoe_steps.kernels.plan import LayerPlan, Source, plan_layer
+from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.quantizers.grid import QuantizedWeight, round_to_nearest
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w2a16_g-1_sym", "w1a16",
@@ -127,16 +131,111 @@ def test_more_problems_take_a_larger_table() -> None:
     assert plan.down.kernels(HOPPER)["decode"].max_problems == 128
 
 
+def test_an_expert_reads_rotated_rows_or_plain_ones() -> None:
+    w16, w4, w8 = (parse_scheme(name) for name in ("w16a16", "w4a16", "w8a8"))
+    schemes = {0: (w4, w4, w8), 1: (w16, w16, w16), 2: (w16, w8, w4), 3: (w16, w4, w16), SHARED: (w8, w8, w4)}
+    plan = plan_layer(schemes, HIDDEN, INNER, 2 * INNER, rotated=True)
+    bf16, int8 = OPERAND_MASKS["bf16"], OPERAND_MASKS["int8"]
+    assert plan.rotated
+    assert plan.gate_up.needs == (ROTATED_BF16, bf16, bf16 | int8, ROTATED_BF16, int8, int8)
+    assert plan.down.needs == (int8, bf16, ROTATED_BF16, bf16, ROTATED_BF16, ROTATED_BF16)
+    rotate_too = [source for launch in (plan.gate_up, plan.down) for stack in launch.stacks for source in stack]
+    assert [source for source in rotate_too if source.rotate] == [Source(3, "gate", 1, rotate=True)]
+    plain = plan_layer(schemes, HIDDEN, INNER, 2 * INNER)
+    assert not plain.rotated
+    assert replace(plan.down, needs=plain.down.needs, rotated=False) == plain.down
+    only = plan_layer({0: (w16, w16, w8)}, HIDDEN, INNER, rotated=True)
+    assert (only.gate_up.rotated, only.down.rotated, only.rotated) == (False, True, True)
+    assert not plan_layer({0: (w16,) * 3}, HIDDEN, INNER, rotated=True).rotated
+
+
+def test_weights_kept_in_16_bits_beside_rotated_ones_are_rotated() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(INNER, HIDDEN).bfloat16()
+    turned = _entries(lambda *_: weight, Source(0, "gate", 1, rotate=True)).data
+    assert torch.equal(turned, rotate(weight.float()).bfloat16()[None])
+    x = torch.randn(7, HIDDEN)
+    exact = x.double() @ weight.double().T
+    assert (rotate(x).double() @ turned[0].double().T - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_rotations_that_are_too_long_are_refused() -> None:
+    schemes = {0: (parse_scheme("w8a8"),) * 3}
+    assert plan_layer(schemes, 3 * CHUNK, CHUNK, rotated=True).rotated
+    with pytest.raises(UserError, match="rotated inputs of 16384 features: the kernels rotate up to 8192 together"):
+        plan_layer(schemes, 256, 2 * CHUNK, rotated=True)
+
+
 @pytest.mark.parametrize(
     ("scheme", "sizes", "said"),  # sizes: hidden, routed width, shared width
     [
         ("w4a4_g64", (256, 128, 256), "w4a4_g64_sym: no GPU kernel"),
         ("w4a16_g64", (256, 128, 256), "w4a16_g64_asym: no GPU kernel"),
-        ("w4a16", (256, 192, 192), "multiples of 64 and input features in multiples of 128"),
-        ("w16a16", (256, 96, 96), "multiples of 64"),
+        ("w4a16", (256, 192, 384), "slices of the routed experts' width, 192, and need a multiple of 128"),
+        ("w16a16", (256, 96, 192), "slices of the routed experts' width, 96, and need a multiple of 64"),
+        ("w16a16", (96, 128, 128), "hidden states of 96 features: kernels need a multiple of 64"),
         ("w16a16", (256, 192, 256), "shared expert of width 256: no multiple"),
     ],
 )
 def test_layers_without_a_kernel_say_why(scheme: str, sizes: tuple[int, int, int], said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan_layer({0: (parse_scheme(scheme),) * 3, SHARED: (parse_scheme("w16a16"),) * 3}, *sizes)
+
+
+@pytest.mark.parametrize("width", [32, 192, 352, 720])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_odd_widths_are_filled_up_with_features_of_zeros(name: str, width: int) -> None:
+    """Rows of gate and up are zero, columns of down meet these; 192 hidden features are a group and a half."""
+    torch.manual_seed(width)
+    hidden, scheme = 192, parse_scheme(name)
+    whole = {
+        (expert, block): torch.randn(*((hidden, width) if block == "down" else (width, hidden))) * 0.1
+        for expert in (0, SHARED)
+        for block in BLOCKS
+    }
+    weights: Weights = {
+        place: matrix.bfloat16() if scheme.is_original else round_to_nearest(matrix, scheme)
+        for place, matrix in whole.items()
+    }
+    up = parse_scheme("w8a16") if name != "w8a16" else parse_scheme("w4a16")  # gate and up are blocks of their own
+    for expert in (0, SHARED):
+        weights[expert, "up"] = round_to_nearest(whole[expert, "up"], up)
+    plan = plan_layer(dict.fromkeys((0, SHARED), (scheme, up, scheme)), hidden, width, width)
+    filled = width + -width % 64
+    assert (plan.intermediate, plan.padding, plan.slices) == (filled, filled - width, 1)
+    for launch in (plan.gate_up, plan.down):
+        for sources in launch.stacks:
+            for source in sources:
+                stack = _entries(lambda *block: weights[block], source)
+                block = weights[source.expert, source.block]
+                assert (stack.out_features, stack.in_features) == (
+                    (hidden, filled) if source.block == "down" else (filled, hidden)
+                )
+                if isinstance(block, torch.Tensor):
+                    got = stack.data[0].double()
+                else:
+                    got = dense(quantized_weight(stack, block.scheme))[0]
+                rows, features = block.shape if isinstance(block, torch.Tensor) else block.codes.shape
+                assert torch.equal(got[:rows, :features], dense(block))
+                assert (got[rows:] == 0).all()
+                assert got.isfinite().all()
+
+
+def test_other_gatings_have_launches_of_their_own() -> None:
+    w4 = parse_scheme("w4a16")
+    schemes = dict.fromkeys((0, 1), (w4, w4, w4))
+    assert plan_layer(schemes, HIDDEN, INNER).gate_up.gated
+    gelu = plan_layer(schemes, HIDDEN, INNER, gating=Gating("gelu"))
+    assert not gelu.gate_up.gated
+    assert sorted(problem[3] for problem in gelu.gate_up.problems) == [0, 0, INNER, INNER]
+    ungated = plan_layer(schemes, HIDDEN, INNER, gating=Gating("relu2", gated=False))
+    assert [source.block for source in ungated.gate_up.stacks[0]] == ["up", "up"]
+    assert [problem[3] for problem in ungated.gate_up.problems] == [0, 0]
+    with pytest.raises(UserError, match="no biases of a shared expert"):
+        plan_layer(schemes | {SHARED: (w4, w4, w4)}, HIDDEN, INNER, INNER, gating=Gating(biased=True))
+
+
+@pytest.mark.parametrize("gating", [Gating(), Gating(CLAMPED, biased=True), Gating("relu2", gated=False)])
+def test_a_gating_is_told_by_the_name_of_its_kernel(gating: Gating) -> None:
+    assert of_variant(gating.variant) == gating
+    assert gating.plain == (gating.token_kernels == ())

@@ -11,6 +11,7 @@ import torch
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels import launch, reference
 from mxmoe_steps.kernels.architecture import Configuration
+from mxmoe_steps.kernels.architectures import BUILT
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.layouts import KernelWeights, original_weights
 from mxmoe_steps.kernels.moe_layer import MoeLayer
@@ -195,6 +196,14 @@ def test_the_command_compiles_what_a_mixture_needs(tmp_path: Path, monkeypatch: 
     assert list(record["libraries"]) == sorted([*HOPPER.phases, *HOPPER.token_kernels])
     formats = tuple(kernel_format(parse_scheme(name)) for name in ("w8a8_fp8", "w4a16", "w1a16"))
     assert asked[: len(HOPPER.phases)] == [HOPPER.config(formats, phase) for phase in HOPPER.phases]
+
+
+def test_architectures_of_one_target_have_token_kernels_of_their_own() -> None:
+    from mxmoe_steps.kernels import build
+
+    paths = {build.library_path(build.TokenKernel("quantize", one)) for one in BUILT}
+    assert len(paths) == len(BUILT)
+    assert len({one.target for one in BUILT}) < len(BUILT)
 
 
 def test_importing_the_package_loads_neither_torch_nor_the_compiler() -> None:

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from mxmoe_steps import capture, evaluate, trace
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import CLAMPED, SWIGLU, Gating
 from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.loading import auto_class
 from mxmoe_steps.models.rows import read_rows, write_rows
 from mxmoe_steps.models.streaming import StreamedModel
+from mxmoe_steps.timing.traffic import sample_traffic
 
 RUNTIME = {"device": "cpu", "threads": 1, "seed": 0, "batch": 3}
 WINDOWS: dict[str, dict[str, Any]] = {  # attention that differs from layer to layer
@@ -151,6 +153,17 @@ def test_a_capture_in_parts_writes_the_bytes_of_one_job(
     with safe_open(tmp_path / "whole" / "layer-002.safetensors", "pt") as file:
         assert ("gradient" in set(file.keys())) == gradient
         assert json.loads(file.metadata()["mxmoe"])["layer"] == 2
+
+
+def test_a_trace_says_what_gating_takes_a_launch_of_its_own(
+    tiny_moe: Path, deep_moe: Path, sources: str, tmp_path: Path
+) -> None:
+    make_checkpoint("gpt_oss", tmp_path / "model", vocab_size=320, max_position_embeddings=256, num_hidden_layers=1)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(tiny_moe / name, tmp_path / "model" / name)
+    for model, expected in ((tmp_path / "model", Gating(CLAMPED, biased=True)), (deep_moe, SWIGLU)):
+        run(trace.trace, model, sources, tmp_path / "trace")
+        assert sample_traffic(tmp_path / "trace", [], 8).gating == expected
 
 
 def test_a_trace_in_parts_writes_the_bytes_of_one_job(deep_moe: Path, sources: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from synthetic import write_trace
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import Gating
 from mxmoe_steps.kernels.architectures import BUILT, DEFAULT, PHASES
 from mxmoe_steps.kernels.formats import FORMATS
 from mxmoe_steps.kernels.plan import plan_layer
@@ -72,6 +73,36 @@ def test_times_by_hand():
         compute = times.compute[take].sum() + times.longest[take].max()
         total += 6.5 + max(compute, times.memory[take].sum())
     assert layer_times(blocks, times, choice) == {0: pytest.approx(total)}
+
+
+def test_experts_that_are_no_swiglu_take_a_launch_more():
+    """The same under every scheme: 40 + 40 expected rows of 128 features, and two slices of 40 tokens."""
+    blocks = layer_of_two_experts()
+    rows = np.array([[[60, 20], [20, 60]]])
+    traffic = Traffic((0,), 40, rows, np.full(rows.shape, 0.5))
+    plain = block_times(blocks, [W4, W8], traffic, gpu())
+    for gating, bytes_of_a_feature in ((Gating("gelu"), 6), (Gating("relu2", gated=False), 4)):
+        times = block_times(blocks, [W4, W8], replace(traffic, gating=gating), gpu())
+        more = 5.0 + (40 + 40 + 2 * 40) * 128 * bytes_of_a_feature / 1e5
+        assert (times.launch_us - plain.launch_us).tolist() == [[pytest.approx(more)] * 2, [0.0, 0.0]]
+        assert (times.compute == plain.compute).all()
+        assert (times.memory == plain.memory).all()
+
+
+def test_widths_that_kernels_fill_up_are_timed_so():
+    blocks = layer_of_two_experts()
+    odd, filled = (
+        replace(
+            blocks,
+            out_features=np.where((blocks.kind < 2) & (blocks.expert != SHARED), width, 256),
+            in_features=np.where((blocks.kind == 2) & (blocks.expert != SHARED), width, 256),
+        )
+        for width in (352, 384)
+    )
+    traffic = Traffic((0,), 40, np.array([[[60, 20]]]), np.ones((1, 1, 2)))
+    one, other = (block_times(each, [W4], traffic, gpu()) for each in (odd, filled))
+    assert (one.compute == other.compute).all()
+    assert (one.memory == other.memory).all()
 
 
 def test_gate_up_and_down_may_run_kernels_of_different_phases():

@@ -17,6 +17,7 @@ class TrafficFacts(TypedDict):
 
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
+    activation: NotRequired[Name]  # `gating.Gating.variant` of experts that are no plain SwiGLU
     experts: Count  # routed, per layer
     layers: Annotated[list[Index], Field(min_length=1)]
     length: Count  # tokens of a sequence

@@ -100,6 +100,7 @@ def write_traffic(options: TraceOptions, folder: "ModelFolder", borders: "Border
     """Both files of the step from what every layer left beside the borders."""
     from safetensors.torch import load_file
 
+    from mxmoe_steps.models.gating import kernel_gating
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.raw import tensors_of
     from mxmoe_steps.models.rows import write_rows
@@ -116,7 +117,9 @@ def write_traffic(options: TraceOptions, folder: "ModelFolder", borders: "Border
             routing[f"{text}/{layer}"] = expert_ids
             for name, values in traffic_rows(text, layer, expert_ids, weights, folder.experts).items():
                 columns[name] += values
+    gating = kernel_gating(folder.family, folder.text)
     facts = {
+        **({} if gating.plain else {"activation": gating.variant}),
         "experts": folder.experts,
         "layers": folder.moe_layers,
         "length": options.length,

@@ -39,13 +39,17 @@ LAYERS = {  # schemes dealt to the blocks of a layer
         ("w8a16",),
     ),
 }
+LAYERS["rotated"] = LAYERS["fine"]
 
 
 def make_checkpoint(folder: Path, name: str) -> str:
     dealt = [itertools.cycle(names) for names in LAYERS[name]]
-    return str(
-        pack(MODEL, folder / name, lambda layer, _: (next(dealt[layer]), next(dealt[layer]), next(dealt[layer])))
-    )
+    quantizer = "rtn+hadamard" if name == "rotated" else "rtn"
+
+    def schemes_of(layer: int, _: int) -> tuple[str, str, str]:
+        return next(dealt[layer]), next(dealt[layer]), next(dealt[layer])
+
+    return str(pack(MODEL, folder / name, schemes_of, quantizer))
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +84,15 @@ def test_logits_are_as_near_as_bfloat16_on_the_cpu(
     assert (got - exact).norm() < 1.5 * (rounded - exact).norm()
 
 
-def test_greedy_text_is_that_of_the_reference_up_to_ties(checkpoints: dict[str, str], tokens: torch.Tensor) -> None:
-    checkpoint = checkpoints["fine"]
+@pytest.mark.parametrize("name", ["fine", "rotated"])
+def test_greedy_text_is_that_of_the_reference_up_to_ties(
+    checkpoints: dict[str, str], tokens: torch.Tensor, name: str
+) -> None:
+    checkpoint = checkpoints[name]
     model = mxmoe_steps.load_quantized(checkpoint, "cuda", "bfloat16")
+    moe = [model.get_submodule(f"model.layers.{layer}.mlp") for layer in range(6)]
+    assert all(isinstance(module, gpu.KernelMoe) for module in moe)
+    assert any(module.layer.plan.rotated for module in moe) == (name == "rotated")
     prompt = tokens[:2, :16]
     text = model.generate(prompt.cuda(), max_new_tokens=40, do_sample=False, eos_token_id=None).cpu()
     assert text.shape == (2, 56)

@@ -9,7 +9,7 @@ import torch
 from gpu_marks import RUN_HERE, needs_kernels
 
 from mxmoe_steps.kernels import launch, moe_layer, plan, reference
-from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS, Architecture
 from mxmoe_steps.kernels.architectures import BUILT, DEFAULT
 from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
@@ -24,6 +24,12 @@ every_architecture = pytest.mark.parametrize("architecture", RUN_HERE, ids=lambd
 QWEN = (2048, 1408, 4)  # hidden, intermediate, slices of the shared expert: Qwen1.5-MoE with fewer experts
 UNIFORM = tuple(format_.name for format_ in FORMATS if format_.asymmetric == format_.zeros)
 BY_EXPERT = (("w16a16",), ("w4a16",), ("w8a8",), ("w8a8_fp8", "w4a8", "w2a16"))
+ROTATED = (  # one with all that rows of one token can be; what w4a4 is for
+    ("w16a16", "w4a16", "w8a8", "w8a8_fp8", "w2a16"),
+    ("w4a8", "w8a8"),
+    ("w4a4_g128", "w8a8", "w16a16"),
+)
+WITHOUT_GROUPS = ("w8a8", "w16a16", "w8a16")
 MIXTURES = (("w2a16", "w4a16", "w8a8_fp8"), ("w16a16", "w4a8_fp8", "w8a8", "w4a16"))
 # Relative Frobenius errors. Rounding the rows of the down blocks and the sum to bfloat16 is 2.4e-3; three rounded
 # decodings add up. A product that falls on the other side of a bfloat16 rounding, which fp8 tensor cores make happen
@@ -32,15 +38,18 @@ MIXTURES = (("w2a16", "w4a16", "w8a8_fp8"), ("w16a16", "w4a8_fp8", "w8a8", "w4a1
 # Running int8 sums (w4a8) are rounded to a step or two of a group's scale, about 1e-4 of the result; emulated, the
 # neighbouring bfloat16 and int8 values that products then land on make 3.0e-3 to 5.9e-3 of a layer. Codes of int4
 # (w4a4) are further apart and seldom change.
-BOUND, ASYMMETRIC_BOUND, RUNNING_BOUND, FP8_BOUND = 4e-3, 7e-3, 8e-3, 3e-2
+# A rotation spreads a product on the other side over all numbers that are rounded again.
+BOUND, ASYMMETRIC_BOUND, RUNNING_BOUND, ROTATED_BOUND, FP8_BOUND = 4e-3, 7e-3, 8e-3, 1e-2, 3e-2
 
 Weights = dict[tuple[int, str], QuantizedWeight | torch.Tensor]
 
 
-def layer_plan(names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int = 0) -> LayerPlan:
+def layer_plan(
+    names: Sequence[str], experts: int, sizes: tuple[int, int, int], seed: int = 0, rotated: bool = False
+) -> LayerPlan:
     """Schemes drawn from ``names`` for every block of every expert."""
     hidden, inner, slices = sizes
-    return plan_layer(schemes_of(names, experts, slices, seed), hidden, inner, inner * slices)
+    return plan_layer(schemes_of(names, experts, slices, seed), hidden, inner, inner * slices, rotated=rotated)
 
 
 def schemes_of(names: Sequence[str], experts: int, slices: int, seed: int) -> dict[int, tuple[Scheme, Scheme, Scheme]]:
@@ -60,7 +69,7 @@ def random_block(scheme: Scheme, n: int, k: int) -> QuantizedWeight | torch.Tens
     """Random codes and plausible scales: weights of about 0.03."""
     if scheme.is_original:
         return (torch.randn(n, k, device="cuda") * 0.03).bfloat16()
-    groups = k // scheme.group_size(k)
+    groups = -(-k // scheme.group_size(k))
     spread = 0.05 / 2**scheme.weight_bits
     if scheme.fp8 and scheme.weight_bits == 8:
         codes, spread = (torch.randn(n, k, device="cuda") * 100).clamp(-448, 448).to(E4M3), 3e-4
@@ -92,10 +101,11 @@ def make_layer(
     seed: int,
     gated: bool = False,
     architecture: Architecture = RUN_HERE[0],
+    rotated: bool = False,
 ) -> tuple[MoeLayer, Weights]:
     torch.manual_seed(seed)
     weights = random_weights(schemes_of(names, experts, sizes[2], seed), sizes)
-    plan = layer_plan(names, experts, sizes, seed)
+    plan = layer_plan(names, experts, sizes, seed, rotated)
     gate = (torch.randn(1, sizes[0], device="cuda") * 0.05).bfloat16() if gated else None
     device = torch.device("cuda", 0)
     return MoeLayer(plan, lambda expert, block: weights[expert, block], device, gate, architecture), weights
@@ -116,8 +126,8 @@ def error_of(layer: MoeLayer, weights: Weights, tokens: int, top_k: int) -> floa
     mixing = mixing.bfloat16() if tokens % 2 else mixing
     logits = None if layer.gate is None else (x.double() @ layer.gate.double().T)[:, 0].bfloat16()
     out = layer(x, expert_ids, mixing)
-    shared = layer.plan.slices > 0
-    exact = reference.moe_layer(x, expert_ids, mixing, lambda e, block: weights[e, block], logits, shared)
+    shared, rotated = layer.plan.slices > 0, layer.plan.rotated
+    exact = reference.moe_layer(x, expert_ids, mixing, lambda e, block: weights[e, block], logits, shared, rotated)
     assert torch.equal(out, layer(x, expert_ids, mixing)), "not the same bits twice"
     return ((out.double() - exact).norm() / exact.norm()).item()
 
@@ -163,6 +173,43 @@ def test_other_shapes(experts: int, top_k: int, sizes: tuple[int, int, int]) -> 
     assert error < bound_of(MIXTURES[0])
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 33, 517, 8192])
+@pytest.mark.parametrize("names", ROTATED, ids="+".join)
+@every_architecture
+def test_rotated_mixtures(architecture: Architecture, names: Sequence[str], tokens: int) -> None:
+    """Blocks kept in 16 bits read plain rows, or have rotated weights beside a packed one of 16-bit activations."""
+    if any(kernel_format(parse_scheme(name)).operand not in architecture.operands for name in names):
+        pytest.skip(f"{architecture.gpus} do not multiply {'+'.join(names)}")
+    layer, weights = make_layer(names, 16, QWEN, tokens, True, architecture, rotated=True)
+    assert layer.plan.rotated
+    error = error_of(layer, weights, tokens, 6)
+    print(names, tokens, error)
+    assert error < max(ROTATED_BOUND, bound_of(names))
+
+
+@pytest.mark.parametrize("name", ["w4a16", "w8a8", "w8a8_fp8"])
+def test_one_rotated_scheme(name: str) -> None:
+    """Gate and up are one block, and products of its launch are quantized by a warp or, of a shared expert, a block."""
+    layer, weights = make_layer([name], 8, QWEN, 1, rotated=True)
+    assert layer.plan.gate_up.gated
+    for tokens in (1, 64, 1000):
+        error = error_of(layer, weights, tokens, 4)
+        print(name, tokens, error)
+        assert error < max(ROTATED_BOUND, bound_of([name]))
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "sizes"),
+    [(3, 3, (2880, 704, 3)), (8, 2, (4096, 14336, 0)), (3, 1, (8192, 2880, 1)), (100, 8, (256, 128, 2))],
+)
+def test_other_rotated_shapes(experts: int, top_k: int, sizes: tuple[int, int, int]) -> None:
+    """2880 features are 45 transforms of 64; 704 are 11, and three slices of them 33."""
+    layer, weights = make_layer(WITHOUT_GROUPS, experts, sizes, 3, rotated=True)
+    error = error_of(layer, weights, 300, top_k)
+    print(sizes, error)
+    assert error < ROTATED_BOUND
+
+
 def by_expert(names: Sequence[str]) -> dict[int, tuple[Scheme, Scheme, Scheme]]:
     """One scheme for all blocks of an expert, of eight and a shared one."""
     return {e: (parse_scheme(names[place % len(names)]),) * 3 for place, e in enumerate([*range(8), SHARED])}
@@ -190,8 +237,9 @@ def test_products_in_the_gate_up_launch_are_those_of_swiglu(
         assert torch.equal(one(x, expert_ids, mixing), other(x, expert_ids, mixing)), tokens
 
 
-def test_the_first_call_of_a_layer_can_be_captured_and_follows_its_inputs() -> None:
-    layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5, gated=True)
+@pytest.mark.parametrize("rotated", [False, True])
+def test_the_first_call_of_a_layer_can_be_captured_and_follows_its_inputs(rotated: bool) -> None:
+    layer, _ = make_layer(MIXTURES[0], 16, QWEN, 5, gated=True, rotated=rotated)
     x = torch.randn(40, 2048, device="cuda").bfloat16()
     expert_ids, mixing = route(40, 16, 4)
     torch.cuda.synchronize()
@@ -206,8 +254,10 @@ def test_the_first_call_of_a_layer_can_be_captured_and_follows_its_inputs() -> N
         assert torch.equal(out, layer(x, expert_ids, mixing))
 
 
-def test_launches_that_overlap_give_what_launches_apart_give() -> None:
-    layers = [make_layer(MIXTURES[0], 16, QWEN, 5)[0], make_layer(["w4a16"], 16, QWEN, 6)[0]]
+@pytest.mark.parametrize("rotated", [False, True])
+def test_launches_that_overlap_give_what_launches_apart_give(rotated: bool) -> None:
+    given = ((MIXTURES[0], 5), (["w4a16"], 6))
+    layers = [make_layer(names, 16, QWEN, seed, rotated=rotated)[0] for names, seed in given]
     calls = []
     for number in range(24):  # latency, decode and prefill kernels in turn
         tokens = (1, 3, 40, 700)[number % 4]
@@ -290,13 +340,17 @@ def main() -> None:
     shapes = [(1, (256, 128, 0)), (3, (128, 256, 1)), (8, (4096, 14336, 0)), (100, (256, 128, 2))]
     plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
     plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
+    plans += [layer_plan(names, 16, QWEN, seed) for names in ROTATED for seed in (1, 2, 33, 517, 8192)]
+    plain = [(3, (2880, 704, 3)), (8, (4096, 14336, 0)), (3, (8192, 2880, 1)), (100, (256, 128, 2))]
+    plans += [layer_plan(WITHOUT_GROUPS, experts, sizes, 3) for experts, sizes in plain]
     plans += [plan_layer(by_expert(names), QWEN[0], QWEN[1], QWEN[1] * QWEN[2]) for names in BY_EXPERT]
     for architecture in [one for one in BUILT if one.capability == DEFAULT.capability]:
         launches = [launch for plan in plans for launch in (plan.gate_up, plan.down)]
         launches = [one for one in launches if set(one.operands) <= set(architecture.operands)]
         configs = {config for launch in launches for config in launch.kernels(architecture).values()}
         kernels = [*(configs | {replace(config, gated=False) for config in configs})]
-        for kernel in (*kernels, *(TokenKernel(name, architecture) for name in architecture.token_kernels)):
+        names = (*architecture.token_kernels, *ROTATED_KERNELS)
+        for kernel in (*kernels, *(TokenKernel(name, architecture) for name in names)):
             print(build(kernel), architecture.name, kernel.name, flush=True)
 
 

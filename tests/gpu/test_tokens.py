@@ -8,9 +8,11 @@ from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.launch import Activations
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
+from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, span
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, quantize, sort_by_expert, swiglu
 from mxmoe_steps.packing import unpack
 from mxmoe_steps.quantizers.grid import E4M3
+from mxmoe_steps.quantizers.hadamard import rotate
 
 pytestmark = needs_kernels
 
@@ -184,6 +186,117 @@ def test_quantized_products_are_those_of_the_reference_exactly(
     check_operands(made, products, mask)
     only = quantize(products.cuda(), routed, torch.ones_like(needs).int().cuda(), ("bf16",))
     assert set(only) == {"bf16"}
+
+
+def check_rotated(made: dict[str, Activations], plain: torch.Tensor, mask: torch.Tensor) -> None:
+    """``plain``: bfloat16 [rows, K]; ``mask``: what each row is needed in, rotated but for plain bfloat16."""
+    turned = rotate(plain.float())
+    for operand, got in made.items():
+        needed = (mask & (ROTATED_BF16 if operand == "bf16" else OPERAND_MASKS[operand])) != 0
+        assert needed.any()
+        if operand == "bf16":
+            assert torch.equal(got.values.cpu()[needed], turned[needed].bfloat16())
+            as_it_is = (mask & OPERAND_MASKS["bf16"]) != 0
+            assert torch.equal(got.values.cpu()[as_it_is], plain[as_it_is])
+            continue
+        codes, scales = reference.quantize_tokens(turned[needed], operand)
+        assert got.scales is not None
+        assert torch.equal(got.scales.cpu()[needed], scales)
+        assert torch.equal(values_of(got.values.cpu()[needed], operand), values_of(codes, operand))
+        exact = rotate(plain[needed].double())
+        nearest = values_of(codes, operand).double() * scales.double()[:, None]
+        if operand != "fp8":
+            assert ((nearest - exact).abs() <= 0.501 * scales.double()[:, None] + 1e-30).all()
+
+
+def check_rotated_slices(
+    made: dict[str, Activations], plain: torch.Tensor, mask: torch.Tensor, tokens: int, shared: int
+) -> None:
+    """As `check_rotated`, of the last ``shared * tokens`` rows: slices of a token's row, which is rotated as one."""
+
+    def joined(values: torch.Tensor) -> torch.Tensor:
+        return values[-shared * tokens :].cpu().view(shared, tokens, -1).transpose(0, 1).reshape(tokens, -1)
+
+    whole = {}
+    for operand, got in made.items():
+        scales = got.scales
+        if scales is not None:
+            of_slices = scales[-shared * tokens :].view(shared, tokens)
+            assert torch.equal(of_slices, of_slices[:1].expand(shared, -1))
+            scales = of_slices[0]
+        whole[operand] = Activations(joined(got.values), scales)
+    check_rotated(whole, joined(plain), mask[-tokens:])
+
+
+def rotated_needs(architecture: Architecture, experts: int) -> torch.Tensor:
+    """Every type somewhere, bfloat16 rotated or plain."""
+    scaled = torch.randint(0, 16, (experts,)) & architecture.operand_mask & ~OPERAND_MASKS["bf16"]
+    of_bf16 = torch.tensor([0, OPERAND_MASKS["bf16"], ROTATED_BF16])[torch.arange(experts) % 3]
+    return (scaled | of_bf16).int()
+
+
+SPANS = [64, 128, 768, 1024, 1408, 1536, 2048, 2880, 4096, 8192, 14336, 24576]  # 64 to 8192 features a transform
+
+
+@pytest.mark.parametrize("features", SPANS)
+@pytest.mark.parametrize("gated", [False, True])
+@every_architecture
+def test_rotated_tokens_are_those_of_the_reference_exactly(
+    architecture: Architecture, gated: bool, features: int
+) -> None:
+    torch.manual_seed(features)
+    x = (torch.randn(200, features) * torch.logspace(-6, 6, 200)[:, None]).bfloat16()
+    x[3] = 0
+    routed = route(200, 16, 3, 2, architecture)
+    needs = rotated_needs(architecture, 18)
+    gate = torch.randn(1, features).bfloat16().cuda() if gated else None
+    made, logits = dispatch(x.cuda(), routed, needs.cuda(), operands_of(architecture), gate, rotated=True)
+    expected, mask = torch.empty(routed.rows, features, dtype=x.dtype), torch.empty(routed.rows, dtype=torch.long)
+    expected[rows_of(routed)] = x[:, None]
+    mask[rows_of(routed)] = needs[experts_of(routed)].long()
+    check_rotated(made, expected, mask)
+    if gate is None:
+        assert logits is None
+        return
+    _, same = dispatch(x.cuda(), routed, needs.cuda() & OPERAND_MASKS["bf16"], ("bf16",), gate)
+    assert torch.equal(logits, same)
+
+
+@pytest.mark.parametrize("features", SPANS)
+@pytest.mark.parametrize("shared", [0, 1, 2, 4])
+@every_architecture
+def test_rotated_products_are_those_of_the_reference_exactly(
+    architecture: Architecture, features: int, shared: int
+) -> None:
+    """A shared expert's row is rotated over all of its slices: 5632 features of four of 1408."""
+    if span(features * max(shared, 1)) > CHUNK:
+        pytest.skip("a layer of that size is refused")
+    torch.manual_seed(features)
+    tokens = 53
+    routed = route(tokens, 16, 3, shared, architecture)
+    gate_up = (torch.randn(routed.rows, 2 * features) * torch.logspace(-2, 1.5, routed.rows)[:, None]).bfloat16().cuda()
+    plain_needs = torch.ones(16 + shared, dtype=torch.int32, device="cuda")
+    products = swiglu(gate_up, routed, plain_needs, ("bf16",))["bf16"].values
+    needs = rotated_needs(architecture, 16 + shared)
+    operands = operands_of(architecture)
+    for of_slices in (architecture.operand_mask - 1 | ROTATED_BF16, OPERAND_MASKS["bf16"]):
+        needs[16:] = of_slices
+        mask = torch.empty(routed.rows, dtype=torch.long)
+        mask[rows_of(routed)] = needs[experts_of(routed)].long()
+        for made in (
+            swiglu(gate_up, routed, needs.cuda(), operands, rotated=True),
+            quantize(products, routed, needs.cuda(), operands, rotated=True),
+        ):
+            assert set(made) == set(operands)
+            routed_rows = {
+                name: Activations(each.values[: 3 * tokens], None if each.scales is None else each.scales[: 3 * tokens])
+                for name, each in made.items()
+            }
+            check_rotated(routed_rows, products[: 3 * tokens].cpu(), mask[: 3 * tokens])
+            if shared and of_slices & ROTATED_BF16:
+                check_rotated_slices(made, products.cpu(), mask, tokens, shared)
+            elif shared:
+                assert torch.equal(made["bf16"].values[3 * tokens :], products[3 * tokens :])
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from mxmoe_steps.kernels.plan import LayerPlan
+from mxmoe_steps.kernels.reference import product
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -14,18 +16,24 @@ class Kernels:
 
     calls = 0
 
-    def __init__(self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None) -> None:
+    def __init__(
+        self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None, biases: Any = None
+    ) -> None:
         self.plan, self.gate, self.experts = plan, gate, plan.experts - plan.elsewhere
         numbers = [*range(self.experts), *([SHARED] if plan.slices else [])]
         self.weights = {(number, block): self._dense(read(number, block)) for number in numbers for block in BLOCKS}
+        self.biases = {place: 0.0 if biases is None else biases(*place).clone() for place in self.weights}
 
-    @staticmethod
-    def _dense(block: Any) -> torch.Tensor:
-        return block.clone() if isinstance(block, torch.Tensor) else block.dequantize()
+    def _dense(self, block: Any) -> torch.Tensor:
+        if isinstance(block, torch.Tensor):
+            return block.clone()
+        return rotate(block.dequantize()) if self.plan.rotated else block.dequantize()
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        gate, up, down = (self.weights[expert, block] for block in BLOCKS)
-        return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+        def linear(block: str, rows: torch.Tensor) -> torch.Tensor:
+            return rows @ self.weights[expert, block].T + self.biases[expert, block]
+
+        return linear("down", product(self.plan.gating, linear("gate", x), linear("up", x)))
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         assert expert_ids.dtype == torch.int64

@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field
 
 from mxmoe_steps.errors import UserError, run_cli
-from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.architectures import DEFAULT, for_target
 from mxmoe_steps.kernels.build import Kernel, TokenKernel, build, runtime_library
 from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Threads
@@ -21,24 +21,27 @@ from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.target import Target
 
 
-def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Configuration]:
-    """The grouped GEMMs of a checkpoint's layers, each once."""
-    from mxmoe_steps.inference.gpu import expert_modules, plan_of
+def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
+    """The kernels of a checkpoint's layers, each once."""
+    from mxmoe_steps.inference.gpu import kernel_experts, plan_of
+    from mxmoe_steps.models.gating import kernel_gating
     from mxmoe_steps.models.streaming import StreamedModel
 
     model = StreamedModel(path, "bfloat16", "cpu")
-    configs: dict[str, Configuration] = {}
+    gating = kernel_gating(model.folder.family, model.folder.text)
+    kernels: dict[str, Kernel] = {name: TokenKernel(name, architecture) for name in architecture.token_kernels}
     for layer in model.folder.moe_layers:
         try:
-            experts = expert_modules(model.moe(layer), model.folder.family)
-            plan = plan_of(experts, model.folder.family, model.folder.activation)
+            experts = kernel_experts(model.moe(layer), model.folder.family)
+            plan = plan_of(experts, model.folder.family, gating)
             plan.check(architecture)
         except UserError as error:
             print(f"layer {layer}: {error}")
             continue
+        kernels |= {name: TokenKernel(name, architecture) for name in plan.token_kernels}
         for launch in (plan.gate_up, plan.down):
-            configs |= {config.name: config for config in launch.kernels(architecture).values()}
-    return list(configs.values())
+            kernels |= {config.name: config for config in launch.kernels(architecture).values()}
+    return list(kernels.values())
 
 
 class BuildOptions(StepOptions):
@@ -54,8 +57,7 @@ def build_checkpoint(options: BuildOptions) -> None:
     """Compile what is not in the cache and copy it all to ``options.out``."""
     architecture = for_target(options.target)
     assert architecture is not None  # the option is checked
-    kernels: list[Kernel] = [TokenKernel(name, architecture) for name in architecture.token_kernels]
-    kernels += checkpoint_kernels(options.checkpoint, architecture)
+    kernels = checkpoint_kernels(options.checkpoint, architecture)
     with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
         libraries = list(pool.map(build, kernels))
     options.out.mkdir(parents=True, exist_ok=True)

@@ -14,15 +14,17 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.gating import Gating
 from mxmoe_steps.inference.top_k import TopKByMaxima
 from mxmoe_steps.kernels.architectures import require
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.models.adapters import Family, family_of
+from mxmoe_steps.models.gating import kernel_gating
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.quantizers.grid import QuantizedWeight
-from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, Scheme
+from mxmoe_steps.schemes import ORIGINAL, SHARED, Scheme
 
 log = logging.getLogger("mxmoe_steps")
 
@@ -59,13 +61,36 @@ class KernelMoe(nn.Module):
             hold: Any = self.register_parameter if isinstance(bias, nn.Parameter) else self.register_buffer
             hold(family.router_bias, bias)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., H] to [..., H]."""
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """[..., H] to [..., H], and router weights where the model's own module returns more."""
         tokens = hidden.reshape(-1, hidden.shape[-1])
         with TopKByMaxima() if torch.compiler.is_compiling() else nullcontext():
-            _, weights, expert_ids = getattr(self, self.family.router)(*self._routed_by(tokens))
-        out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
-        return out.to(hidden.dtype).view(hidden.shape)
+            weights, expert_ids = self._route(tokens)
+        if self.family.scales_inputs:
+            out = self._of_scaled(tokens, expert_ids, weights)
+        else:
+            out = _experts_on_kernels(self.layer, tokens.bfloat16(), expert_ids, weights, key=self.number)
+        out = out.to(hidden.dtype).view(hidden.shape)
+        return (out, weights) if self.family.moe_returns_more else out
+
+    def _route(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights and expert ids [T, k]."""
+        router: Any = getattr(self, self.family.router)
+        if self.family.scales_inputs:
+            scores, _ = router(tokens)  # of all experts; those that are not chosen have 0
+            return scores.topk(router.top_k)
+        _, weights, expert_ids = router(*self._routed_by(tokens))
+        return weights, expert_ids
+
+    def _of_scaled(self, tokens: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """A token for every choice, times its weight, and one for the shared expert, which is the layer's last."""
+        last = torch.full_like(expert_ids[:, :1], self.layer.plan.experts - 1)
+        expert_ids = torch.cat([expert_ids, last], 1)
+        scaled = torch.cat([tokens[:, None] * weights[..., None], tokens[:, None]], 1)
+        once = torch.ones(expert_ids.numel(), 1, dtype=torch.bfloat16, device=tokens.device)
+        rows = scaled.flatten(0, 1).bfloat16()
+        out = _experts_on_kernels(self.layer, rows, expert_ids.view(-1, 1), once, key=self.number)
+        return out.view(scaled.shape).sum(1)
 
     def _routed_by(self, tokens: torch.Tensor) -> list[torch.Tensor]:
         """What the family's router is called with."""
@@ -82,35 +107,39 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
 
 
-def plan_of(experts: Mapping[int, nn.Module], family: Family, activation: str, elsewhere: bool = False) -> LayerPlan:
+def kernel_experts(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
+    """`expert_modules` as a layer on the kernels numbers them. Where router weights multiply inputs, the shared expert
+    is one more routed one: it alone sees tokens as they are."""
+    experts = expert_modules(moe, family)
+    if not family.scales_inputs:
+        return experts
+    widths = {expert.get_submodule("down_proj").in_features for expert in experts.values()}
+    if len(widths) > 1:
+        raise UserError("router weights multiply inputs, and the shared expert is of another width than the others")
+    return {number % len(experts): expert for number, expert in experts.items()}
+
+
+def plan_of(experts: Mapping[int, nn.Module], family: Family, gating: Gating, elsewhere: bool = False) -> LayerPlan:
     """The launches of a layer of packed ``experts``; `UserError` says why there are no kernels for it.
 
-    ``experts``: modules of gate_proj, up_proj and down_proj, numbered from 0, and `SHARED` if there is one;
-    ``elsewhere``: other GPUs have more, see `LayerPlan`.
+    ``experts``: modules of gate_proj, if they have one, up_proj and down_proj, numbered from 0, and `SHARED` if there
+    is one; ``elsewhere``: other GPUs have more, see `LayerPlan`.
     """
-    if activation not in ("silu", "swish"):
-        raise UserError(f"the kernels have no activation {activation}")
-    if family.clamped:
-        raise UserError("the kernels do not clamp gate and up")
     if family.without_kernels:
         raise UserError(family.without_kernels)
     schemes = {}
     for number, expert in experts.items():
-        gate, up, down = (_scheme(expert.get_submodule(f"{block}_proj")) for block in BLOCKS)
-        schemes[number] = (gate, up, down)
+        *_, up, down = own = [_scheme(expert.get_submodule(f"{block}_proj")) for block in family.own_blocks]
+        schemes[number] = (own[0], up, down)
     down_proj: Any = experts[0].down_proj
     shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
-    return plan_layer(schemes, down_proj.out_features, down_proj.in_features, shared.in_features, elsewhere)
+    rotated = any(getattr(module, "rotated", False) for expert in experts.values() for module in expert.children())
+    widths = down_proj.out_features, down_proj.in_features, shared.in_features
+    return plan_layer(schemes, *widths, elsewhere, gating, rotated)
 
 
 def _scheme(linear: Any) -> Scheme:
-    if linear.bias is not None:
-        raise UserError("the kernels add no biases")
-    if isinstance(linear, PackedLinear):
-        if linear.rotated:
-            raise UserError("the kernels do not rotate inputs")
-        return linear.scheme
-    return ORIGINAL
+    return linear.scheme if isinstance(linear, PackedLinear) else ORIGINAL
 
 
 def check_hardware(device: torch.device, dtype: torch.dtype) -> None:
@@ -127,7 +156,7 @@ def check_hardware(device: torch.device, dtype: torch.dtype) -> None:
 def layer_on_kernels(
     experts: Mapping[int, nn.Module],
     family: Family,
-    activation: str,
+    gating: Gating,
     device: torch.device,
     gate: torch.Tensor | None = None,
     elsewhere: bool = False,
@@ -141,15 +170,20 @@ def layer_on_kernels(
         linear: Any = experts[expert].get_submodule(f"{block}_proj")
         return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
 
-    return MoeLayer(plan_of(experts, family, activation, elsewhere), read, device, gate)
+    def bias(expert: int, block: str) -> torch.Tensor:
+        linear: Any = experts[expert].get_submodule(f"{block}_proj")
+        return linear.bias.detach()
+
+    plan = plan_of(experts, family, gating, elsewhere)
+    return MoeLayer(plan, read, device, gate, biases=bias if gating.biased else None)
 
 
-def _replacement(moe: nn.Module, family: Family, activation: str) -> KernelMoe:
+def _replacement(moe: nn.Module, family: Family, gating: Gating) -> KernelMoe:
     router = next(moe.get_submodule(family.router).parameters())
     check_hardware(router.device, router.dtype)
     gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate)
     gate_weight = None if gate is None else gate.weight.detach()
-    layer = layer_on_kernels(expert_modules(moe, family), family, activation, router.device, gate_weight)
+    layer = layer_on_kernels(kernel_experts(moe, family), family, gating, router.device, gate_weight)
     return KernelMoe(moe, family, layer)
 
 
@@ -160,7 +194,7 @@ def use_kernels(model: Any, layers: Iterable[int]) -> bool:
     """
     config = model.config.get_text_config().to_dict()
     family = family_of(Path(model.name_or_path), model.config.to_dict())
-    activation = str(config.get(family.activation, "silu"))
+    gating = kernel_gating(family, config)
     moved: list[int] = []
     stayed: dict[str, list[int]] = {}
     for layer in layers:
@@ -169,7 +203,7 @@ def use_kernels(model: Any, layers: Iterable[int]) -> bool:
         if isinstance(moe, KernelMoe):
             continue
         try:
-            replacement = _replacement(moe, family, activation)
+            replacement = _replacement(moe, family, gating)
         except UserError as error:
             stayed.setdefault(str(error), []).append(layer)
             continue

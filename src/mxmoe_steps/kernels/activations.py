@@ -30,12 +30,14 @@ WARPS = THREADS // 32
 WARP_VECTORS = 192  # vectors of the longest row that a warp quantizes
 COMBINE_THREADS = 256
 AT_ONCE = 6  # rows that a thread of `Combine` waits for together; more take over 64 registers
+AT_ONCE_BIASED = 4  # the same with their biases
 
 
 class Rows:
     """What `SwiGlu` and `Quantize` share: their arguments, and how a block makes a row.
 
-    ``inputs``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations.
+    ``inputs``: bfloat16 [rows, ...], from which `product` makes the rows of the down blocks' activations, or a tuple
+    with such a tensor.
     ``expert_ids``, ``row``, ``needs``, ``slices``: as for `tokens.DispatchTokens`, of the down blocks. ``outputs``:
     `rounding.Outputs`.
     """
@@ -48,7 +50,7 @@ class Rows:
     @cute.jit
     def __call__(
         self,
-        inputs: cute.Tensor,
+        inputs: Any,
         expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -66,7 +68,7 @@ class Rows:
             grid=grid, block=(THREADS, 1, 1), use_pdl=self.architecture.overlaps, stream=stream
         )
 
-    def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: Any, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
         """Blocks of the launch, and what else the kernel must know of them."""
         raise NotImplementedError
 
@@ -77,7 +79,7 @@ class Rows:
     @cute.jit
     def by_block(
         self,
-        inputs: cute.Tensor,
+        inputs: Any,
         first: Int32,
         mask: Int32,
         steps: Int32,
@@ -111,7 +113,7 @@ class Rows:
             rounding.encode(vector, mask, scales)
             rounding.store(vector, mask, written, target, i % steps)
 
-    def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def product(self, inputs: Any, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of the activations of row ``row`` into ``eight``."""
         raise NotImplementedError
 
@@ -122,13 +124,13 @@ class SwiGlu(Rows):
     ``inputs``: bfloat16 [rows, 2 K], gate first.
     """
 
-    def grid(self, inputs: cute.Tensor, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
+    def grid(self, inputs: Any, expert_ids: cute.Tensor, slices: Int32) -> tuple[tuple, tuple]:
         return (expert_ids.shape[1] + cutlass.min(slices, 1), expert_ids.shape[0], 1), ()
 
     @cute.kernel
     def kernel(
         self,
-        inputs: cute.Tensor,
+        inputs: Any,
         expert_ids: cute.Tensor,
         row: cute.Tensor,
         needs: cute.Tensor,
@@ -140,26 +142,42 @@ class SwiGlu(Rows):
         memory = SmemAllocator().allocate(self.Shared)
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_launch_dependents()  # at once: the down blocks' weights can be on their way
-        tokens, top_k = expert_ids.shape[0], expert_ids.shape[1]
-        first, mask, count = Int32(0), Int32(0), Int32(1)
-        if entry < top_k:
-            first = row[token, entry]
-            mask = needs[Int32(expert_ids[token, entry])]
-        else:
-            first = tokens * top_k + token
-            mask = needs[needs.shape[0] - 1]
-            count = slices
-        mask = self.readable(mask)
+        first, mask, count, expert = self.place(entry, token, expert_ids, row, needs, slices)
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_wait()
         largest_of_warps = memory.largest.get_tensor(cute.make_layout(WARPS))
         self.by_block(
-            inputs, first, mask, inputs.shape[1] // (2 * VECTOR), count, tokens, rounding.Outputs(*outputs),
-            largest_of_warps, thread,
+            self.source(inputs, expert), first, mask, self.steps(inputs), count, expert_ids.shape[0],
+            rounding.Outputs(*outputs), largest_of_warps, thread,
         )  # fmt: skip
 
+    def source(self, inputs: Any, expert: Int32) -> Any:
+        """What `product` is to know of a row of ``expert``."""
+        return inputs
+
+    def steps(self, inputs: Any) -> Int32:
+        """Vectors of a product."""
+        return inputs.shape[1] // (2 * VECTOR)
+
     @cute.jit
-    def product(self, inputs: cute.Tensor, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
+    def place(
+        self, entry: Int32, token: Int32, expert_ids: cute.Tensor, row: cute.Tensor, needs: cute.Tensor, slices: Int32
+    ) -> tuple[Int32, Int32, Int32, Int32]:
+        """A block's first row, the types that are made of it, the number of its rows, and their expert."""
+        tokens, top_k = expert_ids.shape[0], expert_ids.shape[1]
+        first, mask, count, expert = Int32(0), Int32(0), Int32(1), needs.shape[0] - 1
+        if entry < top_k:
+            first = row[token, entry]
+            expert = Int32(expert_ids[token, entry])
+            mask = needs[expert]
+        else:
+            first = tokens * top_k + token
+            mask = needs[needs.shape[0] - 1]
+            count = slices
+        return first, self.readable(mask), count, expert
+
+    @cute.jit
+    def product(self, inputs: Any, row: Int32, at: Int32, steps: Int32, eight: cute.Tensor) -> None:
         """Vector ``at`` of a row's product into ``eight``."""
         vectors = rounding.vectors(inputs, row)
         gate, up = (cute.make_rmem_tensor((VECTOR,), BFloat16) for _ in range(2))
@@ -182,6 +200,10 @@ class Quantize(Rows):
         if inputs.shape[1] <= WARP_VECTORS * VECTOR:
             blocks = (blocks + (WARPS - 1)) // WARPS
         return (blocks + cutlass.min(slices, 1) * tokens, 1, 1), (blocks,)
+
+    def readable(self, mask: Int32) -> Int32:
+        """Products are bfloat16 already."""
+        return super().readable(mask & self.architecture.scaled_mask)
 
     @cute.kernel
     def kernel(
@@ -207,7 +229,7 @@ class Quantize(Rows):
         if (block < routed_blocks) & (steps <= WARP_VECTORS):
             entry = block * WARPS + cute.arch.warp_idx()
             if entry < entries:
-                target, mask = rows[entry], self.readable(needs[Int32(experts[entry])] & self.architecture.scaled_mask)
+                target, mask = rows[entry], self.readable(needs[Int32(experts[entry])])
                 if const_expr(self.architecture.overlaps):
                     cute.arch.griddepcontrol_wait()
                 self.by_warp(inputs, target, mask, steps, written)
@@ -217,7 +239,7 @@ class Quantize(Rows):
                 first, mask = rows[block], needs[Int32(experts[block])]
             else:
                 first, mask, count = entries + block - routed_blocks, needs[needs.shape[0] - 1], slices
-            mask = self.readable(mask & self.architecture.scaled_mask)
+            mask = self.readable(mask)
             if const_expr(self.architecture.overlaps):
                 cute.arch.griddepcontrol_wait()
             if mask != 0:
@@ -260,18 +282,22 @@ class Quantize(Rows):
 class Combine:
     """Row t of ``out``, bfloat16 [tokens, N]: the sum of the token's rows of ``inputs`` [rows, N] times their weights.
 
-    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``row`` [tokens, top_k]. The ``slices`` rows of a
-    token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
+    ``weights``: bfloat16 or float32 [tokens, top_k], of the rows ``choices[0]`` [tokens, top_k]. The ``slices`` rows of
+    a token come on top, all times the sigmoid of ``gate``, bfloat16 [tokens], if there is one: ``gated`` is 0 or 1.
+
+    If the kernel is ``biased``, the router's choices [tokens, top_k] and what is added to the rows of every expert
+    first, bfloat16 [experts, N], follow in ``choices``; then there are no slices.
     """
 
-    def __init__(self, architecture: Architecture) -> None:
-        self.architecture = architecture
+    def __init__(self, architecture: Architecture, biased: bool) -> None:
+        self.architecture, self.biased = architecture, biased
+        self.at_once = AT_ONCE_BIASED if biased else AT_ONCE
 
     @cute.jit
     def __call__(
         self,
         inputs: cute.Tensor,
-        row: cute.Tensor,
+        choices: tuple,
         weights: cute.Tensor,
         gate: cute.Tensor,
         out: cute.Tensor,
@@ -281,12 +307,12 @@ class Combine:
     ) -> None:
         @cute.struct
         class Shared:
-            rows: cute.struct.MemRange[Int32, MAX_ENTRIES]
+            rows: cute.struct.MemRange[Int32, MAX_ENTRIES * (1 + self.biased)]  # then the experts of biased ones
             factors: cute.struct.MemRange[Float32, MAX_ENTRIES]
 
         self.Shared = Shared
         span = COMBINE_THREADS * VECTOR
-        self.kernel(inputs, row, weights, gate, out, slices, gated).launch(
+        self.kernel(inputs, choices, weights, gate, out, slices, gated).launch(
             grid=((out.shape[1] + (span - 1)) // span, out.shape[0], 1),
             block=(COMBINE_THREADS, 1, 1),
             use_pdl=self.architecture.overlaps,
@@ -297,7 +323,7 @@ class Combine:
     def kernel(
         self,
         inputs: cute.Tensor,
-        row: cute.Tensor,
+        choices: tuple,
         weights: cute.Tensor,
         gate: cute.Tensor,
         out: cute.Tensor,
@@ -307,8 +333,9 @@ class Combine:
         part, token, _ = cute.arch.block_idx()
         thread, _, _ = cute.arch.thread_idx()
         memory = SmemAllocator().allocate(self.Shared)
-        rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES))
+        rows = memory.rows.get_tensor(cute.make_layout(MAX_ENTRIES * (1 + self.biased)))
         factors = memory.factors.get_tensor(cute.make_layout(MAX_ENTRIES))
+        row, added = choices[0], choices[1:]
         top_k = row.shape[1]
         entries = top_k + slices
         if thread < entries:
@@ -316,6 +343,8 @@ class Combine:
             if thread < top_k:
                 rows[thread] = row[token, thread]
                 factors[thread] = Float32(weights[token, thread])
+                if const_expr(self.biased):
+                    rows[MAX_ENTRIES + thread] = Int32(added[0][token, thread])
         cute.arch.sync_threads()
         if const_expr(self.architecture.overlaps):
             cute.arch.griddepcontrol_wait()
@@ -327,8 +356,8 @@ class Combine:
             routed, common = (cute.make_rmem_tensor((VECTOR,), Float32) for _ in range(2))
             routed.fill(0.0)
             common.fill(0.0)
-            for first in cutlass.range(0, entries, AT_ONCE, unroll=1):
-                self.add(inputs, (rows, factors), (first, top_k, entries), at, (routed, common))
+            for first in cutlass.range(0, entries, self.at_once, unroll=1):
+                self.add(inputs, (rows, factors), (first, top_k, entries), at, (routed, common), added)
             factor = Float32(1.0)
             if gated != 0:
                 factor = rounding.sigmoid(logit)
@@ -338,21 +367,26 @@ class Combine:
             cute.autovec_copy(rounded, rounding.vectors(out, token)[None, at])
 
     @cute.jit
-    def add(self, inputs: cute.Tensor, listed: tuple, span: tuple, at: Int32, sums: tuple) -> None:
-        """Add vector ``at`` of the next rows, at most `AT_ONCE`, which are loaded together.
+    def add(self, inputs: cute.Tensor, listed: tuple, span: tuple, at: Int32, sums: tuple, added: Any) -> None:
+        """Add vector ``at`` of the next rows, at most ``at_once``, which are loaded together.
 
         ``listed``: rows and their factors; ``span``: the next one, the first shared one and their end; ``sums``: of
         routed and of shared rows.
         """
         (rows, factors), (first, top_k, end), (routed, common) = listed, span, sums
-        loaded = cute.make_rmem_tensor((VECTOR, AT_ONCE), BFloat16)
-        for j in cutlass.range_constexpr(AT_ONCE):
+        loaded, biases = (cute.make_rmem_tensor((VECTOR, self.at_once), BFloat16) for _ in range(2))
+        for j in cutlass.range_constexpr(self.at_once):
             entry = cutlass.min(first + j, end - 1)  # no branches between loads
             cute.autovec_copy(rounding.vectors(inputs, rows[entry])[None, at], loaded[None, j])
-        for j in cutlass.range_constexpr(AT_ONCE):
+            if const_expr(self.biased):
+                cute.autovec_copy(rounding.vectors(added[1], rows[MAX_ENTRIES + entry])[None, at], biases[None, j])
+        for j in cutlass.range_constexpr(self.at_once):
             if first + j < top_k:
                 for e in cutlass.range_constexpr(VECTOR):
-                    routed[e] = routed[e] + factors[first + j] * Float32(loaded[e, j])
+                    value = Float32(loaded[e, j])
+                    if const_expr(self.biased):
+                        value += Float32(biases[e, j])
+                    routed[e] = routed[e] + factors[first + j] * value
             elif first + j < end:
                 for e in cutlass.range_constexpr(VECTOR):
                     common[e] = common[e] + Float32(loaded[e, j])

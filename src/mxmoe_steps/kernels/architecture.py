@@ -16,6 +16,7 @@ CLUSTER_SORT = "sort_8"  # by blocks of a cluster
 TOKEN_KERNELS = (
     "sort_1", CLUSTER_SORT, "dispatch", "dispatch_gated", "swiglu", "quantize", "combine_bf16", "combine_float32",
 )  # fmt: skip
+ROTATED_KERNELS = ("dispatch_rotated", "dispatch_gated_rotated", "swiglu_rotated", "quantize_rotated")  # in their place
 
 
 class Configuration(Protocol):

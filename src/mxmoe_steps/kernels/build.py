@@ -35,7 +35,7 @@ COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refuse
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
 
-_TOKENS = (f"{__package__}.tokens", f"{__package__}.activations")
+_TOKENS = tuple(f"{__package__}.{name}" for name in ("tokens", "activations", "activate", "rotated"))
 
 
 def default_cache() -> Path:
@@ -46,7 +46,7 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class TokenKernel:
-    """One of `Architecture.token_kernels`."""
+    """One of `Architecture.token_kernels`, or of `LayerPlan.token_kernels`."""
 
     name: str
     architecture: Architecture = DEFAULT
@@ -65,11 +65,12 @@ def architecture_of(kernel: Kernel) -> Architecture:
 def library_path(kernel: Kernel, cache: Path | None = None) -> Path:
     """Where a compiled kernel is or would be.
 
-    The name is a hash of the configuration, the generator's code, that of its formats, and the compiler; the same on
-    every machine.
+    The name is a hash of the configuration, the architecture, the generator's code, that of its formats, and the
+    compiler; the same on every machine. Two architectures may have one target: their token kernels differ.
     """
-    spec = kernel.name if isinstance(kernel, TokenKernel) else canonical_json(kernel.spec())
-    parts = [spec, architecture_of(kernel).target, COMPILER]
+    architecture = architecture_of(kernel)
+    spec = f"{architecture.name} {kernel.name}" if isinstance(kernel, TokenKernel) else canonical_json(kernel.spec())
+    parts = [spec, architecture.target, COMPILER]
     parts += [module_hash(module) for module in sorted({__name__, *_sources(kernel)})]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     return (cache or default_cache()) / f"{key}.so"
@@ -169,28 +170,38 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
     from cutlass import BFloat16, Float32, Int32, Int64
     from cutlass.cute import sym_int
 
+    from mxmoe_steps.gating import of_variant
+    from mxmoe_steps.kernels.activate import Activate
     from mxmoe_steps.kernels.activations import Combine, Quantize, SwiGlu
+    from mxmoe_steps.kernels.rotated import ActivateRotated, DispatchRotated, QuantizeRotated, SwiGluRotated
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
     architecture = kernel.architecture
-    kind, _, variant = kernel.name.partition("_")
+    rotated = kernel.name.endswith("_rotated")
+    kind, _, variant = kernel.name.removesuffix("_rotated").partition("_")
     expert_ids, row = (_fake(number, (sym_int(), sym_int()), 4) for number in (Int64, Int32))
     needs, count = _fake(Int32, (sym_int(),), 4), Int32(1)
-    bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(2)]
+    bf16 = [_fake(BFloat16, (sym_int(), sym_int(divisibility=64)), 16) for _ in range(3)]
     if kind == "sort":
         return SortByExpert(architecture, int(variant)), [expert_ids, row, _fake(Int32, (sym_int(),), 4), count]
     if kind == "combine":
-        number, size = (BFloat16, 2) if variant == "bf16" else (Float32, 4)
-        weights = _fake(number, (sym_int(), sym_int()), size)
-        return Combine(architecture), [bf16[0], row, weights, _fake(BFloat16, (sym_int(),), 2), bf16[1], count, count]
+        number, size = (BFloat16, 2) if variant.startswith("bf16") else (Float32, 4)
+        weights, gate = _fake(number, (sym_int(), sym_int()), size), _fake(BFloat16, (sym_int(),), 2)
+        biased = variant.endswith("biased")
+        choices = (row, expert_ids, bf16[2]) if biased else (row,)
+        return Combine(architecture, biased), [bf16[0], choices, weights, gate, bf16[1], count, count]
     scaled = [(_fake_tokens(operand), _fake(Float32, (sym_int(),), 4)) for operand in architecture.scaled_outputs]
     outputs = (bf16[1], *(tensor for pair in scaled for tensor in pair))
     if kind == "dispatch":
         gating = (_fake(BFloat16, (1, sym_int(divisibility=64)), 16), _fake(BFloat16, (sym_int(),), 2))
-        generator = DispatchTokens(architecture, variant == "gated")
+        generator = (DispatchRotated if rotated else DispatchTokens)(architecture, variant == "gated")
         return generator, [bf16[0], expert_ids, row, needs, outputs, gating, count]
-    rows = {"swiglu": SwiGlu, "quantize": Quantize}[kind](architecture)
-    return rows, [bf16[0], expert_ids, row, needs, outputs, count]
+    if kind == "activate":
+        inputs = (bf16[0], bf16[2], Float32(1.0), Float32(1.0))
+        activate = (ActivateRotated if rotated else Activate)(architecture, of_variant(variant))
+        return activate, [inputs, expert_ids, row, needs, outputs, count]
+    plain, turned = {"swiglu": (SwiGlu, SwiGluRotated), "quantize": (Quantize, QuantizeRotated)}[kind]
+    return (turned if rotated else plain)(architecture), [bf16[0], expert_ids, row, needs, outputs, count]
 
 
 def _boundary_type(operand: str) -> Any:

@@ -69,21 +69,21 @@ def original_weights(weight: torch.Tensor) -> KernelWeights:
     if weight.dtype != torch.bfloat16 or weight.ndim != 3:
         raise UserError(f"weights are {weight.dtype} {list(weight.shape)}; expected bfloat16 [entries, N, K]")
     entries, rows, features = weight.shape
-    _check_edges(rows, features, EDGE)
+    _check_edges(rows, features)
     return KernelWeights(W16A16(), entries, rows, features, weight.contiguous(), None)
 
 
 def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
     """Kernel order of quantized ``weight``, codes [entries, N, K]; inverse: `quantized_weight`.
 
-    `UserError` for schemes without a kernel, sizes that are no multiple of 64 (K: of 128 with groups), scales or
-    zero points that are not finite, and scales that are too large to decode with.
+    `UserError` for schemes without a kernel, sizes that are no multiple of 64, scales or zero points that are not
+    finite, and scales that are too large to decode with.
     """
     format_ = kernel_format(weight.scheme)
     if weight.codes.ndim != 3:
         raise UserError(f"codes have shape {list(weight.codes.shape)}; expected [entries, N, K]")
     entries, rows, features = weight.codes.shape
-    _check_edges(rows, features, format_.feature_multiple)
+    _check_edges(rows, features)
     for name, values in (("scales", weight.scales), ("zero points", weight.zeros)):
         if values is not None and not bool(values.isfinite().all()):
             raise UserError(f"{weight.scheme.name}: some {name} are not finite")
@@ -130,7 +130,7 @@ def quantized_weight(weights: KernelWeights, scheme: Scheme) -> QuantizedWeight:
         numbers = numbers.view(weights.entries, row_tiles, chunks, 2, 4, 8, format_.all_numbers, 2)
         #                                                       half warp row of 8             r%2
         per_row = numbers.permute(0, 1, 3, 4, 7, 5, 2, 6).flatten(1, 5)[:, :rows]
-        groups = features // scheme.group_size(features)
+        groups = -(-features // scheme.group_size(features))
         scales, zeros = (
             None if each is None else each[..., :groups].contiguous()
             for each in format_.scales(per_row.contiguous(), scheme)
@@ -139,12 +139,9 @@ def quantized_weight(weights: KernelWeights, scheme: Scheme) -> QuantizedWeight:
     return QuantizedWeight(scheme, codes, scales, zeros)
 
 
-def _check_edges(rows: int, features: int, feature_multiple: int) -> None:
-    if rows % EDGE or features % feature_multiple or not rows or not features:
-        raise UserError(
-            f"weights are [{rows}, {features}]; the kernels need output features in multiples of {EDGE}"
-            f" and input features in multiples of {feature_multiple}"
-        )
+def _check_edges(rows: int, features: int) -> None:
+    if rows % EDGE or features % EDGE or not rows or not features:
+        raise UserError(f"weights are [{rows}, {features}]; the kernels need multiples of {EDGE}")
 
 
 def _chunks_of(weight: QuantizedWeight, format_: Format) -> torch.Tensor:

@@ -4,7 +4,9 @@
 
 Six launches, whatever the mixture; the router stays the model's own. Where gate and up have the same scheme in every
 expert, their launch ends with SwiGLU: then the fourth only quantizes, or is left out where down blocks read bfloat16.
-The gate of a shared expert is multiplied where its tokens are dispatched.
+The gate of a shared expert is multiplied where its tokens are dispatched. Where experts are no plain SwiGLU, the fourth
+launch is `activate.Activate`; biases of gate and up are added there, those of down in the last launch. Rotated inputs
+of packed blocks are made in float32 where they are rounded, in the second and the fourth launch.
 Between launches lie bfloat16 gate and up (if SwiGLU is one), bfloat16 or 8-bit products, and bfloat16 rows of the down
 blocks; sums are float32. Nothing waits for the GPU. What launches own is made with the layer, so that its first call
 can be captured in a CUDA graph.
@@ -40,11 +42,13 @@ from mxmoe_steps.kernels.layouts import (
 )
 from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
-from mxmoe_steps.kernels.routing import Routed, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
-from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate
+from mxmoe_steps.kernels.routing import Routed, activate, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
+from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, concatenate
+from mxmoe_steps.quantizers.hadamard import rotate
 
 Block = QuantizedWeight | torch.Tensor  # [N, K]
 Read = Callable[[int, str], Block]  # expert (`SHARED` for the shared one) and block kind to its weights
+ReadBias = Callable[[int, str], torch.Tensor]  # the same to its bias [N]
 
 MOST_TOKENS = 32768  # at a time: bounds the intermediates, and 32-bit offsets into them
 MOST_ELEMENTS = 2**30
@@ -88,20 +92,26 @@ class MoeLayer:
         device: torch.device,
         gate: torch.Tensor | None = None,
         architecture: Architecture | None = None,
+        biases: ReadBias | None = None,
     ) -> None:
         """Arrange the blocks that ``read`` returns, each once; at most one stack is in memory twice.
 
         ``gate``: weight of the shared expert's gate, bfloat16 [1, hidden] on ``device``, if it has one.
-        ``architecture``: by default that of ``device``. `UserError` if its kernels do not run the plan.
+        ``architecture``: by default that of ``device``. ``biases``: of a plan whose gating is biased. `UserError` if
+        the architecture's kernels do not run the plan.
         """
         self.architecture = architecture or architecture_of(device)
         plan.check(self.architecture)
         if gate is not None:
             check_tensor("the shared expert's gate", gate, torch.bfloat16, 2, device, (1, plan.hidden))
         self.plan, self.device, self.gate = plan, device, gate
-        columns = plan.intermediate if plan.gate_up.gated else 2 * plan.intermediate
+        columns = plan.intermediate * (1 if plan.gate_up.gated else plan.gating.columns)
+        self.inner_biases: torch.Tensor | None = None
+        self.down_biases: torch.Tensor | None = None
+        if biases is not None:
+            self.inner_biases, self.down_biases = self._biases(biases)
         with torch.cuda.device(device):
-            prepare(device, self.architecture)
+            prepare(device, (*self.architecture.token_kernels, *plan.token_kernels), self.architecture)
             self.gate_up = self._prepare(plan.gate_up, columns, read)
             self.down = self._prepare(plan.down, plan.hidden, read)
 
@@ -137,19 +147,48 @@ class MoeLayer:
         return torch.cat([self._run(*part) for part in parts]) if tokens else torch.empty_like(x)
 
     def _run(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        up, down = self.gate_up, self.down
         routed = self.sort(expert_ids)
-        activations, logits = dispatch(x, routed, up.needs, up.plan.operands, self.gate)
-        return combine(down(self.activate(up(activations, routed), routed), routed), routed, weights, logits)
+        activations, logits = self.dispatch(x, routed)
+        inner = self.activate(self.gate_up(activations, routed), routed)
+        return self.combine(self.down(inner, routed), routed, weights, logits)
 
     def sort(self, expert_ids: torch.Tensor) -> Routed:
         """The router's choices [tokens, top_k], sorted by expert."""
         return sort_by_expert(expert_ids, self.plan.experts, self.plan.slices, self.architecture)
 
+    def dispatch(self, x: torch.Tensor, routed: Routed) -> tuple[dict[str, Activations], torch.Tensor | None]:
+        """The gate and up blocks' operands of ``x`` [tokens, hidden]; logits of the shared expert's gate."""
+        up = self.gate_up
+        return dispatch(x, routed, up.needs, up.plan.operands, self.gate, up.plan.rotated)
+
     def activate(self, gate_up: torch.Tensor, routed: Routed) -> dict[str, Activations]:
         """The down blocks' operands from the output of the gate/up launch: gate and up, or already their product."""
+        gating, needs = self.plan.gating, self.down.needs
+        operands, rotated = self.down.plan.operands, self.down.plan.rotated
+        if not gating.plain:
+            return activate(gate_up, routed, needs, operands, gating, self.inner_biases, rotated)
         act = quantize if self.gate_up.plan.gated else swiglu
-        return act(gate_up, routed, self.down.needs, self.down.plan.operands)
+        return act(gate_up, routed, needs, operands, rotated)
+
+    def combine(
+        self, rows: torch.Tensor, routed: Routed, weights: torch.Tensor, logits: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The layer's output from the rows of the down blocks; ``logits``: of the shared expert's gate."""
+        return combine(rows, routed, weights, logits, self.down_biases)
+
+    def _biases(self, read: ReadBias) -> tuple[torch.Tensor, torch.Tensor]:
+        """bfloat16 [experts, columns], of what enters `activate` and of the down blocks; zeros of experts elsewhere."""
+        plan, blocks = self.plan, ("gate", "up") if self.plan.gating.gated else ("up",)
+
+        def stack(*kinds: str) -> torch.Tensor:
+            padding = 0 if kinds == ("down",) else plan.padding
+            rows = [
+                torch.cat([torch.nn.functional.pad(read(expert, kind).bfloat16(), (0, padding)) for kind in kinds])
+                for expert in range(plan.experts - plan.elsewhere)
+            ]
+            return torch.stack([*rows, *([torch.zeros_like(rows[0])] if plan.elsewhere else [])]).to(self.device)
+
+        return stack(*blocks), stack("down")
 
     def _prepare(self, launch: LaunchPlan, columns: int, read: Read) -> LayerGemm:
         plan, device = self.plan, self.device
@@ -197,7 +236,9 @@ def _entries(read: Read, source: Source) -> Block:
         return values.unflatten(1, (count, -1)).transpose(0, 1)
 
     blocks = ("gate", "up") if source.block == "gate_up" else (source.block,)
-    weights = [read(source.expert, block) for block in blocks]
+    weights = [_filled(read(source.expert, block), block, source.padding) for block in blocks]
+    if source.rotate:
+        weights = [rotate(weight.float()).bfloat16() for weight in weights if isinstance(weight, torch.Tensor)]
 
     def entries(part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         parts = [cut(part(weight)) for weight in weights]
@@ -209,6 +250,26 @@ def _entries(read: Read, source: Source) -> Block:
     zeros = None if first.zeros is None else entries(attrgetter("zeros"))
     codes, scales = entries(attrgetter("codes")), entries(attrgetter("scales"))
     return QuantizedWeight(first.scheme, codes, scales, zeros)
+
+
+def _filled(weight: Block, block: str, count: int) -> Block:
+    """``weight`` with ``count`` features of zeros more: rows of gate and up, columns of down."""
+
+    def fill(values: torch.Tensor, more: int = count) -> torch.Tensor:
+        stored = values.view(torch.uint8) if values.dtype == E4M3 else values  # no e4m3 pad
+        rows_or_columns = (0, more) if block == "down" else (0, 0, 0, more)
+        return torch.nn.functional.pad(stored, rows_or_columns).view(values.dtype)
+
+    if not count:
+        return weight
+    if isinstance(weight, torch.Tensor):
+        return fill(weight)
+    more, features = count, weight.codes.shape[1]
+    if block == "down":
+        group = weight.scheme.group
+        more = 0 if group == -1 else -(-(features + count) // group) - weight.scales.shape[1]
+    zeros = None if weight.zeros is None else fill(weight.zeros, more)
+    return QuantizedWeight(weight.scheme, fill(weight.codes), fill(weight.scales, more), zeros)
 
 
 def _stack(arranged: Iterable[KernelWeights], device: torch.device) -> KernelWeights:

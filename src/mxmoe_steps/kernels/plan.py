@@ -3,16 +3,23 @@
 A shared expert whose width is s times the routed one runs as s more experts that take every token: rows
 of its gate and up blocks, columns of its down block. Its problems and those of every format are spread over the launch,
 so that tiles which wait for memory run beside tiles which compute.
+
+Experts whose width is no multiple of 64 are filled up with features of zeros.
+
+Where inputs are rotated, packed blocks read rotated rows and blocks kept in 16 bits plain ones. But gate and up of an
+expert have the same bfloat16 rows: beside a packed block that reads bfloat16, weights kept in 16 bits are rotated, too.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.gating import SWIGLU, Gating
+from mxmoe_steps.kernels.architecture import ROTATED_KERNELS, Architecture, Configuration
 from mxmoe_steps.kernels.codes.format import EDGE, Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.limits import MAX_EXPERTS, OPERAND_MASKS
+from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, span
 from mxmoe_steps.kernels.shared import interleave, shared_slices, strips
 from mxmoe_steps.schemes import SHARED, Scheme
 
@@ -21,11 +28,17 @@ Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
 @dataclass(frozen=True)
 class Source:
-    """A block of the model, or ``gate_up`` for two in one, and the number of entries that it is cut into."""
+    """A block of the model, or ``gate_up`` for two in one, the number of entries that it is cut into, and the features
+    of zeros that are added to the inner width of each.
+
+    ``rotate``: it is kept in 16 bits and yet reads rotated rows: its weights have to be rotated, too.
+    """
 
     expert: int
     block: str
     entries: int
+    padding: int = 0
+    rotate: bool = False
 
 
 @dataclass(frozen=True)
@@ -33,8 +46,9 @@ class LaunchPlan:
     """One grouped GEMM.
 
     ``formats``: in the kernel's order; ``stacks[i]``: the blocks of ``formats[i]``, in the order of their entries.
-    ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads.
-    ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies silu(gate) and up, see `Architecture.config`.
+    ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads, or
+    `ROTATED_BF16` in place of that of bfloat16. ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies
+    silu(gate) and up, see `Architecture.config`. ``rotated``: some blocks read rotated rows.
     """
 
     formats: tuple[Format, ...]
@@ -43,6 +57,7 @@ class LaunchPlan:
     needs: tuple[int, ...]
     strips: int
     gated: bool
+    rotated: bool = False
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -66,7 +81,8 @@ class LaunchPlan:
 class LayerPlan:
     """A layer of ``experts`` routed experts and ``slices`` of a shared one, [hidden] to [hidden] features.
 
-    ``elsewhere``: the last of ``experts`` stands for all that are on other GPUs. It has no blocks and adds nothing.
+    ``intermediate``: width of an expert, of which the last ``padding`` features are zero. ``elsewhere``: the last of
+    ``experts`` stands for all that are on other GPUs. It has no blocks and adds nothing.
     """
 
     experts: int
@@ -76,6 +92,21 @@ class LayerPlan:
     gate_up: LaunchPlan
     down: LaunchPlan
     elsewhere: bool = False
+    gating: Gating = SWIGLU
+    padding: int = 0
+
+    @property
+    def rotated(self) -> bool:
+        """Whether some block reads rotated rows."""
+        return self.gate_up.rotated or self.down.rotated
+
+    @property
+    def token_kernels(self) -> tuple[str, ...]:
+        """Kernels around the grouped GEMMs beyond those that all layers load."""
+        own = self.gating.token_kernels
+        if not self.rotated:
+            return own
+        return (*own, *ROTATED_KERNELS, *(f"{name}_rotated" for name in own if name.startswith("activate")))
 
     def check(self, architecture: Architecture) -> None:
         """`UserError` unless kernels of ``architecture`` multiply all formats."""
@@ -83,14 +114,23 @@ class LayerPlan:
 
 
 def plan_layer(
-    schemes: Mapping[int, Schemes], hidden: int, intermediate: int, shared: int = 0, elsewhere: bool = False
+    schemes: Mapping[int, Schemes],
+    hidden: int,
+    intermediate: int,
+    shared: int = 0,
+    elsewhere: bool = False,
+    gating: Gating = SWIGLU,
+    rotated: bool = False,
 ) -> LayerPlan:
     """Plan a layer from the schemes of its experts, numbered from 0, and of `SHARED` if it has that.
 
     ``intermediate``, ``shared``: widths of a routed and of the shared expert. Gate and up are multiplied in their own
-    launch if they have the same scheme in every expert. ``elsewhere``: other GPUs have more experts, see `LayerPlan`.
-    `UserError` says why there is no kernel for it.
+    launch if they have the same scheme in every expert and ``gating`` is SwiGLU; the first scheme of an expert without
+    gate is not looked at. ``elsewhere``: other GPUs have more experts, see `LayerPlan`. ``rotated``: the inputs of
+    packed blocks are. `UserError` says why there is no kernel for it.
     """
+    if hidden % EDGE:
+        raise UserError(f"hidden states of {hidden} features: kernels need a multiple of {EDGE}")
     here = len(schemes) - (SHARED in schemes)
     experts = here + elsewhere
     slices = 0
@@ -98,18 +138,35 @@ def plan_layer(
         slices = shared_slices(shared, intermediate)
         if not slices:
             raise UserError(f"shared expert of width {shared}: no multiple of the routed experts' {intermediate}")
+        if gating.biased:
+            raise UserError("the kernels add no biases of a shared expert")
     if experts + slices > MAX_EXPERTS:
         raise UserError(f"{experts} experts and {slices} shared; the sort kernel takes {MAX_EXPERTS} together")
+    if rotated:
+        _check_rotation(hidden, intermediate, *([shared] if slices else []))
     order = [*([SHARED] if slices else []), *range(here)]
-    gated = _gated(schemes)
+    padding = -intermediate % EDGE
+    width = intermediate + padding
+    first = {"gate": 0, "up": width} if gating.gated else {"up": 0}
+    if gating.plain and _gated(schemes):
+        first = {"gate_up": 0}
     gate_up, down = (
-        _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, k)
-        for blocks, n, k in (
-            ({"gate_up": 0} if gated else {"gate": 0, "up": intermediate}, intermediate, hidden),
-            ({"down": 0}, hidden, intermediate),
-        )
+        _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, padding, rotated)
+        for blocks, n in ((first, width), ({"down": 0}, hidden))
     )
-    return LayerPlan(experts, slices, hidden, intermediate, gate_up, down, elsewhere)
+    if slices > 1:
+        _check_slices(down, intermediate)
+    return LayerPlan(experts, slices, hidden, width, gate_up, down, elsewhere, gating, padding)
+
+
+def _check_slices(down: LaunchPlan, width: int) -> None:
+    """`UserError` where a group of the shared expert's down block could belong to two slices."""
+    for format_ in down.formats:
+        if width % format_.feature_multiple:
+            raise UserError(
+                f"down blocks under {format_.name}: kernels cut a shared expert into slices of the routed experts'"
+                f" width, {width}, and need a multiple of {format_.feature_multiple}"
+            )
 
 
 def _gated(schemes: Mapping[int, Schemes]) -> bool:
@@ -117,19 +174,31 @@ def _gated(schemes: Mapping[int, Schemes]) -> bool:
     return all(gate == up for gate, up, _ in schemes.values())
 
 
+def _check_rotation(*widths: int) -> None:
+    for features in widths:
+        if features % EDGE:
+            raise UserError(f"rotated inputs of {features} features: the kernels rotate multiples of {EDGE}")
+        together = span(features)
+        if together > CHUNK:
+            raise UserError(
+                f"rotated inputs of {features} features: the kernels rotate up to {CHUNK} together, not {together}"
+            )
+
+
 def _plan_launch(
-    schemes: Sequence[tuple[int, Schemes]], columns: Mapping[str, int], experts: int, slices: int, n: int, k: int
+    schemes: Sequence[tuple[int, Schemes]],
+    columns: Mapping[str, int],
+    experts: int,
+    slices: int,
+    n: int,
+    padding: int,
+    rotated: bool,
 ) -> LaunchPlan:
-    """``columns``: output column of each block kind; ``n``, ``k``: output and input features of a block."""
+    """``columns``: output column of each block kind; ``n``: output features of a block; ``padding``: see `Source`."""
     numbered = {"gate": 0, "up": 1, "down": 2, "gate_up": 0}
     blocks = [(expert, block, kernel_format(three[numbered[block]])) for expert, three in schemes for block in columns]
     formats = tuple(sorted({format_ for _, _, format_ in blocks}))
-    for format_ in formats:
-        if n % EDGE or k % format_.feature_multiple:
-            raise UserError(
-                f"blocks of {n} x {k} under {format_.name}: kernels need output features in multiples of {EDGE}"
-                f" and input features in multiples of {format_.feature_multiple}"
-            )
+    packed = {(expert, format_.operand) for expert, _, format_ in blocks if rotated and not format_.original}
     stacks: list[list[Source]] = [[] for _ in formats]
     counts = [0] * len(formats)
     needs = [0] * (experts + slices)
@@ -137,13 +206,14 @@ def _plan_launch(
     for expert, block, format_ in blocks:
         number = formats.index(format_)
         numbers = range(experts, experts + slices) if expert == SHARED else [expert]
-        stacks[number].append(Source(expert, block, len(numbers)))
+        turned = (expert, format_.operand) in packed
+        stacks[number].append(Source(expert, block, len(numbers), padding, turned and format_.original))
         for place in numbers:
             problems.append((place, number, counts[number], columns[block]))
-            needs[place] |= OPERAND_MASKS[format_.operand]
+            needs[place] |= ROTATED_BF16 if turned and format_.operand == "bf16" else OPERAND_MASKS[format_.operand]
             counts[number] += 1
     order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
     gated = "gate_up" in columns
     in_order = tuple(problems[i] for i in order)
     in_strips = strips([n] * len(columns) * (1 + gated))
-    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), in_strips, gated)
+    return LaunchPlan(formats, tuple(map(tuple, stacks)), in_order, tuple(needs), in_strips, gated, bool(packed))

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mxmoe_steps import packing
+from mxmoe_steps.gating import CLAMPED, SWIGLU, Gating
 from mxmoe_steps.quantizers.grid import E4M3, E4M3_MAX, QuantizedWeight, quantize_activations
+from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import ORIGINAL, SHARED
 
 Problem = tuple[int, int, int, int]  # expert, number of the weight stack, entry in it, output column
@@ -50,6 +52,24 @@ def quantize_tokens(x: torch.Tensor, operand: str) -> tuple[torch.Tensor, torch.
     return (packing.pack(codes & 15, 4) if operand == "int4" else codes), scales
 
 
+def product(gating: Gating, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+    """What experts make of the sums of gate (None if they have none) and up, biases added, in their precision."""
+    functional = torch.nn.functional
+    if gating.function == CLAMPED:
+        assert gate is not None
+        gate, up = gate.clamp(max=gating.limit), up.clamp(-gating.limit, gating.limit)
+        return gate * (gating.alpha * gate).sigmoid() * (up + 1)
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": functional.silu,
+        "gelu": functional.gelu,
+        "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+        "relu": functional.relu,
+        "relu2": lambda x: functional.relu(x).square(),
+    }
+    function = functions[gating.function]
+    return function(up) if gate is None else function(gate) * up
+
+
 def moe_layer(
     x: torch.Tensor,
     expert_ids: torch.Tensor,
@@ -57,20 +77,31 @@ def moe_layer(
     read: Callable[[int, str], QuantizedWeight | torch.Tensor],
     gate: torch.Tensor | None = None,
     shared: bool = False,
+    rotated: bool = False,
+    gating: Gating = SWIGLU,
+    biases: Callable[[int, str], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """float64 [tokens, H]: the layer that `mxmoe_steps.kernels.moe_layer.MoeLayer` computes, exact but for its bfloat16
     intermediates. ``read(expert, block)``: the weights of gate, up or down; ``gate``: the shared expert's gate logits.
+    ``rotated``: the inputs of packed blocks are. ``biases(expert, block)``: of a biased ``gating``.
     """
 
     def linear(block: QuantizedWeight | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if isinstance(block, torch.Tensor):
             return (rows.double() @ block.double().T).bfloat16()
+        if rotated:
+            turned = rotate(rows.float())
+            rows = turned.bfloat16() if block.scheme.act_bits == 16 else turned
         seen = quantize_activations(rows, block.scheme).double()
         return (seen @ block.dequantize().double().T).bfloat16()
 
+    def sums(expert: int, block: str, rows: torch.Tensor) -> torch.Tensor:
+        found = linear(read(expert, block), rows).double()
+        return found if biases is None else found + biases(expert, block).double()
+
     def run(expert: int, rows: torch.Tensor) -> torch.Tensor:
-        inner, up = (linear(read(expert, block), rows).double() for block in ("gate", "up"))
-        return linear(read(expert, "down"), (inner * inner.sigmoid() * up).bfloat16()).double()
+        inner = sums(expert, "gate", rows) if gating.gated else None
+        return sums(expert, "down", product(gating, inner, sums(expert, "up", rows)).bfloat16())
 
     result = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     for expert in expert_ids.unique().tolist():

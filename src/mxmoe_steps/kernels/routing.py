@@ -1,4 +1,4 @@
-"""The steps around the grouped GEMMs of a layer, on torch tensors: sort, dispatch, SwiGLU, combine.
+"""The steps around the grouped GEMMs of a layer, on torch tensors: sort, dispatch, SwiGLU or another gating, combine.
 
 Nothing here waits for the GPU, and nothing is checked: `moe_layer.MoeLayer` checks what enters it, and what lies
 between its launches is its own. Launches after `dispatch` read what the sort wrote before they wait for the launch
@@ -6,12 +6,14 @@ before them, which must not be the sort. A token's choices among the routed expe
 come after them and take every token.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
+from mxmoe_steps.gating import Gating
 from mxmoe_steps.kernels.architecture import CLUSTER_SORT, Architecture
 from mxmoe_steps.kernels.codes.format import EDGE, OPERAND_BITS
 from mxmoe_steps.kernels.launch import Activations, architecture_of, token_kernel
@@ -60,69 +62,101 @@ def dispatch(
     needs: torch.Tensor,
     operands: Collection[str],
     gate: torch.Tensor | None = None,
+    rotated: bool = False,
 ) -> tuple[dict[str, Activations], torch.Tensor | None]:
     """Tokens ``x``, bfloat16 [tokens, K], at the rows of their experts, quantized per token for types of 8 and 4 bits.
 
     ``needs``: int32 [experts + slices], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
     needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
-    experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second.
+    experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second. ``rotated``: types of 8 and 4 bits
+    hold the rotated token, and so does bfloat16 where an expert needs `ROTATED_BF16`.
     """
     activations, outputs = _outputs(x, routed, operands)
     if gate is None:
         spare = _spare(x.device)["bf16"].values
-        token_kernel("dispatch", routed.architecture)(
+        _kernel("dispatch", routed, rotated)(
             x, routed.expert_ids, routed.row, needs, outputs, (spare, spare[0]), routed.slices
         )
         return activations, None
     logits = torch.empty(x.shape[0], dtype=torch.bfloat16, device=x.device)
-    token_kernel("dispatch_gated", routed.architecture)(
+    _kernel("dispatch_gated", routed, rotated)(
         x, routed.expert_ids, routed.row, needs, outputs, (gate, logits), routed.slices
     )
     return activations, logits
 
 
 def swiglu(
-    gate_up: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
+    gate_up: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str], rotated: bool = False
 ) -> dict[str, Activations]:
     """``silu(gate) * up`` of gate_up, bfloat16 [rows, 2 K], rounded to bfloat16, as the operands of the down blocks.
 
-    ``needs`` and ``operands`` as for `dispatch`. The ``slices`` rows of a token are slices of one row: they get one
-    scale, and the last expert's needs.
+    ``needs``, ``operands`` and ``rotated`` as for `dispatch`. The ``slices`` rows of a token are slices of one row:
+    they get one scale and one rotation, and the last expert's needs.
     """
     activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // 2)
-    function = token_kernel("swiglu", routed.architecture)
+    function = _kernel("swiglu", routed, rotated)
     function(gate_up, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return activations
 
 
+def activate(
+    gate_up: torch.Tensor,
+    routed: Routed,
+    needs: torch.Tensor,
+    operands: Collection[str],
+    gating: Gating,
+    biases: torch.Tensor | None,
+    rotated: bool = False,
+) -> dict[str, Activations]:
+    """As `swiglu`, for any ``gating``: ``gate_up`` is bfloat16 [rows, K] of experts without gate. ``biases``: bfloat16
+    [experts + slices, columns of ``gate_up``] if there are any."""
+    activations, outputs = _outputs(gate_up, routed, operands, gate_up.shape[1] // gating.columns)
+    added = _spare(gate_up.device)["bf16"].values if biases is None else biases
+    inputs = (gate_up, added, gating.alpha, gating.limit)
+    function = _kernel(f"activate_{gating.variant}", routed, rotated)
+    function(inputs, routed.expert_ids, routed.row, needs, outputs, routed.slices)
+    return activations
+
+
 def quantize(
-    products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str]
+    products: torch.Tensor, routed: Routed, needs: torch.Tensor, operands: Collection[str], rotated: bool = False
 ) -> dict[str, Activations]:
     """``silu(gate) * up``, bfloat16 [rows, K], as the operands of the down blocks; otherwise as `swiglu`."""
-    unrounded = {"bf16": Activations(products)} if "bf16" in operands else {}
-    scaled = [operand for operand in operands if operand != "bf16"]
-    if not scaled:
+    as_it_is = not rotated and "bf16" in operands
+    unrounded = {"bf16": Activations(products)} if as_it_is else {}
+    made = [operand for operand in operands if not (as_it_is and operand == "bf16")]
+    if not made:
         return unrounded
-    activations, outputs = _outputs(products, routed, scaled)
-    function = token_kernel("quantize", routed.architecture)
+    activations, outputs = _outputs(products, routed, made)
+    function = _kernel("quantize", routed, rotated)
     function(products, routed.expert_ids, routed.row, needs, outputs, routed.slices)
     return unrounded | activations
 
 
 def combine(
-    rows: torch.Tensor, routed: Routed, weights: torch.Tensor, logits: torch.Tensor | None = None
+    rows: torch.Tensor,
+    routed: Routed,
+    weights: torch.Tensor,
+    logits: torch.Tensor | None = None,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Weighted sum of each token's ``rows``, bfloat16 [rows, N], in float32; bfloat16 [tokens, N].
 
     ``weights``: bfloat16 or float32 [tokens, top_k]. Shared rows count once, times the sigmoid of ``logits``, bfloat16
-    [tokens], if there are any.
+    [tokens], if there are any. ``biases``: bfloat16 [experts, N], added to the rows of each expert first; not with
+    shared rows.
     """
     out = torch.empty(routed.expert_ids.shape[0], rows.shape[1], dtype=torch.bfloat16, device=rows.device)
     gates = _spare(rows.device)["bf16"].values[0] if logits is None else logits
     name = "combine_bf16" if weights.dtype == torch.bfloat16 else "combine_float32"
-    function = token_kernel(name, routed.architecture)
-    function(rows, routed.row, weights, gates, out, routed.slices, int(logits is not None))
+    function = token_kernel(name if biases is None else f"{name}_biased", routed.architecture)
+    choices = (routed.row,) if biases is None else (routed.row, routed.expert_ids, biases)
+    function(rows, choices, weights, gates, out, routed.slices, int(logits is not None))
     return out
+
+
+def _kernel(name: str, routed: Routed, rotated: bool) -> Any:
+    return token_kernel(f"{name}_rotated" if rotated else name, routed.architecture)
 
 
 Outputs = tuple[torch.Tensor, ...]  # bfloat16, then values and scales of `Architecture.scaled_outputs`
@@ -154,8 +188,8 @@ def _spare(device: torch.device) -> dict[str, Activations]:
     return {operand: _empty(operand, 1, EDGE, device) for operand in OPERAND_MASKS}
 
 
-def prepare(device: torch.device, architecture: Architecture) -> None:
-    """Load the kernels and make what all calls on a device share."""
-    for name in architecture.token_kernels:
+def prepare(device: torch.device, names: Iterable[str], architecture: Architecture) -> None:
+    """Load the kernels ``names`` and make what all calls on a device share."""
+    for name in names:
         token_kernel(name, architecture)
     _spare(device)

@@ -193,15 +193,7 @@ class DispatchTokens:
         written = rounding.Outputs(*outputs)
         tokens, top_k = x.shape[0], expert_ids.shape[1]
         entries = top_k + slices
-        if thread < entries:
-            expert = needs.shape[0] - entries + thread
-            if thread < top_k:
-                expert = Int32(expert_ids[token, thread])
-            masks[thread] = needs[expert]
-        cute.arch.sync_threads()
-        types = Int32(0)
-        for j in cutlass.range(entries, unroll=1):
-            types |= masks[j]
+        types = self.types_of(expert_ids, needs, entries, masks)
         if const_expr(self.architecture.unreadable_mask):
             types &= self.architecture.operand_mask  # the compiler then leaves out what the GPU cannot round to
 
@@ -229,11 +221,8 @@ class DispatchTokens:
             cute.arch.griddepcontrol_wait()
             cute.arch.griddepcontrol_launch_dependents()
         if thread < entries:
-            target = tokens * thread + token
-            if thread < top_k:
-                target = row[token, thread]
-            rows[thread] = target
-            rounding.store_scales(scales, masks[thread], written, target)
+            rows[thread] = self.target_of(row, tokens, top_k)
+            rounding.store_scales(scales, masks[thread], written, rows[thread])
         cute.arch.sync_threads()
         for i in cutlass.range(thread, steps, THREADS, unroll=1):
             if i != thread:
@@ -241,6 +230,30 @@ class DispatchTokens:
             rounding.encode(vector, types, scales)
             for j in cutlass.range(entries, unroll=2):
                 rounding.store(vector, masks[j], written, rows[j], i)
+
+    @cute.jit
+    def types_of(self, expert_ids: cute.Tensor, needs: cute.Tensor, entries: Int32, masks: cute.Tensor) -> Int32:
+        """The types that the token's ``entries`` experts read, and those of each in ``masks``; the whole block."""
+        token, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
+        if thread < entries:
+            expert = needs.shape[0] - entries + thread
+            if thread < expert_ids.shape[1]:
+                expert = Int32(expert_ids[token, thread])
+            masks[thread] = needs[expert]
+        cute.arch.sync_threads()
+        types = Int32(0)
+        for j in cutlass.range(entries, unroll=1):
+            types |= masks[j]
+        return types
+
+    @cute.jit
+    def target_of(self, row: cute.Tensor, tokens: Int32, top_k: Int32) -> Int32:
+        """The token's row of the expert whose number among its own is the thread's."""
+        token, thread = cute.arch.block_idx()[0], cute.arch.thread_idx()[0]
+        target = tokens * thread + token
+        if thread < top_k:
+            target = row[token, thread]
+        return target
 
     @cute.jit
     def product(self, eight: cute.Tensor, stored: cute.Tensor) -> Float32:

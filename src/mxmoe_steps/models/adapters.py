@@ -34,8 +34,8 @@ class Family:
     What is computed: ``activation`` is the key of ``config.json`` that names it. ``gated``: without it down multiplies
     the activation of up, and gate is a block without output features. ``biased``: blocks have biases; ``clamped``: gate
     and up are clamped (`mxmoe_steps.models.gating.Gating`); ``scales_inputs``: router weights multiply what enters an
-    expert, not what leaves it; ``normed``: a norm follows the MoE module. ``returns_more``: a layer returns a tuple, of
-    which hidden states are the first.
+    expert, not what leaves it; ``normed``: a norm follows the MoE module. ``returns_more``, ``moe_returns_more``: a
+    layer, or its MoE module, returns a tuple, of which hidden states are the first.
 
     ``only``: keys of ``config.json`` -> the values that work here, and why no others do. A key that is absent, or
     null, works. ``shared_count``: the key that says how many experts the shared one is made of; 0 means none.
@@ -65,6 +65,7 @@ class Family:
     scales_inputs: bool = False
     normed: bool = False
     returns_more: bool = False
+    moe_returns_more: bool = False
     only: Mapping[str, tuple[tuple[Any, ...], str]] = field(default_factory=dict)
 
     @property
@@ -103,13 +104,7 @@ class Family:
     @property
     def without_kernels(self) -> str:
         """Why the experts of all its models run reference arithmetic on a GPU; empty where they do not."""
-        reasons = {
-            "gate and up are clamped, blocks have biases": self.clamped or self.biased,
-            "experts have no gate": not self.gated,
-            "router weights multiply inputs": self.scales_inputs,
-            "router and experts are no module of their own": not self.moe,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), "")
+        return "" if self.moe else "router and experts are no module of their own"
 
     @property
     def without_tuning(self) -> str:
@@ -148,7 +143,7 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": _SHARED,
     "glm4_moe": _SHARED,
     "dots1": _SHARED,
-    "gpt_oss": Family(router="router", orientation="alternating", biased=True, clamped=True),
+    "gpt_oss": Family(router="router", orientation="alternating", biased=True, clamped=True, moe_returns_more=True),
     "qwen3_next": _GATED,
     "qwen3_5_moe_text": replace(_GATED, prefixes=("model.", "model.language_model.", "")),
     "qwen3_5_moe": replace(_GATED, decoder=_VISION[0], prefixes=_VISION[1], is_wrapper=True),
@@ -185,6 +180,7 @@ FAMILIES: Mapping[str, Family] = {
         shared="shared_expert",
         orientation="columns",
         scales_inputs=True,
+        moe_returns_more=True,
     ),
     "gemma4": Family(
         decoder=_VISION[0],

@@ -97,11 +97,6 @@ class ModelFolder:
         stated = stated_quantization(self.config)
         return [] if stated is None or self.is_packed else source_formats(stated, self.path / "config.json")
 
-    @property
-    def activation(self) -> str:
-        """Name of the activation between gate and down, e.g. ``silu``."""
-        return str(self.text.get(self.family.activation, "silu"))
-
     @cached_property
     def stored(self) -> StoredTensors:
         """The tensors of its files by their own names."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mxmoe_steps import gating
 from mxmoe_steps.models.adapters import Family
 
 Function = Callable[[torch.Tensor], torch.Tensor]
@@ -78,6 +79,20 @@ def gating_of(family: "Family", config: Mapping[str, Any]) -> Gating:
     Activations are spelled out here because importing those of transformers takes seconds.
     """
     if family.clamped:
-        alpha = float(config.get("swiglu_alpha", 1.702))  # published configurations leave it out
-        return Gating(lambda x: x * torch.sigmoid(alpha * x), float(config.get("swiglu_limit", 7.0)))
+        alpha, limit = _clamping(config)
+        return Gating(lambda x: x * torch.sigmoid(alpha * x), limit)
     return Gating(_ACTIVATIONS[config.get(family.activation, "silu")], gated=family.gated)
+
+
+def kernel_gating(family: "Family", config: Mapping[str, Any]) -> gating.Gating:
+    """The same, as the GPU kernels know it."""
+    if family.clamped:
+        alpha, limit = _clamping(config)
+        return gating.Gating(gating.CLAMPED, family.gated, family.biased, alpha, limit)
+    function = str(config.get(family.activation, "silu"))
+    return gating.Gating("silu" if function == "swish" else function, family.gated, family.biased)
+
+
+def _clamping(config: Mapping[str, Any]) -> tuple[float, float]:
+    """Alpha and limit of a clamped gating; published configurations leave alpha out."""
+    return float(config.get("swiglu_alpha", 1.702)), float(config.get("swiglu_limit", 7.0))

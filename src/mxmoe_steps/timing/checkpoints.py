@@ -15,6 +15,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import expert_modules, layer_on_kernels
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.models.families import Family
+from mxmoe_steps.models.gating import kernel_gating
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.timing.stages import stages_of
 from mxmoe_steps.timing.timer import Timer
@@ -55,11 +56,14 @@ class Steps:
 def on_kernels(model: StreamedModel, number: int) -> MoeLayer:
     """A layer of a packed checkpoint on the kernels; `UserError` where there are none for it."""
     family = model.folder.family
+    if family.scales_inputs:
+        raise UserError("router weights multiply inputs, and what routes is not timed")
     with model.loaded(model.layer_path(number)):
         moe = model.moe(number)
         gate = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
         device = next(moe.parameters()).device  # of the router, with its number
-        return layer_on_kernels(expert_modules(moe, family), family, model.folder.activation, device, gate)
+        gating = kernel_gating(family, model.folder.text)
+        return layer_on_kernels(expert_modules(moe, family), family, gating, device, gate)
 
 
 def in_transformers(moe: Any, family: Family, step: Step) -> Callable[[], torch.Tensor]:

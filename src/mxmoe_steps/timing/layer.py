@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.times import LAUNCHES
 from mxmoe_steps.kernels.architecture import Architecture
+from mxmoe_steps.kernels.codes.format import EDGE
 from mxmoe_steps.kernels.shared import shared_slices
 from mxmoe_steps.schemes import SHARED, Scheme
 from mxmoe_steps.timing.shapes import LaunchShape
@@ -15,7 +16,8 @@ from mxmoe_steps.timing.traffic import Traffic
 
 
 def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Slices that every block runs as, 1 for routed experts, and output and input features of a slice, int64 [B]."""
+    """Slices that every block runs as, 1 for routed experts, and output and input features of a slice, filled up as the
+    kernels do, int64 [B]."""
     routed = blocks.expert != SHARED
     slices = np.ones(len(blocks), np.int64)
     out, inner = blocks.out_features.copy(), blocks.in_features.copy()
@@ -29,7 +31,7 @@ def cut_shared(blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64], ND
                 count = shared_slices(int(out[shared][0] * inner[shared][0]), n * k)
                 if count > 1:
                     slices[shared], out[shared], inner[shared] = count, n, k
-    return slices, out, inner
+    return slices, -(-out // EDGE) * EDGE, -(-inner // EDGE) * EDGE
 
 
 def launch_shapes(blocks: Blocks, experts: int) -> tuple[LaunchShape, ...]:

@@ -9,6 +9,10 @@ with P multiprocessors: Graham's bound for list scheduling (1969, theorem 1; the
 floor and the part of the compute that it does not hide. A kernel carries F main loops, one per scheme and token tile.
 Every term is linear in the choices or a maximum over them, so the time of a model is a sum of maxima of linear
 functions. `profile` fits the constants (docs/profile.md).
+
+Where experts are no plain SwiGLU, what lies between the two is a launch in any case, and counts with gate+up:
+
+    launch_us + rows x inner width x bytes of sums and products / bandwidth
 """
 
 import numpy as np
@@ -51,6 +55,11 @@ def block_work(
     tiles_high = -(-out_features // tile_height)
     work = (counts * one[:, None]).sum(2) * tiles_high[:, None]
     return work, np.where(counts > 0, one[:, None], 0.0).max(2)
+
+
+def activation_bytes(columns: int) -> int:
+    """Bytes that making a feature of the down blocks' input moves, from ``columns`` sums; both are bfloat16."""
+    return (columns + 1) * OUTPUT_BYTES
 
 
 def bytes_moved(

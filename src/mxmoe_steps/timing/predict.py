@@ -13,9 +13,9 @@ from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.times import Times, layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import PHASE_ROWS
-from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
+from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 from mxmoe_steps.timing.layer import cut_shared, step_phases
-from mxmoe_steps.timing.model import block_work, bytes_moved
+from mxmoe_steps.timing.model import activation_bytes, block_work, bytes_moved
 from mxmoe_steps.timing.profile import Profile, timing_schemes
 from mxmoe_steps.timing.traffic import Traffic
 
@@ -38,6 +38,7 @@ def block_times(
     rows, weight = _rows_and_weights(blocks, traffic)
     used = weight * (rows > 0)
     slices, out, inner = cut_shared(blocks)
+    activation_us = _activation_us(blocks, traffic, profile)
     times = Times.zeros(len(blocks), len(kernels))
     for column, scheme in enumerate(kernels):
         within = carried or [scheme]
@@ -48,12 +49,25 @@ def block_times(
             cells = profile.tiles[phase, scheme]
             work, longest = block_work(rows[of], out[of], inner[of], cells, extra_us, PHASE_ROWS[phase])
             times.launch_us[launch, column] = profile.launch_us + profile.loop_launch_us * loops
+            times.launch_us[launch, column] += activation_us * (launch == 0)
             times.compute[of, column] = slices[of] * (weight[of] * work).sum(1) / profile.sms
             times.longest[of, column] = profile.tail * longest.max(1)
         weight_bytes, token_bytes = bytes_moved(out, inner, scheme)
         moved = slices * (used.sum(1) * weight_bytes + (weight * rows).sum(1) * token_bytes)
         times.memory[:, column] = moved / (profile.bandwidth_gbs * 1e3) + profile.exposed * times.compute[:, column]
     return times
+
+
+def _activation_us(blocks: Blocks, traffic: Traffic, profile: Profile) -> float:
+    """What a layer's launch between the GEMMs takes where gate+up cannot do its work: a launch and its bytes, the same
+    under every scheme."""
+    if traffic.gating.plain:
+        return 0.0
+    down = blocks[(blocks.layer == blocks.layer[0]) & (blocks.kind == BLOCKS.index("down"))]
+    slices, _, inner = cut_shared(down)
+    rows, weight = _rows_and_weights(down, traffic)
+    features = float((slices * inner * (weight * rows).sum(1)).sum())
+    return profile.launch_us + features * activation_bytes(traffic.gating.columns) / (profile.bandwidth_gbs * 1e3)
 
 
 def times_by_tile(

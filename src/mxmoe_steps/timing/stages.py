@@ -5,7 +5,6 @@ from collections.abc import Callable
 import torch
 
 from mxmoe_steps.kernels.moe_layer import MoeLayer
-from mxmoe_steps.kernels.routing import combine, dispatch
 
 STAGES = ("sort", "dispatch", "gate_up", "swiglu", "down", "combine")
 
@@ -19,18 +18,18 @@ def stages_of(
     """
     up, down = layer.gate_up, layer.down
     routed = layer.sort(expert_ids)
-    activations, logits = dispatch(x, routed, up.needs, up.plan.operands, layer.gate)
+    activations, logits = layer.dispatch(x, routed)
     products = up(activations, routed)
     inner = layer.activate(products, routed)
     rows = down(inner, routed)
     stages: dict[str, Callable[[], object]] = {
         "sort": lambda: layer.sort(expert_ids),
-        "dispatch": lambda: dispatch(x, routed, up.needs, up.plan.operands, layer.gate),
+        "dispatch": lambda: layer.dispatch(x, routed),
         "gate_up": lambda: up(activations, routed),
         "swiglu": lambda: layer.activate(products, routed),
         "down": lambda: down(inner, routed),
-        "combine": lambda: combine(rows, routed, weights, logits),
+        "combine": lambda: layer.combine(rows, routed, weights, logits),
     }
-    if up.plan.gated and down.plan.operands == ("bf16",):
+    if up.plan.gated and down.plan.operands == ("bf16",) and not down.plan.rotated:
         del stages["swiglu"]
     return stages

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.facts import TrafficFacts
+from mxmoe_steps.gating import SWIGLU, Gating, of_variant
 from mxmoe_steps.models.raw import TensorFile
 from mxmoe_steps.tables import TRAFFIC, read_table
 
@@ -23,7 +24,8 @@ class Traffic:
     """Rows of each routed expert in sampled steps of ``tokens`` tokens.
 
     ``rows`` int64 [layers, steps, experts]; ``weight`` float64, same shape: the share of steps that each
-    sample stands for. A step's expectation is the sum of weight x cost(rows) over the steps axis.
+    sample stands for. A step's expectation is the sum of weight x cost(rows) over the steps axis. ``gating``: of the
+    model's experts.
     """
 
     layers: tuple[int, ...]
@@ -31,6 +33,7 @@ class Traffic:
     rows: NDArray[np.int64]
     weight: NDArray[np.float64]
     model: str = ""  # fingerprint, empty if made up
+    gating: Gating = SWIGLU
 
 
 class Routing:
@@ -134,4 +137,5 @@ def sample_traffic(
     layer, expert = np.nonzero(rows.sum(1) == 0)
     rows[layer, 0, expert] = 1
     weight[layer, 0, expert] = np.minimum(1 / steps, expected[layer, expert])
-    return Traffic(layers, tokens, rows, weight, facts["model"])
+    gating = of_variant(facts["activation"]) if "activation" in facts else SWIGLU
+    return Traffic(layers, tokens, rows, weight, facts["model"], gating)

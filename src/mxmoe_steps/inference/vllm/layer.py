@@ -19,7 +19,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import check_hardware, layer_on_kernels
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.models.adapters import Family
-from mxmoe_steps.models.gating import gating_of
+from mxmoe_steps.models.gating import gating_of, kernel_gating
 from mxmoe_steps.models.operators import define
 from mxmoe_steps.models.packed import MixedExperts
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme
@@ -34,8 +34,7 @@ class PackedLayer:
         self, number: int, schemes: dict[int, list[Scheme]], rotated: bool, family: Family, model: dict[str, Any]
     ) -> None:
         self.number, self.schemes, self.rotated, self.family = number, schemes, rotated, family
-        self.activation = str(model.get("hidden_act", "silu"))
-        self.gating = gating_of(family, model)
+        self.gating, self.kernel_gating = gating_of(family, model), kernel_gating(family, model)
         engine = get_current_vllm_config()
         check_options(engine)
         self.dtype, self.eager = engine.model_config.dtype, bool(engine.model_config.enforce_eager)
@@ -71,7 +70,7 @@ class PackedLayer:
 
     def _move(self, experts: dict[int, nn.Module], shared: nn.ModuleDict) -> None:
         """To the kernels; `UserError` where there are none, and nothing has changed then."""
-        make = partial(layer_on_kernels, family=self.family, activation=self.activation, device=self.device)
+        make = partial(layer_on_kernels, family=self.family, gating=self.kernel_gating, device=self.device)
         elsewhere = self.local is not None
         if not shared:
             self.compute = make(experts, elsewhere=elsewhere)
