@@ -13,7 +13,7 @@ from mxmoe_steps.kernels.layouts import quantized_weight
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.moe_layer import _entries, _stack
 from mxmoe_steps.kernels.plan import LayerPlan, Source, plan_layer
-from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16
+from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, SPAN
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.quantizers.grid import QuantizedWeight, round_to_nearest
 from mxmoe_steps.quantizers.hadamard import rotate
@@ -137,8 +137,10 @@ def test_an_expert_reads_rotated_rows_or_plain_ones() -> None:
     plan = plan_layer(schemes, HIDDEN, INNER, 2 * INNER, rotated=True)
     bf16, int8 = OPERAND_MASKS["bf16"], OPERAND_MASKS["int8"]
     assert plan.rotated
-    assert plan.gate_up.needs == (ROTATED_BF16, bf16, bf16 | int8, ROTATED_BF16, int8, int8)
-    assert plan.down.needs == (int8, bf16, ROTATED_BF16, bf16, ROTATED_BF16, ROTATED_BF16)
+    assert [need % SPAN for need in plan.gate_up.needs] == [ROTATED_BF16, bf16, bf16 | int8, ROTATED_BF16, int8, int8]
+    assert [need % SPAN for need in plan.down.needs] == [int8, bf16, ROTATED_BF16, bf16, ROTATED_BF16, ROTATED_BF16]
+    assert [need // SPAN for need in plan.gate_up.needs] == [HIDDEN, 0, HIDDEN, HIDDEN, HIDDEN, HIDDEN]
+    assert [need // SPAN for need in plan.down.needs] == [INNER, 0, INNER, 0, 2 * INNER, 2 * INNER]
     rotate_too = [source for launch in (plan.gate_up, plan.down) for stack in launch.stacks for source in stack]
     assert [source for source in rotate_too if source.rotate] == [Source(3, "gate", 1, rotate=True)]
     plain = plan_layer(schemes, HIDDEN, INNER, 2 * INNER)
@@ -159,11 +161,13 @@ def test_weights_kept_in_16_bits_beside_rotated_ones_are_rotated() -> None:
     assert (rotate(x).double() @ turned[0].double().T - exact).norm() < 2e-3 * exact.norm()
 
 
-def test_rotations_that_are_too_long_are_refused() -> None:
+def test_rotations_that_are_too_long_or_too_short_are_refused() -> None:
     schemes = {0: (parse_scheme("w8a8"),) * 3}
     assert plan_layer(schemes, 3 * CHUNK, CHUNK, rotated=True).rotated
-    with pytest.raises(UserError, match="rotated inputs of 16384 features: the kernels rotate up to 8192 together"):
-        plan_layer(schemes, 256, 2 * CHUNK, rotated=True)
+    for width, together in ((2 * CHUNK, 2 * CHUNK), (100, 4)):
+        said = f"rotated inputs of {width} features: the kernels rotate 8 to 8192 together, not {together}"
+        with pytest.raises(UserError, match=said):
+            plan_layer(schemes, 256, width, rotated=True)
 
 
 @pytest.mark.parametrize(

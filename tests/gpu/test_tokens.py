@@ -8,7 +8,7 @@ from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.launch import Activations
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
-from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, span
+from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, SPAN, span
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, quantize, sort_by_expert, swiglu
 from mxmoe_steps.packing import unpack
 from mxmoe_steps.quantizers.grid import E4M3
@@ -228,11 +228,11 @@ def check_rotated_slices(
     check_rotated(whole, joined(plain), mask[-tokens:])
 
 
-def rotated_needs(architecture: Architecture, experts: int) -> torch.Tensor:
+def rotated_needs(architecture: Architecture, experts: int, features: int) -> torch.Tensor:
     """Every type somewhere, bfloat16 rotated or plain."""
     scaled = torch.randint(0, 16, (experts,)) & architecture.operand_mask & ~OPERAND_MASKS["bf16"]
     of_bf16 = torch.tensor([0, OPERAND_MASKS["bf16"], ROTATED_BF16])[torch.arange(experts) % 3]
-    return (scaled | of_bf16).int()
+    return (scaled | of_bf16 | SPAN * span(features)).int()
 
 
 SPANS = [64, 128, 768, 1024, 1408, 1536, 2048, 2880, 4096, 8192, 14336, 24576]  # 64 to 8192 features a transform
@@ -248,7 +248,7 @@ def test_rotated_tokens_are_those_of_the_reference_exactly(
     x = (torch.randn(200, features) * torch.logspace(-6, 6, 200)[:, None]).bfloat16()
     x[3] = 0
     routed = route(200, 16, 3, 2, architecture)
-    needs = rotated_needs(architecture, 18)
+    needs = rotated_needs(architecture, 18, features)
     gate = torch.randn(1, features).bfloat16().cuda() if gated else None
     made, logits = dispatch(x.cuda(), routed, needs.cuda(), operands_of(architecture), gate, rotated=True)
     expected, mask = torch.empty(routed.rows, features, dtype=x.dtype), torch.empty(routed.rows, dtype=torch.long)
@@ -277,10 +277,10 @@ def test_rotated_products_are_those_of_the_reference_exactly(
     gate_up = (torch.randn(routed.rows, 2 * features) * torch.logspace(-2, 1.5, routed.rows)[:, None]).bfloat16().cuda()
     plain_needs = torch.ones(16 + shared, dtype=torch.int32, device="cuda")
     products = swiglu(gate_up, routed, plain_needs, ("bf16",))["bf16"].values
-    needs = rotated_needs(architecture, 16 + shared)
+    needs = rotated_needs(architecture, 16 + shared, features)
     operands = operands_of(architecture)
     for of_slices in (architecture.operand_mask - 1 | ROTATED_BF16, OPERAND_MASKS["bf16"]):
-        needs[16:] = of_slices
+        needs[16:] = of_slices | SPAN * span(features * max(shared, 1))
         mask = torch.empty(routed.rows, dtype=torch.long)
         mask[rows_of(routed)] = needs[experts_of(routed)].long()
         for made in (

@@ -19,7 +19,7 @@ from mxmoe_steps.kernels.architecture import ROTATED_KERNELS, Architecture, Conf
 from mxmoe_steps.kernels.codes.format import EDGE, Format
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.limits import MAX_EXPERTS, OPERAND_MASKS
-from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, span
+from mxmoe_steps.kernels.rotation import CHUNK, LEAST, ROTATED_BF16, SPAN, span
 from mxmoe_steps.kernels.shared import interleave, shared_slices, strips
 from mxmoe_steps.schemes import SHARED, Scheme
 
@@ -46,9 +46,9 @@ class LaunchPlan:
     """One grouped GEMM.
 
     ``formats``: in the kernel's order; ``stacks[i]``: the blocks of ``formats[i]``, in the order of their entries.
-    ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads, or
-    `ROTATED_BF16` in place of that of bfloat16. ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies
-    silu(gate) and up, see `Architecture.config`. ``rotated``: some blocks read rotated rows.
+    ``problems``: (expert, stack, entry, output column). ``needs``: per expert, sum of `OPERAND_MASKS` it reads; where
+    rows are rotated, see `rotation`. ``strips``: of 64 weight rows in an expert. ``gated``: it multiplies silu(gate)
+    and up, see `Architecture.config`. ``rotated``: some blocks read rotated rows.
     """
 
     formats: tuple[Format, ...]
@@ -179,9 +179,9 @@ def _check_rotation(*widths: int) -> None:
         if features % EDGE:
             raise UserError(f"rotated inputs of {features} features: the kernels rotate multiples of {EDGE}")
         together = span(features)
-        if together > CHUNK:
+        if not LEAST <= together <= CHUNK:
             raise UserError(
-                f"rotated inputs of {features} features: the kernels rotate up to {CHUNK} together, not {together}"
+                f"rotated inputs of {features} features: the kernels rotate {LEAST} to {CHUNK} together, not {together}"
             )
 
 
@@ -211,6 +211,8 @@ def _plan_launch(
         for place in numbers:
             problems.append((place, number, counts[number], columns[block]))
             needs[place] |= ROTATED_BF16 if turned and format_.operand == "bf16" else OPERAND_MASKS[format_.operand]
+            if turned:
+                needs[place] |= SPAN * span(k * len(numbers) if block == "down" else k)
             counts[number] += 1
     order = interleave([(problem[0] >= experts, problem[1]) for problem in problems])
     gated = "gate_up" in columns

@@ -13,7 +13,7 @@ from mxmoe_steps.kernels.activate import Activate
 from mxmoe_steps.kernels.activations import THREADS, WARP_VECTORS, Quantize, Rows, SwiGlu
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.limits import MAX_ENTRIES
-from mxmoe_steps.kernels.rotation import ROTATED_BF16, span
+from mxmoe_steps.kernels.rotation import ROTATED_BF16, SPAN
 from mxmoe_steps.kernels.rounding import BF16, VECTOR
 
 
@@ -52,7 +52,7 @@ class DispatchRotated(hadamard.ByBlock, tokens.DispatchTokens):
         rotated = rotated_types(types, self.architecture)
 
         source = rounding.vectors(x, token)
-        steps, size = source.shape[1], span(x.shape[1])
+        steps, size = source.shape[1], types // SPAN  # one for all experts that have any
         vector = rounding.Vector.make()
         if const_expr(self.gated):
             logit = Float32(0.0)
@@ -98,8 +98,8 @@ class RotatedRows(hadamard.ByBlock, Rows):
     threads = THREADS
 
     def readable(self, mask: Int32) -> Int32:
-        """The types of ``mask`` that the GPU has."""
-        return mask & (self.architecture.operand_mask | ROTATED_BF16)
+        """All of it: `rotated_types` leaves out what the GPU has not."""
+        return mask
 
     @cute.jit
     def by_block(
@@ -124,7 +124,7 @@ class RotatedRows(hadamard.ByBlock, Rows):
                 rounding.store(vector, Int32(BF16), written, first + i // steps * tokens, i % steps)
         rotated = rotated_types(mask, self.architecture)
         if rotated != 0:
-            size = span(total * VECTOR)
+            size = mask // SPAN
             of_warps = cute.make_tensor(
                 cute.recast_ptr(largest_of_warps.iterator, dtype=Float32), largest_of_warps.layout
             )
@@ -159,7 +159,7 @@ class QuantizeRotated(RotatedRows, Quantize):
     @cute.jit
     def by_warp(self, inputs: cute.Tensor, row: Int32, mask: Int32, steps: Int32, written: rounding.Outputs) -> None:
         """As the base class says."""
-        lane, size = cute.arch.lane_idx(), span(steps * VECTOR)
+        lane, size = cute.arch.lane_idx(), mask // SPAN
         rounds = WARP_VECTORS // 32
         held = cute.make_rmem_tensor((VECTOR, rounds), BFloat16)
         held.fill(0.0)

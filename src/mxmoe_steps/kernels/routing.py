@@ -68,8 +68,8 @@ def dispatch(
 
     ``needs``: int32 [experts + slices], sums of `OPERAND_MASKS`; rows of an expert are filled in the types that it
     needs and left alone in others. ``operands``: all types that some expert needs. ``gate``: weight of the shared
-    experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second. ``rotated``: types of 8 and 4 bits
-    hold the rotated token, and so does bfloat16 where an expert needs `ROTATED_BF16`.
+    experts' gate, bfloat16 [1, K]; then its logits, bfloat16 [tokens], come second. ``rotated``: rows are rotated
+    as ``needs`` says, see `rotation`.
     """
     activations, outputs = _outputs(x, routed, operands)
     if gate is None:
