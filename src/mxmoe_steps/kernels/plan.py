@@ -151,8 +151,8 @@ def plan_layer(
     if gating.plain and _gated(schemes):
         first = {"gate_up": 0}
     gate_up, down = (
-        _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, padding, rotated)
-        for blocks, n in ((first, width), ({"down": 0}, hidden))
+        _plan_launch([(e, schemes[e]) for e in order], blocks, experts, slices, n, k, padding, rotated)
+        for blocks, n, k in ((first, width, hidden), ({"down": 0}, hidden, intermediate))
     )
     if slices > 1:
         _check_slices(down, intermediate)
@@ -191,10 +191,12 @@ def _plan_launch(
     experts: int,
     slices: int,
     n: int,
+    k: int,
     padding: int,
     rotated: bool,
 ) -> LaunchPlan:
-    """``columns``: output column of each block kind; ``n``: output features of a block; ``padding``: see `Source`."""
+    """``columns``: output column of each block kind; ``n``, ``k``: output and input features of a block of a routed
+    expert; ``padding``: see `Source`."""
     numbered = {"gate": 0, "up": 1, "down": 2, "gate_up": 0}
     blocks = [(expert, block, kernel_format(three[numbered[block]])) for expert, three in schemes for block in columns]
     formats = tuple(sorted({format_ for _, _, format_ in blocks}))
