@@ -115,7 +115,7 @@ def run_alone(call: Callable[[], None], log: Path) -> str:
         try:
             call()
             status = 0
-        except BaseException:  # noqa: BLE001  # a process of its own, which ends here
+        except BaseException:  # a process of its own, which ends here
             traceback.print_exc()
         finally:
             sys.stdout.flush()
