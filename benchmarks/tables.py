@@ -233,16 +233,15 @@ def serving_families() -> str:
     """Largest differences of log-probabilities between vLLM and transformers, by family."""
     rows = []
     for family, found in read(MEASUREMENTS / "serving_families.json")["families"].items():
-        mark = " *" if GAPS in found else ""
-        rows.append((f"`{family}`", found["class"], _difference(found["original"]), _difference(found["packed"]) + mark))
+        packed = _difference(found["packed"])
+        if "original, gaps filled" in found and not isinstance(found["packed"], str):
+            packed += " *"
+        rows.append((f"`{family}`", found["class"], _difference(found["original"]), packed))
     return markdown(("model_type", "model class", "original", "packed"), rows)
 
 
-GAPS = "original, gaps filled"
-
-
 def _difference(found: float | str) -> str:
-    return "does not run" if isinstance(found, str) else f"{found:.1e}".replace("e-0", "e-").replace("e+00", "")
+    return "does not run" if isinstance(found, str) else f"{found:.2g}".replace("e-0", "e-")
 
 
 def mma() -> str:

@@ -21,8 +21,8 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"first_k_dense_replace": 1, "index_head_dim": 128, "index_topk": 2048, **_SIGMOID, **_LATENT},
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     "kimi_linear": {
-        "mla_use_nope": True, "moe_router_activation_func": "sigmoid", "moe_renormalize": True, "first_k_dense_replace": 1,
-        "moe_layer_freq": 1, "num_expert_group": 1, "topk_group": 1, "use_grouped_topk": True,
+        "mla_use_nope": True, "moe_router_activation_func": "sigmoid", "moe_renormalize": True, "first_k_dense_replace": 0,
+        "mlp_layer_types": ["sparse", "sparse"], "moe_layer_freq": 1, "num_expert_group": 1, "topk_group": 1, "use_grouped_topk": True,
         "linear_attn_config": {
             "kda_layers": [], "full_attn_layers": [1, 2], "head_dim": 16, "num_heads": 2, "short_conv_kernel_size": 4,
         },
@@ -32,11 +32,11 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"], "attention_bias": True, "lm_head_bias": True},
     "qwen3_vl_moe": {"norm_topk_prob": True},
     "glm4v_moe": {"use_qk_norm": False},
-    "llama4": {"interleave_moe_layer_step": 2},
+    "llama4": {"interleave_moe_layer_step": 2, "attention_chunk_size": 128},
     "lfm2_moe": {"tie_word_embeddings": True},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "swa_num_attention_heads": 2, "rope_theta": 5e6,
-        "swa_num_key_value_heads": 1, "swa_head_dim": 48, "swa_v_head_dim": 48, "v_head_dim": 48, "swa_rope_theta": 1e4,
+        "swa_num_key_value_heads": 2, "swa_head_dim": 48, "swa_v_head_dim": 48, "v_head_dim": 48, "swa_rope_theta": 1e4,
         "partial_rotary_factor": 0.334, "sliding_window_size": 8, "add_swa_attention_sink_bias": True,
         "layernorm_epsilon": 1e-5, **_SIGMOID,
     },

@@ -218,9 +218,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-# of those, what vLLM does not run, and why; docs/serving.md says how the others were tried
-UNSERVED: Mapping[str, str] = {}
-
 REFUSED: Mapping[str, str] = {
     "dbrx": "experts lie in one matrix of all experts' rows, which is no linear block of its own",
     "deepseek_v4": "a layer takes several streams of hidden states, not one",

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.vllm.blocks import place_of
-from mxmoe_steps.models.adapters import UNSERVED, Family, family_of
+from mxmoe_steps.models.adapters import Family, family_of
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig
 from mxmoe_steps.schemes import SHARED
 
@@ -64,11 +64,9 @@ class PackedConfig(QuantizationConfig):
         return cls(config)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """vLLM tells the model's config, before it builds anything; `UserError` for a model that it does not run."""
+        """vLLM tells the model's config, before it builds anything; `UserError` for one of no family."""
         self.model = hf_config.to_dict()
         self.family = family_of(Path(model_name), self.model)
-        if why := UNSERVED.get(self.model["model_type"]):
-            raise UserError(f"{model_name}: vLLM does not run packed models of type {self.model['model_type']}: {why}")
 
     def get_checkpoint_weight_mapper(self) -> Any:
         """Static in the base class, called on the instance."""
