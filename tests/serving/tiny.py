@@ -21,8 +21,9 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": {"first_k_dense_replace": 1, "index_head_dim": 128, "index_topk": 2048, **_SIGMOID, **_LATENT},
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
     "kimi_linear": {
-        "mla_use_nope": True, "moe_router_activation_func": "sigmoid", "moe_renormalize": True, "first_k_dense_replace": 0,
-        "mlp_layer_types": ["sparse", "sparse"], "moe_layer_freq": 1, "num_expert_group": 1, "topk_group": 1, "use_grouped_topk": True,
+        "mla_use_nope": True, "moe_router_activation_func": "sigmoid", "moe_renormalize": True, "moe_layer_freq": 1,
+        "num_expert_group": 1, "topk_group": 1, "use_grouped_topk": True, "first_k_dense_replace": 0,
+        "mlp_layer_types": ["sparse", "sparse"],
         "linear_attn_config": {
             "kda_layers": [], "full_attn_layers": [1, 2], "head_dim": 16, "num_heads": 2, "short_conv_kernel_size": 4,
         },
