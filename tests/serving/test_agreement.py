@@ -1,5 +1,6 @@
 """What vLLM computes from a packed checkpoint: the log-probabilities of `load_quantized`."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ import pytest
 import torch
 from stand_in import Kernels, fill_cpu_gaps, stand_in
 from tiny import OPTIONS, make_tiny
+
+from mxmoe_steps.inference import gpu
+from mxmoe_steps.inference.vllm import routed
+from mxmoe_steps.models.packed import MixedExpert
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(1))
@@ -57,8 +62,22 @@ def test_all_schemes_and_rotation(tmp_path: Path) -> None:
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> type[Kernels]:
-    """As if the CPU were a Hopper GPU."""
+    """As if the CPU were a Hopper GPU, whose memory has no room for packed experts beside those in kernel order."""
     stand_in(monkeypatch.setattr)
+    packed: weakref.WeakSet[MixedExpert] = weakref.WeakSet()
+
+    class Watched(MixedExpert):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            packed.add(self)
+
+    class Alone(Kernels):
+        def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
+            assert not packed
+            return super().__call__(*tensors)
+
+    monkeypatch.setattr(routed, "MixedExpert", Watched)
+    monkeypatch.setattr(gpu, "MoeLayer", Alone)
     return Kernels
 
 

@@ -29,9 +29,7 @@ logger = init_logger("vllm.mxmoe")  # vLLM configures loggers below its own
 
 
 class PackedLayer:
-    """``schemes``: of gate, up and down by expert, `SHARED` included, as the checkpoint says; ``model``: what
-    its config says of the language model.
-    """
+    """``schemes``: of gate, up and down by expert, `SHARED` included; ``model``: the language model's configuration."""
 
     def __init__(
         self, number: int, schemes: dict[int, list[Scheme]], rotated: bool, family: Family, model: Mapping[str, Any]
