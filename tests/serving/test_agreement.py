@@ -64,12 +64,12 @@ def test_all_schemes_and_rotation(tmp_path: Path) -> None:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> type[Kernels]:
     """As if the CPU were a Hopper GPU, whose memory has no room for packed experts beside those in kernel order."""
     stand_in(monkeypatch.setattr)
-    packed: weakref.WeakSet[MixedExpert] = weakref.WeakSet()
+    packed: weakref.WeakSet[Any] = weakref.WeakSet()
 
     class Watched(MixedExpert):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            packed.add(self)
+            packed.update((self.gate_proj, self.up_proj, self.down_proj))
 
     class Alone(Kernels):
         def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
