@@ -229,6 +229,21 @@ def _serving() -> dict[str, list[dict[str, float]]]:
     return found
 
 
+def serving_families() -> str:
+    """Largest differences of log-probabilities between vLLM and transformers, by family."""
+    rows = []
+    for family, found in read(MEASUREMENTS / "serving_families.json")["families"].items():
+        packed = _difference(found["packed"])
+        if "original, gaps filled" in found and not isinstance(found["packed"], str):
+            packed += " *"
+        rows.append((f"`{family}`", found["class"], _difference(found["original"]), packed))
+    return markdown(("model_type", "model class", "original", "packed"), rows)
+
+
+def _difference(found: float | str) -> str:
+    return "does not run" if isinstance(found, str) else f"{found:.2g}".replace("e-0", "e-")
+
+
 def mma() -> str:
     """Microseconds of a layer's two launches by tokens, on both architectures of the H100."""
     cells = [cell for cell in read(MEASUREMENTS / "mma.json") if cell["picked"]]
@@ -269,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serving-step": lambda: serving("step"),
     "serving-first": lambda: serving("first token"),
     "serving-http": serving_http,
+    "serving-families": serving_families,
     "family-names": lambda: ", ".join(f"`{name}`" for name in sorted(FAMILIES)),
     "families": lambda: markdown(FAMILY_HEAD, family_rows()),
     "refused": lambda: markdown(("refused", "because"), refused_rows()),

@@ -1,5 +1,6 @@
 """A rank's share of packed blocks: cuts put together give the whole, and what does not fit is named."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,10 +8,13 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.inference.vllm.blocks import Blocks, Share
+from mxmoe_steps.inference.vllm.blocks import Blocks, Share, place_in_experts, place_of
+from mxmoe_steps.models.adapters import FAMILIES
+from mxmoe_steps.models.families import ModelFolder
 from mxmoe_steps.models.packed import make_linear
+from mxmoe_steps.models.shards import packed_name
 from mxmoe_steps.quantizers.grid import round_to_nearest
-from mxmoe_steps.schemes import parse_scheme
+from mxmoe_steps.schemes import SHARED, parse_scheme
 
 N, K = 64, 256
 
@@ -111,3 +115,25 @@ def test_scales_that_are_no_numbers_are_named() -> None:
         blocks.load(5, "down", part, tensor)
     with pytest.raises(UserError, match="layer 3, expert 5, down: scales holds NaN"):
         blocks.finish()
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_names_of_packed_tensors_say_what_they_are(name: str) -> None:
+    family = FAMILIES[name]
+    folder = ModelFolder(Path("model"), family, {"model_type": name})
+    for expert in (7, SHARED) if family.shared else (7,):
+        for block in family.own_blocks:
+            stored = packed_name(folder, 12, expert, block, "scales")
+            for known in (stored, stored.removeprefix("model."), stored[stored.index("layers") :]):
+                assert place_of(known, family, {12}) == (12, expert, block, "scales")
+            assert place_of(stored, family, {11}) is None  # a layer of 16 bits
+            ahead = stored[stored.index("layers") :]
+            assert place_of(f"mtp.{ahead}", family, {12}) is place_of(f"model.mtp.{ahead}", family, {12}) is None
+    for other in ("router.weight", "shared_mlp_gate.weight", "experts.gate_up_proj", "experts.3.gate.weight"):
+        assert place_of(f"{family.moe_path(12)}.{other}", family, {12}) is None
+
+
+def test_names_inside_of_experts() -> None:
+    assert place_in_experts("13.up_proj.qweight") == (13, "up", "qweight")
+    with pytest.raises(UserError, match=r"experts\.gate_up_proj is no part of a packed block"):
+        place_in_experts("gate_up_proj")

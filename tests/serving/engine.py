@@ -21,6 +21,7 @@ SETTINGS = {
     "VLLM_CPU_CI_ENV": "1",  # compiles with Dynamo alone, and warms nothing up
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_KIMI_K3_GEMM_AR": "0",  # a kernel for GPUs
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
 }

@@ -1,6 +1,7 @@
-"""What stands in for the GPU kernels on a CPU, so that their wiring can be tested there."""
+"""What stands in on a CPU for GPU kernels, ours and vLLM's, so that what is around them can be tested there."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -62,3 +63,29 @@ def stand_in(replace: Callable[[Any, str, Any], Any] = setattr) -> None:
 
 def _keep_order(linear: Any, **_: Any) -> None:
     linear.cpu_linear = torch.nn.functional.linear
+
+
+def fill_cpu_gaps(replace: Callable[[Any, str, Any], Any] = setattr) -> None:
+    """What vLLM 0.32 has for GPUs and not for CPUs: experts without a gate, and router corrections without groups."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    check, routing = FusedMoEConfig.__post_init__, CPURouter._compute_routing
+
+    def unchecked(config: Any) -> None:
+        with suppress(NotImplementedError):
+            check(config)
+
+    def corrected(router: Any, hidden: torch.Tensor, logits: torch.Tensor, kind: Any, **more: Any) -> Any:
+        if router.use_grouped_topk or router.custom_routing_function or router.scoring_func == "sqrtsoftplus":
+            return routing(router, hidden, logits, kind, **more)
+        scores = logits.float().softmax(-1) if router.scoring_func == "softmax" else logits.float().sigmoid()
+        bias = 0 if router.e_score_correction_bias is None else router.e_score_correction_bias
+        expert_ids = (scores + bias).topk(router.top_k, -1).indices
+        weights = scores.gather(-1, expert_ids)
+        if router.renormalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * router.routed_scaling_factor, expert_ids.to(torch.int32)
+
+    replace(FusedMoEConfig, "__post_init__", unchecked)
+    replace(CPURouter, "_compute_routing", corrected)

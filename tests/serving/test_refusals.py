@@ -9,10 +9,12 @@ import engine
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.models.utils import WeightsMapper
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.vllm import layer
 from mxmoe_steps.inference.vllm.config import PackedConfig, check_version
+from mxmoe_steps.inference.vllm.stream import PackedTensors
 from mxmoe_steps.models.packed import MixedExperts
 
 
@@ -67,7 +69,26 @@ def test_versions_of_the_format(demo: Path) -> None:
 
 
 def test_models_of_another_type(demo: Path) -> None:
-    stated = json.loads((demo / "config.json").read_text())["quantization_config"]
+    config = PackedConfig.from_config(json.loads((demo / "config.json").read_text())["quantization_config"])
     model = SimpleNamespace(to_dict=lambda: {"model_type": "llama"})
-    with pytest.raises(UserError, match="model_type 'llama' is none of deepseek_v2"):
-        PackedConfig.from_config(stated).maybe_update_config("folder", model)
+    with pytest.raises(
+        UserError, match=r"^folder/config\.json: model_type 'llama' is not supported; supported are afmoe"
+    ):
+        config.maybe_update_config("folder", model)
+    model.to_dict = lambda: {"model_type": "dbrx"}
+    with pytest.raises(UserError, match="experts lie in one matrix of all experts' rows"):
+        config.maybe_update_config("folder", model)
+
+
+def test_what_vllm_asks_of_its_model_classes() -> None:
+    taken: list[str] = []
+
+    def take(name: str, _: torch.Tensor) -> bool:
+        taken.append(name)
+        return name.startswith("ours")
+
+    theirs = WeightsMapper(orig_to_new_prefix={"old": "new"}, orig_to_new_substr={"gone": None})
+    for mapper in (theirs | PackedTensors(take=take), PackedTensors(take=take) | theirs):
+        names = [name for name, _ in mapper.apply((name, torch.empty(0)) for name in ("ours.old", "old.1", "gone"))]
+        assert names == ["new.1"]
+    assert taken == 2 * ["ours.old", "old.1", "gone"]

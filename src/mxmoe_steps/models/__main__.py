@@ -3,10 +3,10 @@
 ``python -m mxmoe_steps.models``; the same tables stand in docs/models.md.
 """
 
-from mxmoe_steps.models.adapters import FAMILIES, REFUSED, SERVED, Family
+from mxmoe_steps.models.adapters import FAMILIES, REFUSED, Family
 
 STEPS = "trace, capture, calibrate, quantize, evaluate; loading with transformers"
-FAMILY_HEAD = ("model_type", "experts are stored", "shared expert", "differs in", "Hopper kernels", "vLLM")
+FAMILY_HEAD = ("model_type", "experts are stored", "shared expert", "differs in", "Hopper kernels")
 _STORED = {
     "rows": "stacked",
     "columns": "stacked, transposed",
@@ -24,7 +24,6 @@ def family_rows() -> list[tuple[str, ...]]:
             f"`{family.shared}`" + (", gated" if family.shared_gate else "") if family.shared else "",
             _differs(family),
             f"reference arithmetic: {family.without_kernels}" if family.without_kernels else "yes",
-            "yes" if name in SERVED else "",
         )
         for name, family in sorted(FAMILIES.items())
     ]

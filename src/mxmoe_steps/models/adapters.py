@@ -214,14 +214,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 
-# vLLM runs these; docs/serving.md says how each was tried
-SERVED = frozenset(
-    (
-        "qwen2_moe", "qwen3_moe", "olmoe", "mixtral", "phimoe", "minimax", "deepseek_v2", "deepseek_v3", "glm4_moe",
-        "dots1", "gpt_oss",
-    )
-)  # fmt: skip
-
 REFUSED: Mapping[str, str] = {
     "dbrx": "experts lie in one matrix of all experts' rows, which is no linear block of its own",
     "deepseek_v4": "a layer takes several streams of hidden states, not one",

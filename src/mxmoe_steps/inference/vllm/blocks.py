@@ -1,10 +1,11 @@
-"""A rank's share of the packed blocks of a layer: how it is cut, how it is loaded, whether it is whole.
+"""A rank's share of the packed blocks of a layer: how it is cut, named and loaded, whether it is whole.
 
 Nothing here knows an engine. An engine hands over whole tensors of the checkpoint, in any order, and those of all
 experts; what another rank keeps is dropped.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,34 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.models.adapters import Family
 from mxmoe_steps.models.finite import bad_numbers
-from mxmoe_steps.schemes import CODES_PER_UNIT, Scheme
+from mxmoe_steps.schemes import CODES_PER_UNIT, SHARED, Scheme
 
 _FIX = "run the quantize step again"
+_BLOCK = r"(gate|up|down)_proj\.(\w+)"
+
+
+def place_of(name: str, family: Family, layers: Collection[int]) -> tuple[int, int, str, str] | None:
+    """Layer, expert, block and part of a tensor, by the end of its ``name``; None if it is of no packed block.
+
+    ``name`` is that of `mxmoe_steps.models.shards.packed_name`, or what is left of it inside of an engine's model.
+    Layers of multi-token prediction (``mtp.layers.0``), which are named like others, have no packed blocks.
+    """
+    moe = re.escape(f"{family.moe}." if family.moe else "")
+    expert = r"experts\.(\d+)" + (f"|{re.escape(family.shared)}" if family.shared else "")
+    found = re.fullmatch(rf"(?:.*(?<!mtp)\.)?layers\.(\d+)\.{moe}(?:{expert})\.{_BLOCK}", name)
+    if found is None or int(found[1]) not in layers:
+        return None
+    return int(found[1]), SHARED if found[2] is None else int(found[2]), found[3], found[4]
+
+
+def place_in_experts(name: str) -> tuple[int, str, str]:
+    """Expert, block and part, by a name inside of the experts of a layer; `UserError` if it is none."""
+    found = re.fullmatch(rf"(\d+)\.{_BLOCK}", name)
+    if found is None:
+        raise UserError(f"experts.{name} is no part of a packed block; {_FIX}")
+    return int(found[1]), found[2], found[3]
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,10 @@ class Blocks:
         self._blocks[expert, block] = _Block(scheme, shape, linear)
         self._missing |= dict.fromkeys((expert, block, part) for part in linear.state_dict())
 
+    def have(self, expert: int, block: str) -> bool:
+        """Whether it was added."""
+        return (expert, block) in self._blocks
+
     def load(self, expert: int, block: str, part: str, tensor: torch.Tensor) -> None:
         """Keep this rank's share of a whole ``tensor``; `UserError` for one that is not what it should be."""
         where = f"layer {self._layer}, expert {expert}, {block}: {part}"
@@ -107,11 +136,6 @@ class Blocks:
             )
         target.copy_(self._share.of(tensor, part, block, found.scheme, found.shape[1]))
         del self._missing[expert, block, part]
-
-    def missing(self) -> Iterator[tuple[tuple[int, str, str], torch.Tensor]]:
-        """(expert, block, part) of all that has not come, and the tensor for this rank's share of it."""
-        for expert, block, part in self._missing:
-            yield (expert, block, part), getattr(self._blocks[expert, block].linear, part)
 
     def finish(self) -> None:
         """`UserError` unless all tensors have come and hold numbers."""

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +10,14 @@ from packaging.version import Version
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.models.adapters import FAMILIES, SERVED, Family
+from mxmoe_steps.inference.vllm.blocks import place_of
+from mxmoe_steps.models.adapters import Family, family_of
 from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig
-from mxmoe_steps.schemes import BLOCKS, SHARED
+from mxmoe_steps.schemes import SHARED
 
 OLDEST, TOO_NEW = "0.25.1", "0.34"  # of vLLM
 
-FLAT_NAME = "packed_{}_{}_{}"  # of a parameter that loads a part of a block of an expert
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_LAYER = re.compile(r"(?:^|(?<!mtp)\.)layers\.(\d+)\.")
 
 
 def check_version(found: str) -> None:
@@ -31,9 +32,10 @@ class PackedConfig(QuantizationConfig):
     def __init__(self, stated: Mapping[str, Any]) -> None:
         super().__init__()
         self.checkpoint = MixedPrecisionConfig(**stated)
-        self.model: dict[str, Any] = {}  # config.json
+        self.model: dict[str, Any]  # config.json
+        self.family: Family
         self.layers: dict[int, Any] = {}  # their `PackedLayer`s
-        self.names: set[tuple[str, ...]] = set()  # of a MoE module and of gate, up and down, in vLLM's model
+        self.layers_stored = frozenset(map(int, self.checkpoint.blocks))
 
     def get_name(self) -> str:
         """As in ``quant_method``."""
@@ -61,36 +63,32 @@ class PackedConfig(QuantizationConfig):
         check_version(__version__)
         return cls(config)
 
-    @property
-    def family(self) -> Family:
-        """Of the model."""
-        return FAMILIES[self.model["model_type"]]
-
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """vLLM tells the model's config."""
+        """vLLM tells the model's config, before it builds anything; `UserError` for one of no family."""
         self.model = hf_config.to_dict()
-        family = self.model.get("model_type")
-        if family not in SERVED:
-            raise UserError(f"{model_name}: model_type {family!r} is none of {', '.join(sorted(SERVED))}")
+        self.family = family_of(Path(model_name), self.model)
 
     def get_checkpoint_weight_mapper(self) -> Any:
-        """Our names of routed experts, the same for every family, to those that vLLM's model class looks up.
+        """Static in the base class, called on the instance."""
+        from mxmoe_steps.inference.vllm.stream import PackedTensors
 
-        Static in the base class, called on the instance, once the model is built and has told `names`.
-        """
-        from vllm.model_executor.models.utils import WeightsMapper
-
-        if self.family.interleaved:  # vLLM's loader of gpt_oss looks parameters up by these names
-            flat = r".mlp.experts.routed_experts." + FLAT_NAME.format(r"\1", r"\2", r"\3")
-            return WeightsMapper(orig_to_new_regex={re.compile(r"\.mlp\.experts\.(\d+)\.(\w+)_proj\.(\w+)$"): flat})
-        regex = {
-            re.compile(rf"\.mlp\.experts\.(\d+)\.{block}_proj\."): rf".{module}.experts.\1.{name}."
-            for module, *names in self.names
-            for block, name in zip(BLOCKS, names, strict=True)
-        }
-        return WeightsMapper(orig_to_new_regex=regex)
+        return PackedTensors(take=self.take)
 
     get_cache_scale_mapper = get_checkpoint_weight_mapper  # its name up to vLLM 0.31
+
+    def take(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether a tensor of the checkpoint is of a packed block; what this rank keeps of it is kept then."""
+        from vllm.distributed import get_pp_group
+
+        place = place_of(name, self.family, self.layers_stored)
+        if place is None:
+            return False
+        layer, expert, block, part = place
+        if layer in self.layers:
+            self.layers[layer].load(expert, block, part, tensor)
+        elif get_pp_group().world_size == 1:
+            raise UserError(f"layer {layer}: vLLM's model class asks no quantization method for its experts")
+        return True
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """What computes vLLM's ``layer``; None: what does so without quantization."""
@@ -104,9 +102,6 @@ class PackedConfig(QuantizationConfig):
         if isinstance(layer, RoutedExperts):
             if number is None:
                 return None
-            theirs = (layer.ckpt_gate_proj_name, str(layer.ckpt_up_proj_name), layer.ckpt_down_proj_name)
-            if (names := (prefix.split(".")[-2], *theirs)) != ("mlp", "gate_proj", "up_proj", "down_proj"):
-                self.names.add(names)
             return PackedExpertsMethod(layer.moe_config, self._packed_layer(number))
         if not isinstance(layer, LinearBase):
             return None
@@ -118,7 +113,7 @@ class PackedConfig(QuantizationConfig):
     def _layer_number(self, prefix: str) -> int | None:
         """Of the layer with packed experts that ``prefix`` is in. Those of multi-token prediction stay 16-bit."""
         found = _LAYER.search(prefix)
-        return int(found[1]) if found and found[1] in self.checkpoint.blocks else None
+        return int(found[1]) if found and int(found[1]) in self.layers_stored else None
 
     def _packed_layer(self, number: int) -> Any:
         from mxmoe_steps.inference.vllm.layer import PackedLayer
@@ -127,5 +122,5 @@ class PackedConfig(QuantizationConfig):
             stated = self.checkpoint.blocks[str(number)]
             schemes = {int(expert): self.checkpoint.of(number, int(expert)) for expert in stated}
             rotated = self.checkpoint.rotation is not None
-            self.layers[number] = PackedLayer(number, schemes, rotated, self.family, self.model)
+            self.layers[number] = PackedLayer(number, schemes, rotated, self.family, self.family.text(self.model))
         return self.layers[number]

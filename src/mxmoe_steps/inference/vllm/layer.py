@@ -5,7 +5,7 @@ are this rank's own tokens, else the shared expert in a call of its own. Elsewhe
 waits for the GPU and so is refused there, unless the user asks for eager execution.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,27 +17,29 @@ from vllm.logger import init_logger
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import check_hardware, layer_on_kernels
+from mxmoe_steps.inference.vllm.blocks import Blocks
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.models.adapters import Family
 from mxmoe_steps.models.gating import gating_of, kernel_gating
 from mxmoe_steps.models.operators import define
 from mxmoe_steps.models.packed import MixedExperts
-from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme
+from mxmoe_steps.schemes import SHARED, Scheme
 
 logger = init_logger("vllm.mxmoe")  # vLLM configures loggers below its own
 
 
 class PackedLayer:
-    """``schemes``: of gate, up and down by expert, `SHARED` included, as the checkpoint says; ``model``: its config."""
+    """``schemes``: of gate, up and down by expert, `SHARED` included; ``model``: the language model's configuration."""
 
     def __init__(
-        self, number: int, schemes: dict[int, list[Scheme]], rotated: bool, family: Family, model: dict[str, Any]
+        self, number: int, schemes: dict[int, list[Scheme]], rotated: bool, family: Family, model: Mapping[str, Any]
     ) -> None:
         self.number, self.schemes, self.rotated, self.family = number, schemes, rotated, family
         self.gating, self.kernel_gating = gating_of(family, model), kernel_gating(family, model)
         engine = get_current_vllm_config()
         check_options(engine)
         self.dtype, self.eager = engine.model_config.dtype, bool(engine.model_config.enforce_eager)
+        self.blocks: list[Blocks] = []  # that wait for their tensors
         self.experts: MixedExperts | None = None  # routed ones of this rank, until they are in kernel order
         self.shared: dict[str, nn.Module] = {}  # gate_proj, up_proj, down_proj, likewise
         self.device = torch.device("cpu")
@@ -48,13 +50,38 @@ class PackedLayer:
 
     def __call__(self, hidden: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """Sum of this rank's experts, [T, H], of hidden states [T, H], global expert numbers and weights [T, k]."""
+        if self.family.scales_inputs:  # one expert a token, see `create_weights`
+            hidden, weights = (hidden * weights).to(hidden.dtype), torch.ones_like(weights)
         expert_ids = expert_ids if self.local is None else self.local[expert_ids]
         return self.compute(hidden, expert_ids, weights if self.scale == 1.0 else weights * self.scale)
+
+    def load(self, expert: int, block: str, part: str, tensor: torch.Tensor) -> None:
+        """Keep this rank's share of a whole tensor of the checkpoint; `UserError` where no block here waits for it."""
+        if not self.blocks:
+            raise UserError(f"layer {self.number}: packed experts are loaded once, and they are; restart vLLM")
+        for blocks in self.blocks:
+            if blocks.have(expert, block):
+                blocks.load(expert, block, part, tensor)
+                return
+        if expert == SHARED or expert not in self.schemes:
+            what = "the shared expert" if expert == SHARED else f"expert {expert}"
+            raise UserError(
+                f"layer {self.number}: vLLM's model does not take {what} from packed tensors: {block}: {part}"
+            )
+
+    def finish(self, blocks: Blocks) -> None:
+        """`UserError` unless all tensors of ``blocks`` have come; nothing here keeps their modules then."""
+        blocks.finish()
+        self.blocks.remove(blocks)
 
     def loaded(self) -> None:
         """Tell that routed experts, or a block of the shared one, are complete; once all are, choose what computes."""
         experts = self.experts
-        if experts is None or self.runner is None or (SHARED in self.schemes and len(self.shared) < len(BLOCKS)):
+        if (
+            experts is None
+            or self.runner is None
+            or (SHARED in self.schemes and len(self.shared) < len(self.family.own_blocks))
+        ):
             return
         try:
             check_hardware(self.device, self.dtype)
@@ -80,7 +107,7 @@ class PackedLayer:
         if module is None or (gate is None) != (self.family.shared_gate is None):
             raise UserError("vLLM runs the shared expert outside of its MoE layer")
         weight = None if gate is None else gate.weight.detach()
-        if not self._mixed_tokens():
+        if not (self._mixed_tokens() or self.family.scales_inputs):
             try:
                 self.compute = make({**experts, SHARED: shared}, gate=weight, elsewhere=elsewhere)
             except UserError as error:

@@ -1,6 +1,5 @@
 """What vLLM calls for the linear layers of a shared expert: gate and up beside each other, and down."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from mxmoe_steps.inference.vllm.blocks import Blocks, Share
 from mxmoe_steps.inference.vllm.layer import PackedLayer
-from mxmoe_steps.inference.vllm.routed import register_loaders
 from mxmoe_steps.models.packed import make_linear
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
@@ -29,13 +27,13 @@ class PackedLinearMethod(LinearMethodBase):
         output_partition_sizes: list[int],
         input_size: int,
         output_size: int,
-        params_dtype: torch.dtype,
         **_: Any,
     ) -> None:
-        """Packed blocks of this rank, empty, on the current device, and parameters that load them."""
+        """Packed blocks of this rank, empty, on the current device."""
         ranks = input_size // input_size_per_partition * (output_size // sum(output_partition_sizes))
         share = Share(layer.tp_rank if ranks > 1 else 0, ranks)
         self.blocks = Blocks(self.packed.number, share)
+        self.packed.blocks.append(self.blocks)
         schemes = dict(zip(BLOCKS, self.packed.schemes[SHARED], strict=True))
         layer.packed = nn.ModuleList()
         for block, features in zip(self.names, output_partition_sizes, strict=True):
@@ -44,17 +42,10 @@ class PackedLinearMethod(LinearMethodBase):
             self.blocks.add(SHARED, block, schemes[block], shape, linear)
             layer.packed.append(linear)
 
-        def loader(part: str) -> Callable[..., None]:
-            def load(param: Any, loaded_weight: torch.Tensor, shard_id: int = 0) -> None:
-                self.blocks.load(SHARED, self.names[shard_id], part, loaded_weight)
-
-            return load
-
-        register_loaders(layer, "", params_dtype, loader)
-
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that all have come."""
-        self.blocks.finish()
+        self.packed.finish(self.blocks)
+        del self.blocks
         self.packed.shared |= {f"{block}_proj": linear for block, linear in zip(self.names, layer.packed, strict=True)}
         self.packed.loaded()
 
