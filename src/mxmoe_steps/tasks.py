@@ -40,7 +40,7 @@ class TasksOptions(Questions, OfModel, Precision, Forward, StepOptions):
 
     task: Annotated[str, Flag("NAME")] = Field(description="task or group, as `python -m lm_eval ls tasks` lists them")
     task_folder: InFolder | None = Field(None, description="folder of YAML files with tasks of your own")
-    few_shot: Annotated[Natural | None, Flag("EXAMPLES")] = Field(
+    shots: Annotated[Natural | None, Flag("EXAMPLES")] = Field(
         None, description="worked examples before each question (default: as the task says)"
     )
     out: OutFile = Field(description="JSON file to write")
@@ -101,7 +101,7 @@ def tasks(options: TasksOptions) -> None:
 
     start_torch(options)
     logging.getLogger("mxmoe_steps").setLevel(logging.INFO)  # says which layers run the kernels
-    found = find_task(options.task, options.task_folder, options.few_shot, options.seed)
+    found = find_task(options.task, options.task_folder, options.shots, options.seed)
     try:
         with whole_model(options) as (model, path, of_model):
             tokenizer = load_tokenizer(path, options.trust_remote_code)

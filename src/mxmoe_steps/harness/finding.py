@@ -3,6 +3,7 @@
 import difflib
 import logging
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,20 @@ from mxmoe_steps.harness.names import check_installed, is_alone, local_tasks
 Found = dict[str, Any]  # ``tasks`` and ``groups`` by name, as `lm_eval.evaluate` takes them
 
 
-def find_task(name: str, folder: Path | None, few_shot: int | None, seed: int) -> Found:
+def find_task(name: str, folder: Path | None, shots: int | None, seed: int) -> Found:
     """The task ``name``, or a group with a score of its own, and its data; ``folder``: of tasks besides lm-eval's.
 
-    ``few_shot``: worked examples before each question, None for as many as the task itself says, drawn by ``seed``.
+    ``shots``: worked examples before each question, None for as many as the task itself says, drawn by ``seed``.
     Data that is not in the cache is downloaded. `UserError` for a name that is unknown or stands for several tasks,
     for data that cannot be had, and for tasks that need more than a language model.
     """
     check_installed()
-    from lm_eval.tasks import TaskManager
-
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # defaults that it takes, at length
     local = {} if folder is None else local_tasks(folder)
-    # Reading lm-eval's own 15,000 tasks takes seconds.
-    manager = TaskManager(include_path=folder, include_defaults=not is_alone(name, local))
+    manager = _manager(folder if name in local else None, not is_alone(name, local))
     entry = manager.task_index.get(name)
     if entry is None:
-        close = difflib.get_close_matches(name, manager.all_tasks, n=1)
+        close = difflib.get_close_matches(name, [*local, *manager.all_tasks], n=1)
         hint = f"did you mean {close[0]!r}?" if close else "`python -m lm_eval ls tasks` lists them"
         raise UserError(f"tasks: {name!r} is no task of lm-eval{f' or {folder}' if folder else ''}; {hint}")
     if entry.kind.name == "TAG":
@@ -39,8 +37,16 @@ def find_task(name: str, folder: Path | None, few_shot: int | None, seed: int) -
         raise UserError(f"tasks: {name} is a group without a score of its own; list those you want: {children}")
     for task in found["tasks"].values():
         _check(name, task, folder if name in local else None)
-        _set_shots(name, task, few_shot, seed)
+        _set_shots(name, task, shots, seed)
     return found
+
+
+@cache
+def _manager(folder: Path | None, include_defaults: bool) -> Any:
+    """Reading the 15,000 tasks of lm-eval takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=include_defaults)
 
 
 def _load(manager: Any, name: str) -> Found:
@@ -82,10 +88,10 @@ def _local_files(task: Any) -> Iterator[Path]:
             yield Path(value)
 
 
-def _set_shots(name: str, task: Any, few_shot: int | None, seed: int) -> None:
+def _set_shots(name: str, task: Any, shots: int | None, seed: int) -> None:
     """As ``lm_eval --num_fewshot --seed`` does, but for what it would ignore."""
     own = task.get_config("num_fewshot")
-    if few_shot is not None and own == 0 and few_shot > 0:
+    if shots and own == 0:
         raise UserError(f"few_shot: {task.task_name} of {name} takes no worked examples; leave it out")
-    task.set_config(key="num_fewshot", value=(own or 0) if few_shot is None else few_shot)
+    task.set_config(key="num_fewshot", value=(own or 0) if shots is None else shots)
     task.set_fewshot_seed(seed=seed)
