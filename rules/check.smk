@@ -40,7 +40,9 @@ def check_flags(tasks):
         evaluate=reading(CONFIG.evaluate, CONFIG.evaluate.texts),
         tasks=tasks,
         task_folder=CONFIG.evaluate.task_folder,
-        few_shot=[text for text in CONFIG.evaluate.few_shot if text.split("=")[0] in tasks],
+        few_shot=[
+            text for text in CONFIG.evaluate.few_shot if text.split("=")[0] in tasks
+        ],
         candidates=CANDIDATES,
         problems=plan.least_budgets(FRONTIERS.values()),
     )
@@ -57,7 +59,9 @@ onstart:
     if READERS & {job.rule.name for job in jobs}:
         tasks = {job.wildcards.task for job in jobs if job.rule.name == "tasks"}
         command = [sys.executable, "-m", "mxmoe_steps.check"]
-        if subprocess.run(command + shlex.split(check_flags(sorted(tasks)))).returncode:
+        if subprocess.run(
+            command + shlex.split(check_flags(sorted(tasks)))
+        ).returncode:
             raise WorkflowError(
                 "No job was started: the error above says what to mend."
             )

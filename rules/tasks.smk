@@ -10,11 +10,15 @@ ASKED = plan.asked_tasks(CONFIG)
 TASK_SCORES = f"{OUT}/tasks/{{scored}}/{{task}}.json"
 CHECKPOINTS = {name: [checkpoint_of(point)] for name, point in POINTS.items()}
 SCORED = {"original": [], **CHECKPOINTS}
-TASKS_CODE = stamps("mxmoe_steps.tasks") if ASKED else {}  # the extra [eval] may be missing
+TASKS_CODE = (
+    stamps("mxmoe_steps.tasks") if ASKED else {}
+)  # the extra [eval] may be missing
 TASK_PARAMS = {
     task: {
         "contents": CONTENTS.tasks(own["task_folder"]),
-        "flags": flags(TasksOptions, CONFIG.model, CONFIG.evaluate, CONFIG.runtime, **own),
+        "flags": flags(
+            TasksOptions, CONFIG.model, CONFIG.evaluate, CONFIG.runtime, **own
+        ),
     }
     for task, own in ASKED.items()
 }
@@ -36,13 +40,13 @@ rule tasks:
         remade_if_wrong=remade_if_wrong(TASK_SCORES),
     output:
         TASK_SCORES,
-    wildcard_constraints:
-        scored="|".join(map(re.escape, SCORED)),
-        task="|".join(map(re.escape, ASKED)) or "no",
     log:
         f"{OUT}/logs/tasks/{{scored}}/{{task}}.log",
     benchmark:
         f"{OUT}/benchmarks/tasks/{{scored}}/{{task}}.tsv"
+    wildcard_constraints:
+        scored="|".join(map(re.escape, SCORED)),
+        task="|".join(map(re.escape, ASKED)) or "(?!)",  # nothing matches
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("tasks"),

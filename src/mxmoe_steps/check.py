@@ -2,8 +2,8 @@
 
 Compares the checkpoint with its model class by the headers of its files, and reads every text as the steps will:
 their tokenizer, their sequences. Text to evaluate on must not be text to calibrate on, every budget must be one that
-some allocation meets, and tasks must exist, with their data. Writes nothing; exit status 2 and one line say what is wrong and what to do about it. A
-model of the hub is downloaded.
+some allocation meets, and tasks must exist, with their data. Writes nothing; exit status 2 and one line say what is
+wrong and what to do about it. A model of the hub is downloaded.
 """
 
 import sys

@@ -81,7 +81,7 @@ def ask(options: TasksOptions, found: "Found", model: Any, tokenizer: Any) -> di
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from mxmoe_steps.harness.scores import scores_of
+    from mxmoe_steps.harness.scoring import scores_of
 
     random.seed(options.seed)
     np.random.seed(options.seed)
@@ -113,11 +113,9 @@ def tasks(options: TasksOptions) -> None:
         ) from error
     write_json(options.out, scores | {"model": of_model, "limit": options.task_limit})
     for score in scores["scores"]:
-        error = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
+        spread = "" if score["stderr"] is None else f" ± {score['stderr']:.4f}"
         chance = "" if score["chance"] is None else f", guessing {score['chance']:.4f}"
-        print(
-            f"tasks {options.task}: {score['metric']} {score['value']:.4f}{error}{chance}", file=sys.stderr, flush=True
-        )
+        print(f"tasks {options.task}: {score['metric']} {score['value']:.4f}{spread}{chance}", file=sys.stderr)
 
 
 def main() -> None:

@@ -72,8 +72,8 @@ def _check(name: str, task: Any, folder: Path | None) -> None:
     for attribute, what in (("UNSAFE_CODE", "runs code that the model writes"), ("MULTIMODAL", "is not text alone")):
         if getattr(task, attribute, False):
             raise UserError(f"tasks: {name} {what}; use lm-eval itself for it")
-    for file in _local_files(task) if folder is not None else ():
-        if not file.resolve().is_relative_to(folder.resolve()):
+    for file in _local_files(task):
+        if folder is not None and not file.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"tasks: {name} reads {file}; move it to {folder}, so that a change of it is seen")
 
 

@@ -66,7 +66,9 @@ def local_tasks(folder: str | Path) -> dict[str, list[str]]:
             name = content.get("group", content.get("task"))
             if isinstance(name, str):
                 members = content["task"] if isinstance(content.get("task"), list) else []
-                found[name] = [str(one.get("task", one.get("group")) if isinstance(one, Mapping) else one) for one in members]
+                found[name] = [
+                    str(one.get("task", one.get("group")) if isinstance(one, Mapping) else one) for one in members
+                ]
     if not found:
         raise UserError(f"task_folder: no YAML file in {folder} defines a task (docs/tasks.md)")
     return found
