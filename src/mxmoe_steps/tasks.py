@@ -46,6 +46,9 @@ class TasksOptions(Questions, OfModel, Precision, Forward, StepOptions):
     out: OutFile = Field(description="JSON file to write")
 
 
+_RESAMPLES = 1000  # for standard errors without a formula, which are then right within 2 %
+
+
 @contextmanager
 def whole_model(options: TasksOptions) -> Iterator[tuple[Any, Path, str]]:
     """The transformers model of ``options.model`` with all its weights, its folder, and what tells the original."""
@@ -87,7 +90,8 @@ def ask(options: TasksOptions, found: "Found", model: Any, tokenizer: Any) -> di
     np.random.seed(options.seed)
     torch.manual_seed(options.seed)
     asked = HFLM(model, "causal", tokenizer=tokenizer, batch_size=options.batch, softmax_dtype="float32")
-    return scores_of(found, options.task, evaluate(asked, found, options.task_limit, log_samples=False))
+    results = evaluate(asked, found, options.task_limit, bootstrap_iters=_RESAMPLES, log_samples=False)
+    return scores_of(found, options.task, results)
 
 
 def tasks(options: TasksOptions) -> None:
