@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import WORDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import mutated_json, refusal
@@ -30,6 +29,22 @@ from mxmoe_steps.harness.scores import is_chance, read_scores
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "count",
+    "odd",
+]
 CHOICE = """
 dataset_path: json
 test_split: test
