@@ -18,6 +18,7 @@ include: "rules/solve.smk"
 include: "rules/quantize.smk"
 include: "rules/tune.smk"
 include: "rules/evaluate.smk"
+include: "rules/tasks.smk"
 include: "rules/time.smk"
 include: "rules/report.smk"
 

@@ -1,7 +1,7 @@
 """report: everything -> summary.csv, report.html, figures.
 
-input    every evaluation with its allocation, the trace, the profile; of the first quantizer of the sweep also the
-         frontiers and losses
+input    every evaluation with its allocation, scores on tasks, the trace, the profile; of the first quantizer of the sweep
+         also the frontiers and losses
 output   results/report.html, results/summary.csv, SVG figures
 """
 
@@ -24,6 +24,7 @@ FIGURES = [
     "quality",
     "sensitivity",
     "speed",
+    *(["tasks"] if ASKED else []),
     "times",
     "traffic",
 ]
@@ -40,6 +41,7 @@ REPORT_INPUTS = {
     "traffic": [TRACE_FILES["traffic"]],
     "routing": [TRACE_FILES["routing"]],
     "profile": [PROFILE],
+    "tasks": expand(TASK_SCORES, scored=SCORED, task=ASKED),
     "times": [TIMES] if IS_LOCAL else [],
 }
 REPORT_PARAMS = {
@@ -84,10 +86,13 @@ rule report:
         flags=just(REPORT_FLAGS),
         made_from=made_from(REPORT["html"]),
         trace=folder_of("traffic"),
+        tasks=lambda wildcards, input: shlex.join(
+            ["--tasks", *input.tasks] if input.tasks else []
+        ),
         times=f"--times {shlex.quote(TIMES)}" if IS_LOCAL else "",
         figures=lambda wildcards, output: str(Path(output.figures[0]).parent),
     shell:
         "python -m mxmoe_steps.report {params.flags} --made-from {params.made_from} --evaluations {input.evaluations:q}"
         " --allocations {input.allocations:q} --frontiers {input.frontiers:q} --losses {input.losses:q}"
-        " --trace {params.trace:q} --profile {input.profile:q} {params.times} --figures {params.figures:q} --csv {output.csv:q}"
-        " --html {output.html:q} 2> {log:q}"
+        " --trace {params.trace:q} --profile {input.profile:q} {params.times} {params.tasks}"
+        " --figures {params.figures:q} --csv {output.csv:q} --html {output.html:q} 2> {log:q}"

@@ -8,9 +8,21 @@ from pathlib import Path
 import pytest
 
 STEPS = [
-    "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "tune", "evaluate", "report",
+    "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "tune", "evaluate", "tasks",
+    "report",
 ]  # fmt: skip
-HEAVY = ["torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "ortools", "matplotlib", "safetensors"]
+HEAVY = [
+    "lm_eval",
+    "torch",
+    "transformers",
+    "datasets",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "ortools",
+    "matplotlib",
+    "safetensors",
+]
 PROBE = """
 import contextlib, io, json, runpy, sys
 sys.argv = [{module!r}, "--help"]

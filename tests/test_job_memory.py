@@ -59,8 +59,7 @@ def test_every_job_that_runs_a_model_has_a_gpu_on_a_cluster() -> None:
         for line in file.read_text(encoding="utf-8").splitlines()
         if line.startswith("rule ")
     }
-    with_gpu = {
-        rule for rule in rules if rule.split("_")[0] in ("trace", "capture", "calibrate", "measure", "evaluate")
-    }
+    steps = ("trace", "capture", "calibrate", "measure", "evaluate", "tasks")
+    with_gpu = {rule for rule in rules if rule.split("_")[0] in steps}
     assert set(resources["set-resources"]) == with_gpu
     assert all(one == {"slurm_partition": "gpu", "gres": "gpu:1"} for one in resources["set-resources"].values())

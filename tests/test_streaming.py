@@ -430,3 +430,16 @@ def test_damaged_routing_of_an_earlier_trace_does_not_stay(deep_moe: Path, sourc
         run(trace.trace, deep_moe, sources, tmp_path / "out")
     run(trace.trace, deep_moe, sources, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gpt_oss", "jamba", "llama4", "qwen2_moe", "qwen3_vl_moe"])
+def test_the_whole_model_is_that_of_transformers(family: str, tmp_path: Path) -> None:
+    make_checkpoint(family, tmp_path / "model", tie_word_embeddings=family == "qwen2_moe")
+    streamed = StreamedModel(tmp_path / "model", "float32", "cpu")
+    expected = auto_class(streamed.folder).from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10, 3, 4]])
+    with torch.no_grad(), streamed.whole() as model:
+        torch.testing.assert_close(model(tokens).logits, expected(tokens).logits, rtol=0, atol=1e-5)
+        written = [one.generate(tokens, max_new_tokens=4, do_sample=False) for one in (model, expected)]
+        assert torch.equal(*written)
+    assert all(parameter.is_meta for parameter in streamed.model.parameters())

@@ -1,9 +1,9 @@
 """check: whether model and texts are what the steps need, before the first of them runs.
 
 Compares the checkpoint with its model class by the headers of its files, and reads every text as the steps will:
-their tokenizer, their sequences. Text to evaluate on must not be text to calibrate on, and every budget must be one
-that some allocation meets. Writes nothing; exit status 2 and one line say what is wrong and what to do about it. A
-model of the hub is downloaded.
+their tokenizer, their sequences. Text to evaluate on must not be text to calibrate on, every budget must be one that
+some allocation meets, and tasks must exist, with their data. Writes nothing; exit status 2 and one line say what is
+wrong and what to do about it. A model of the hub is downloaded.
 """
 
 import sys
@@ -14,9 +14,10 @@ from pydantic import Field
 
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.extensions import load
-from mxmoe_steps.options.base import Flag, Schemes, StepOptions
+from mxmoe_steps.options.base import Flag, InFolder, Names, Schemes, StepOptions, description_of
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import Compute, Extended, Limits, OfModel, Precision, Texts
+from mxmoe_steps.tasks import TasksOptions
 
 if TYPE_CHECKING:
     from mxmoe_steps.data.sources import TextSource
@@ -34,6 +35,11 @@ class CheckOptions(OfModel, Precision, Extended, Texts, Limits, Compute, StepOpt
     calibrate: Reading = Field(description="what calibrate reads")
     evaluate: Reading = Field(description="what evaluate reads")
     candidates: Schemes = Field(description="schemes that blocks may take")
+    tasks: Names = Field([], description="tasks that models are to be scored on")
+    task_folder: InFolder | None = Field(None, description=description_of(TasksOptions, "task_folder"))
+    few_shot: Annotated[list[str], Flag("TASK=EXAMPLES")] = Field(
+        [], description="worked examples before each question of a task"
+    )
     problems: Annotated[list[str], Flag("GRANULARITY=BITS")] = Field(description="of the sweep")
 
 
@@ -45,6 +51,7 @@ def check(options: CheckOptions) -> None:
     from mxmoe_steps.models.streaming import StreamedModel
 
     resolve_device(options.device)
+    check_tasks(options)
     path = resolve_model(options.model, code=options.trust_remote_code)
     model = StreamedModel(path, options.dtype, "cpu", options.trust_remote_code)
     load(options.extensions)
@@ -64,6 +71,16 @@ def check(options: CheckOptions) -> None:
     for line in (*of_source(options, model.folder), *without_kernels(options, model.folder)):
         print(f"check: {line}", file=sys.stderr)
     print(f"check: {options.model} and its texts are fit for use", file=sys.stderr)
+
+
+def check_tasks(options: CheckOptions) -> None:
+    """`UserError` for a task that is unknown, or whose data is neither here nor can be downloaded."""
+    from mxmoe_steps.harness.finding import find_task
+    from mxmoe_steps.harness.names import shots_of
+
+    shots = shots_of(options.few_shot)
+    for name in options.tasks:
+        find_task(name, options.task_folder, shots.get(name), options.seed)
 
 
 def check_apart(sources: Mapping[str, "TextSource"], calibrate: list[str], evaluate: list[str]) -> None:

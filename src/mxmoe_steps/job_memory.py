@@ -49,6 +49,13 @@ class Sizes:
         return cls(feed_forward + 8 * hidden**2, experts, int(config["vocab_size"]) * hidden, hidden)
 
 
+def whole_model_memory(sizes: Sizes, layers: int, element: int, run_tokens: int) -> int:
+    """MiB that a job of `tasks` needs: all of the model, and the logits of one forward pass in three copies."""
+    weights = (layers * sizes.layer + 2 * sizes.embedding) * element
+    logits = 3 * run_tokens * sizes.embedding // sizes.hidden * 4
+    return -(-(_START + weights + logits) >> 20)
+
+
 def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: int) -> dict[str, int]:
     """Step -> MiB (Slurm's unit, whatever it calls it).
 

@@ -7,8 +7,8 @@ hash of the module's syntax tree without docstrings, so comments and layout re-r
 A user's modules (`mxmoe_steps.extensions`) and what stands beside them are stamped in the same way, with the version of
 every package that they import.
 
-Modules that decide no bytes have no stamp: this one, the records of what results are made from, and `inference`,
-which serves finished checkpoints and which no step runs.
+Modules that decide no bytes have no stamp: this one, the records of what results are made from, and what registers
+`inference` with transformers whenever the package is imported; steps that run a loaded model import it by name.
 """
 
 import ast
@@ -27,9 +27,10 @@ from mxmoe_steps.atomic import write_json
 
 PACKAGE = "mxmoe_steps"
 _ROOT = Path(__file__).parent
-_UNSTAMPED = tuple(f"{PACKAGE}.{name}" for name in ("provenance", "made_from", "inference"))
+_UNSTAMPED = {f"{PACKAGE}.{name}" for name in ("provenance", "made_from", "inference", "inference.on_import")}
 _DECIDING = {  # packages whose version can change results, each with those that do its work
     **dict.fromkeys(("datasets", "matplotlib", "numpy", "ortools", "pandas", "pyarrow", "safetensors", "torch"), ()),
+    "lm_eval": ("datasets",),
     "transformers": ("tokenizers",),
 }
 
@@ -134,14 +135,10 @@ def closure(module: str, without: Collection[str] = ()) -> list[str]:
     todo = [module]
     while todo:
         current = todo.pop()
-        if current not in seen and current not in without and not _is_unstamped(current):
+        if current not in seen | _UNSTAMPED and current not in without:
             seen.add(current)
             todo += imported(current)
     return sorted(seen)
-
-
-def _is_unstamped(module: str) -> bool:
-    return any(module == name or module.startswith(f"{name}.") for name in _UNSTAMPED)
 
 
 def module_hash(module: str) -> str:

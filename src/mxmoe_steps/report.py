@@ -28,6 +28,7 @@ class ReportOptions(DrawnLoss, Seeded, StepOptions):
     losses: InFiles = Field(description="losses to draw, one per scheme")
     trace: InFolder = Field(description="folder that trace wrote")
     profile: InFile = Field(description="table that profile wrote")
+    tasks: InFiles = Field([], description="what tasks wrote, in a folder per checkpoint")
     times: InFile | None = Field(None, description="what time wrote: measured times of the checkpoints' layers")
     traffic_text: Annotated[str, Flag("NAME")] = Field(description="traced text that times assume")
     tokens: list[Tokens] = Field(description="tokens in a step, for predicted times")
@@ -191,6 +192,7 @@ def report(options: ReportOptions) -> None:
     from mxmoe_steps.reporting import figures
     from mxmoe_steps.reporting.page import domains_html, figure, page, table_html
     from mxmoe_steps.reporting.summary import domain_lines, headlines, summary_table
+    from mxmoe_steps.reporting.tasks import read_task_scores, task_lines, tasks_figure, tasks_html, with_scores
     from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table
 
     checkpoints, allocations = read_inputs(options)
@@ -210,6 +212,8 @@ def report(options: ReportOptions) -> None:
     timed_facts, measured = measured_times(options, some["model"])
     measured |= {name: measured[other] for name, other in plain.items() if other in measured}
     table = summary_table(checkpoints, times, estimate, measured)
+    scores = read_task_scores(options.tasks, table, some["model"])
+    table = with_scores(table, scores)
     frontiers = [read_frontier(path) for path in options.frontiers]
     for path, (facts, _) in zip(options.frontiers, frontiers, strict=True):
         if facts["model"] != some["model"]:
@@ -225,12 +229,15 @@ def report(options: ReportOptions) -> None:
         "times": figures.times(tiles.to_pandas(), profile_facts),
         "traffic": figures.traffic(read_table(TRAFFIC, options.trace / "traffic.parquet")[0].to_pandas()),
     }
-    lines = headlines(table) + domain_lines(checkpoints)
+    lines = headlines(table) + domain_lines(checkpoints) + task_lines(table, scores)
     parts = [
         ("Checkpoints", TEXTS["table"], table_html(table, estimate)),
         ("Texts", TEXTS["domains"], domains_html(table)),
         *((HEADINGS[name], TEXTS[name], figure(svg)) for name, svg in drawn.items()),
     ]
+    if scores:
+        drawn["tasks"] = tasks_figure(table, scores)
+        parts.insert(2, ("Tasks", TEXTS["tasks"], tasks_html(table, scores) + figure(drawn["tasks"])))
     timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
     notes = [time_note(times, profile_facts, timed_as), *published_note(checkpoints[0].metrics["published"])]
     notes += measured_note(table, timed_facts)
@@ -264,6 +271,9 @@ TEXTS = {
     "domains": "Every text's KL divergence over that of the uniform checkpoint of the same budget and quantizer, and "
     "every calibration domain's predicted loss over that of the best single scheme within the budget; the worst first. "
     "Above 1 the mixture is worse there.",
+    "tasks": "Scores on tasks of lm-evaluation-harness, with standard errors. Those within two standard errors of what "
+    "guessing among the choices scores are at chance level: differences between them mean nothing. Checkpoints answer "
+    "the same questions, so a difference between two of them is more certain than their errors suggest.",
     "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
     "speed": "Each marker is a checkpoint. Left and down is better.",
     "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "
@@ -281,7 +291,7 @@ TEXTS = {
 def main() -> None:
     """Command line."""
     options = parse(ReportOptions, __doc__)
-    figures = [options.figures / f"{name}.svg" for name in sorted(HEADINGS)]
+    figures = [options.figures / f"{name}.svg" for name in sorted([*HEADINGS, *(["tasks"] if options.tasks else [])])]
     with recorded(options.made_from, [options.html, options.csv, *figures]):
         report(options)
 

@@ -16,6 +16,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.evaluate import EvaluateOptions
 from mxmoe_steps.extensions import load
 from mxmoe_steps.frontier import Counting, Problem
+from mxmoe_steps.harness.names import check_names
 from mxmoe_steps.models.families import is_local
 from mxmoe_steps.options.base import (
     Bits,
@@ -34,6 +35,7 @@ from mxmoe_steps.options.shared import Extended, Forward, OfModel, Precision, Te
 from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.solve import SolveOptions
+from mxmoe_steps.tasks import Questions, TasksOptions
 from mxmoe_steps.timing.estimate import read_hardware
 from mxmoe_steps.trace import TracedTexts
 from mxmoe_steps.tune import Descent
@@ -175,10 +177,30 @@ class Tune(Descent, Section):
     """Tuning of the checkpoints that `sweep[].tuned` asks for, on the calibration text."""
 
 
-class Evaluate(TextAmount, Section):
-    """Held-out evaluation."""
+class Evaluate(Questions, TextAmount, Section):
+    """Held-out evaluation: on text, and on tasks (docs/tasks.md)."""
 
     texts: Names = Field(description=description_of(EvaluateOptions, "texts"), min_length=1)
+    tasks: Names = Field(
+        [], description="tasks and groups of lm-eval, e.g. arc_easy or mmlu, or of task_folder; needs the extra [eval]"
+    )
+    task_folder: str | None = Field(None, description=description_of(TasksOptions, "task_folder"))
+    few_shot: Annotated[list[str], Flag("TASK=EXAMPLES")] = Field(
+        [], description="worked examples before each question of a task, e.g. mmlu=5; others: as the task says"
+    )
+
+    @field_validator("task_folder")
+    @classmethod
+    def _expanded(cls, folder: str | None) -> str | None:
+        return None if folder is None else expand(folder)
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> "Evaluate":
+        try:
+            check_names(self.tasks, self.task_folder, self.few_shot)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class Runtime(Forward, Section):

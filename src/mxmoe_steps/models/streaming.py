@@ -104,6 +104,19 @@ class StreamedModel:
             yield
         head.to("meta")
 
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """Within the block all modules have their weights: transformers' own model, which generates, too."""
+        layers = {self.layer_path(layer) for layer in range(self.layers)}
+        owners = {parameter.rpartition(".")[0] for parameter in self._parameters.values()}
+        around = {owner for owner in owners if not any(f"{owner}.".startswith(f"{layer}.") for layer in layers)}
+        with self.loaded(*sorted(layers | around)):
+            head = self.model.get_submodule(self.family.head)
+            if head.weight.is_meta:  # tied
+                head.weight = self.model.get_submodule(self.embedding).weight
+            yield self.model
+            head.to("meta")
+
     def _load(self, module: str) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig

@@ -27,6 +27,8 @@ def terminal_table(summary: Path, report: Path) -> str:
         f"{name:<{width}}  " + "  ".join(f"{cell:>{wide}}" for cell, wide in zip(line, widths, strict=True))
         for name, line in zip(names, cells, strict=True)
     ]
+    guessed = [row for row in shown if row.get("tasks_at_chance")]
+    lines += [f"at chance level: {row_name(row)}: {row['tasks_at_chance']}" for row in guessed]
     more = f"{len(rows) - len(shown)} more in " if len(shown) < len(rows) else ""
     return "\n".join([*lines, f"{more}{summary}, figures in {report}"])
 
@@ -36,7 +38,8 @@ def _columns(row: Mapping[str, str]) -> dict[str, str]:
     times = [name for name in row if "_layer_us_" in name]
     some = times if len(times) <= _TIMES else [times[0], times[-1]]
     heads = {f"us, {name.split('_')[3]} tok": name for name in some}
-    return {"bits": "bits", "MB": "size_mb", "KL": "kl", "perplexity": "perplexity"} | heads
+    scores = {"tasks, mean": "tasks_mean"} if "tasks_mean" in row else {}
+    return {"bits": "bits", "MB": "size_mb", "KL": "kl", "perplexity": "perplexity"} | scores | heads
 
 
 def row_name(row: Any) -> str:

@@ -40,6 +40,13 @@ class Contents:
         files = [file for name, value in sources.items() for file in parse_source(name, value).local_files()]
         return f"texts@{self._hashes.of_inputs(map(Path, files))}"
 
+    def tasks(self, folder: str | None) -> str | None:
+        """The user's own tasks, and their data."""
+        if folder is None:
+            return None
+        files = [file for file in Path(folder).rglob("*") if file.is_file() and "__pycache__" not in file.parts]
+        return f"tasks@{self._hashes.of_inputs(files)}"
+
     def hardware(self, name: str) -> str | None:
         """What is known of a GPU, its measurements or its data sheet; nothing of this machine's."""
         if name == "local":

@@ -12,7 +12,8 @@ from mxmoe_steps.config.points import Point
 from mxmoe_steps.config.sections import Config
 from mxmoe_steps.data.parsing import parse_source
 from mxmoe_steps.extensions import file_of
-from mxmoe_steps.job_memory import Sizes, job_memory
+from mxmoe_steps.harness.names import local_tasks, shots_of
+from mxmoe_steps.job_memory import Sizes, job_memory, whole_model_memory
 from mxmoe_steps.models.families import ModelFolder, describe_model
 from mxmoe_steps.quantizers.method import Method
 from mxmoe_steps.schemes import ORIGINAL
@@ -65,12 +66,25 @@ def part_borders(config: Config, model: ModelFolder) -> list[int]:
 def memory_of_steps(config: Config, model: ModelFolder) -> dict[str, int]:
     """Step -> MiB of memory that one of its jobs needs."""
     sections = (config.trace, config.calibrate, config.evaluate)
-    return job_memory(
-        Sizes.of(model),
-        element=4 if config.model.dtype == "float32" else 2,
+    sizes, element = Sizes.of(model), 4 if config.model.dtype == "float32" else 2
+    found = job_memory(
+        sizes,
+        element,
         run_tokens=config.runtime.batch * max(section.length for section in sections),
         calibration_tokens=len(config.domains) * config.calibrate.sequences * config.calibrate.length,
     )
+    asked = config.runtime.batch * config.evaluate.length
+    return found | {"tasks": whole_model_memory(sizes, model.layers, element, asked)}
+
+
+def asked_tasks(config: Config) -> dict[str, dict[str, Any]]:
+    """Task -> options of `tasks` that are its own. Only a task of the user's own depends on the user's folder."""
+    folder, shots = config.evaluate.task_folder, shots_of(config.evaluate.few_shot)
+    local = local_tasks(folder) if folder is not None else {}
+    return {
+        name: {"task": name, "shots": shots.get(name), "task_folder": folder if name in local else None}
+        for name in sorted(config.evaluate.tasks)
+    }
 
 
 def extensions_of_texts(config: Config, names: Iterable[str]) -> list[str]:
