@@ -11,7 +11,7 @@ from mxmoe_steps.gating import CLAMPED, Gating, of_variant
 from mxmoe_steps.kernels.launch import problem_table
 from mxmoe_steps.kernels.layouts import quantized_weight
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
-from mxmoe_steps.kernels.moe_layer import _entries, _stack
+from mxmoe_steps.kernels.moe_layer import _arranged, _stack
 from mxmoe_steps.kernels.plan import LayerPlan, Source, plan_layer
 from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, SPAN
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
@@ -49,8 +49,7 @@ def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
     plan, weights = random_layer(seed, shared=seed % 3 > 0)
     for launch, columns in ((plan.gate_up, 2 * INNER), (plan.down, HIDDEN)):
         stacks = [
-            _stack([_entries(lambda *block: weights[block], source) for source in sources], torch.device("cpu"))
-            for sources in launch.stacks
+            _stack(_arranged(lambda *block: weights[block], sources), torch.device("cpu")) for sources in launch.stacks
         ]
         assert tuple(stack.format for stack in stacks) == launch.formats == launch.kernels(HOPPER)["decode"].formats
         problem_table(launch.problems, stacks, EXPERTS + plan.slices, columns, "cpu")  # accepts it
@@ -92,7 +91,7 @@ def test_gate_and_up_of_one_scheme_take_turns_of_eight_rows(name: str) -> None:
     assert launch.strips == 2 * INNER // 64
     assert sorted(launch.problems) == [(expert, 0, (expert + 2) % 4, 0) for expert in range(4)]  # the shared one first
     (sources,) = launch.stacks
-    stack = _stack([_entries(lambda *block: weights[block], source) for source in sources], torch.device("cpu"))
+    stack = _stack(_arranged(lambda *block: weights[block], sources), torch.device("cpu"))
     problem_table(launch.problems, [stack], 4, INNER, "cpu", gated=True)  # accepts it
     rows = stack.data if scheme.is_original else dense(quantized_weight(stack, scheme))
     for expert in range(4):
@@ -151,10 +150,19 @@ def test_an_expert_reads_rotated_rows_or_plain_ones() -> None:
     assert not plan_layer({0: (w16,) * 3}, HIDDEN, INNER, rotated=True).rotated
 
 
+def test_rows_that_are_filled_up_with_zeros_are_rotated_as_if_they_were_not() -> None:
+    w8 = parse_scheme("w8a8")
+    plan = plan_layer({0: (w8,) * 3, SHARED: (w8,) * 3}, HIDDEN, 352, 352, rotated=True)
+    assert plan.padding == 32
+    assert [need // SPAN for need in plan.down.needs] == [32, 32]
+    with pytest.raises(UserError, match="slices of the routed experts' width, 352: kernels need a multiple of 64"):
+        plan_layer({0: (w8,) * 3, SHARED: (w8,) * 3}, HIDDEN, 352, 704, rotated=True)
+
+
 def test_weights_kept_in_16_bits_beside_rotated_ones_are_rotated() -> None:
     torch.manual_seed(0)
     weight = torch.randn(INNER, HIDDEN).bfloat16()
-    turned = _entries(lambda *_: weight, Source(0, "gate", 1, rotate=True)).data
+    (turned,) = (one.data for one in _arranged(lambda *_: weight, [Source(0, "gate", 1, rotate=True)]))
     assert torch.equal(turned, rotate(weight.float()).bfloat16()[None])
     x = torch.randn(7, HIDDEN)
     exact = x.double() @ weight.double().T
@@ -210,7 +218,7 @@ def test_odd_widths_are_filled_up_with_features_of_zeros(name: str, width: int) 
     for launch in (plan.gate_up, plan.down):
         for sources in launch.stacks:
             for source in sources:
-                stack = _entries(lambda *block: weights[block], source)
+                (stack,) = _arranged(lambda *block: weights[block], [source])
                 block = weights[source.expert, source.block]
                 assert (stack.out_features, stack.in_features) == (
                     (hidden, filled) if source.block == "down" else (filled, hidden)

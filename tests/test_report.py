@@ -22,6 +22,7 @@ from mxmoe_steps.reporting.summary import (
     time_columns,
 )
 from mxmoe_steps.reporting.terminal import terminal_table
+from mxmoe_steps.schemes import parse_scheme
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -73,6 +74,13 @@ def test_the_figure_of_kernel_times_shows_held_out_launches() -> None:
     assert "predicted / measured" in measured
     assert measured == figures.times(tiles, facts)
     assert "no launches were measured" in figures.times(tiles, {"sms": 132, "estimate": True})
+
+
+def test_schemes_of_every_width_have_a_colour() -> None:
+    names = [parse_scheme(f"w{bits}a16").name for bits in (1, 2, 3, 4, 6, 8, 16)]
+    rows = [[0, expert, name, name, name] for expert, name in enumerate(names)]
+    drawn = figures.allocation([allocation("block", "gptq", r=0.5) | {"assignment": rows}])
+    assert all(name in drawn for name in names)
 
 
 def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:

@@ -200,10 +200,16 @@ def test_one_rotated_scheme(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("experts", "top_k", "sizes"),
-    [(3, 3, (2880, 704, 3)), (8, 2, (4096, 14336, 0)), (3, 1, (8192, 2880, 1)), (100, 8, (256, 128, 2))],
+    [
+        (3, 3, (2880, 704, 3)),
+        (8, 2, (4096, 14336, 0)),
+        (3, 1, (8192, 2880, 1)),
+        (100, 8, (256, 128, 2)),
+        (8, 2, (256, 352, 1)),
+    ],
 )
 def test_other_rotated_shapes(experts: int, top_k: int, sizes: tuple[int, int, int]) -> None:
-    """2880 features are 45 transforms of 64; 704 are 11, and three slices of them 33."""
+    """2880 features are 45 transforms of 64; 704 are 11, and three slices of them 33; 352 are 11 of 32, filled up."""
     layer, weights = make_layer(WITHOUT_GROUPS, experts, sizes, 3, rotated=True)
     error = error_of(layer, weights, 300, top_k)
     print(sizes, error)
@@ -341,7 +347,7 @@ def main() -> None:
     plans += [layer_plan(MIXTURES[0], experts, sizes, 3) for experts, sizes in shapes]
     plans += [layer_plan(MIXTURES[0], 16, QWEN, 5)]
     plans += [layer_plan(names, 16, QWEN, seed) for names in ROTATED for seed in (1, 2, 33, 517, 8192)]
-    plain = [(3, (2880, 704, 3)), (8, (4096, 14336, 0)), (3, (8192, 2880, 1)), (100, (256, 128, 2))]
+    plain = [(3, (2880, 704, 3)), (8, (4096, 14336, 0)), (3, (8192, 2880, 1)), (100, (256, 128, 2)), (8, (256, 352, 1))]
     plans += [layer_plan(WITHOUT_GROUPS, experts, sizes, 3) for experts, sizes in plain]
     plans += [plan_layer(by_expert(names), QWEN[0], QWEN[1], QWEN[1] * QWEN[2]) for names in BY_EXPERT]
     for architecture in [one for one in BUILT if one.capability == DEFAULT.capability]:

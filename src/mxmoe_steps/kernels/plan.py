@@ -160,7 +160,13 @@ def plan_layer(
 
 
 def _check_slices(down: LaunchPlan, width: int) -> None:
-    """`UserError` where a group of the shared expert's down block could belong to two slices."""
+    """`UserError` where a group of the shared expert's down block could belong to two slices, or zeros lie between
+    slices of a row that is rotated as one."""
+    if down.rotated and width % EDGE:
+        raise UserError(
+            f"rotated inputs of a shared expert in slices of the routed experts' width, {width}: kernels need a"
+            f" multiple of {EDGE}"
+        )
     for format_ in down.formats:
         if width % format_.feature_multiple:
             raise UserError(
@@ -176,8 +182,6 @@ def _gated(schemes: Mapping[int, Schemes]) -> bool:
 
 def _check_rotation(*widths: int) -> None:
     for features in widths:
-        if features % EDGE:
-            raise UserError(f"rotated inputs of {features} features: the kernels rotate multiples of {EDGE}")
         together = span(features)
         if not LEAST <= together <= CHUNK:
             raise UserError(

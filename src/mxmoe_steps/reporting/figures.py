@@ -30,7 +30,7 @@ STYLE = {  # kind or granularity -> colour, marker
 }
 _MAPS, _PANELS, _CURVES = 12, 4, 12  # of allocations, of token counts, and of frontiers in a panel, as can be read
 _LINES = {"block": "-", "expert": "--", "layer": "-."}
-_BITS_COLOURS = {1: "#8e1b3d", 2: "#d1495b", 3: "#edae49", 4: "#66a182", 8: "#2e6f95", 16: "#13293d"}
+_BITS_COLOURS = {1: "#8e1b3d", 2: "#d1495b", 3: "#edae49", 4: "#66a182", 6: "#3f8f9b", 8: "#2e6f95", 16: "#13293d"}
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
