@@ -102,10 +102,12 @@ def layer_times(
 ) -> dict[tuple[str, str], list[float]]:  # fmt: skip
     """(checkpoint, stage) -> microseconds in every round; within ``original.loaded(original.layer_path(number))``."""
     graphs = captured_original(timer, original, number, step)
+    runs: dict[tuple[str, str], Callable[[], object]] = {}  # they hold what the graphs read
     for name, layer in layers.items():
         stages = stages_of(layer, step.x, step.expert_ids, step.weights)
         stages[WHOLE] = lambda layer=layer: layer(step.x, step.expert_ids, step.weights)  # type: ignore[misc]
-        graphs |= {(name, stage): timer.capture(run) for stage, run in stages.items()}
+        runs |= {(name, stage): run for stage, run in stages.items()}
+    graphs |= {key: timer.capture(run) for key, run in runs.items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
     for found in timer.rounds(graphs, rounds, repeats, seed):
         for key, us in found.items():
