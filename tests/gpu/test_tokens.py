@@ -57,7 +57,7 @@ def test_rows_are_sorted_by_expert(tokens: int, experts: int, top_k: int, shared
 def values_of(codes: torch.Tensor, operand: str) -> torch.Tensor:
     """What the bits mean: zeros may differ in sign."""
     if operand == "int4":
-        return unpack(codes, 4, 2 * codes.shape[1]).float()
+        return (unpack(codes, 4, 2 * codes.shape[1]).int() ^ 8).float() - 8  # two's complement
     return codes.view(E4M3 if operand == "fp8" else torch.int8).float()
 
 

@@ -80,27 +80,23 @@ def moe_layer(
     rotated: bool = False,
     gating: Gating = SWIGLU,
     biases: Callable[[int, str], torch.Tensor] | None = None,
-    fused: bool = False,
 ) -> torch.Tensor:
     """float64 [tokens, H]: the layer that `mxmoe_steps.kernels.moe_layer.MoeLayer` computes, exact but for its bfloat16
     intermediates. ``read(expert, block)``: the weights of gate, up or down; ``gate``: the shared expert's gate logits.
-    ``rotated``: the inputs of packed blocks are. ``biases(expert, block)``: of a biased ``gating``. ``fused``: gate and
-    up are not rounded before they are multiplied, which decides codes of few bits.
+    ``rotated``: the inputs of packed blocks are. ``biases(expert, block)``: of a biased ``gating``.
     """
 
     def linear(block: QuantizedWeight | torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         if isinstance(block, torch.Tensor):
-            return rows.double() @ block.double().T
+            return (rows.double() @ block.double().T).bfloat16()
         if rotated:
             turned = rotate(rows.float())
             rows = turned.bfloat16() if block.scheme.act_bits == 16 else turned
         seen = quantize_activations(rows, block.scheme).double()
-        return seen @ block.dequantize().double().T
+        return (seen @ block.dequantize().double().T).bfloat16()
 
     def sums(expert: int, block: str, rows: torch.Tensor) -> torch.Tensor:
-        found = linear(read(expert, block), rows)
-        if not fused or block == "down":
-            found = found.bfloat16().double()
+        found = linear(read(expert, block), rows).double()
         return found if biases is None else found + biases(expert, block).double()
 
     def run(expert: int, rows: torch.Tensor) -> torch.Tensor:
