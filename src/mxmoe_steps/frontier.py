@@ -151,8 +151,7 @@ def frontier(options: FrontierOptions) -> None:
         )
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
     used = [kernel for kernel, scheme in zip(kernels, losses.schemes, strict=True) if scheme in {*candidates, *fixed}]
-    alone = options.granularity in ("layer", "uniform") and not fixed and not options.shared_tile
-    times = times_by_tile(losses.blocks, kernels, traffic, profile, None if alone else used, options.shared_tile)
+    times = times_by_tile(losses.blocks, kernels, traffic, profile, used, options.shared_tile)
     whole = options.scope == "model" or options.granularity == "uniform"
     layers = np.unique(losses.blocks.layer).tolist()
     masks = [np.ones(len(losses.blocks), bool)] if whole else [losses.blocks.layer == layer for layer in layers]
