@@ -79,8 +79,7 @@ def test_reported_numbers_are_those_of_the_assignment(tmp_path, inputs, granular
     profile = read_profile(inputs["profile"])
     traffic = sample_traffic(inputs["trace"], [], 16)
     kernels = timing_schemes(losses.schemes, profile, {})
-    carried = None if granularity in ("layer", "uniform") else kernels
-    times = block_times(blocks, kernels, traffic, profile, carried)
+    times = block_times(blocks, kernels, traffic, profile)
     assert allocation["time_us"] == pytest.approx(sum(layer_times(blocks, times, choice).values()))
     assert allocation["time_is_estimate"] is True
     assert 0 <= allocation["gap"] <= 1e-4
@@ -282,7 +281,7 @@ def test_every_r_against_all_assignments(tmp_path, toy, flags, tokens):
     traffic = sample_traffic(toy["trace"], [], tokens)
     kernels = timing_schemes(losses.schemes, profile, {})
     tiles = [profile.only_tile(8), profile.only_tile(32)] if "--shared-tile" in flags else [profile]
-    carried = None if {"layer", "uniform"} & set(flags) else kernels
+    carried = kernels if "--shared-tile" in flags else None
     times = [block_times(losses.blocks, kernels, traffic, tile, carried) for tile in tiles]
     index = np.arange(6)
     points = []

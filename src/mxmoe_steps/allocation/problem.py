@@ -109,7 +109,8 @@ class Problem:
 
     def taken(self, values: NDArray, choice: NDArray[np.int64]) -> NDArray:  # type: ignore[type-arg]
         """Of values [..., U, N, C], the sum over the choices of an assignment [U, N], by unit: [..., U]."""
-        own = np.take_along_axis(values, np.maximum(choice, 0)[..., None], -1)[..., 0].sum(-1)
+        units, bundles = (np.arange(size) for size in choice.shape)
+        own = values[..., units[:, None], bundles, np.maximum(choice, 0)].sum(-1)
         return own * (choice[:, 0] != IDLE)
 
     def evaluate(self, choice: NDArray[np.int64]) -> tuple[float, float, int]:
