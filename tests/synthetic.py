@@ -29,7 +29,7 @@ def allocation_of(assignment: list[list], quantizer: str, model: Path) -> dict[s
         "metric": "out_sq", "proved_by": "states", "quantizer": quantizer, "scope": "model", "time_is_estimate": True,
         "timed_as": {}, "tokens": 16, "traffic": {"phase": "auto", "seed": 0, "steps": 16, "texts": []},
         "constraints": {"fix": [], "max_schemes": None, "min_bits": [], "shared_tile": False, "tie_gate_up": False},
-        "bits": 4.0, "bound": 1.0, "gap": 0.0, "loss": 1.0, "loss_form": "root_sum_squares", "max_loss": None,
+        "bits": 4.0, "bound": 1.0, "buys": [], "gap": 0.0, "loss": 1.0, "loss_form": "root_sum_squares", "max_loss": None,
         "max_time_us": None, "objective": 1.0, "price": 0.0, "r": 1.0, "status": "optimal", "tile_tokens": None,
         "time_us": 1.0,
         "domains": {"least_tokens": 0.0, "losses": {"toy": 1.0},
