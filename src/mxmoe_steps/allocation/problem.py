@@ -20,6 +20,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+MOST_KEPT = 1 << 28  # bytes of what is kept to save time
 IDLE = -1  # choice of every bundle of a unit whose variant is not taken
 
 
@@ -93,8 +94,19 @@ class Problem:
         keys = zip(self.kernels.unit.tolist(), self.kernels.carries.tolist(), strict=True)
         return {key: number for number, key in enumerate(keys)}
 
+    @cached_property
+    def _allowed_by_mode(self) -> NDArray[np.bool_] | None:
+        """`allowed_in` of all modes, unless it is large."""
+        if len(self.modes) * self.allowed[0].size > MOST_KEPT:
+            return None
+        return np.concatenate([self._allowed_in(np.array([mode])) for mode in range(len(self.modes))])
+
     def allowed_in(self, modes: NDArray[np.int64]) -> NDArray[np.bool_]:
         """The choices that K modes allow, [K, N, C]."""
+        kept = self._allowed_by_mode
+        return self._allowed_in(modes) if kept is None else kept[modes]
+
+    def _allowed_in(self, modes: NDArray[np.int64]) -> NDArray[np.bool_]:
         kernels = self.modes.kernels[modes]
         inside = self.uses[kernels.unit] & ~kernels.carries[:, None, None] == 0
         inside &= self.allowed[kernels.unit]
@@ -104,7 +116,8 @@ class Problem:
     def with_loss(self, loss: NDArray[np.float64]) -> "Problem":
         """The same with other losses, on which its modes do not depend."""
         other = replace(self, loss=loss)
-        vars(other)["modes"], vars(other)["lead"] = self.modes, self.lead
+        for name in ("modes", "lead", "_allowed_by_mode", "_kernel_of"):
+            vars(other)[name] = getattr(self, name)
         return other
 
     def taken(self, values: NDArray, choice: NDArray[np.int64]) -> NDArray:  # type: ignore[type-arg]

@@ -13,7 +13,7 @@ linear functions; every intermediate value is a valid bound.
 
 A unit has as many modes as sets of schemes that its kernels may carry, times caps. Most are never climbed: the cost of
 a mode is concave and homogeneous in (a, b, lam), being a maximum over mu of minima of linear functions. So what is
-known of it in two directions bounds it in every direction between them.
+known of it in two directions, or at two prices, bounds it between them.
 """
 
 from bisect import bisect
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from mxmoe_steps.allocation.problem import IDLE, Problem
 
 CONVERGED = 1e-9  # relative distance between bound and tangents at which the climb stops
+STRIDE = 1.005  # first step in lam, relative
 PASSES = 60  # of the climb in mu for one lam
 AT_ONCE = 1 << 20  # numbers in one array
 
@@ -63,12 +64,18 @@ class Known:
 
 def mode_values(problem: Problem, dual: Dual, modes: NDArray[np.int64]) -> NDArray[np.float64]:
     """Lagrangian cost of every choice inside the named modes, [K, N, C]; infinite where not allowed."""
-    kernels = problem.modes.kernels[modes]
-    values = dual.a * problem.loss[kernels.unit] + dual.lam * problem.bits[kernels.unit]
+    rows, split = problem.modes.kernels.row[modes], dual.split[modes]
+    # Modes that differ in what they allow have the same costs.
+    same, first, number = np.unique(
+        np.column_stack([rows, split]), axis=0, return_index=True, return_inverse=True
+    )
+    of, row = problem.modes.kernels.unit[modes[first]], rows[first]
+    values = dual.a * problem.loss[of] + dual.lam * problem.bits[of]
     if dual.b:
-        split = dual.split[modes][:, None, None]
-        values += dual.b * (problem.memory[kernels.row] + split * problem.lead[kernels.row]).sum(3)
-    return np.where(problem.allowed_in(modes), values, np.inf)
+        values += dual.b * (problem.memory[row] + same[:, None, None, 1:] * problem.lead[row]).sum(3)
+    values = values[number.ravel()]
+    values[~problem.allowed_in(modes)] = np.inf
+    return values
 
 
 def starts(numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -126,8 +133,13 @@ class Relaxation:
         best = Dual(a, b, -np.inf, 0.0, self.split, self.cost, self.climbed)
         low: tuple[float, float, float] | None = None  # tangent (lam, value, slope) with slope > 0: over budget
         high: tuple[float, float, float] | None = None
-        stride = 1.1
+        cost: dict[bool, NDArray[np.float64]] = {}  # of the modes, at low (True) and high
+        stride = STRIDE
         while True:
+            self._move(lam)
+            if low and high:
+                share = (lam - low[0]) / (high[0] - low[0])
+                self.cost = np.maximum(self.cost, (1 - share) * cost[True] + share * cost[False])
             value, slope = self._climb(a, b, lam)
             if value > best.bound:
                 best = Dual(a, b, value, lam, self.split.copy(), self.cost.copy(), self.climbed.copy())
@@ -137,6 +149,7 @@ class Relaxation:
                 low = (lam, value, slope)
             else:
                 high = (lam, value, slope)
+            cost[slope > 0] = self.cost.copy()
             if low and high:
                 lam = (high[1] - low[1] + low[2] * low[0] - high[2] * high[0]) / (low[2] - high[2])
                 crossing = low[1] + low[2] * (lam - low[0])
@@ -177,6 +190,14 @@ class Relaxation:
         self.cost, self.at = np.zeros(len(self.unit)), self.lam
         return self.lam
 
+    def _move(self, lam: float) -> None:
+        """Bounds on all modes at another price, from those at the last one."""
+        if lam != self.at:
+            shift = lam - self.at
+            self.cost = np.maximum(0, self.cost + shift * (self.fewest_bits if shift > 0 else self.most_bits))
+            self.climbed[:] = False
+        self.at = lam
+
     def _batches(self, modes: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Modes, a few at a time: their arrays are large."""
         size = max(1, AT_ONCE // self.problem.lead[0].size)
@@ -203,11 +224,6 @@ class Relaxation:
         """
         problem, unit = self.problem, self.unit
         launches = self.split.shape[1]
-        if lam != self.at:
-            shift = lam - self.at
-            self.cost = np.maximum(0, self.cost + shift * (self.fewest_bits if shift > 0 else self.most_bits))
-            self.climbed[:] = False
-        self.at = lam
         count = len(self.split)
         upper = np.full(len(self.first), np.inf)  # cost of a known mixture, per unit
         closed = self.climbed.copy() if reach is not None else np.zeros(count, bool)
