@@ -31,11 +31,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxmoe_steps.allocation.blocks import Losses, read_losses, with_least_tokens
+from mxmoe_steps.allocation.build import build_problem
 from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.coupled import CoupledSearch
 from mxmoe_steps.allocation.domains import count_domains, uniform_within
 from mxmoe_steps.allocation.minimize import minimize
-from mxmoe_steps.allocation.build import build_problem
 from mxmoe_steps.allocation.relaxation import Relaxation
 from mxmoe_steps.allocation.times import Times
 from mxmoe_steps.data.parsing import parse_sources

@@ -65,8 +65,8 @@ def h100() -> Profile:
 
 def make_problem(model, tokens, layers=None, granularity="block", budget="4.5", constraints=None):  # type: ignore[no-untyped-def]
     """A `Problem` of a model, or of its first layers."""
-    from mxmoe_steps.allocation.constraints import Constraints
     from mxmoe_steps.allocation.build import build_problem
+    from mxmoe_steps.allocation.constraints import Constraints
 
     blocks = make_blocks(model, layers)
     losses = make_losses(blocks)

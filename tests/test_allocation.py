@@ -57,7 +57,9 @@ def random_problem(seed: int) -> Problem:
     fewest = np.add.reduceat(np.where(allowed, bits, 10**6).min(2).sum(1), starts(variant))
     most = np.add.reduceat(np.where(allowed, bits, 0).max(2).sum(1), starts(variant))
     first = starts(layer)
-    budget = int(generator.integers(np.minimum.reduceat(fewest, first).sum(), np.maximum.reduceat(most, first).sum() + 1))
+    budget = int(
+        generator.integers(np.minimum.reduceat(fewest, first).sum(), np.maximum.reduceat(most, first).sum() + 1)
+    )
     return Problem(
         loss, bits, allowed, uses, *sides, Kernels(*map(np.array, zip(*kernels, strict=True))),
         variant, layer, budget, int(bits.sum()),

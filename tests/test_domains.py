@@ -1,6 +1,5 @@
 """Objectives over domains against enumeration, and from the command line to the files."""
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 

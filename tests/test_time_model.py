@@ -82,7 +82,7 @@ def test_a_launch_runs_the_kernel_of_what_it_carries(choice):
     times = block_times(blocks, [W4, W8], Traffic((0,), 40, rows, np.full(rows.shape, 0.5)), gpu())
     taken = np.array([*choice, 0, 0, 0])
     total = 0.0
-    for launch, members in enumerate(([0, 1, 3, 4, 6, 7], [2, 5, 8])):
+    for members in ([0, 1, 3, 4, 6, 7], [2, 5, 8]):
         carried = set(taken[members].tolist())
         loops = sum({0: 2, 1: 1}[scheme] for scheme in carried)
         sides, compute, longest, memory = times.sides[carried != {0}], 0.0, 0.0, 0.0

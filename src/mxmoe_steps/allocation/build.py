@@ -1,7 +1,7 @@
 """From tables of losses and times to the arrays of an allocation problem."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -15,6 +15,8 @@ from mxmoe_steps.allocation.times import DOWN, LAUNCHES, Times, layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import BLOCKS, Scheme
 
+MOST_SETS = 256  # of a unit's kernels: all that eight schemes make
+FEW = 3  # schemes of a launch that is timed by what it carries where there are more; others carry all
 WHOLE = ("layer", "uniform")  # granularities at which a choice decides all of a launch
 
 
@@ -34,8 +36,8 @@ class Blocked:
     by_domain: NDArray[np.float64]  # [D, B, C]
 
     def __getitem__(self, index: NDArray[np.int64]) -> "Blocked":
-        parts = (getattr(self, name)[index] for name in list(self.__dataclass_fields__)[:-1])
-        return Blocked(*parts, by_domain=self.by_domain[:, index])
+        parts = {name: part[index] for name, part in vars(self).items() if name != "by_domain"}
+        return replace(self, **parts, by_domain=self.by_domain[:, index])
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def build_problem(
     made = _choices(losses, candidates, constraints, mask)
     times, blocks = times.of(mask), made.blocks
     units: list[Unit] = []
-    variant, layer = [], []
+    variant: list[int] = []
+    layer: list[int] = []
     places = []
     for number, members in enumerate(_layers(blocks, granularity)):
         here = made[members]
@@ -189,7 +192,7 @@ def _unit(
     loss, bits, by_domain = np.zeros(shape), np.zeros(shape, np.int64), np.zeros((len(here.by_domain), *shape))
     np.add.at(loss, bundle, here.loss)
     np.add.at(bits, bundle, here.bits)
-    np.add.at(by_domain, (slice(None), bundle), here.by_domain)
+    np.add.at(by_domain.swapaxes(0, 1), bundle, here.by_domain.swapaxes(0, 1))
     if gated is None:
         us = [sum(layer_times(here.blocks, times, here.scheme[:, choice]).values()) for choice in range(choices)]
         sides = np.zeros((3, 1, *shape, 1))
@@ -210,6 +213,11 @@ def _kernels(
     carried = {0}
     for one in np.unique(uses[ok]).tolist():
         carried |= {one | others for others in carried}
+    if len(carried) > MOST_SETS:
+        everything = max(carried)
+        few = [[each >> (count * number) & ((1 << count) - 1) for number in range(len(launches))] for each in carried]
+        carried = {each for each, slots in zip(carried, few, strict=True)
+                   if each == everything or max(slot.bit_count() for slot in slots) <= FEW}  # fmt: skip
     rows: dict[tuple[tuple[int, int], ...], int] = {}
     sides, kernels = [], []
     for carries in sorted(carried):
@@ -242,10 +250,10 @@ def _sides(
         launch = int(here.blocks.launch[own[0]])
         other = loops - of.loops[launch][at[1]]
         between = (times.quantize_us if gated else times.swiglu_us)[at]  # of down blocks; whichever side is larger
-        place = (bundle[own], slice(None), number)
-        np.add.at(sides[0], place, of.compute[at] + other * of.more_compute[at] + between)
-        np.maximum.at(sides[1], place, of.longest[at] + other * of.more_longest[at])
-        np.add.at(sides[2], place, of.memory[at] + other * of.more_memory[at] + between)
+        place, (compute, longest, memory) = bundle[own], sides[..., number]
+        np.add.at(compute, place, of.compute[at] + other * of.more_compute[at] + between)
+        np.maximum.at(longest, place, of.longest[at] + other * of.more_longest[at])
+        np.add.at(memory, place, of.memory[at] + other * of.more_memory[at] + between)
     return sides
 
 

@@ -90,7 +90,9 @@ def _one_more_scheme(
     if not near:
         return f"No allocation of the frontier uses {' or '.join(unused)}."
     _, added_names, there = min(near, key=lambda one: one[:2])
-    return f"The nearest allocation of the frontier that also uses {added_names} has {here.beside(there) or 'the same'}."
+    return (
+        f"The nearest allocation of the frontier that also uses {added_names} has {here.beside(there) or 'the same'}."
+    )
 
 
 def _half_a_bit(here: Total, goal: Goal, richer: Sequence[Part], bits: float) -> str:

@@ -171,7 +171,9 @@ class CoupledSearch:
             choice, others = self.found.choices[start].copy(), [self.found.choices[other] for other in near]
             losses, bits = self.found.losses[start], self.found.bits[start]
             steep = STEEP * a * float(self.domains.loss(losses))
-            moves = np.array(sorted({(*place, one[*place]) for one in others for place in np.argwhere(_differ(one, choice))}))
+            moves = np.array(
+                sorted({(*place, one[*place]) for one in others for place in np.argwhere(_differ(one, choice))})
+            )
             moves = moves[:: max(1, -(-len(moves) // MOVES))]
             while len(moves):
                 unit, bundle, option = moves.T

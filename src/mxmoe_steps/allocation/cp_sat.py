@@ -125,8 +125,8 @@ def solve_by_cp_sat(
     if status == cp_model.UNKNOWN:
         return max(0.0, proven), None
     choice = core.cheapest.copy()
-    for place, own in picked.items():
-        choice[place] = next((option for variable, option in own if solver.value(variable)), choice[place])
+    for place, pairs in picked.items():
+        choice[place] = next((option for variable, option in pairs if solver.value(variable)), choice[place])
     variants = [number for number, variable in enumerate(taken) if variable is not None and solver.value(variable)]
     return max(0.0, proven), core.relaxation.taking(choice, np.array(variants))
 

@@ -111,9 +111,7 @@ def pick_under_ceiling(
     return vertices, value, min(_ceiling_bound(parts, ceiling, capped_time), value)
 
 
-def under_ceiling(
-    parts: Sequence[Part], max_time_us: float | None, max_loss_sum: float | None
-) -> list[Vertex]:
+def under_ceiling(parts: Sequence[Part], max_time_us: float | None, max_loss_sum: float | None) -> list[Vertex]:
     """The hull allocation of least loss under a time ceiling, or of least time under a loss ceiling.
 
     Walks the merged frontier of the parts (the Minkowski sum of their hulls) by steepest exchange. `ValueError` with

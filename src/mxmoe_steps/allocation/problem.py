@@ -67,7 +67,7 @@ class Problem:
     compute: NDArray[np.float64]  # [R, N, C, J] microseconds
     longest: NDArray[np.float64]  # [R, N, C, J]
     memory: NDArray[np.float64]  # [R, N, C, J]
-    kernels: Kernels  # for every union of what a unit's allowed choices use
+    kernels: Kernels  # for every union of what a unit's allowed choices use; the last for others, and all
     variant: NDArray[np.int64]  # [U]
     layer: NDArray[np.int64]  # [V]
     budget: int  # bits
@@ -136,9 +136,9 @@ class Problem:
         units = np.flatnonzero(choice[:, 0] != IDLE)
         own, bundles = choice[units], np.arange(choice.shape[1])
         used = np.bitwise_or.reduce(self.uses[units[:, None], bundles, own], 1)
-        kernels = self.kernels[
-            np.array([self._kernel_of[key] for key in zip(units.tolist(), used.tolist(), strict=True)], np.int64)
-        ]
+        last = np.searchsorted(self.kernels.unit, units, side="right") - 1
+        keys = zip(units.tolist(), used.tolist(), last.tolist(), strict=True)
+        kernels = self.kernels[np.array([self._kernel_of.get((unit, use), full) for unit, use, full in keys], np.int64)]
         at = (kernels.row[:, None], bundles, own)
         sides = np.maximum(self.compute[at].sum(1) + self.longest[at].max(1), self.memory[at].sum(1))
         times = np.zeros(len(choice))

@@ -66,9 +66,7 @@ def mode_values(problem: Problem, dual: Dual, modes: NDArray[np.int64]) -> NDArr
     """Lagrangian cost of every choice inside the named modes, [K, N, C]; infinite where not allowed."""
     rows, split = problem.modes.kernels.row[modes], dual.split[modes]
     # Modes that differ in what they allow have the same costs.
-    same, first, number = np.unique(
-        np.column_stack([rows, split]), axis=0, return_index=True, return_inverse=True
-    )
+    same, first, number = np.unique(np.column_stack([rows, split]), axis=0, return_index=True, return_inverse=True)
     of, row = problem.modes.kernels.unit[modes[first]], rows[first]
     values = dual.a * problem.loss[of] + dual.lam * problem.bits[of]
     if dual.b:
@@ -108,7 +106,8 @@ class Relaxation:
         choice = np.where(problem.allowed_in(frugal), problem.bits, large).argmin(2)  # [U, N]
         self.smallest = self.taking(choice, self.cheapest_variants(fewest))
         self.smallest_bits = int(np.minimum.reduceat(fewest, self.first_variant).sum())
-        self.lam = 0.0
+        self.cost, self.climbed = np.zeros(len(self.unit)), np.zeros(len(self.unit), bool)
+        self.lam = self.at = 0.0  # of the last solution, and of the bounds in cost
         self.distance = 0.0  # relative, from the last bound to the optimum: where the next search starts
         self.known: list[Known] = []  # by their shares
 

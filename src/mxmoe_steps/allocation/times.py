@@ -31,7 +31,13 @@ class Sides:
 
     def of(self, blocks: NDArray[np.bool_]) -> "Sides":
         """Those of some of the blocks."""
-        return Sides(*(getattr(self, name)[blocks] for name in list(self.__dataclass_fields__)[:-1]), self.loops)
+        return replace(self, **{name: part[blocks] for name, part in vars(self).items() if name != "loops"})
+
+    @classmethod
+    def zeros(cls, blocks: int, schemes: int) -> "Sides":
+        """Of kernels that take no time."""
+        parts = [np.zeros((blocks, schemes)) for _ in range(6)]
+        return cls(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], np.zeros((LAUNCHES, schemes), np.int64))
 
 
 @dataclass(frozen=True)
@@ -85,9 +91,7 @@ class Times:
     @classmethod
     def zeros(cls, blocks: int, schemes: int) -> "Times":
         """Of launches that cost nothing."""
-        nothing = np.zeros((blocks, schemes))
-        sides = Sides(*[nothing] * 6, loops=np.zeros((LAUNCHES, schemes), np.int64))
-        none = np.zeros(schemes, bool)
+        nothing, none, sides = np.zeros((blocks, schemes)), np.zeros(schemes, bool), Sides.zeros(blocks, schemes)
         return cls((sides, sides), none, np.zeros(schemes, np.int64), 0.0, 0.0, 0.0, nothing, nothing, none)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.blocks import Blocks
-from mxmoe_steps.allocation.times import DOWN, LAUNCHES, Sides, Times, layer_times
+from mxmoe_steps.allocation.times import DOWN, Sides, Times, layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import PHASE_ROWS
 from mxmoe_steps.schemes import ORIGINAL, SHARED, Scheme, parse_scheme
@@ -75,8 +75,7 @@ def _sides(
 ) -> Sides:
     """In kernels of these phases, one for each launch. ``cut``: rows, their weight, slices and sizes of blocks."""
     rows, weight, slices, out, inner = cut
-    shape = (len(blocks), len(kernels))
-    sides = Sides(*(np.zeros(shape) for _ in range(6)), loops=np.zeros((LAUNCHES, len(kernels)), np.int64))
+    sides = Sides.zeros(len(blocks), len(kernels))
     for column, scheme in enumerate(kernels):
         for launch, phase in enumerate(phases):
             of, cells = blocks.launch == launch, profile.tiles[phase, scheme]
