@@ -180,12 +180,12 @@ class Calibration:
         losses = replace(losses, loss=domains.loss(losses.by_domain))
         every, times = np.ones(len(self.keys), bool), Times.zeros(*losses.loss.shape)
         constraints = Constraints(min_bits=floors, tie_gate_up=True)
-        problem, place, scheme = build_problem(losses, candidates, times, "block", bits, constraints, every)
+        problem, assigned = build_problem(losses, candidates, times, "block", bits, constraints, every)
         if domains.coupled:
             found = CoupledSearch(problem, domains).minimize(1.0, 0.0, GAP)
         else:
             found = minimize(Relaxation(problem), 1.0, 0.0, GAP)
-        return scheme[np.arange(len(place)), found.choice[place[:, 0], place[:, 1]]]
+        return assigned.schemes(found.choice)
 
 
 def _weights(folder: Path, name: str) -> Iterator[tuple[tuple[int, int, str], torch.Tensor]]:

@@ -50,7 +50,7 @@ def test_times_by_hand():
     rows = np.array([[[70, 0], [20, 20]]])  # two steps
     traffic = Traffic((0,), 40, rows, np.full(rows.shape, 0.5))
     times = block_times(blocks, [W4, W8], traffic, gpu())
-    assert [times.phase(np.array(carried)) for carried in ([True, False], [False, True], [True, True])] == [0, 1, 1]
+    assert times.sides[0] is times.sides[1]
     assert [times.loops(0, np.array(carried)) for carried in ([True, False], [False, True], [True, True])] == [2, 1, 3]
     sides = times.sides[1]
     # Expert 0, gate [128, 256], w4: 70 rows are a 64-tile of 2 + 2 x 0.2 and a 16-tile of 1 + 2 x 0.1; 20 rows are one
@@ -85,7 +85,7 @@ def test_a_launch_runs_the_kernel_of_what_it_carries(choice):
     for members in ([0, 1, 3, 4, 6, 7], [2, 5, 8]):
         carried = set(taken[members].tolist())
         loops = sum({0: 2, 1: 1}[scheme] for scheme in carried)
-        sides, compute, longest, memory = times.sides[carried != {0}], 0.0, 0.0, 0.0
+        sides, compute, longest, memory = times.sides[0], 0.0, 0.0, 0.0
         for member in members:
             at = (member, taken[member])
             more = loops - {0: 2, 1: 1}[taken[member]]
@@ -107,6 +107,9 @@ def test_gate_up_and_down_may_run_kernels_of_different_phases():
     # Experts 0 and 1 and two slices: gate+up are 4 x 4 strips of 64 rows on 11 multiprocessors, down 4 x 4 as well
     assert step_phases(blocks, traffic, [W8], 11, DEFAULT) == ("decode", "decode")
     assert step_phases(blocks, traffic, [W8], 16, DEFAULT) == ("latency", "latency")
+    one = block_times(blocks, [W4, W8], traffic, replace(gpu(), sms=11))  # by warp there is no second round
+    assert one.sides[0] is not one.sides[1]
+    assert [one.phase(np.array(carried)) for carried in ([True, False], [False, True], [True, True])] == [0, 1, 1]
     wide = replace(blocks, out_features=np.where(blocks.kind < 2, blocks.out_features, 512))
     assert step_phases(wide, traffic, [W8], 16, DEFAULT) == ("latency", "latency")  # down: 32 strips are two rounds
     assert step_phases(wide, traffic, [W8], 22, DEFAULT) == ("latency", "decode")

@@ -205,7 +205,7 @@ class Relaxation:
     def _cheapest(
         self, dual: Dual, modes: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
-        """Cost of K modes at the dual's prices, and of the choices that give it A - B of the launches [K, J] and bits."""
+        """Cost of K modes at the dual's prices, and of the choices that give it A - B of launches [K, J] and bits."""
         problem = self.problem
         kernels, cap = problem.modes.kernels[modes], problem.modes.cap[modes]
         values = mode_values(problem, dual, modes)

@@ -47,7 +47,7 @@ class Times:
     The kernel of a launch carries the schemes that its blocks take, and F main loops: those of their different
     ``kernel`` numbers (int64 [S]). The launch takes ``launch_us`` + ``loop_us`` F + max(sum of compute + largest
     longest, sum of memory) over its blocks; ``sides``: those of a launch whose schemes are all ``by_warp`` (bool [S]),
-    and of any other.
+    and of any other, the same object if their phases are the same.
 
     Between the launches lies SwiGLU. It is a launch of its own, of ``between_us`` + ``swiglu_us`` of the down blocks,
     float64 [B, S], unless gate and up of every expert take one scheme. Then it is part of the first launch, and what
@@ -67,9 +67,11 @@ class Times:
 
     def of(self, blocks: NDArray[np.bool_]) -> "Times":
         """Times of some of the blocks."""
+        first, second = self.sides
+        own = first.of(blocks)
         return replace(
             self,
-            sides=(self.sides[0].of(blocks), self.sides[1].of(blocks)),
+            sides=(own, own if second is first else second.of(blocks)),
             swiglu_us=self.swiglu_us[blocks],
             quantize_us=self.quantize_us[blocks],
         )
@@ -81,7 +83,7 @@ class Times:
 
     def phase(self, carried: NDArray[np.bool_]) -> int:
         """Which of ``sides`` a launch has whose kernel carries the schemes ``carried`` (bool [S])."""
-        return int(not self.by_warp[carried].all())
+        return int(self.sides[0] is not self.sides[1] and not self.by_warp[carried].all())
 
     def loops(self, launch: int, carried: NDArray[np.bool_]) -> int:
         """Main loops F of that kernel."""
@@ -115,7 +117,7 @@ def layer_times(blocks: Blocks, times: Times, choice: NDArray[np.int64]) -> dict
 
 
 def between_us(blocks: Blocks, times: Times, index: NDArray[np.int64], choice: NDArray[np.int64]) -> float:
-    """Microseconds of what lies between the launches of one layer, whose ``blocks`` are those ``index`` of ``times``."""
+    """Microseconds of what lies between the launches of a layer; its ``blocks`` are those ``index`` of ``times``."""
     gate, up, down = (blocks.kind == BLOCKS.index(name) for name in ("gate", "up", "down"))
     at = (index[down], choice[down])
     if (choice[gate] != choice[up]).any():
