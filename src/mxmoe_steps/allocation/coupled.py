@@ -29,6 +29,7 @@ TOLERANCE = 1e-6  # relative distance from the planes at which the climb stops w
 CLIMB = 60  # planes for one direction
 STEEP, STEEPEST = 10.0, 1e5  # largest price of a ceiling, in objectives per ceiling; raised where it holds prices down
 NEAR, MOVES = 8, 600  # assignments that are mixed with one another, and most choices of others that are tried
+MOST_OPEN = 20_000  # choices of a core that CP-SAT is asked to solve; building its model takes longer than solving it
 WORK = 1.0  # deterministic work limit of CP-SAT per direction, roughly seconds
 
 
@@ -203,7 +204,10 @@ class CoupledSearch:
         return np.asarray(a * self.domains.loss(np.moveaxis(losses, -1, 0)) + steep * above)
 
     def _narrow(self, prices: Prices, a: float, b: float, bound: float, value: float, workers: int) -> float:
-        """A bound from CP-SAT on the core of the best prices; a better assignment joins what was found."""
+        """A bound from CP-SAT on the core of the best prices; a better assignment joins what was found.
+
+        None, minus infinity, where modes make the core large.
+        """
         self.relaxation.weigh(np.tensordot(self._weights(prices, a), self.problem.by_domain, 1))
         problem = self.relaxation.problem
         dual = self.relaxation.solve(1.0, b)
@@ -217,6 +221,8 @@ class CoupledSearch:
             Row(self.problem.by_domain[d], float(self.domains.ceiling[d]), float(prices.price[d])) for d in self.capped
         ]
         core = Core(self.relaxation, dual, max(limit, SLACK * abs(base)), np.zeros(len(problem.loss)))
+        if core.alive.sum() > MOST_OPEN:
+            return -np.inf
         proven, choice = solve_by_cp_sat(core, work=WORK, workers=workers, rows=rows)
         if choice is not None:
             loss, time_us, bits = problem.evaluate(choice)
