@@ -31,11 +31,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxmoe_steps.allocation.blocks import Losses, read_losses, with_least_tokens
+from mxmoe_steps.allocation.build import build_problem
 from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.coupled import CoupledSearch
 from mxmoe_steps.allocation.domains import count_domains, uniform_within
 from mxmoe_steps.allocation.minimize import minimize
-from mxmoe_steps.allocation.problem import build_problem
 from mxmoe_steps.allocation.relaxation import Relaxation
 from mxmoe_steps.allocation.times import Times
 from mxmoe_steps.data.parsing import parse_sources
@@ -180,12 +180,12 @@ class Calibration:
         losses = replace(losses, loss=domains.loss(losses.by_domain))
         every, times = np.ones(len(self.keys), bool), Times.zeros(*losses.loss.shape)
         constraints = Constraints(min_bits=floors, tie_gate_up=True)
-        problem, place, scheme = build_problem(losses, candidates, times, "block", bits, constraints, every)
+        problem, assigned = build_problem(losses, candidates, times, "block", bits, constraints, every)
         if domains.coupled:
             found = CoupledSearch(problem, domains).minimize(1.0, 0.0, GAP)
         else:
             found = minimize(Relaxation(problem), 1.0, 0.0, GAP)
-        return scheme[np.arange(len(place)), found.choice[place[:, 0], place[:, 1]]]
+        return assigned.schemes(found.choice)
 
 
 def _weights(folder: Path, name: str) -> Iterator[tuple[tuple[int, int, str], torch.Tensor]]:

@@ -3,8 +3,9 @@
 import numpy as np
 
 from mxmoe_steps.allocation.blocks import Blocks, Losses
+from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import SHARED, parse_scheme
-from mxmoe_steps.timing.estimate import estimate_profile, read_hardware
+from mxmoe_steps.timing.estimate import estimate_profile, measured_file, read_hardware
 from mxmoe_steps.timing.predict import block_times
 from mxmoe_steps.timing.profile import Profile, profile_of
 from mxmoe_steps.timing.traffic import Traffic
@@ -56,21 +57,27 @@ def make_traffic(model: str, tokens: int, layers: int, steps: int = 16, seed: in
     return Traffic(tuple(range(layers)), tokens, rows, np.full(rows.shape, 1 / steps))
 
 
-def h100() -> Profile:
-    """The roofline estimate of an H100."""
+def h100(measured: bool = False) -> Profile:
+    """The profile of an H100: the roofline estimate, or what was measured."""
     schemes = [parse_scheme(text) for text in SCHEMES]
-    columns, facts = estimate_profile(schemes, read_hardware("h100"))
+    file = measured_file("h100")
+    assert file is not None
+    columns, facts = fit_profile(file, schemes) if measured else estimate_profile(schemes, read_hardware("h100"))
     return profile_of({name: np.array(values) for name, values in columns.items()}, facts)
 
 
-def make_problem(model, tokens, layers=None, granularity="block", budget="4.5", constraints=None):  # type: ignore[no-untyped-def]
+def make_problem(  # type: ignore[no-untyped-def]
+    model, tokens, layers=None, granularity="block", budget="4.5", constraints=None, measured=False
+):
     """A `Problem` of a model, or of its first layers."""
+    from mxmoe_steps.allocation.build import build_problem
     from mxmoe_steps.allocation.constraints import Constraints
-    from mxmoe_steps.allocation.problem import build_problem
 
     blocks = make_blocks(model, layers)
     losses = make_losses(blocks)
-    times = block_times(blocks, list(losses.schemes), make_traffic(model, tokens, blocks.layer.max() + 1), h100())
+    times = block_times(
+        blocks, list(losses.schemes), make_traffic(model, tokens, blocks.layer.max() + 1), h100(measured)
+    )
     everything = np.ones(len(blocks), bool)
     return build_problem(
         losses, list(losses.schemes), times, granularity, budget, constraints or Constraints(), everything

@@ -126,7 +126,7 @@ def solve(path: Path) -> None:
         for tokens in TOKENS:
             rows = np.array(case.workload.routing(tokens))[None, None]
             traffic = Traffic((0,), tokens, rows, np.ones(rows.shape))
-            times = block_times(blocks, kernels, traffic, profile, carried)
+            times = block_times(blocks, kernels, traffic, profile)
             everything = np.ones(len(blocks), bool)
             found = {name: DIGITS[names.index(parse_scheme(name).name)] * len(blocks) for name in UNIFORM}
             for budget in BUDGETS:

@@ -24,7 +24,8 @@ from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = ["w1a16", "w2a16", "w3a16", "w4a16", "w8a8", "w4a8", "w4a4", "w4a4_g128"]
 UNTIMED = {  # an allocation that nothing was solved for
-    "bits": 16.0, "bound": 0.0, "budget_bits": 16.0, "candidates": [], "device": "none", "gap": 0.0, "gap_limit": 0.0,
+    "bits": 16.0, "bound": 0.0, "budget_bits": 16.0, "buys": [], "candidates": [], "device": "none", "gap": 0.0,
+    "gap_limit": 0.0,
     "constraints": {"fix": [], "max_schemes": None, "min_bits": [], "shared_tile": False, "tie_gate_up": False},
     "granularity": "uniform", "loss": 0.0, "loss_form": "root_sum_squares", "max_loss": None, "max_time_us": None,
     "metric": "out_sq", "objective": 0.0, "price": 0.0, "proved_by": "states", "r": 1.0, "scope": "model",

@@ -4,7 +4,8 @@
     python benchmarks/solve.py --full     every model and frontier, a minute for each peer: at most an hour
 
 Instances (`instances.py`) have the shapes of real models, random losses and traffic, six schemes, a budget of 4.5
-bits and the roofline estimate of an H100. "linear" minimises loss alone; "maximum" minimises loss and time with
+bits and the roofline estimate of an H100; frontiers also what was measured on one.
+"linear" minimises loss alone; "maximum" minimises loss and time with
 the weights that r = 0.75 has at the most accurate allocation. All runs use one thread. Peers solve the plain
 formulation; HiGHS needs the optional package highspy.
 """
@@ -15,6 +16,7 @@ import time
 import numpy as np
 from instances import MODELS, make_problem
 
+from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.minimize import Solution, minimize
 from mxmoe_steps.allocation.problem import Problem
@@ -25,6 +27,23 @@ def plain_terms(problem: Problem, a: float, b: float):  # type: ignore[no-untype
     """The textbook formulation: binaries (unit, bundle, choice) and per launch a time above both sides."""
     items = list(zip(*np.nonzero(problem.allowed), strict=True))
     return items, [a * problem.loss[item] for item in items], b
+
+
+def unit_kernels(problem: Problem) -> list[tuple[int, int, list[tuple[int, float]]]]:
+    """Every unit with its row of times, of which there must be one, and what its kernels carry and take."""
+    found = []
+    kernels = problem.modes.kernels
+    for unit in range(len(problem.loss)):
+        of = kernels.unit == unit
+        assert len(set(kernels.row[of].tolist())) == 1, "peers solve problems without loops that take time"
+        carried = dict(zip(kernels.carries[of].tolist(), kernels.us[of].tolist(), strict=True))
+        found.append((unit, int(kernels.row[of][0]), list(carried.items())))
+    return found
+
+
+def carriers(problem: Problem, item, runs, kernels):  # type: ignore[no-untyped-def]
+    """Variables of the kernels that carry what an item uses."""
+    return [run for run, (carries, _) in zip(runs, kernels, strict=True) if not problem.uses[item] & ~carries]
 
 
 def by_cp_sat(problem: Problem, a: float, b: float, seconds: float) -> tuple[float, float]:
@@ -41,10 +60,15 @@ def by_cp_sat(problem: Problem, a: float, b: float, seconds: float) -> tuple[flo
             model.add_exactly_one(x[unit, bundle, c] for c in range(choices) if (unit, bundle, c) in x)
     model.add(sum(int(problem.bits[item]) * x[item] for item in items) <= problem.budget)
     times = []
-    for unit in range(units if b else 0):
+    for unit, row, kernels in unit_kernels(problem) if b else []:
         inside = [item for item in items if item[0] == unit]
+        runs = [model.new_bool_var("") for _ in kernels]
+        model.add_exactly_one(runs)
+        times += [round(b * scale * us) * run for run, (_, us) in zip(runs, kernels, strict=True)]
+        for item in inside:
+            model.add_at_least_one(x[item].negated(), *carriers(problem, item, runs, kernels))
         for launch in range(launches):
-            steps = {item: [round(b * scale * float(part[item][launch])) for part in
+            steps = {item: [round(b * scale * float(part[row][item[1:]][launch])) for part in
                             (problem.compute, problem.longest, problem.memory)] for item in inside}  # fmt: skip
             longest, total = (model.new_int_var(0, 2**50, "") for _ in range(2))
             for item in inside:
@@ -59,7 +83,7 @@ def by_cp_sat(problem: Problem, a: float, b: float, seconds: float) -> tuple[flo
     if solver.solve(model) not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
         return np.inf, np.inf
     value = solver.objective_value
-    return value / scale + b * problem.constant_us, (value - solver.best_objective_bound) / value
+    return value / scale, (value - solver.best_objective_bound) / value
 
 
 def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[float, float]:
@@ -69,6 +93,7 @@ def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[floa
     items, costs, _ = plain_terms(problem, a, b)
     number = {item: index for index, item in enumerate(items)}
     units, bundles, _, launches = problem.lead.shape
+    of_units = unit_kernels(problem) if b else []
     extra = 2 * units * launches if b else 0  # time and longest tile of every launch
     highs = highspy.Highs()
     for option, value in (("output_flag", False), ("threads", 1), ("mip_rel_gap", 1e-9), ("time_limit", seconds)):
@@ -80,6 +105,13 @@ def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[floa
     highs.changeColsIntegrality(count, columns, np.full(count, highspy.HighsVarType.kInteger))
     objective = np.r_[costs, np.tile([b, 0.0], extra // 2)]
     highs.changeColsCost(count + extra, np.arange(count + extra, dtype=np.int32), objective)
+    runs = count + extra  # kernels come last
+    us = np.array([each for *_, kernels in of_units for _, each in kernels])
+    if len(us):
+        highs.addVars(len(us), np.zeros(len(us)), np.ones(len(us)))
+        last = np.arange(runs, runs + len(us), dtype=np.int32)
+        highs.changeColsIntegrality(len(us), last, np.full(len(us), highspy.HighsVarType.kInteger))
+        highs.changeColsCost(len(us), last, b * us)
 
     def row(low: float, high: float, index: list[int], values: list[float]) -> None:
         highs.addRow(low, high, len(index), np.array(index, np.int32), np.array(values, float))
@@ -91,22 +123,37 @@ def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[floa
         row(1, 1, index, [1.0] * len(index))
     row(-highspy.kHighsInf, problem.budget / problem.params, list(range(count)),
         [problem.bits[item] / problem.params for item in items])  # fmt: skip
-    for unit in range(units if b else 0):
+    for unit, times, kernels in of_units:
         inside = [item for item in items if item[0] == unit]
         index = [number[item] for item in inside]
+        own = list(range(runs, runs := runs + len(kernels)))
+        row(1, 1, own, [1.0] * len(own))
+        for item in inside:
+            able = carriers(problem, item, own, kernels)
+            row(0, highspy.kHighsInf, [number[item], *able], [-1, *[1] * len(able)])
         for launch in range(launches):
             total = count + 2 * (unit * launches + launch)
             row(0, highspy.kHighsInf, [total, total + 1, *index],
-                [1, -1, *(-problem.compute[item][launch] for item in inside)])  # fmt: skip
-            row(0, highspy.kHighsInf, [total, *index], [1, *(-problem.memory[item][launch] for item in inside)])
+                [1, -1, *(-problem.compute[times][item[1:]][launch] for item in inside)])  # fmt: skip
+            row(
+                0,
+                highspy.kHighsInf,
+                [total, *index],
+                [1, *(-problem.memory[times][item[1:]][launch] for item in inside)],
+            )
             for bundle in range(bundles):
-                own = members[unit, bundle]
-                row(0, highspy.kHighsInf, [total + 1, *own], [1, *(-problem.longest[items[i]][launch] for i in own)])
+                some = members[unit, bundle]
+                row(
+                    0,
+                    highspy.kHighsInf,
+                    [total + 1, *some],
+                    [1, *(-problem.longest[times][items[i][1:]][launch] for i in some)],
+                )
     highs.run()
     info = highs.getInfo()
     if info.primal_solution_status != 2:  # no feasible point
         return np.inf, np.inf
-    return info.objective_function_value + b * problem.constant_us, info.mip_gap
+    return info.objective_function_value, info.mip_gap
 
 
 def peers(problem: Problem, solution: Solution, seconds: float) -> str:
@@ -128,7 +175,7 @@ def peers(problem: Problem, solution: Solution, seconds: float) -> str:
 
 def solution_rows(model: str, tokens: int, layers: int | None, seconds: float) -> None:
     """One layer or a whole model: a solution with linear time cost zero and one with the maxima."""
-    problem = make_problem(model, tokens, layers)
+    problem = make_problem(model, tokens, layers, constraints=Constraints(tie_gate_up=True))
     label = f"{model}, {'one layer' if layers else 'whole model'}, {tokens} tokens"
     binaries = int(problem.allowed.sum())
     relaxation = Relaxation(problem)
@@ -144,14 +191,15 @@ def solution_rows(model: str, tokens: int, layers: int | None, seconds: float) -
         print(f"| {label}, {name} | {cells} |", flush=True)
 
 
-def hull_row(model: str, tokens: int, layers: int | None, gap: float) -> None:
-    """A whole frontier."""
-    problem = make_problem(model, tokens, layers)
+def hull_row(model: str, tokens: int, layers: int | None, gap: float, measured: bool) -> None:
+    """A whole frontier; of ``measured`` times, loops of other schemes take time."""
+    problem = make_problem(model, tokens, layers, measured=measured)
     started = time.perf_counter()
     hull = lower_left_hull(problem, gap)
     spent = time.perf_counter() - started
     label = f"{model}, {'one layer' if layers else 'whole model'}, {tokens} tokens"
-    print(f"| {label} | {len(hull.solutions)} | {gap:.0e} | {spent:.1f} s |", flush=True)
+    profile = "measured" if measured else "estimate"
+    print(f"| {label} | {profile} | {len(hull.solutions)} | {gap:.0e} | {spent:.1f} s |", flush=True)
 
 
 def main() -> None:
@@ -166,13 +214,14 @@ def main() -> None:
     for model in MODELS if args.full else ("qwen1.5-moe", "qwen3-30b-a3b"):
         for tokens in (64, 512) if args.full else (512,):
             solution_rows(model, tokens, None, 60 if args.full else 20)
-    print("\n| frontier | vertices | gap | time |\n|---|---|---|---|")
-    for model in MODELS:
-        for tokens in (64, 512, 8192):
-            hull_row(model, tokens, 1, 0.0)
-    for model in MODELS if args.full else ("qwen1.5-moe", "qwen3-30b-a3b"):
-        for tokens in (64, 512, 8192) if args.full else (512,):
-            hull_row(model, tokens, None, 1e-4)
+    print("\n| frontier | times | vertices | gap | time |\n|---|---|---|---|---|")
+    for measured in (False, True):
+        for model in MODELS:
+            for tokens in (64, 512, 8192):
+                hull_row(model, tokens, 1, 0.0, measured)
+        for model in MODELS if args.full else ("qwen1.5-moe", "qwen3-30b-a3b"):
+            for tokens in (64, 512, 8192) if args.full else (512,):
+                hull_row(model, tokens, None, 1e-4, measured)
 
 
 if __name__ == "__main__":

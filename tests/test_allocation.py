@@ -2,29 +2,38 @@
 
 import itertools
 import pkgutil
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from mxmoe_steps import allocation
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.minimize import minimize, prove_by_cp_sat
 from mxmoe_steps.allocation.pick import Part, Vertex, objective, pick_by_r, pick_under_ceiling
-from mxmoe_steps.allocation.problem import Problem
-from mxmoe_steps.allocation.relaxation import Relaxation
+from mxmoe_steps.allocation.problem import IDLE, Kernels, Problem
+from mxmoe_steps.allocation.relaxation import Relaxation, starts
 from mxmoe_steps.provenance import closure
 
 R_VALUES = (0.0, 0.2, 0.5, 0.75, 0.9, 1.0)
 
 
 def random_problem(seed: int) -> Problem:
-    """A problem of at most a few thousand assignments, with ties, forbidden choices and active maxima."""
+    """A problem of at most a few thousand assignments, with ties, forbidden choices and active maxima.
+
+    Kernels that carry more take longer. Layers have one or two variants, units one or two launches.
+    """
     generator = np.random.default_rng(seed)
-    units, launches = [(1, 1), (2, 1), (1, 2), (3, 1)][seed % 4]
-    bundles = int(generator.integers(1, 4 if units * launches > 1 else 7))
-    if units == 3:
-        bundles = min(bundles, 2)
-    choices = int(generator.integers(2, 5 if units * bundles < 6 else 4))
+    shape_of = [((1,), 1), ((1, 1), 1), ((1,), 2), ((1, 1, 1), 1), ((2,), 1), ((1, 2), 1), ((2, 2), 1), ((2, 1), 2)]
+    variants, launches = shape_of[seed % 8]
+    per_variant = int(generator.integers(1, 3)) if launches == 1 and len(variants) < 3 else 1
+    layer = np.repeat(np.arange(len(variants)), variants)
+    variant = np.repeat(np.arange(len(layer)), per_variant)
+    units = len(variant)
+    taken = len(variants) * per_variant
+    bundles = int(generator.integers(1, 1 + max(2, 6 // (taken * launches))))
+    choices = int(generator.integers(2, 5 if taken * bundles < 5 else 4))
     shape = (units, bundles, choices)
     integers = seed % 3 == 0  # ties
     draw = (lambda size: generator.integers(0, 4, size).astype(float)) if integers else generator.random
@@ -32,35 +41,79 @@ def random_problem(seed: int) -> Problem:
     loss = draw(shape) * (1.0 if integers else 10.0 ** generator.uniform(-3, 1, (units, bundles, 1)))
     allowed = generator.random(shape) < 0.9
     allowed[..., 0] |= ~allowed.any(2)
-    sets = np.zeros((*shape, choices), bool)
-    sets[..., np.arange(choices), np.arange(choices)] = True
-    tiles = generator.choice([0.0, 0.5, 1.0, 1.5], (*shape, launches))
-    smallest = np.where(allowed, bits, 10**6).min(2).sum()
-    largest = np.where(allowed, bits, 0).max(2).sum()
-    budget = int(generator.integers(smallest, largest + 1))
-    compute, memory = draw((*shape, launches)), draw((*shape, launches)) * generator.choice([0.5, 1.0, 2.0])
-    return Problem(loss, bits, allowed, compute, tiles, memory, sets, 1.0, budget, int(bits.sum()))
+    uses = np.broadcast_to(1 << generator.integers(0, 3, choices), shape).copy()
+    loops, kernels, rows = generator.choice([0.0, 0.1, 1.0], 3), [], []
+    for unit in range(units):
+        own = {0}
+        for use in np.unique(uses[unit][allowed[unit]]).tolist():
+            own |= {use | other for other in own}
+        compute, memory = draw((*shape[1:], launches)), draw((*shape[1:], launches)) * generator.choice([0.5, 1.0, 2.0])
+        longest = generator.choice([0.0, 0.5, 1.0, 1.5], (*shape[1:], launches))
+        for carries in sorted(own - {0}):
+            more = carries.bit_count() - 1
+            kernels.append((unit, carries, len(rows), 1.0 + loops[0] * more + variant[unit] % 2))
+            rows.append((compute + loops[1] * more, longest + loops[1] * more, memory + loops[2] * more / 4))
+    sides = (np.stack(part) for part in zip(*rows, strict=True))
+    fewest = np.add.reduceat(np.where(allowed, bits, 10**6).min(2).sum(1), starts(variant))
+    most = np.add.reduceat(np.where(allowed, bits, 0).max(2).sum(1), starts(variant))
+    first = starts(layer)
+    budget = int(
+        generator.integers(np.minimum.reduceat(fewest, first).sum(), np.maximum.reduceat(most, first).sum() + 1)
+    )
+    return Problem(
+        loss, bits, allowed, uses, *sides, Kernels(*map(np.array, zip(*kernels, strict=True))),
+        variant, layer, budget, int(bits.sum()),
+    )  # fmt: skip
+
+
+def assignments(problem: Problem) -> Iterator[NDArray[np.int64]]:
+    """All of them, within the budget or not."""
+    ways = [np.flatnonzero(problem.layer == layer) for layer in np.unique(problem.layer)]
+    for variants in itertools.product(*ways):
+        units = np.flatnonzero(np.isin(problem.variant, variants))
+        options = [np.flatnonzero(row) for row in problem.allowed[units].reshape(-1, problem.allowed.shape[2])]
+        for picked in itertools.product(*options):
+            choice = np.full(problem.loss.shape[:2], IDLE)
+            choice[units] = np.array(picked).reshape(len(units), -1)
+            yield choice
+
+
+def evaluated(problem: Problem, choice: NDArray[np.int64]) -> tuple[float, float, int]:
+    """Loss, time and bits of an assignment, from the definition."""
+    loss, time_us, bits = 0.0, 0.0, 0
+    for unit in np.flatnonzero(choice[:, 0] != IDLE).tolist():
+        own = list(enumerate(choice[unit].tolist()))
+        loss += sum(problem.loss[unit, n, c] for n, c in own)
+        bits += sum(int(problem.bits[unit, n, c]) for n, c in own)
+        used = 0
+        for n, c in own:
+            used |= int(problem.uses[unit, n, c])
+        of = (problem.kernels.unit == unit) & (problem.kernels.carries == used)
+        row, us = int(problem.kernels.row[of][0]), float(problem.kernels.us[of][0])
+        time_us += us
+        for j in range(problem.compute.shape[3]):
+            compute, longest, memory = ([part[row, n, c, j] for n, c in own]
+                                        for part in (problem.compute, problem.longest, problem.memory))  # fmt: skip
+            time_us += max(sum(compute) + max(longest), sum(memory))
+    return loss, time_us, bits
 
 
 def enumerate_all(problem: Problem) -> list[tuple[float, float]]:
     """(loss, time) of every feasible assignment."""
-    units, bundles, _ = problem.loss.shape
-    options = [np.flatnonzero(row) for row in problem.allowed.reshape(units * bundles, -1)]
-    found = []
-    for picked in itertools.product(*options):
-        loss, time_us, bits = problem.evaluate(np.array(picked).reshape(units, bundles))
-        if bits <= problem.budget:
-            found.append((loss, time_us))
-    return found
+    found = (evaluated(problem, choice) for choice in assignments(problem))
+    return [(loss, time_us) for loss, time_us, bits in found if bits <= problem.budget]
 
 
 def as_part(problem: Problem, gap: float = 0.0) -> Part:
     hull = lower_left_hull(problem, gap)
     vertices = [Vertex(p.loss, p.time_us, p.bits, 0.0, "") for p in hull.solutions]
     for solution in hull.solutions:
-        assert problem.evaluate(solution.choice) == (solution.loss, solution.time_us, solution.bits)
+        found = evaluated(problem, solution.choice)
+        assert found == pytest.approx((solution.loss, solution.time_us, solution.bits), rel=1e-12, abs=1e-12)
         assert solution.bits <= problem.budget
-        assert np.take_along_axis(problem.allowed, solution.choice[..., None], 2).all()
+        taken = solution.choice[:, 0] != IDLE
+        assert np.take_along_axis(problem.allowed[taken], solution.choice[taken][..., None], 2).all()
+        assert np.unique(problem.layer[np.unique(problem.variant[taken])]).tolist() == np.unique(problem.layer).tolist()
     return Part(vertices, hull.cuts)
 
 
@@ -121,12 +174,18 @@ def layer_sized_problem(seed: int, launches_overlap: float) -> Problem:
     memory = bits[..., None] * 1e-3
     compute = generator.uniform(0.5, 1.5, (*shape, 1)) * 0.1 * launches_overlap
     tiles = generator.choice([0.1, 0.2, 0.3], (*shape, 1))
-    sets = np.zeros((*shape, 5), bool)
-    sets[..., np.arange(5), np.arange(5)] = True
-    allowed = np.ones(shape, bool)
+    uses = np.broadcast_to(1 << np.arange(5), shape).copy()
+    kernels, sides = [], []
+    for unit in range(2):
+        for carries in range(1, 32):
+            more = 1e-3 * (carries.bit_count() - 1)
+            kernels.append((unit, carries, len(sides), 2.5 + 10 * more))
+            sides.append((compute[unit] * (1 + more), tiles[unit], memory[unit]))
     return Problem(
-        loss, bits, allowed, compute, tiles, memory, sets, 5.0, int(bits[..., 2].sum()), int(bits[..., 0].sum())
-    )
+        loss, bits, np.ones(shape, bool), uses, *map(np.stack, zip(*sides, strict=True)),
+        Kernels(*map(np.array, zip(*kernels, strict=True))), np.arange(2), np.arange(2),
+        int(bits[..., 2].sum()), int(bits[..., 0].sum()),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", range(4))

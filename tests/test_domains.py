@@ -1,6 +1,5 @@
 """Objectives over domains against enumeration, and from the command line to the files."""
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from synthetic import run, write_losses, write_trace
-from test_allocation import random_problem
+from test_allocation import assignments, evaluated, random_problem
 from test_solve import allocate
 
 from mxmoe_steps import profile as profile_step
@@ -17,12 +16,18 @@ from mxmoe_steps.allocation.coupled import CoupledSearch
 from mxmoe_steps.allocation.domains import Domains, count_domains, uniform_within
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.pick import Part, Vertex, objective, pick_by_r
-from mxmoe_steps.allocation.problem import Problem
+from mxmoe_steps.allocation.problem import IDLE, Problem
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.schemes import parse_scheme
 
 SCHEMES = ("w2a16", "w3a16", "w4a16")
 TEXTS = ("code", "english", "french")
+
+
+def domain_losses(by_domain: NDArray[np.float64], choice: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Losses [D] of an assignment [U, N]."""
+    units, bundles = np.nonzero(choice != IDLE)
+    return by_domain[:, units, bundles, choice[units, bundles]].sum(1)
 
 
 def with_domains(seed: int) -> tuple[Problem, Domains, NDArray[np.float64], NDArray[np.float64]]:
@@ -31,13 +36,11 @@ def with_domains(seed: int) -> tuple[Problem, Domains, NDArray[np.float64], NDAr
     count = int(generator.integers(1, 4))
     by_domain = problem.loss[None] * generator.lognormal(0, 1, (count, *problem.loss.shape[:2], 1))
     problem = replace(problem, by_domain=by_domain)
-    units, bundles, _ = problem.loss.shape
     points = []
-    for picked in itertools.product(*map(np.flatnonzero, problem.allowed.reshape(units * bundles, -1))):
-        choice = np.array(picked).reshape(units, bundles)
-        _, time_us, bits = problem.evaluate(choice)
+    for choice in assignments(problem):
+        _, time_us, bits = evaluated(problem, choice)
         if bits <= problem.budget:
-            points.append((*np.take_along_axis(by_domain, choice[None, ..., None], 3).sum((1, 2, 3)), time_us))
+            points.append((*domain_losses(by_domain, choice), time_us))
     losses, times = np.array(points)[:, :-1], np.array(points)[:, -1]
     worst, ceiling = seed % 3 != 0, np.full(count, np.inf)
     if seed % 3 != 1:
@@ -53,7 +56,7 @@ def test_the_certificate_holds_and_is_tight(seed: int) -> None:
     for a, b in ((1.0, 1.0), (1.0, 0.1), (1.0, 0.0), (0.0, 1.0)):
         found = search.minimize(a, b)
         best = (a * domains.loss(losses.T) + b * times).min()
-        taken = np.take_along_axis(problem.by_domain, found.choice[None, ..., None], 3).sum((1, 2, 3))
+        taken = domain_losses(problem.by_domain, found.choice)
         assert (taken <= domains.ceiling * (1 + 1e-9)).all()
         assert found.loss == pytest.approx(float(domains.loss(taken)))
         assert found.bits <= problem.budget

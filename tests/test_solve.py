@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,12 @@ from synthetic import run, write_losses, write_trace
 from mxmoe_steps import frontier as frontier_step
 from mxmoe_steps import profile as profile_step
 from mxmoe_steps import solve as solve_step
+from mxmoe_steps.allocation import build
 from mxmoe_steps.allocation.blocks import read_losses
+from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.files import read_allocation
+from mxmoe_steps.allocation.minimize import minimize
+from mxmoe_steps.allocation.relaxation import Relaxation
 from mxmoe_steps.allocation.times import layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import PHASES
@@ -79,8 +84,7 @@ def test_reported_numbers_are_those_of_the_assignment(tmp_path, inputs, granular
     profile = read_profile(inputs["profile"])
     traffic = sample_traffic(inputs["trace"], [], 16)
     kernels = timing_schemes(losses.schemes, profile, {})
-    carried = None if granularity in ("layer", "uniform") else kernels
-    times = block_times(blocks, kernels, traffic, profile, carried)
+    times = block_times(blocks, kernels, traffic, profile)
     assert allocation["time_us"] == pytest.approx(sum(layer_times(blocks, times, choice).values()))
     assert allocation["time_is_estimate"] is True
     assert 0 <= allocation["gap"] <= 1e-4
@@ -282,7 +286,7 @@ def test_every_r_against_all_assignments(tmp_path, toy, flags, tokens):
     traffic = sample_traffic(toy["trace"], [], tokens)
     kernels = timing_schemes(losses.schemes, profile, {})
     tiles = [profile.only_tile(8), profile.only_tile(32)] if "--shared-tile" in flags else [profile]
-    carried = None if {"layer", "uniform"} & set(flags) else kernels
+    carried = kernels if "--shared-tile" in flags else None
     times = [block_times(losses.blocks, kernels, traffic, tile, carried) for tile in tiles]
     index = np.arange(6)
     points = []
@@ -308,6 +312,47 @@ def test_every_r_against_all_assignments(tmp_path, toy, flags, tokens):
         assert allocation["objective"] == pytest.approx(best, rel=1e-9)
         assert allocation["loss"] ** r * allocation["time_us"] ** (1 - r) == pytest.approx(best, rel=1e-9)
         assert allocation["bound"] == pytest.approx(best, rel=1e-6)
+
+
+def test_what_more_would_give(tmp_path, inputs):
+    """The sentences beside what steps find that are asked for it."""
+    here = allocate(tmp_path, inputs, budget="3")
+    scheme, bits, time = here["buys"]
+    richer = allocate(tmp_path, inputs, budget="3.5")
+    said = float(re.search(r"would give ([0-9.]+) % less loss", bits)[1]) / 100
+    assert "0.5 bits more, 3.5 a weight" in bits
+    assert said == pytest.approx(1 - richer["loss"] / here["loss"], abs=0.02)
+    slower = allocate(tmp_path, inputs, ("--max-time-us", 1.1 * here["time_us"]), budget="3")
+    gain = 1 - slower["loss"] / here["loss"]
+    assert f"10 % more time would give {100 * gain:.1f} % less loss." == time or (gain < 5e-4 and "nothing" in time)
+    used = {name for row in here["assignment"] for name in row[2:]}
+    unused = set(here["candidates"]) - used
+    assert any(name in scheme for name in unused) if unused else scheme == "It uses all 3 candidates."
+
+
+def test_of_many_schemes_a_launch_of_few_is_timed_by_what_it_carries(toy, monkeypatch):
+    monkeypatch.setattr(build, "MOST_SETS", 1)
+    monkeypatch.setattr(build, "FEW", 1)
+    losses, profile = read_losses(toy["losses"], "out_sq", False), read_profile(toy["profile"])
+    kernels = timing_schemes(losses.schemes, profile, {})
+    times = block_times(losses.blocks, kernels, sample_traffic(toy["trace"], [], 48), profile)
+    everything = np.ones(6, bool)
+    problem, assigned = build.build_problem(
+        losses, list(losses.schemes), times, "block", "8", Constraints(tie_gate_up=True), everything
+    )
+    found = []
+    for gate_up, down in itertools.product(itertools.product(range(3), repeat=2), repeat=2):
+        assignment = np.array([gate_up, down])
+        columns = assigned.schemes(assignment)
+        charged, true = problem.evaluate(assignment)[1], layer_times(losses.blocks, times, columns)[0]
+        found.append(charged)
+        if len(set(gate_up)) == len(set(down)) == 1:
+            assert charged == pytest.approx(true)
+        else:
+            assert charged > true
+    best = minimize(Relaxation(problem), 0.0, 1.0)
+    assert best.value == pytest.approx(min(found))
+    assert best.bound == pytest.approx(best.value)
 
 
 @pytest.mark.parametrize("budget", ["0", "-1", "nan", "inf", "1/0", "1e400", "two"])

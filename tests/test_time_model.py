@@ -1,5 +1,6 @@
 """Sampled traffic and the time of layers, against arithmetic by hand."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -49,44 +50,76 @@ def test_times_by_hand():
     blocks = layer_of_two_experts()
     rows = np.array([[[70, 0], [20, 20]]])  # two steps
     traffic = Traffic((0,), 40, rows, np.full(rows.shape, 0.5))
-    times = block_times(blocks, [W4, W8], traffic, gpu(), carried=[W4, W8])
-    # Expert 0, gate [128, 256], w4, whose kernel carries one loop of another scheme: 70 rows are a 64-tile of
-    # 2 + 0.25 + 2 x 0.2 and a 16-tile of 1 + 0.25 + 2 x 0.1; 20 rows are one 64-tile.
+    times = block_times(blocks, [W4, W8], traffic, gpu())
+    assert times.sides[0] is times.sides[1]
+    assert [times.loops(0, np.array(carried)) for carried in ([True, False], [False, True], [True, True])] == [2, 1, 3]
+    sides = times.sides[1]
+    # Expert 0, gate [128, 256], w4: 70 rows are a 64-tile of 2 + 2 x 0.2 and a 16-tile of 1 + 2 x 0.1; 20 rows are one
+    # 64-tile. Every loop of another scheme adds 0.25 to a tile.
     gate = 3
-    assert times.compute[gate, 0] == pytest.approx(((2.65 + 1.45) + 2.65) / 2 / 4)
-    assert times.longest[gate, 0] == pytest.approx(0.75 * 2.65)
+    assert sides.compute[gate, 0] == pytest.approx(((2.4 + 1.2) + 2.4) / 2 / 4)
+    assert sides.more_compute[gate, 0] == pytest.approx((0.5 + 0.25) / 2 / 4)
+    assert sides.longest[gate, 0] == pytest.approx(0.75 * 2.4)
+    assert sides.more_longest[gate, 0] == pytest.approx(0.75 * 0.25)
     # Expert 1: idle in step one; its bytes count half.
     weights = 128 * 256 * 4.25 / 8
     moved = (0.5 * weights + 10 * (256 * 2 + 128 * 2)) / 1e5
-    assert times.memory[6, 0] == pytest.approx(moved + 0.125 * times.compute[6, 0])
-    # The shared expert sees all 40 tokens: three 16-tiles; two loops of another scheme. Its width is two experts:
-    # gate and up are two pieces of [128, 256], down two of [256, 128] with two strips of 128 rows each.
-    assert times.compute[0, 1] == pytest.approx(3 * 2 * (1 + 0.5 + 2 * 0.05) / 4)
-    assert times.compute[2, 1] == pytest.approx(3 * 2 * 2 * (1 + 0.5 + 0.05) / 4)
-    assert times.launch_us.tolist() == [[6.5, 6.5]] * 2
-    assert block_times(blocks, [W4, W8], traffic, gpu()).launch_us.tolist() == [[6.0, 5.5]] * 2
-    choice = np.array([0, 1, 1, 0, 0, 1, 1, 1, 1])
-    index = np.arange(9)
+    assert sides.memory[6, 0] == pytest.approx(moved + 0.125 * sides.compute[6, 0])
+    assert sides.more_memory[6, 0] == pytest.approx(0.125 * sides.more_compute[6, 0])
+    # The shared expert sees all 40 tokens: three 16-tiles. Its width is two experts: gate and up are two pieces of
+    # [128, 256], down two of [256, 128] with two strips of 128 rows each.
+    assert sides.compute[0, 1] == pytest.approx(3 * 2 * (1 + 2 * 0.05) / 4)
+    assert sides.compute[2, 1] == pytest.approx(3 * 2 * 2 * (1 + 0.05) / 4)
+    # SwiGLU of its 40 tokens reads gate and up of 256 features and writes 2 bytes or 1; quantizing reads and writes 3.
+    assert times.swiglu_us[2].tolist() == [pytest.approx(40 * 256 * each / 1e5) for each in (6, 5)]
+    assert times.quantize_us[2].tolist() == [0.0, pytest.approx(40 * 256 * 3 / 1e5)]
+    assert not times.swiglu_us[[0, 1]].any()
+
+
+@pytest.mark.parametrize("choice", list(itertools.product((0, 1), repeat=6)))
+def test_a_launch_runs_the_kernel_of_what_it_carries(choice):
+    """Gate and up of the shared expert vary, and gate, up and down of another; the third takes w4."""
+    blocks, rows = layer_of_two_experts(), np.array([[[70, 0], [20, 20]]])
+    times = block_times(blocks, [W4, W8], Traffic((0,), 40, rows, np.full(rows.shape, 0.5)), gpu())
+    taken = np.array([*choice, 0, 0, 0])
     total = 0.0
     for members in ([0, 1, 3, 4, 6, 7], [2, 5, 8]):
-        take = (index[members], choice[members])
-        compute = times.compute[take].sum() + times.longest[take].max()
-        total += 6.5 + max(compute, times.memory[take].sum())
-    assert layer_times(blocks, times, choice) == {0: pytest.approx(total)}
+        carried = set(taken[members].tolist())
+        loops = sum({0: 2, 1: 1}[scheme] for scheme in carried)
+        sides, compute, longest, memory = times.sides[0], 0.0, 0.0, 0.0
+        for member in members:
+            at = (member, taken[member])
+            more = loops - {0: 2, 1: 1}[taken[member]]
+            compute += sides.compute[at] + more * sides.more_compute[at]
+            longest = max(longest, sides.longest[at] + more * sides.more_longest[at])
+            memory += sides.memory[at] + more * sides.more_memory[at]
+        total += 5 + 0.5 * loops + max(compute + longest, memory)
+    if choice[0] != choice[1] or choice[3] != choice[4]:
+        total += 5 + sum(times.swiglu_us[down, taken[down]] for down in (2, 5, 8))
+    elif choice[2] or choice[5]:
+        total += 5 + sum(times.quantize_us[down, taken[down]] for down in (2, 5))
+    assert layer_times(blocks, times, taken) == {0: pytest.approx(total)}
 
 
-def test_experts_that_are_no_swiglu_take_a_launch_more():
-    """The same under every scheme: 40 + 40 expected rows of 128 features, and two slices of 40 tokens."""
+def test_experts_that_are_no_swiglu_have_their_launch_however_gate_and_up_are_tied():
+    """40 + 40 expected rows of 128 features, and two slices of 40 tokens."""
     blocks = layer_of_two_experts()
     rows = np.array([[[60, 20], [20, 60]]])
     traffic = Traffic((0,), 40, rows, np.full(rows.shape, 0.5))
+    features = (40 + 40 + 2 * 40) * 128
     plain = block_times(blocks, [W4, W8], traffic, gpu())
-    for gating, bytes_of_a_feature in ((Gating("gelu"), 6), (Gating("relu2", gated=False), 4)):
+    for gating, sums in ((Gating("gelu"), 4), (Gating("relu2", gated=False), 2)):
         times = block_times(blocks, [W4, W8], replace(traffic, gating=gating), gpu())
-        more = 5.0 + (40 + 40 + 2 * 40) * 128 * bytes_of_a_feature / 1e5
-        assert (times.launch_us - plain.launch_us).tolist() == [[pytest.approx(more)] * 2, [0.0, 0.0]]
-        assert (times.compute == plain.compute).all()
-        assert (times.memory == plain.memory).all()
+        for scheme, product in ((0, 2), (1, 1)):
+            choice = np.full(len(blocks), scheme)
+            between = 5.0 + features * (sums + product) / 1e5
+            tied = 0.0 if scheme == 0 else 5.0 + features * (2 + product) / 1e5
+            found, other = layer_times(blocks, times, choice), layer_times(blocks, plain, choice)
+            assert found[0] - other[0] == pytest.approx(between - tied)
+            if gating.gated:
+                continue
+            of = blocks.kind > 0  # no gate blocks
+            assert layer_times(blocks[of], times.of(of), choice[of])[0] > between
 
 
 def test_widths_that_kernels_fill_up_are_timed_so():
@@ -101,8 +134,9 @@ def test_widths_that_kernels_fill_up_are_timed_so():
     )
     traffic = Traffic((0,), 40, np.array([[[60, 20]]]), np.ones((1, 1, 2)))
     one, other = (block_times(each, [W4], traffic, gpu()) for each in (odd, filled))
-    assert (one.compute == other.compute).all()
-    assert (one.memory == other.memory).all()
+    for side, same in zip(one.sides, other.sides, strict=True):
+        assert (side.compute == same.compute).all()
+        assert (side.memory == same.memory).all()
 
 
 def test_gate_up_and_down_may_run_kernels_of_different_phases():
@@ -112,6 +146,9 @@ def test_gate_up_and_down_may_run_kernels_of_different_phases():
     # Experts 0 and 1 and two slices: gate+up are 4 x 4 strips of 64 rows on 11 multiprocessors, down 4 x 4 as well
     assert step_phases(blocks, traffic, [W8], 11, DEFAULT) == ("decode", "decode")
     assert step_phases(blocks, traffic, [W8], 16, DEFAULT) == ("latency", "latency")
+    one = block_times(blocks, [W4, W8], traffic, replace(gpu(), sms=11))  # by warp there is no second round
+    assert one.sides[0] is not one.sides[1]
+    assert [one.phase(np.array(carried)) for carried in ([True, False], [False, True], [True, True])] == [0, 1, 1]
     wide = replace(blocks, out_features=np.where(blocks.kind < 2, blocks.out_features, 512))
     assert step_phases(wide, traffic, [W8], 16, DEFAULT) == ("latency", "latency")  # down: 32 strips are two rounds
     assert step_phases(wide, traffic, [W8], 22, DEFAULT) == ("latency", "decode")
@@ -120,7 +157,7 @@ def test_gate_up_and_down_may_run_kernels_of_different_phases():
     }
     profile = replace(gpu(), sms=22, tiles=one_tile)
     times = block_times(wide, [W8], traffic, profile)
-    assert times.compute[3:6, 0].tolist() == [pytest.approx(each) for each in (2 / 22, 2 / 22, 4 * 3 / 22)]
+    assert times.sides[1].compute[3:6, 0].tolist() == [pytest.approx(each) for each in (2 / 22, 2 / 22, 4 * 3 / 22)]
     assert profile.common_tiles(("latency", "decode"), [W8]) == [8]
     with pytest.raises(UserError, match="latency and decode kernels of these schemes have no token tile in common"):
         replace(profile, tiles=one_tile | {("decode", W8): np.array([[16, 1, 1]])}).common_tiles(
@@ -158,7 +195,7 @@ def test_narrow_memory_is_the_floor():
     traffic = Traffic((0,), 20, rows, np.ones(rows.shape))
     times = block_times(blocks, [W4], traffic, gpu(bandwidth_gbs=1e-3))
     choice = np.zeros(9, int)
-    assert layer_times(blocks, times, choice)[0] == pytest.approx(12 + times.memory.sum())
+    assert layer_times(blocks, times, choice)[0] == pytest.approx(12 + times.sides[0].memory.sum())
 
 
 def test_one_bit_runs_as_two_bit_and_unknown_kernels_are_refused():

@@ -6,6 +6,7 @@ of (loss, time) with the schemes of every vertex. `solve` picks from it for any 
 
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -103,6 +104,7 @@ class FrontierOptions(Problem, Counting, Seeded, StepOptions):
 
 
 MODEL_GAP = 1e-4  # of a whole-model frontier; a layer's is exact
+RICHER_GAP = 1e-2  # of what half a bit more would give
 
 
 def frontier(options: FrontierOptions) -> None:
@@ -110,6 +112,7 @@ def frontier(options: FrontierOptions) -> None:
     import numpy as np
 
     from mxmoe_steps.allocation.blocks import read_losses, with_least_tokens
+    from mxmoe_steps.allocation.buys import MORE_BITS
     from mxmoe_steps.allocation.constraints import parse_constraints
     from mxmoe_steps.allocation.domains import count_domains, parse_weights, uniform_within
     from mxmoe_steps.allocation.files import write_frontier
@@ -151,22 +154,24 @@ def frontier(options: FrontierOptions) -> None:
         )
     kernels = timing_schemes(losses.schemes, profile, constraints.time_as)
     used = [kernel for kernel, scheme in zip(kernels, losses.schemes, strict=True) if scheme in {*candidates, *fixed}]
-    alone = options.granularity in ("layer", "uniform") and not fixed and not options.shared_tile
-    times = times_by_tile(losses.blocks, kernels, traffic, profile, None if alone else used, options.shared_tile)
+    times = times_by_tile(losses.blocks, kernels, traffic, profile, used, options.shared_tile)
     whole = options.scope == "model" or options.granularity == "uniform"
     layers = np.unique(losses.blocks.layer).tolist()
     masks = [np.ones(len(losses.blocks), bool)] if whole else [losses.blocks.layer == layer for layer in layers]
     gap = options.gap if options.gap is not None else (MODEL_GAP if whole else 0.0)
     if options.prove and gap:
         raise UserError("--prove confirms optima; use it with --gap 0")
+    budget = exact(options.budget_bits)
+    more = str(Fraction(budget) + Fraction(MORE_BITS))
     parts: list[Part] = []
+    richer: list[Part] = []
     for mask in masks:
-        part = part_frontier(
-            losses, domains, candidates, times, options.granularity, exact(options.budget_bits), constraints, mask,
-            gap, options.threads, options.prove,
-        )  # fmt: skip
+        problem = (losses, domains, candidates, times, options.granularity)
+        part = part_frontier(*problem, budget, constraints, mask, gap, options.threads, options.prove)
         print(f"frontier: part {len(parts) + 1} of {len(masks)}: {len(part.vertices)} vertices", file=sys.stderr)
         parts.append(part)
+        coarse = max(gap, RICHER_GAP)
+        richer.append(part_frontier(*problem, more, constraints, mask, coarse, options.threads, False))
     blocks = losses.blocks
     facts: dict[str, Any] = {
         "budget_bits": options.budget_bits,
@@ -199,7 +204,7 @@ def frontier(options: FrontierOptions) -> None:
             "phase": options.phase, "seed": options.seed, "steps": options.steps, "texts": options.traffic_text
         },
     }  # fmt: skip
-    write_frontier(options.out, facts, parts)
+    write_frontier(options.out, facts, parts, richer)
 
 
 def main() -> None:

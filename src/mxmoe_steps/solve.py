@@ -6,10 +6,12 @@ under a ceiling on the whole model and state its proven gap to all allocations.
 """
 
 import math
+import sys
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
+from mxmoe_steps.allocation.buys import Goal, sentences
 from mxmoe_steps.allocation.files import DIGITS, read_frontier, write_allocation
 from mxmoe_steps.allocation.pick import Part, Vertex, pick_by_r, pick_under_ceiling
 from mxmoe_steps.errors import UserError, run_cli
@@ -79,6 +81,12 @@ def solve(options: SolveOptions) -> None:
     power = 0.5 if facts["loss"] == "root_sum_squares" else 1.0
     vertices, value, bound = choose(options, parts, power)
     gap = (value - bound) / value if value else 0.0
+    max_loss_sum = options.max_loss ** (1 / power) if options.max_loss is not None else None
+    goal = Goal(options.r, options.max_time_us, max_loss_sum, power)
+    digits = "".join(DIGITS[facts["schemes"].index(name)] for name in facts["candidates"])
+    buys = sentences(parts, vertices, goal, facts["richer"], facts["budget_bits"], facts["candidates"], digits)
+    for sentence in buys:
+        print(f"solve: {sentence}", file=sys.stderr)
     domains = facts["domains"]
     names, uniform = domains.pop("names"), domains.pop("uniform")
     losses = [math.fsum(found) for found in zip(*(vertex.by_domain for vertex in vertices), strict=True)]
@@ -93,6 +101,7 @@ def solve(options: SolveOptions) -> None:
             "assignment": expand(facts, vertices),
             "bits": sum(vertex.bits for vertex in vertices) / facts["params"],
             "bound": bound,
+            "buys": buys,
             "domains": {
                 **domains,
                 "losses": dict(zip(names, losses, strict=True)),

@@ -20,7 +20,7 @@ from mxmoe_steps.allocation.core import Core
 from mxmoe_steps.allocation.cp_sat import Row, solve_by_cp_sat
 from mxmoe_steps.allocation.domains import Domains
 from mxmoe_steps.allocation.minimize import Solution, minimize
-from mxmoe_steps.allocation.problem import Problem
+from mxmoe_steps.allocation.problem import IDLE, Problem
 from mxmoe_steps.allocation.relaxation import Relaxation
 from mxmoe_steps.errors import UserError
 
@@ -29,6 +29,7 @@ TOLERANCE = 1e-6  # relative distance from the planes at which the climb stops w
 CLIMB = 60  # planes for one direction
 STEEP, STEEPEST = 10.0, 1e5  # largest price of a ceiling, in objectives per ceiling; raised where it holds prices down
 NEAR, MOVES = 8, 600  # assignments that are mixed with one another, and most choices of others that are tried
+MOST_OPEN = 20_000  # choices of a core that CP-SAT is asked to solve; building its model takes longer than solving it
 WORK = 1.0  # deterministic work limit of CP-SAT per direction, roughly seconds
 
 
@@ -114,7 +115,7 @@ class CoupledSearch:
         """Add an assignment to what was found, unless it is there."""
         if any((known == solution.choice).all() for known in self.found.choices):
             return
-        taken = np.take_along_axis(self.problem.by_domain, solution.choice[None, ..., None], 3).sum((1, 2, 3))
+        taken = self.problem.taken(self.problem.by_domain, solution.choice).sum(1)
         found = self.found
         found.choices.append(solution.choice)
         found.losses = np.vstack([found.losses, taken])
@@ -165,15 +166,15 @@ class CoupledSearch:
 
         At the right prices these are all nearly optimal, and the domains' losses are level somewhere between them.
         """
-        if self.problem.max_schemes is not None:  # a mixture may have too many
-            return
         inner = self.found.losses @ self._weights(prices, a) + b * self.found.times_us
         near = np.argsort(inner, kind="stable")[:NEAR].tolist()
         for start in near:
             choice, others = self.found.choices[start].copy(), [self.found.choices[other] for other in near]
             losses, bits = self.found.losses[start], self.found.bits[start]
             steep = STEEP * a * float(self.domains.loss(losses))
-            moves = np.array(sorted({(*place, one[*place]) for one in others for place in np.argwhere(one != choice)}))
+            moves = np.array(
+                sorted({(*place, one[*place]) for one in others for place in np.argwhere(_differ(one, choice))})
+            )
             moves = moves[:: max(1, -(-len(moves) // MOVES))]
             while len(moves):
                 unit, bundle, option = moves.T
@@ -203,11 +204,14 @@ class CoupledSearch:
         return np.asarray(a * self.domains.loss(np.moveaxis(losses, -1, 0)) + steep * above)
 
     def _narrow(self, prices: Prices, a: float, b: float, bound: float, value: float, workers: int) -> float:
-        """A bound from CP-SAT on the core of the best prices; a better assignment joins what was found."""
+        """A bound from CP-SAT on the core of the best prices; a better assignment joins what was found.
+
+        None, minus infinity, where modes make the core large.
+        """
         self.relaxation.weigh(np.tensordot(self._weights(prices, a), self.problem.by_domain, 1))
         problem = self.relaxation.problem
         dual = self.relaxation.solve(1.0, b)
-        base = dual.bound + b * problem.constant_us - self._paid(prices)
+        base = dual.bound - self._paid(prices)
         limit = (value if np.isfinite(value) else 2 * abs(bound)) - base
         rows = [
             Row(self.problem.by_domain[d] * (a * self.domains.factor[d]), None, float(prices.share[d]))
@@ -216,9 +220,16 @@ class CoupledSearch:
         rows += [
             Row(self.problem.by_domain[d], float(self.domains.ceiling[d]), float(prices.price[d])) for d in self.capped
         ]
-        core = Core(problem, dual, max(limit, SLACK * abs(base)), np.zeros(len(problem.loss)))
+        core = Core(self.relaxation, dual, max(limit, SLACK * abs(base)), np.zeros(len(problem.loss)))
+        if core.alive.sum() > MOST_OPEN:
+            return -np.inf
         proven, choice = solve_by_cp_sat(core, work=WORK, workers=workers, rows=rows)
         if choice is not None:
             loss, time_us, bits = problem.evaluate(choice)
             self._keep(Solution(choice, loss, time_us, bits, a, b, 0.0, dual.lam))
-        return base + proven
+        return core.bound - self._paid(prices) + proven
+
+
+def _differ(one: NDArray[np.int64], other: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Where two assignments choose differently in units that both take."""
+    return (one != other) & (one != IDLE) & (other != IDLE)

@@ -15,6 +15,7 @@ LARGEST = 2**50  # of an integer coefficient
 WORK = 20.0  # deterministic work limit per core, roughly seconds
 BRIEF_WORK = 0.2  # the same where a gap is allowed: a tighter bound is worth little there
 Terms = list[tuple[cp_model.IntVar, float]]  # variables with their rates, in units of cost
+Picked = dict[tuple[int, int], list[tuple[cp_model.IntVar, int]]]  # (unit, bundle) -> variables and their choices
 
 
 @dataclass(frozen=True)
@@ -37,53 +38,51 @@ def solve_by_cp_sat(
 
     It may stop once the bound is within ``near`` of the assignment, and does after ``work``.
 
-    The prices of each unit's base mode serve all its modes: the identity holds for any prices. Costs are integers,
-    ``RESOLUTION`` steps to the limit, and the bound is stated after their rounding. ``rows`` couple what the core
-    takes apart.
+    Every mode of a unit has variables of its own. Costs are integers, ``RESOLUTION`` steps to the limit, and the bound
+    is stated after their rounding. ``rows`` couple what the core takes apart.
     """
-    problem, dual, limit = core.problem, core.dual, core.limit + float(core.shift.sum())
+    problem, dual, limit = core.problem, core.dual, core.limit
     model = cp_model.CpModel()
     one = model.new_constant(1)
-    choices: dict[tuple[int, int], dict[int, cp_model.IntVar]] = {}
+    taken = _variants(core, model, one)
+    picked: Picked = {}
     cost: Terms = []
-    used: list[tuple[cp_model.IntVar, int]] = []
     flips: list[Terms] = []  # b (1 - mu) (A - B) and b mu (B - A) of every launch, in turn
-    for unit in range(len(core.base)):
-        modes = np.flatnonzero(core.unit == unit)
-        base_mode = core.modes[core.base_mode[unit]]
-        split, base_cap = dual.split[base_mode], problem.modes[2][base_mode]
-        caps = problem.modes[2][core.modes[modes]]
-        share = problem.memory[unit] + split * problem.lead[unit]
-        values = dual.a * problem.loss[unit] + dual.lam * problem.bits[unit] + dual.b * share.sum(2)
-        flags = [model.new_bool_var("") for _ in modes]
-        model.add_exactly_one(flags)
-        cost += zip(flags, dual.b * ((caps - base_cap) * split).sum(1), strict=True)
-        leads = [(one, np.zeros(len(split))), *zip(flags, caps, strict=True)]
-        for bundle in range(core.base.shape[1]):
-            base = int(core.base[unit, bundle])
-            options = np.flatnonzero(core.alive[modes, bundle].any(0)).tolist()
-            if options == [base]:
-                leads.append((one, problem.lead[unit, bundle, base]))
-                continue
-            taken = choices[unit, bundle] = {option: model.new_bool_var("") for option in options}
-            model.add_exactly_one(taken.values())
-            for option, variable in taken.items():
-                cost.append((variable, values[bundle, option] - values[bundle, base]))
-                used.append((variable, int(problem.bits[unit, bundle, option] - problem.bits[unit, bundle, base])))
-                leads.append((variable, problem.lead[unit, bundle, option]))
-                for flag, mode in zip(flags, modes.tolist(), strict=True):
-                    if not core.alive[mode, bundle, option]:
-                        model.add_implication(variable, flag.negated())
-        for launch, mu in enumerate(split):
-            for rate in (dual.b * (1 - mu), -dual.b * mu):
-                flips.append([(variable, rate * lead[launch]) for variable, lead in leads])
+    for unit, variant in enumerate(problem.variant.tolist()):
+        here = taken[variant]
+        if here is None:
+            continue
+        first = unit in core.relaxation.first_unit
+        cost.append((here, float(first * core.over[variant] - core.shift[unit])))
+        modes = np.flatnonzero(core.unit == unit).tolist()
+        flags = [here] if len(modes) == 1 else [model.new_bool_var("") for _ in modes]
+        if len(modes) > 1:
+            model.add_exactly_one(*flags, here.negated())
+        leads: list[tuple[cp_model.IntVar, NDArray[np.float64], NDArray[np.float64]]] = []  # A - B, with its mu
+        for flag, mode in zip(flags, modes, strict=True):
+            number = core.modes[mode]
+            split, lead = dual.split[number], problem.lead[problem.modes.kernels.row[number]]
+            cost.append((flag, core.mode_cost[mode]))
+            leads.append((flag, problem.modes.cap[number], split))
+            for bundle in range(core.cheapest.shape[1]):
+                options = np.flatnonzero(core.alive[mode, bundle]).tolist()
+                own = [flag] if len(options) == 1 else [model.new_bool_var("") for _ in options]
+                if len(options) > 1:
+                    model.add_exactly_one(*own, flag.negated())
+                for variable, option in zip(own, options, strict=True):
+                    cost.append((variable, core.item_cost[mode, bundle, option]))
+                    leads.append((variable, lead[bundle, option], split))
+                    picked.setdefault((unit, bundle), []).append((variable, option))
+        for launch in range(len(split)):
+            flips.append([(v, dual.b * (1 - mu[launch]) * lead[launch]) for v, lead, mu in leads])
+            flips.append([(v, -dual.b * mu[launch] * lead[launch]) for v, lead, mu in leads])
+    used = [(variable, int(problem.bits[*place, option])) for place, own in picked.items() for variable, option in own]
     divisor = math.gcd(*(bits for _, bits in used)) or 1
-    most = core.room - sum(min(0, bits) for _, bits in used)
-    unused = model.new_int_var(0, max(0, most) // divisor, "")
-    extra = cp_model.LinearExpr.weighted_sum([v for v, _ in used], [bits // divisor for _, bits in used])
-    model.add(unused + extra == core.room // divisor)
-    cost += [(unused, dual.lam * divisor), (one, dual.lam * (core.room % divisor))]
-    sums = [_row_terms(row, core, choices, one) for row in rows]
+    unused = model.new_int_var(0, problem.budget // divisor, "")
+    total_bits = cp_model.LinearExpr.weighted_sum([v for v, _ in used], [bits // divisor for _, bits in used])
+    model.add(unused + total_bits == problem.budget // divisor)
+    cost += [(unused, dual.lam * divisor), (one, dual.lam * (problem.budget % divisor))]
+    sums = [_row_terms(row, picked) for row in rows]
     largest = max(abs(rate) for terms in (cost, *flips, *sums) for _, rate in terms)
     scale = min(RESOLUTION / limit, LARGEST / largest)
     # At most half a step each, and half again for the limit's own; a row counts as a bound and as a cost.
@@ -122,21 +121,28 @@ def solve_by_cp_sat(
         return core.limit, None
     if status == cp_model.MODEL_INVALID:
         raise RuntimeError(model.validate())
-    proven = (solver.best_objective_bound - rounding) / scale - float(core.shift.sum())
+    proven = (solver.best_objective_bound - rounding) / scale
     if status == cp_model.UNKNOWN:
         return max(0.0, proven), None
-    choice = core.base.copy()
-    for (unit, bundle), taken in choices.items():
-        choice[unit, bundle] = next(option for option, variable in taken.items() if solver.value(variable))
-    return max(0.0, proven), choice
+    choice = core.cheapest.copy()
+    for place, pairs in picked.items():
+        choice[place] = next((option for variable, option in pairs if solver.value(variable)), choice[place])
+    variants = [number for number, variable in enumerate(taken) if variable is not None and solver.value(variable)]
+    return max(0.0, proven), core.relaxation.taking(choice, np.array(variants))
 
 
-def _row_terms(
-    row: Row, core: Core, choices: dict[tuple[int, int], dict[int, cp_model.IntVar]], one: cp_model.IntVar
-) -> Terms:
-    """The sum of a row: that of the base assignment, and what every open choice changes."""
-    base = np.take_along_axis(row.values, core.base[..., None], 2)[..., 0]
-    terms: Terms = [(one, float(base.sum()))]
-    for place, taken in choices.items():
-        terms += [(variable, float(row.values[place][option] - base[place])) for option, variable in taken.items()]
-    return terms
+def _variants(core: Core, model: cp_model.CpModel, one: cp_model.IntVar) -> list[cp_model.IntVar | None]:
+    """Whether each variant is taken: one of every layer, the constant where there is no other, None where none may."""
+    taken: list[cp_model.IntVar | None] = [None] * len(core.over)
+    for layer in range(len(core.base_variant)):
+        open_ = np.flatnonzero((core.problem.layer == layer) & (core.over <= core.limit)).tolist()
+        flags = [one] if len(open_) == 1 else [model.new_bool_var("") for _ in open_]
+        model.add_exactly_one(flags)
+        for variant, flag in zip(open_, flags, strict=True):
+            taken[variant] = flag
+    return taken
+
+
+def _row_terms(row: Row, picked: Picked) -> Terms:
+    """The sum of a row."""
+    return [(v, float(row.values[*place, option])) for place, own in picked.items() for v, option in own]

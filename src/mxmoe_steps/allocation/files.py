@@ -105,6 +105,11 @@ class _Part(TypedDict):
     cuts: list[tuple[Quantity, Quantity, float]]
 
 
+class _Point(TypedDict):
+    loss_sum: Quantity
+    time_us: Positive
+
+
 class _Frontier(_Problem):
     kind: Literal["frontier"]
     domains: _Domains
@@ -112,6 +117,7 @@ class _Frontier(_Problem):
     loss: Literal["root_sum_squares", "sum_of_norms"]
     params: Total
     parts: list[_Part]
+    richer: list[Annotated[list[_Point], Field(min_length=1)]]  # vertices of the parts under `MORE_BITS` more
     schemes: Annotated[list[SchemeName], Field(min_length=1, max_length=len(DIGITS))]
 
 
@@ -122,6 +128,7 @@ class AllocationSummary(_Problem):
     domains: DomainLosses
     bits: Positive
     bound: Quantity
+    buys: list[str]  # sentences: what more schemes, bits and time would give
     gap: Share
     loss: Quantity
     loss_form: Literal["root_sum_squares", "sum_of_norms"]
@@ -139,8 +146,8 @@ class _Allocation(AllocationSummary):
     assignment: Annotated[list[tuple[Index, Expert, SchemeName, SchemeName, SchemeName]], Field(min_length=1)]
 
 
-def write_frontier(path: str | Path, facts: dict[str, Any], parts: list[Part]) -> None:
-    """Write the parts (each with its layers in ``facts["parts"]`` order) and the facts."""
+def write_frontier(path: str | Path, facts: dict[str, Any], parts: list[Part], richer: list[Part]) -> None:
+    """Write the parts (each with its layers in ``facts["parts"]`` order), those of a larger budget, and the facts."""
     content = {
         "kind": "frontier",
         "version": VERSION,
@@ -149,6 +156,9 @@ def write_frontier(path: str | Path, facts: dict[str, Any], parts: list[Part]) -
             {"vertices": [vars(vertex) for vertex in part.vertices], "cuts": [list(cut) for cut in part.cuts]}
             for part in parts
         ],
+        "richer": [
+            [{"loss_sum": vertex.loss_sum, "time_us": vertex.time_us} for vertex in part.vertices] for part in richer
+        ],
     }
     write_json(path, content)
 
@@ -156,6 +166,9 @@ def write_frontier(path: str | Path, facts: dict[str, Any], parts: list[Part]) -
 def read_frontier(path: str | Path) -> tuple[dict[str, Any], list[Part]]:
     """The facts and parts of a frontier file; `UserError` names what is missing, out of range or at odds."""
     facts = read_record(path, _Frontier, "run the frontier step again", _check_frontier)
+    facts["richer"] = [
+        Part([Vertex(**point, bits=0, price=0.0, schemes="") for point in part], []) for part in facts["richer"]
+    ]
     return facts, [_part(part) for part in facts.pop("parts")]
 
 
@@ -177,6 +190,8 @@ def _check_frontier(content: Any) -> None:
     experts = [sum(map(len, sizes.values()))] if whole else [len(members) for members in sizes.values()]
     if len(experts) != len(content["parts"]):
         raise ValueError(f"parts: {len(content['parts'])}, expected {len(experts)} for these experts and scope")
+    if len(content["richer"]) != len(content["parts"]):
+        raise ValueError(f"richer: {len(content['richer'])}, expected {len(content['parts'])}, one a part")
     for number, (part, count) in enumerate(zip(content["parts"], experts, strict=True)):
         _check_part(part, f"parts[{number}]", len(BLOCKS) * count, DIGITS[: len(content["schemes"])])
     names, uniform = content["domains"]["names"], content["domains"]["uniform"]

@@ -37,9 +37,9 @@ class Solution:
 
 
 def _value(problem: Problem, dual: Dual, choice: NDArray[np.int64]) -> float:
-    """a x loss + b x (time - constant) of an assignment."""
+    """a x loss + b x time of an assignment."""
     loss, time_us, _ = problem.evaluate(choice)
-    return dual.a * loss + dual.b * (time_us - problem.constant_us)
+    return dual.a * loss + dual.b * time_us
 
 
 def _raise_shift(core: Core, assignment: NDArray[np.int64], known: list[int], near: float) -> list[int]:
@@ -53,10 +53,11 @@ def _raise_shift(core: Core, assignment: NDArray[np.int64], known: list[int], ne
     flipped = np.setdiff1d(np.flatnonzero(core.flips(assignment) > near / count), known)
     if not len(flipped):
         return []
-    reach = np.where(np.isin(np.arange(count), flipped), core.excess(assignment), core.shift)
-    wide = Core(core.problem, core.dual, near * EXACT, reach)
+    excess = core.excess(assignment)
+    reach = np.where(np.isin(np.arange(count), flipped), excess + near * EXACT, 0.0)
+    wide = Core(core.relaxation, core.dual, core.limit, core.shift, reach=reach)
     for unit in flipped.tolist():
-        core.shift[unit] = min(reach[unit], least_excess(wide, unit))
+        core.shift[unit] = min(excess[unit], least_excess(wide, unit))
     return [int(unit) for unit in flipped]
 
 
@@ -67,25 +68,26 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
     """
     problem = relaxation.problem
     dual = relaxation.solve(a, b)
-    scale = abs(dual.bound) + b * problem.constant_us
+    scale = abs(dual.bound)
     near = max(gap, EXACT) * scale
     choice = relaxation.smallest
     value, bound = _value(problem, dual, choice), dual.bound
     limit = first_limit = max(FIRST_LIMIT, relaxation.distance / 4) * scale or FIRST_LIMIT
     shift = np.zeros(len(problem.loss))
-    core = Core(problem, dual, first_limit, shift)
+    core = Core(relaxation, dual, first_limit, shift)
     balanced = _raise_shift(core, core.base, [], near)
-    bound = max(bound, dual.bound + float(shift.sum()))
     by_states = True
     while value - bound > near:
-        base = dual.bound + float(shift.sum())
-        core = Core(problem, dual, min(limit, value - base), shift)
+        core = Core(relaxation, core.dual, limit, shift, value)
+        bound = max(bound, core.bound)
+        if value - bound <= near:
+            break
         if by_states:
-            whole = {unit: whole_stage(core, unit) for unit in balanced}
+            whole = {unit: whole_stage(core, unit) for unit in balanced if core.base_mode[unit] >= 0}
             proven, assignment = solve_by_states(core, whole)
         else:
             proven, assignment = solve_by_cp_sat(core, near / 2, BRIEF_WORK if gap else WORK, workers)
-        bound = max(bound, base + proven)
+        bound = max(bound, core.bound + proven)
         if assignment is None:
             if proven < core.limit:  # out of work
                 break
@@ -99,22 +101,19 @@ def minimize(relaxation: Relaxation, a: float, b: float, gap: float = 0.0, worke
         flipped = _raise_shift(core, assignment, balanced, near)
         by_states = bool(flipped)
         balanced += flipped
-        bound = max(bound, dual.bound + float(shift.sum()))
         limit = first_limit if by_states else limit
     loss, time_us, bits = problem.evaluate(choice)
-    return Solution(choice, loss, time_us, bits, a, b, min(bound, value) + b * problem.constant_us, dual.lam)
+    return Solution(choice, loss, time_us, bits, a, b, min(bound, value), dual.lam)
 
 
 def prove_by_cp_sat(relaxation: Relaxation, solution: Solution, workers: int = 1) -> Solution:
     """``solution`` with the bound that CP-SAT proves on the core up to its value; a better one is a `RuntimeError`."""
     problem = relaxation.problem
     dual = relaxation.solve(solution.a, solution.b)
-    constant = solution.b * problem.constant_us
-    above = solution.value - constant - dual.bound
-    limit = above + EXACT * (abs(dual.bound) + constant)
-    proven, assignment = solve_by_cp_sat(Core(problem, dual, limit, np.zeros(len(problem.loss))), workers=workers)
-    value = solution.value if assignment is None else _value(problem, dual, assignment) + constant
+    limit = solution.value - dual.bound + EXACT * abs(dual.bound)
+    core = Core(relaxation, dual, limit, np.zeros(len(problem.loss)))
+    proven, assignment = solve_by_cp_sat(core, workers=workers)
+    value = solution.value if assignment is None else _value(problem, dual, assignment)
     if value < solution.value * (1 - 1e-9):
         raise RuntimeError(f"CP-SAT found {value!r}, the states {solution.value!r}")
-    bound = dual.bound + proven + constant
-    return replace(solution, bound=min(solution.value, max(bound, dual.bound + constant)))
+    return replace(solution, bound=min(solution.value, max(core.bound + proven, dual.bound)))

@@ -4,12 +4,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.blocks import Losses
+from mxmoe_steps.allocation.build import build_problem
 from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.domains import Domains
 from mxmoe_steps.allocation.files import DIGITS
 from mxmoe_steps.allocation.hull import lower_left_hull
 from mxmoe_steps.allocation.pick import Part, Vertex, corners, envelope
-from mxmoe_steps.allocation.problem import build_problem
 from mxmoe_steps.allocation.times import Times
 from mxmoe_steps.schemes import Scheme
 
@@ -34,14 +34,11 @@ def part_frontier(
     """
     frontiers = []
     for tile, tile_times in times.items():
-        problem, place, scheme = build_problem(
-            losses, candidates, tile_times, granularity, budget_bits, constraints, mask
-        )
+        problem, assigned = build_problem(losses, candidates, tile_times, granularity, budget_bits, constraints, mask)
         hull = lower_left_hull(problem, gap, workers, prove, domains)
         vertices = []
         for solution in hull.solutions:
-            choice = solution.choice[place[:, 0], place[:, 1]]
-            columns = scheme[np.arange(len(place)), choice]
+            columns = assigned.schemes(solution.choice)
             price = solution.lam * problem.params / solution.value if solution.value else 0.0
             text = "".join(DIGITS[column] for column in columns)
             by_domain = losses.by_domain[:, np.flatnonzero(mask), columns].sum(1).tolist()

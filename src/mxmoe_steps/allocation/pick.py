@@ -101,11 +101,21 @@ def pick_by_r(part: Part, r: float, power: float) -> tuple[Vertex, float, float]
 def pick_under_ceiling(
     parts: list[Part], max_time_us: float | None, max_loss_sum: float | None
 ) -> tuple[list[Vertex], float, float]:
+    """The vertices `under_ceiling` finds, the total of the minimised quantity and its proven lower bound over *all*
+    allocations."""
+    capped_time = max_time_us is not None
+    ceiling = max_time_us if max_time_us is not None else max_loss_sum
+    assert ceiling is not None
+    vertices = under_ceiling(parts, max_time_us, max_loss_sum)
+    value = math.fsum(vertex.loss_sum if capped_time else vertex.time_us for vertex in vertices)
+    return vertices, value, min(_ceiling_bound(parts, ceiling, capped_time), value)
+
+
+def under_ceiling(parts: Sequence[Part], max_time_us: float | None, max_loss_sum: float | None) -> list[Vertex]:
     """The hull allocation of least loss under a time ceiling, or of least time under a loss ceiling.
 
-    Walks the merged frontier of the parts (the Minkowski sum of their hulls) by steepest exchange. Returns the
-    vertices, the total of the minimised quantity and its proven lower bound over *all* allocations; raises
-    `ValueError` with the reachable minimum when the ceiling is below it.
+    Walks the merged frontier of the parts (the Minkowski sum of their hulls) by steepest exchange. `ValueError` with
+    the reachable minimum when the ceiling is below it.
     """
     capped_time = max_time_us is not None
     ceiling = max_time_us if max_time_us is not None else max_loss_sum
@@ -134,9 +144,7 @@ def pick_under_ceiling(
         if best_part < 0:
             raise ValueError(total(capped))
         at[best_part] += step
-    bound = _ceiling_bound(parts, ceiling, capped_time)
-    value = total(minimised)
-    return [part.vertices[i] for part, i in zip(parts, at, strict=True)], value, min(bound, value)
+    return [part.vertices[i] for part, i in zip(parts, at, strict=True)]
 
 
 def _ceiling_bound(parts: list[Part], ceiling: float, capped_time: bool) -> float:

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from mxmoe_steps.allocation.blocks import Blocks, Losses
+from mxmoe_steps.allocation.build import build_problem
 from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.hull import require_reachable
-from mxmoe_steps.allocation.problem import build_problem
 from mxmoe_steps.allocation.relaxation import Relaxation
 from mxmoe_steps.allocation.times import Times
 from mxmoe_steps.errors import UserError

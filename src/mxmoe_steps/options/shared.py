@@ -127,7 +127,7 @@ class Limits(Options):
     min_bits: Settings = Field([], description="least weight bits, e.g. block:down=3")
     max_schemes: Count | None = Field(None, description="at most this many schemes in a layer")
     tie_gate_up: bool = Field(
-        True, description="gate and up of an expert take the same scheme, as in the paper; GPU layers are faster"
+        False, description="gate and up of an expert always take the same scheme, as in the paper"
     )
 
 

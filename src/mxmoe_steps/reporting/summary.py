@@ -91,7 +91,9 @@ def _measured_columns(by_tokens: Mapping[int, Mapping[str, float]]) -> dict[str,
     columns = {}
     for tokens, stages in sorted(by_tokens.items()):
         if "gate_up" in stages:
-            columns[f"measured_gemms_us_{tokens}_tokens"] = stages["gate_up"] + stages["down"]
+            columns[f"measured_gemms_us_{tokens}_tokens"] = sum(
+                stages.get(stage, 0.0) for stage in ("gate_up", "swiglu", "down")
+            )
         columns[f"measured_moe_us_{tokens}_tokens"] = stages["layer"]
     return columns
 

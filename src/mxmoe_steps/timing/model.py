@@ -1,18 +1,16 @@
 """The time of one grouped GEMM launch, microseconds: the model that `fit` fits and `predict` uses.
 
-A layer is two launches, gate+up of all experts and down of all experts. A launch takes
+A layer is two grouped GEMMs, gate+up of all experts and down of all experts. A launch takes
 
     launch_us + loop_launch_us F + max(W + tail x longest tile in use, bytes / bandwidth + exposed W)
     W = sum over tiles of (tile_us + kstep_us K / 128 + loop_tile_us (F - F of its own scheme)) / P
 
 with P multiprocessors: Graham's bound for list scheduling (1969, theorem 1; there the tail is 1 - 1/P), or the memory
 floor and the part of the compute that it does not hide. A kernel carries F main loops, one per scheme and token tile.
+Between the two lies SwiGLU, launch_us + its bytes / bandwidth; where it is part of the first launch, what is left is
+nothing, or launch_us + bytes / bandwidth of the products that are quantized for the second.
 Every term is linear in the choices or a maximum over them, so the time of a model is a sum of maxima of linear
 functions. `profile` fits the constants (docs/profile.md).
-
-Where experts are no plain SwiGLU, what lies between the two is a launch in any case, and counts with gate+up:
-
-    launch_us + rows x inner width x bytes of sums and products / bandwidth
 """
 
 import numpy as np
@@ -55,11 +53,6 @@ def block_work(
     tiles_high = -(-out_features // tile_height)
     work = (counts * one[:, None]).sum(2) * tiles_high[:, None]
     return work, np.where(counts > 0, one[:, None], 0.0).max(2)
-
-
-def activation_bytes(columns: int) -> int:
-    """Bytes that making a feature of the down blocks' input moves, from ``columns`` sums; both are bfloat16."""
-    return (columns + 1) * OUTPUT_BYTES
 
 
 def bytes_moved(

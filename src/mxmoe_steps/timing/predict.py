@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe_steps.allocation.blocks import Blocks
-from mxmoe_steps.allocation.times import Times, layer_times
+from mxmoe_steps.allocation.times import DOWN, Sides, Times, layer_times
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import PHASE_ROWS
-from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
+from mxmoe_steps.schemes import ORIGINAL, SHARED, Scheme, parse_scheme
 from mxmoe_steps.timing.layer import cut_shared, step_phases
-from mxmoe_steps.timing.model import activation_bytes, block_work, bytes_moved
+from mxmoe_steps.timing.model import OUTPUT_BYTES, block_work, bytes_moved
 from mxmoe_steps.timing.profile import Profile, timing_schemes
+from mxmoe_steps.timing.shapes import by_warp
 from mxmoe_steps.timing.traffic import Traffic
 
 Tables = dict[tuple[Scheme, ...], Times]
@@ -27,47 +28,79 @@ def block_times(
     kernels: list[Scheme],
     traffic: Traffic,
     profile: Profile,
-    carried: Collection[Scheme] | None = None,
+    one_phase: Collection[Scheme] | None = None,
 ) -> Times:
     """Times of every block under the kernels of S schemes for the sampled traffic.
 
-    ``carried``: schemes of the kernel that runs the launches; by default each scheme is timed alone in its own.
     ``compute`` is the block's part of W, ``longest`` tail x its longest tile, ``memory`` bytes / bandwidth + exposed x
-    its part of W. `UserError` where blocks and traffic are of different models.
+    its part of W. ``one_phase``: schemes whose kernel's phases all launches have; by default they follow from what a
+    launch carries. `UserError` where blocks and traffic are of different models.
     """
     rows, weight = _rows_and_weights(blocks, traffic)
-    used = weight * (rows > 0)
     slices, out, inner = cut_shared(blocks)
-    activation_us = _activation_us(blocks, traffic, profile)
-    times = Times.zeros(len(blocks), len(kernels))
+    warps = [by_warp([scheme]) for scheme in kernels]
+    others = [scheme for scheme, warp in zip(kernels, warps, strict=True) if not warp]
+    found: dict[tuple[str, ...], Sides] = {}
+    sides = []
+    for carried in ([], others):  # what decides is whether any is multiplied by warpgroups
+        within = one_phase or carried
+        phases = step_phases(blocks, traffic, within, profile.sms, profile.architecture)
+        if phases not in found:
+            found[phases] = _sides(blocks, kernels, (rows, weight, slices, out, inner), profile, phases)
+        sides.append(found[phases])
+    tokens, down = (weight * rows).sum(1) * slices, blocks.launch == DOWN
+    per_element = np.where(down, tokens * inner, 0.0) / (profile.bandwidth_gbs * 1e3)  # microseconds a byte
+    written = np.array([scheme.act_bits / 8 for scheme in kernels])
+    quantized = np.array([scheme.act_bits < ORIGINAL.act_bits for scheme in kernels])
+    activated = per_element[:, None] * (traffic.gating.columns * OUTPUT_BYTES + written)
+    products = per_element[:, None] * np.where(quantized, OUTPUT_BYTES + written, 0.0)
+    if not traffic.gating.plain:  # its launch is needed however gate and up are tied
+        products, quantized = activated, np.ones_like(quantized)
+    numbers = {scheme: number for number, scheme in enumerate(sorted(set(kernels)))}
+    return Times(
+        sides=(sides[0], sides[1]),
+        by_warp=np.array(warps),
+        kernel=np.array([numbers[scheme] for scheme in kernels]),
+        launch_us=profile.launch_us,
+        loop_us=profile.loop_launch_us,
+        between_us=profile.launch_us,
+        swiglu_us=activated,
+        quantize_us=products,
+        quantized=quantized,
+    )
+
+
+def _sides(
+    blocks: Blocks,
+    kernels: list[Scheme],
+    cut: tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]],
+    profile: Profile,
+    phases: tuple[str, ...],
+) -> Sides:
+    """In kernels of these phases, one for each launch. ``cut``: rows, their weight, slices and sizes of blocks."""
+    rows, weight, slices, out, inner = cut
+    sides = Sides.zeros(len(blocks), len(kernels))
     for column, scheme in enumerate(kernels):
-        within = carried or [scheme]
-        for launch, phase in enumerate(step_phases(blocks, traffic, within, profile.sms, profile.architecture)):
-            of = blocks.launch == launch
-            own, loops = profile.loops(phase, [scheme]), profile.loops(phase, within)
-            extra_us = profile.loop_tile_us * (loops - own)
-            cells = profile.tiles[phase, scheme]
-            work, longest = block_work(rows[of], out[of], inner[of], cells, extra_us, PHASE_ROWS[phase])
-            times.launch_us[launch, column] = profile.launch_us + profile.loop_launch_us * loops
-            times.launch_us[launch, column] += activation_us * (launch == 0)
-            times.compute[of, column] = slices[of] * (weight[of] * work).sum(1) / profile.sms
-            times.longest[of, column] = profile.tail * longest.max(1)
+        for launch, phase in enumerate(phases):
+            of, cells = blocks.launch == launch, profile.tiles[phase, scheme]
+            if not len(cells):  # of a scheme that is no candidate, where all share a tile
+                continue
+            sides.loops[launch, column] = len(cells)
+            found = [
+                block_work(rows[of], out[of], inner[of], cells, extra_us, PHASE_ROWS[phase])
+                for extra_us in (0.0, profile.loop_tile_us)
+            ]
+            work, more = ((weight[of] * each).sum(1) for each, _ in found)
+            longest, longer = (each.max(1) for _, each in found)
+            sides.compute[of, column] = slices[of] * work / profile.sms
+            sides.more_compute[of, column] = slices[of] * (more - work) / profile.sms
+            sides.longest[of, column] = profile.tail * longest
+            sides.more_longest[of, column] = profile.tail * (longer - longest)
         weight_bytes, token_bytes = bytes_moved(out, inner, scheme)
-        moved = slices * (used.sum(1) * weight_bytes + (weight * rows).sum(1) * token_bytes)
-        times.memory[:, column] = moved / (profile.bandwidth_gbs * 1e3) + profile.exposed * times.compute[:, column]
-    return times
-
-
-def _activation_us(blocks: Blocks, traffic: Traffic, profile: Profile) -> float:
-    """What a layer's launch between the GEMMs takes where gate+up cannot do its work: a launch and its bytes, the same
-    under every scheme."""
-    if traffic.gating.plain:
-        return 0.0
-    down = blocks[(blocks.layer == blocks.layer[0]) & (blocks.kind == BLOCKS.index("down"))]
-    slices, _, inner = cut_shared(down)
-    rows, weight = _rows_and_weights(down, traffic)
-    features = float((slices * inner * (weight * rows).sum(1)).sum())
-    return profile.launch_us + features * activation_bytes(traffic.gating.columns) / (profile.bandwidth_gbs * 1e3)
+        moved = slices * ((weight * (rows > 0)).sum(1) * weight_bytes + (weight * rows).sum(1) * token_bytes)
+        sides.memory[:, column] = moved / (profile.bandwidth_gbs * 1e3) + profile.exposed * sides.compute[:, column]
+        sides.more_memory[:, column] = profile.exposed * sides.more_compute[:, column]
+    return sides
 
 
 def times_by_tile(
@@ -75,25 +108,26 @@ def times_by_tile(
     kernels: list[Scheme],
     traffic: Traffic,
     profile: Profile,
-    carried: Collection[Scheme] | None,
+    candidates: Collection[Scheme],
     one_tile: bool,
 ) -> dict[int | None, Times]:
-    """`block_times` under key None; for kernels of ``one_tile``, under each token tile that all their schemes have."""
+    """`block_times` under key None; for kernels of ``one_tile``, under each token tile that the kernels of all
+    ``candidates`` have."""
     if not one_tile:
-        return {None: block_times(blocks, kernels, traffic, profile, carried)}
-    within = carried or kernels
-    tiles = profile.common_tiles(step_phases(blocks, traffic, within, profile.sms, profile.architecture), within)
-    return {tile: block_times(blocks, kernels, traffic, profile.only_tile(tile), carried) for tile in tiles}
+        return {None: block_times(blocks, kernels, traffic, profile)}
+    phases = step_phases(blocks, traffic, candidates, profile.sms, profile.architecture)
+    tiles = profile.common_tiles(phases, candidates)
+    return {tile: block_times(blocks, kernels, traffic, profile.only_tile(tile), candidates) for tile in tiles}
 
 
 def mean_layer_us(
     allocation: dict[str, Any], blocks: Blocks, traffic: Traffic, profile: Profile, tables: Tables | None = None
 ) -> float:
-    """Microseconds of one layer's expert GEMMs, the mean over layers; a layer's kernels carry the schemes it uses.
+    """Microseconds of one layer's expert GEMMs and of what lies between them, the mean over layers.
 
     ``allocation``: what `solve` wrote: its ``assignment`` has rows [layer, expert, gate, up, down] for every expert
-    in ``blocks``, its ``timed_as`` names schemes that another one's kernel is counted for. ``tables``: times by what
-    kernels carry, found so far; calls for the same blocks, traffic and profile share them.
+    in ``blocks``, its ``timed_as`` names schemes that another one's kernel is counted for. ``tables``: times by
+    kernels, found so far; calls for the same blocks, traffic and profile share them.
     """
     tables = {} if tables is None else tables
     named = {(layer, expert): names for layer, expert, *names in allocation["assignment"]}
@@ -102,16 +136,10 @@ def mean_layer_us(
     places = zip(blocks.layer.tolist(), blocks.expert.tolist(), blocks.kind.tolist(), strict=True)
     choice = np.array([number_of[named[layer, expert][kind]] for layer, expert, kind in places])
     timed_as = {parse_scheme(scheme): parse_scheme(kernel) for scheme, kernel in allocation["timed_as"].items()}
-    kernels = timing_schemes(tuple(schemes.values()), profile, timed_as)
-    layers = []
-    for layer in np.unique(blocks.layer).tolist():
-        here = blocks.layer == layer
-        used, column = np.unique(choice[here], return_inverse=True)
-        carried = tuple(kernels[number] for number in used)
-        if carried not in tables:
-            tables[carried] = block_times(blocks, list(carried), traffic, profile, carried)
-        layers.append(layer_times(blocks[here], tables[carried].of(here), column)[layer])
-    return float(np.mean(sorted(layers)))
+    kernels = tuple(timing_schemes(tuple(schemes.values()), profile, timed_as))
+    if kernels not in tables:
+        tables[kernels] = block_times(blocks, list(kernels), traffic, profile)
+    return float(np.mean(sorted(layer_times(blocks, tables[kernels], choice).values())))
 
 
 def _rows_and_weights(blocks: Blocks, traffic: Traffic) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
