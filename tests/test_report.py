@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mxmoe_steps.report import measured_note, published_note, time_note
-from mxmoe_steps.reporting import figures
-from mxmoe_steps.reporting.figures import model_hull
-from mxmoe_steps.reporting.page import domains_html, table_html
+from mxmoe_steps.reporting.figures import blocks, frontiers, gpu
+from mxmoe_steps.reporting.figures import checkpoints as drawn
+from mxmoe_steps.reporting.figures.frontiers import model_hull
+from mxmoe_steps.reporting.notes import measured_note, published_note, time_note
 from mxmoe_steps.reporting.summary import (
     Checkpoint,
     domain_lines,
@@ -21,6 +21,7 @@ from mxmoe_steps.reporting.summary import (
     summary_table,
     time_columns,
 )
+from mxmoe_steps.reporting.summary_html import domains_html, table_html
 from mxmoe_steps.reporting.terminal import terminal_table
 
 
@@ -69,16 +70,16 @@ def test_the_figure_of_kernel_times_shows_held_out_launches() -> None:
     tiles = pd.DataFrame({"phase": "prefill", "scheme": "w16a16", "tile_tokens": [16, 64], "kstep_us": [0.5, 0.8]})
     held_out = {"measured_us": [10.0, 20.0], "predicted_us": [11.0, 19.0], "mixed": [True, False]}
     facts = {"sms": 132, "estimate": False, "held_out": held_out}
-    measured = figures.times(tiles, facts)
+    measured = gpu.times(tiles, facts)
     assert "predicted / measured" in measured
-    assert measured == figures.times(tiles, facts)
-    assert "no launches were measured" in figures.times(tiles, {"sms": 132, "estimate": True})
+    assert measured == gpu.times(tiles, facts)
+    assert "no launches were measured" in gpu.times(tiles, {"sms": 132, "estimate": True})
 
 
 def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:
     one = allocation("block", "gptq", r=0.5)
     allocations = [one | {"budget_bits": 2 + number / 200} for number in range(1000)]
-    drawn = figures.allocation(allocations)
+    drawn = blocks.allocation(allocations)
     assert ">2 bits<" in drawn
     assert "6.995 bits" in drawn
     assert drawn.count(" bits<") == 12
@@ -88,7 +89,7 @@ def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:
           "budget_bits": 2 + number / 100}, [part])
         for tokens in range(64, 74) for number in range(100)
     ]  # fmt: skip
-    page = figures.frontiers(fronts, [], estimate=True)
+    page = frontiers.frontiers(fronts, [], estimate=True)
     assert page.count("tokens in a step") == 4
     assert page.count("bits, per block") == 12
 
@@ -204,7 +205,7 @@ def test_every_text_stands_beside_the_uniform_checkpoint_worst_first() -> None:
     assert table.loc["alone", ["kl_over_uniform", "worst_over_uniform"]].isna().all()
     assert set(table["predicted_over_uniform"].dropna()) == {"b 1.50, a 0.50"}
     assert list(table.loc["better", ["kl_en", "kl_code"]]) == [0.1, 0.3]
-    assert "worst text" in figures.quality(table.reset_index())
+    assert "worst text" in drawn.quality(table.reset_index())
     page = domains_html(table.reset_index())
     assert page.count("<tr>") == 5
     assert "code 1.50, en 0.25" in page

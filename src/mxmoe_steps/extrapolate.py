@@ -47,7 +47,9 @@ class Larger(Options):
 
     shape: Annotated[str, Flag("MODEL")] = Field(description=f"whose layers: {', '.join(_SHAPES)}")
     skew: Annotated[float, Field(ge=0, le=4)] = Field(
-        0.5, description="popularity of its experts: that of rank k is 1 / k^skew; at 0.5 the busiest of 60 has 3.5 times the mean"
+        0.5,
+        description="of its traffic: the popularity of rank k is 1 / k^skew; at 0.5 the busiest of 60 takes four times"
+        " the mean",
     )
     budget_bits: list[Bits] = Field([3.25, 5.0], description="budgets, average bits per expert weight", min_length=1)
     tokens: list[Tokens] = Field([64, 8192], description="tokens in one forward step", min_length=1)
@@ -69,7 +71,7 @@ class ExtrapolateOptions(Larger, DrawnLoss, Seeded, StepOptions):
     candidates: Schemes = Field(description="schemes that blocks may take")
     time_as: Settings = Field([], description="count another scheme's kernel for one that the GPU has none for")
     steps: Count = Field(16, description="sampled steps that times average over")
-    gap: Exponent = Field(1e-3, description="relative distance of a frontier to its bound")
+    gap: Exponent = Field(1e-2, description="relative distance of a frontier to its bound")
     out: OutFile = Field(description="JSON file to write")
 
 

@@ -39,7 +39,7 @@ def enlarged(losses: Losses, blocks: Blocks) -> Losses:
     for layer in np.unique(blocks.layer):
         for kind in range(len(BLOCKS)):
             here, there = ((one.layer == layer) & (one.kind == kind) for one in (blocks, old))
-            shared, of_shared = (np.flatnonzero(at & (one.expert == SHARED)) for at, one in ((here, blocks), (there, old)))
+            shared, of_shared = here & (blocks.expert == SHARED), there & (old.expert == SHARED)
             loss[:, shared], tokens[shared] = losses.by_domain[:, of_shared], losses.tokens[of_shared]
             routed = np.flatnonzero(there & (old.expert != SHARED))
             busiest = routed[np.argsort(-losses.tokens[routed], kind="stable")]
