@@ -41,7 +41,8 @@ def test_outputs_are_complete(done: Path) -> None:
     assert (table["kl"].iloc[1:] > 0).all()
     assert table["size_mb"].is_monotonic_decreasing or table["size_mb"].iloc[0] == table["size_mb"].max()
     page = (done / "results" / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 7
+    assert page.count("<svg") == 9
+    assert '<td class="text">calibrate</td>' in page  # what its jobs took
     assert "roofline estimate" in page
     log = (done / "results" / "tiny" / "logs" / "report.log").read_text(encoding="utf-8")
     assert "results/report.html" in log

@@ -143,9 +143,9 @@ def report(options: ReportOptions) -> None:
     found = [read_frontier(path) for path in options.frontiers]
     larger = read_extrapolation(options.extrapolation) if options.extrapolation is not None else None
     read = {path: facts["model"] for path, (facts, _) in zip(options.frontiers, found, strict=True)}
-    check_one_model(
-        options, calibrated, allocations, read | ({options.extrapolation: larger["model"]} if larger else {})
-    )
+    if options.extrapolation is not None and larger is not None:
+        read[options.extrapolation] = larger["model"]
+    check_one_model(options, calibrated, allocations, read)
     traffic = sampled_traffic(options, calibrated.model)
     times = predicted_times({**allocations, original.name: unquantized}, calibrated.blocks, traffic, profile)
     plain = {one.name: one.name.removesuffix(TUNED) for one in evaluated}  # tuning changes no times
@@ -181,7 +181,7 @@ def report(options: ReportOptions) -> None:
         "times": gpu.times(tiles.to_pandas(), profile_facts),
     }
     html = {name: figure(svg) for name, svg in drawn.items()}
-    lines = headlines(table) + domain_lines(evaluated)
+    lines = domain_lines(evaluated)
     if larger is not None:
         lines += extrapolated.lines(larger)
         html["extrapolated"] += plain_table(extrapolated.HEADS, extrapolated.verdicts(larger), text=0)
@@ -204,7 +204,9 @@ def report(options: ReportOptions) -> None:
         _write(options.figures / f"{name}.svg", svg)
     _write(options.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     _write(options.html, text)
-    print("\n".join([f"report   {options.html}", f"summary  {options.csv}", *lines]), file=sys.stderr)
+    print(
+        "\n".join([f"report   {options.html}", f"summary  {options.csv}", *headlines(table), *lines]), file=sys.stderr
+    )
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Losses of one model, spread over the blocks of a larger one: made up of real losses, with the sums that those have."""
+"""Losses of one model, spread over the blocks of a larger one, so that their sums stay."""
 
 from dataclasses import replace
 

@@ -1,11 +1,11 @@
 """What an extrapolation says in words: when a mixture wins at the size of a larger model, and when it does not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 HEADS = (
-    "tokens in a step", "bits at most", "best uniform scheme", "µs", "loss", "ours, µs", "loss",
-    "ours to uniform: time", "loss", "the mixture", "beats it at more bits",
+    "tokens", "bits at most", "best uniform scheme", "its µs", "its loss", "our µs", "our loss",
+    "time ratio", "loss ratio", "the mixture", "beaten, at more bits, by",
 )  # fmt: skip
 _EVEN = 1.01  # times or losses within this factor are even
 
@@ -20,13 +20,13 @@ def _row(case: Mapping[str, Any], frontier: Mapping[str, Any]) -> list[str]:
     start = [str(case["tokens"]), f"{budget:g}"]
     within = [one for one in case["uniform"] if one["bits"] <= budget]
     beyond = [one for one in case["uniform"] if one["bits"] > budget and _beats(one, ours)]
-    beaten = ", ".join(f"{one['scheme']} ({one['bits']:.2f})" for one in beyond)
+    beaten = ", ".join(f"{short(one['scheme'])} ({one['bits']:.2f} bits)" for one in beyond)
     mixture = [f"{ours['time_us']:.0f}", f"{ours['loss']:.4f}"]
     if not within:
         return [*start, "none", "", "", *mixture, "", "", "is all there is", beaten]
     best = min(within, key=lambda one: (one["loss"], one["time_us"]))
     time, loss = ours["time_us"] / best["time_us"], ours["loss"] / best["loss"] if best["loss"] else 1.0
-    uniform = [best["scheme"], f"{best['time_us']:.0f}", f"{best['loss']:.4f}"]
+    uniform = [short(best["scheme"]), f"{best['time_us']:.0f}", f"{best['loss']:.4f}"]
     return [*start, *uniform, *mixture, f"{time:.2f}", f"{loss:.2f}", _verdict(time, loss), beaten]
 
 
@@ -47,15 +47,17 @@ def _verdict(time: float, loss: float) -> str:
 
 def lines(content: Mapping[str, Any]) -> list[str]:
     """A sentence for every number of tokens: under which budgets the mixture wins, and what beats it."""
-    found: list[str] = []
+    found = []
     for case in content["cases"]:
-        rows = [_row(case, frontier) for frontier in case["frontiers"]]
-        parts = [f"at {row[1]} bits the mixture {row[9]}{_beside(row)}" for row in rows]
-        beaten = dict.fromkeys(row[-1] for row in rows if row[-1])
-        free = f". More bits beat it: {'; '.join(beaten)}" if beaten else ""
-        found.append(f"On layers of {content['shape']}, {case['tokens']} tokens in a step: {'; '.join(parts)}{free}.")
+        parts = []
+        for _, budget, uniform, *_, time, loss, verdict, beaten in (_row(case, one) for one in case["frontiers"]):
+            beside = f" ({time} of the time of {uniform}, {loss} of its loss)" if time else ""
+            but = f", but {beaten} would beat it" if beaten else ""
+            parts.append(f"at {budget} bits the mixture {verdict}{beside}{but}")
+        found.append(f"On layers of {content['shape']}, {case['tokens']} tokens in a step: {'; '.join(parts)}.")
     return found
 
 
-def _beside(row: Sequence[str]) -> str:
-    return f" ({row[7]} of the time of {row[2].split('_')[0]}, {row[8]} of its loss)" if row[7] else ""
+def short(name: str) -> str:
+    """``w4a8_fp8`` of a scheme's canonical name."""
+    return name.split("_")[0] + ("_fp8" if name.endswith("_fp8") else "")

@@ -18,7 +18,8 @@ p { max-width: 52rem; margin: .5rem 0; } a { color: var(--link); } ul { padding-
 nav { font-size: 13px; margin: .8rem 0; } nav a { margin-right: .9rem; display: inline-block; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { background: var(--soft); white-space: normal; vertical-align: bottom; font-weight: 600; }
+th { background: var(--soft); white-space: normal; overflow-wrap: normal; vertical-align: bottom; font-weight: 600;
+  min-width: 3.6rem; }
 td:first-child, th:first-child, td.text, th.text { text-align: left; white-space: normal; }
 td:first-child { min-width: 11rem; }
 tr.ours td { background: var(--ours); } tr.original td { background: var(--original); }
@@ -34,7 +35,8 @@ summary { cursor: pointer; }
 @media print { :root { --paper: #fff; --ink: #000; --soft: #f4f5f7; --line: #ccc; --ours: #fbeeea; --original: #e9f2f8;
   --answer: #f6d9d0; --note: #fff6dd; --muted: #555; } @page { size: A4 landscape; margin: 12mm; }
   body { max-width: none; padding: 0; font-size: 11px; } nav { display: none; } table { font-size: 9px; }
-  figure, tr { break-inside: avoid; } h2 { break-after: avoid; } .scroll, figure, pre { overflow: visible; } }
+  figure, tr, section { break-inside: avoid; } h2, section > p { break-after: avoid; }
+  .scroll, figure, pre { overflow: visible; } }
 """
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import matplotlib as mpl
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -96,14 +95,14 @@ def losses(table: pd.DataFrame, metric: str) -> str:
     found = table.dropna(subset=["predicted_loss"])
     for name, series in _series(found):
         colour, marker, fill = style(name)
-        look = {"color": colour, "marker": marker, "fillstyle": fill, "ms": 9 if marker == "*" else 6}
-        axis.plot(series["predicted_loss"], series["kl"], ls="", label=_label(name), **look)
+        size = 9 if marker == "*" else 6
+        look = {"color": colour, "marker": marker, "label": _label(name)}
+        axis.plot(series["predicted_loss"], series["kl"], ls="", ms=size, fillstyle=fill, **look)
     if metric == "fisher":
         ends = [found[["predicted_loss", "kl"]].min().min(), found[["predicted_loss", "kl"]].max().max()]
         axis.plot(ends, ends, color=INK, lw=0.8, ls=":", label="as predicted")
-    axis.set(xscale="log", xlabel=f"predicted: {loss_name(metric)}", ylabel="measured KL, nats per token")
-    axis.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    plain_log(axis)
+    axis.set(xlabel=f"predicted: {loss_name(metric)}", ylabel="measured KL, nats per token")
+    plain_log(axis, "both")
     figure.legend(loc="outside right center", fontsize=8)
     return to_svg(figure)
 

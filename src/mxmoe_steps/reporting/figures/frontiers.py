@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from mxmoe_steps.reporting.figures.style import INK, PANELS, loss_name, plain_log, spread, to_svg
+from mxmoe_steps.reporting.extrapolated import short
+from mxmoe_steps.reporting.figures.style import PANELS, loss_name, plain_log, spread, to_svg
 
 Frontier = tuple[dict[str, Any], list[Any]]  # facts and parts, as allocation.files.read_frontier gives them
 
@@ -77,20 +78,25 @@ def extrapolated(content: dict[str, Any]) -> str:
     figure = Figure(figsize=(max(5.2 * len(cases), 5), 4.0))
     axes = figure.subplots(1, len(cases), squeeze=False, sharey=True)[0]
     for axis, case in zip(axes, cases, strict=True):
-        for one in case["uniform"]:
+        for place, one in enumerate(sorted(case["uniform"], key=lambda one: one["loss"])):
             axis.plot(one["time_us"], one["loss"], "s", color="#8a8a8a", ms=5)
-            name = one["scheme"].split("_")[0] + ("_fp8" if one["scheme"].endswith("_fp8") else "")
-            axis.annotate(name, (one["time_us"], one["loss"]), (5, 3), textcoords="offset points", fontsize=7)
+            axis.annotate(
+                short(one["scheme"]),
+                (one["time_us"], one["loss"]),
+                (5, -8 if place % 2 else 3),
+                textcoords="offset points",
+                fontsize=7,
+            )
         axis.plot([], [], "s", color="#8a8a8a", ms=5, label="uniform schemes")
         for number, frontier in enumerate(case["frontiers"]):
             vertices, picked = frontier["vertices"], frontier["vertices"][frontier["picked"]]
             look = {"color": f"C{number + 1}", "label": f"ours, at most {frontier['budget_bits']:g} bits"}
             axis.plot([one["time_us"] for one in vertices], [one["loss"] for one in vertices], ".-", ms=3, lw=1, **look)
             axis.plot(picked["time_us"], picked["loss"], "*", color=f"C{number + 1}", ms=11)
-        axis.axvline(case["original_us"], color=INK, lw=0.8, ls=":", label="original (16 bits)")
         label = "estimated" if content["time_is_estimate"] else "predicted"
-        axis.set(title=f"{case['tokens']} tokens in a step", xlabel=f"{label} time of a layer, µs")
-        axis.margins(x=0.12)
+        title = f"{case['tokens']} tokens in a step; original: {case['original_us']:.0f} µs"
+        axis.set(title=title, xlabel=f"{label} time of a layer, µs")
+        axis.margins(x=0.15)
         plain_log(axis)
     axes[0].set_ylabel(f"{loss_name(content['metric'])}\n(the small model's, on larger layers)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

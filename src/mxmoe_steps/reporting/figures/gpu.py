@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mxmoe_steps.reporting.figures.style import BITS_COLOURS, INK, ORIGINAL_COLOUR, to_svg
+from mxmoe_steps.reporting.figures.style import BITS_COLOURS, INK, ORIGINAL_COLOUR, plain_log, to_svg
 from mxmoe_steps.schemes import SHARED, parse_scheme
 
 
@@ -52,6 +52,7 @@ def roofline(layers: Sequence[dict[str, Any]], estimate: bool) -> str:
     figure = Figure(figsize=(max(5.2 * len(layers), 5), 3.8))
     axes = figure.subplots(1, len(layers), squeeze=False, sharex=True, sharey=True)[0]
     reach = [point["intensity"] for layer in layers for point in layer["experts"]]
+    reach += [1e3 * peak / layer["bandwidth_gbs"] for layer in layers for peak in layer["peaks_tflops"].values()]
     for axis, layer in zip(axes, layers, strict=True):
         x = np.geomspace(min(reach) / 2, 2 * max(reach), 200)
         for name, peak in layer["peaks_tflops"].items():
@@ -64,9 +65,8 @@ def roofline(layers: Sequence[dict[str, Any]], estimate: bool) -> str:
             size = 10 if point["expert"] == SHARED else 5
             fill = "none" if scheme.fp8 else "full"
             axis.plot(point["intensity"], point["tflops"], ls="", label=label, ms=size, fillstyle=fill, **look)
-        axis.set(xscale="log", yscale="log", title=f"{layer['tokens']} tokens in a step", xlabel="operations a byte")
-        for one in (axis.xaxis, axis.yaxis):
-            one.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+        axis.set(title=f"{layer['tokens']} tokens in a step", xlabel="operations a byte")
+        plain_log(axis, "both")
     axes[0].set_ylabel(f"{'estimated' if estimate else 'predicted'} TFLOP/s")
     handles: dict[str, Any] = {}
     for axis in axes:

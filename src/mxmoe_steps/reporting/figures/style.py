@@ -10,11 +10,18 @@ from matplotlib.figure import Figure
 from mxmoe_steps.reporting.checkpoints import TUNED_KIND
 
 INK = "#010203"  # becomes the colour of the page's text, which is dark or light
-_PAPER = {"figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False}
-_INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
-mpl.rcParams.update({"svg.hashsalt": "mxmoe", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False})
-mpl.rcParams.update({"axes.spines.right": False, "figure.constrained_layout.use": True, **_PAPER})
-mpl.rcParams.update(dict.fromkeys(_INKED, INK))
+_SETTINGS: dict[Any, Any] = {
+    "svg.hashsalt": "mxmoe",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+    "legend.frameon": False,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+mpl.rcParams.update(_SETTINGS)
 
 STYLE = {  # kind or granularity -> colour, marker
     "uniform rtn": ("#9e9e9e", "s"),
@@ -51,12 +58,15 @@ def style(name: str) -> tuple[str, str, Literal["full", "none"]]:
     return colour, marker, "none" if name.endswith(TUNED_KIND) else "full"
 
 
-def plain_log(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers."""
-    axis.set_yscale("log")
-    axis.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-    axis.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
-    axis.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+def plain_log(axis: Any, which: Literal["x", "y", "both"] = "y") -> None:
+    """Logarithmic axes with plain numbers."""
+    axes = {"x": axis.xaxis, "y": axis.yaxis}
+    axis.set(**{f"{name}scale": "log" for name in axes if which in (name, "both")})
+    for name, one in axes.items():
+        if which in (name, "both"):
+            one.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+            one.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+            one.set_minor_formatter(mpl.ticker.NullFormatter())
 
 
 def loss_name(metric: str) -> str:
