@@ -149,7 +149,7 @@ def extrapolate(options: ExtrapolateOptions) -> None:
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.extrapolations import write_extrapolation
     from mxmoe_steps.schemes import ORIGINAL, parse_scheme
-    from mxmoe_steps.timing.predict import block_times
+    from mxmoe_steps.timing.predict import times_by_tile
     from mxmoe_steps.timing.profile import read_profile, timing_schemes
     from mxmoe_steps.timing.traffic import skewed_traffic
 
@@ -166,12 +166,12 @@ def extrapolate(options: ExtrapolateOptions) -> None:
     cases = []
     for tokens in options.tokens:
         traffic = skewed_traffic(shape, layers, tokens, options.skew, options.steps, options.seed)
-        times = block_times(losses.blocks, kernels, traffic, profile, carried)
+        times = times_by_tile(losses.blocks, kernels, traffic, profile, carried, one_tile=False)
         clock = Clock(losses, traffic, profile, timed_as)
         frontiers = []
         for budget in options.budget_bits:
             part = part_frontier(
-                losses, domains, candidates, {None: times}, "block", exact(budget), constraints, everything,
+                losses, domains, candidates, times, "block", exact(budget), constraints, everything,
                 options.gap, 1, False,
             )  # fmt: skip
             print(f"extrapolate: {tokens} tokens, {budget:g} bits: {len(part.vertices)} vertices", file=sys.stderr)

@@ -6,6 +6,7 @@ summary.csv (a row per checkpoint), report.html and the figures as SVG files.
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,11 @@ from mxmoe_steps.reporting.sections import OPENING, SECTIONS, STEP_HEADS, drawn_
 from mxmoe_steps.values import from_json
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
+
     from mxmoe_steps.allocation.blocks import Blocks, Losses
+    from mxmoe_steps.allocation.pick import Part
+    from mxmoe_steps.reporting.checkpoints import Checkpoint
     from mxmoe_steps.timing.profile import Profile
     from mxmoe_steps.timing.traffic import Traffic
 
@@ -113,100 +118,144 @@ def check_one_model(
             raise UserError(f"{path} and the allocations are of different models; make it again for this one")
 
 
-def report(options: ReportOptions) -> None:
-    """Write the table, the figures and the page."""
+@dataclass(frozen=True)
+class Material:
+    """What the report is made of, read and checked: all of one model."""
+
+    allocations: "dict[str, dict[str, Any]]"
+    evaluated: "list[Checkpoint]"
+    calibrated: "Losses"
+    tables: "dict[str, DataFrame]"  # losses by scheme
+    frontiers: "list[tuple[dict[str, Any], list[Part]]]"
+    larger: dict[str, Any] | None  # what extrapolate wrote
+    profile: "Profile"
+    tiles: "DataFrame"
+    gpu: dict[str, Any]  # facts of the profile
+    traffic: "dict[int, Traffic]"
+
+    @property
+    def original(self) -> "Checkpoint":
+        """The evaluated original."""
+        return next(one for one in self.evaluated if one.allocation is None)
+
+
+def read_material(options: ReportOptions) -> Material:
+    """Everything but measured times; `UserError` where files are damaged or of different models."""
     from mxmoe_steps.allocation.blocks import read_losses
     from mxmoe_steps.allocation.files import read_allocation, read_frontier
-    from mxmoe_steps.evaluations import TUNED
     from mxmoe_steps.extrapolations import read_extrapolation
-    from mxmoe_steps.reporting import extrapolated, notes
     from mxmoe_steps.reporting.checkpoints import read_checkpoints
-    from mxmoe_steps.reporting.domains import domain_lines
-    from mxmoe_steps.reporting.figures import blocks, checkpoints, frontiers, gpu
-    from mxmoe_steps.reporting.figures.style import spread
-    from mxmoe_steps.reporting.headline import answer
-    from mxmoe_steps.reporting.origins import machine, provenance, steps_taken
-    from mxmoe_steps.reporting.page import Section, figure, folded, page, plain_table
-    from mxmoe_steps.reporting.summary import headlines, summary_table
-    from mxmoe_steps.reporting.summary_html import domains_html, headline_html, table_html
-    from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table
+    from mxmoe_steps.tables import LOSSES, PROFILE, read_table
     from mxmoe_steps.timing.profile import read_profile
-    from mxmoe_steps.timing.roofline import layer_roofline
 
     allocations = {path.stem: read_allocation(path) for path in options.allocations}
     evaluated = read_checkpoints(options.evaluations, allocations)
-    original = next(one for one in evaluated if one.allocation is None)
-    some = next(iter(allocations.values()))
-    unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
-    unquantized = {"assignment": unpacked, "model": some["model"], "timed_as": {}}
     profile, calibrated = read_profile(options.profile), read_losses(options.losses, "out_sq", False)
-    found = [read_frontier(path) for path in options.frontiers]
-    larger = read_extrapolation(options.extrapolation) if options.extrapolation is not None else None
-    read = {path: facts["model"] for path, (facts, _) in zip(options.frontiers, found, strict=True)}
-    if options.extrapolation is not None and larger is not None:
+    frontiers = [read_frontier(path) for path in options.frontiers]
+    read = {path: facts["model"] for path, (facts, _) in zip(options.frontiers, frontiers, strict=True)}
+    larger = None
+    if options.extrapolation is not None:
+        larger = read_extrapolation(options.extrapolation)
         read[options.extrapolation] = larger["model"]
     check_one_model(options, calibrated, allocations, read)
-    traffic = sampled_traffic(options, calibrated.model)
-    times = predicted_times({**allocations, original.name: unquantized}, calibrated.blocks, traffic, profile)
-    plain = {one.name: one.name.removesuffix(TUNED) for one in evaluated}  # tuning changes no times
-    times |= {name: times[other] for name, other in plain.items()}
-    losses = {}
+    tables = {}
     for path in options.losses:
         rows, facts = read_table(LOSSES, path)
-        losses[facts["scheme"]] = rows.to_pandas()
-    tiles, profile_facts = read_table(PROFILE, options.profile)
-    estimate = bool(profile_facts["estimate"])
-    timed_facts, measured = measured_times(options, some["model"])
+        tables[facts["scheme"]] = rows.to_pandas()
+    tiles, gpu = read_table(PROFILE, options.profile)
+    traffic = sampled_traffic(options, calibrated.model)
+    return Material(
+        allocations, evaluated, calibrated, tables, frontiers, larger, profile, tiles.to_pandas(), gpu, traffic
+    )
+
+
+def summarize(
+    material: Material, measured: dict[str, dict[int, dict[str, float]]]
+) -> "tuple[DataFrame, dict[str, dict[int, float]]]":
+    """The summary table, and the predicted times in it; tuning changes no times."""
+    from mxmoe_steps.evaluations import TUNED
+    from mxmoe_steps.reporting.summary import summary_table
+
+    some = next(iter(material.allocations.values()))
+    unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
+    allocations = material.allocations | {material.original.name: {"assignment": unpacked, "timed_as": {}}}
+    times = predicted_times(allocations, material.calibrated.blocks, material.traffic, material.profile)
+    plain = {one.name: one.name.removesuffix(TUNED) for one in material.evaluated}
+    times |= {name: times[other] for name, other in plain.items()}
     measured |= {name: measured[other] for name, other in plain.items() if other in measured}
-    table = summary_table(evaluated, times, estimate, measured)
+    return summary_table(material.evaluated, times, material.profile.estimate, measured), times
+
+
+def draw(options: ReportOptions, material: Material, table: "DataFrame") -> dict[str, str]:
+    """Name -> SVG of every figure."""
+    from mxmoe_steps.reporting.figures import blocks, checkpoints, frontiers, gpu
+    from mxmoe_steps.reporting.figures.style import spread
+    from mxmoe_steps.reporting.headline import answer
+    from mxmoe_steps.tables import TRAFFIC, read_table
+    from mxmoe_steps.timing.roofline import layer_roofline
+
+    allocations, estimate = material.allocations, material.profile.estimate
     ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
-    maps = [one for one in ordered if one["granularity"] == "block"]
     best = answer(table)
-    shown = some if best is None else allocations[plain[best["checkpoint"]]]
+    named = {one.name: one.allocation for one in material.evaluated if one.allocation is not None}
+    shown = ordered[0] if best is None else named[best["checkpoint"]]
     layers = sorted({layer for layer, *_ in shown["assignment"]})
     roofs = [
-        layer_roofline(shown, calibrated.blocks, traffic[tokens], profile, layers[len(layers) // 2])
-        for tokens in spread(sorted(traffic), 2)
+        layer_roofline(shown, material.calibrated.blocks, steps, material.profile, layers[len(layers) // 2])
+        for _, steps in spread(sorted(material.traffic.items()), 2)
     ]
-    drawn = {
+    return {
         "quality": checkpoints.quality(table),
         "speed": checkpoints.speed(table, estimate),
-        **({"extrapolated": frontiers.extrapolated(larger)} if larger is not None else {}),
-        "frontier": frontiers.frontiers(found, ordered, estimate),
-        "allocation": blocks.allocation(maps or ordered),
-        "sensitivity": blocks.sensitivity(losses, options.metric),
+        **({"extrapolated": frontiers.extrapolated(material.larger)} if material.larger is not None else {}),
+        "frontier": frontiers.frontiers(material.frontiers, ordered, estimate),
+        "allocation": blocks.allocation([one for one in ordered if one["granularity"] == "block"] or ordered),
+        "sensitivity": blocks.sensitivity(material.tables, options.metric),
         "losses": checkpoints.losses(table, options.metric),
         "traffic": blocks.traffic(read_table(TRAFFIC, options.trace / "traffic.parquet")[0].to_pandas()),
         "roofline": gpu.roofline(roofs, estimate),
-        "times": gpu.times(tiles.to_pandas(), profile_facts),
+        "times": gpu.times(material.tiles, material.gpu),
     }
+
+
+def report(options: ReportOptions) -> None:
+    """Write the table, the figures and the page."""
+    from mxmoe_steps.reporting import extrapolated, notes
+    from mxmoe_steps.reporting.domains import domain_lines
+    from mxmoe_steps.reporting.origins import machine, provenance, steps_taken
+    from mxmoe_steps.reporting.page import Section, figure, folded, page, plain_table
+    from mxmoe_steps.reporting.summary import headlines
+    from mxmoe_steps.reporting.summary_html import domains_html, headline_html, table_html
+
+    material = read_material(options)
+    model, published = material.calibrated.model, material.original.metrics["published"]
+    estimate = material.profile.estimate
+    timed_facts, measured = measured_times(options, model)
+    table, times = summarize(material, measured)
+    drawn = draw(options, material, table)
     html = {name: figure(svg) for name, svg in drawn.items()}
-    lines = domain_lines(evaluated)
-    if larger is not None:
-        lines += extrapolated.lines(larger)
-        html["extrapolated"] += plain_table(extrapolated.HEADS, extrapolated.verdicts(larger), text=0)
-    origins = provenance(options.title, some["model"], original.metrics["published"], profile_facts)
+    lines = domain_lines(material.evaluated)
+    if material.larger is not None:
+        lines += extrapolated.lines(material.larger)
+        html["extrapolated"] += plain_table(extrapolated.HEADS, extrapolated.verdicts(material.larger), text=0)
+    origins = plain_table(["", ""], provenance(options.title, model, published, material.gpu), text=2)
     config = json.dumps(options.config, indent=1, ensure_ascii=False)
-    html |= {
-        "checkpoints": table_html(table, estimate),
-        "texts": domains_html(table),
-        "provenance": plain_table(["", ""], origins, text=2) + folded("Configuration", config),
-    }
+    html |= {"checkpoints": table_html(table, estimate), "texts": domains_html(table)}
+    html |= {"provenance": origins + folded("Configuration", config)}
     if options.benchmarks is not None:
         html["run"] = plain_table(STEP_HEADS, steps_taken(options.benchmarks)) + f"<p>{machine()}.</p>"
-    timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
-    warnings = [notes.time_note(times, profile_facts, timed_as), *notes.published_note(original.metrics["published"])]
-    warnings += notes.measured_note(table, timed_facts) + notes.starved_note(next(iter(losses.values())))
-    sections = [Section(name, SECTIONS[name][0], SECTIONS[name][1], html[name]) for name in SECTIONS if name in html]
+    timed_as = {scheme: by for one in material.allocations.values() for scheme, by in one["timed_as"].items()}
+    warnings = [notes.time_note(times, material.gpu, timed_as), *notes.published_note(published)]
+    warnings += notes.measured_note(table, timed_facts) + notes.starved_note(next(iter(material.tables.values())))
+    sections = [Section(name, *SECTIONS[name], html[name]) for name in SECTIONS if name in html]
     title = f"Mixed-precision quantization of {options.title}"
     text = page(title, f"<p>{OPENING}</p>{headline_html(table, estimate)}", lines, warnings, sections)
     for name, svg in drawn.items():
         _write(options.figures / f"{name}.svg", svg)
     _write(options.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     _write(options.html, text)
-    print(
-        "\n".join([f"report   {options.html}", f"summary  {options.csv}", *headlines(table), *lines]), file=sys.stderr
-    )
+    written = [f"report   {options.html}", f"summary  {options.csv}"]
+    print("\n".join([*written, *headlines(table), *lines]), file=sys.stderr)
 
 
 def _write(path: Path, text: str) -> None:
