@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 STEPS = [
-    "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "tune", "evaluate", "report",
+    "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "extrapolate", "quantize", "tune",
+    "evaluate", "report",
 ]  # fmt: skip
 HEAVY = ["torch", "transformers", "datasets", "numpy", "pandas", "pyarrow", "ortools", "matplotlib", "safetensors"]
 PROBE = """
