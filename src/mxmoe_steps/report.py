@@ -238,7 +238,7 @@ def report(options: ReportOptions) -> None:
     if material.larger is not None:
         lines += extrapolated.lines(material.larger)
         html["extrapolated"] += plain_table(extrapolated.HEADS, extrapolated.verdicts(material.larger), text=0)
-    origins = plain_table(["", ""], provenance(options.title, model, published, material.gpu), text=2)
+    origins = plain_table(("what", "value"), provenance(options.title, model, published, material.gpu), text=2)
     config = json.dumps(options.config, indent=1, ensure_ascii=False)
     html |= {"checkpoints": table_html(table, estimate), "texts": domains_html(table)}
     html |= {"provenance": origins + folded("Configuration", config)}

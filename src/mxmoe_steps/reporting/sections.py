@@ -34,8 +34,8 @@ SECTIONS = {  # name of a section, and of its figure -> heading, what it shows; 
     "extrapolated": (
         "Loss against time at the size of a real model",
         "Not a measurement of that model: its layer shapes, with traffic that is skewed as in the kernels' benchmarks,"
-        " under the losses of the small model, spread over the larger layers so that their sums stay. Times are those of"
-        " the real shape, by the same profile. Lines are the frontiers under a budget of bits, stars what r picks,"
+        " under the losses of the small model, spread over the larger layers so that their sums stay. Times are those"
+        " of the real shape, by the same profile. Lines are the frontiers under a budget of bits, stars what r picks,"
         " squares uniform schemes of any size. A mixture wins where a line is left of and below the squares within its"
         " budget.",
     ),

@@ -96,8 +96,8 @@ def losses(table: pd.DataFrame, metric: str) -> str:
     for name, series in _series(found):
         colour, marker, fill = style(name)
         size = 9 if marker == "*" else 6
-        look = {"color": colour, "marker": marker, "label": _label(name)}
-        axis.plot(series["predicted_loss"], series["kl"], ls="", ms=size, fillstyle=fill, **look)
+        x, y, label = series["predicted_loss"], series["kl"], _label(name)
+        axis.plot(x, y, ls="", ms=size, fillstyle=fill, color=colour, marker=marker, label=label)
     if metric == "fisher":
         ends = [found[["predicted_loss", "kl"]].min().min(), found[["predicted_loss", "kl"]].max().max()]
         axis.plot(ends, ends, color=INK, lw=0.8, ls=":", label="as predicted")
