@@ -18,7 +18,7 @@ DRAWN_FRONTIERS = [  # a solver had to find these; a uniform one is a list of sc
     for name, point in FRONTIERS.items()
     if point.quantizer == DRAWN and point.granularity != "uniform"
 ]
-FIGURES = drawn_figures(CONFIG.extrapolate is not None)
+FIGURES = drawn_figures(without=[] if CONFIG.extrapolate else ["extrapolated"])
 CAPTIONS = f"{STATE}/captions/{{figure}}.rst"
 REPORT = {
     "html": "results/report.html",

@@ -266,8 +266,8 @@ def _write(path: Path, text: str) -> None:
 def main() -> None:
     """Command line."""
     options = parse(ReportOptions, __doc__)
-    names = drawn_figures(options.extrapolation is not None)
-    figures = [options.figures / f"{name}.svg" for name in names]
+    without = ["extrapolated"] if options.extrapolation is None else []
+    figures = [options.figures / f"{name}.svg" for name in drawn_figures(without)]
     with recorded(options.made_from, [options.html, options.csv, *figures]):
         report(options)
 

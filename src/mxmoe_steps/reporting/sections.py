@@ -1,5 +1,7 @@
 """The sections of the page, in its order: headings, and what each shows. Figures have the same captions elsewhere."""
 
+from collections.abc import Collection
+
 OPENING = (
     "First row: the smallest of our checkpoints whose perplexity is within 5 % of the original's, or the nearest"
     " to it. Below it the best uniform checkpoint within the same budget, the original, and the best of every"
@@ -100,6 +102,6 @@ CATEGORIES = {  # of figures, in `snakemake --report`
 }
 
 
-def drawn_figures(extrapolated: bool) -> list[str]:
-    """Names of the figures of a report; one is of an extrapolation, if there is any."""
-    return sorted(name for name in CATEGORIES if extrapolated or name != "extrapolated")
+def drawn_figures(without: Collection[str]) -> list[str]:
+    """Names of the figures of a report, ``without`` those that the configuration asks no results for."""
+    return sorted(CATEGORIES.keys() - set(without))
