@@ -8,16 +8,15 @@ import pytest
 from mxmoe_steps import provenance
 
 
-@pytest.fixture(autouse=True)
-def _fresh_caches() -> None:
-    for function in (
-        provenance.module_file,
-        provenance._parse,
-        provenance._imports,
-        provenance.imported,
-        provenance.module_hash,
-    ):
+def forget() -> None:
+    for function in (provenance.module_file, provenance._source, provenance.imported):
         function.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    forget()
 
 
 def write(root: Path, **modules: str) -> None:
@@ -128,3 +127,25 @@ def test_versions_of_the_packages_that_decide(step: str, used: set[str], unused:
     }
     assert used <= found
     assert not unused & found
+
+
+def test_code_is_read_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "_ROOT", tmp_path)
+    write(tmp_path, step="from mxmoe_steps import leaf\n", leaf="x = 1\n")
+    first = provenance.stamps("mxmoe_steps.step")
+    forget()
+    with monkeypatch.context() as patched:
+        patched.setattr(ast, "parse", None)
+        assert provenance.stamps("mxmoe_steps.step") == first
+    write(tmp_path, leaf="x = 2\n")  # as long, perhaps within one tick of the clock
+    forget()
+    assert provenance.stamps("mxmoe_steps.step") != first
+    write(tmp_path, leaf="x = 1\n")
+    (entries,) = provenance._cache().parent.iterdir()
+    for entry in entries.iterdir():
+        entry.write_text("{")  # a disk was full
+    forget()
+    assert provenance.stamps("mxmoe_steps.step") == first
+    monkeypatch.setenv("HOME", "/proc/no-such-home")
+    forget()
+    assert provenance.stamps("mxmoe_steps.step") == first

@@ -14,11 +14,16 @@ which serves finished checkpoints and which no step runs.
 import ast
 import hashlib
 import itertools
+import json
 from collections.abc import Collection, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from mxmoe_steps.atomic import write_json
 
 PACKAGE = "mxmoe_steps"
 _ROOT = Path(__file__).parent
@@ -51,23 +56,49 @@ def module_file(module: str) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Source:
+    """What is known of a module's code: its ``hash``, and every name that it ``imports``, inside functions too."""
+
+    hash: str
+    imports: frozenset[str]
+
+
 @cache
-def _parse(module: str) -> ast.Module:
+def _source(module: str) -> _Source:
+    """From the user's cache, where the same bytes have been read before: to parse all of our modules takes seconds."""
     file = module_file(module)
     assert file is not None
-    return ast.parse(file.read_text(encoding="utf-8"))
+    code = file.read_bytes()
+    remembered = _cache() / hashlib.sha256(b"\0".join([_own_code(), file.name.encode(), code])).hexdigest()
+    try:
+        known = json.loads(remembered.read_bytes())
+        return _Source(known["hash"], frozenset(known["imports"]))
+    except (OSError, ValueError, KeyError):
+        pass
+    tree = ast.parse(code)
+    found = _Source(_hash(tree), _imported_names(tree, file.name != "__init__.py"))
+    with suppress(OSError):  # a folder that is not ours to write
+        remembered.parent.mkdir(parents=True, exist_ok=True)
+        write_json(remembered, {"hash": found.hash, "imports": sorted(found.imports)})
+    return found
+
+
+def _cache() -> Path:
+    """A file by a hash for all code that was ever read; it may be deleted."""
+    return Path("~/.cache/mxmoe-steps/sources").expanduser()
 
 
 @cache
-def _imports(module: str) -> frozenset[str]:
-    """Every name that ``module`` imports, inside functions too.
+def _own_code() -> bytes:
+    """What decides how modules are read."""
+    return Path(__file__).read_bytes()
 
-    A package runs what stands outside functions whenever one of its modules is imported, and no more than that.
-    """
-    file = module_file(module)
-    whole = file is None or file.name != "__init__.py"
+
+def _imported_names(tree: ast.Module, whole: bool) -> frozenset[str]:
+    """A package runs what stands outside functions whenever one of its modules is imported, and no more than that."""
     names: set[str] = set()
-    todo: list[ast.AST] = [_parse(module)]
+    todo: list[ast.AST] = [tree]
     while todo:
         node = todo.pop()
         if isinstance(node, ast.Import):
@@ -83,7 +114,8 @@ def _imports(module: str) -> frozenset[str]:
 @cache
 def imported(module: str) -> frozenset[str]:
     """Our modules that run when ``module`` does: those that it imports, and the packages that they are in."""
-    parents = {part for name in (module, *_imports(module)) for part in itertools.accumulate(name.split("."), _join)}
+    names = (module, *_source(module).imports)
+    parents = {part for name in names for part in itertools.accumulate(name.split("."), _join)}
     return frozenset(name for name in parents if module_file(name) is not None) - {module}
 
 
@@ -112,11 +144,14 @@ def _is_unstamped(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in _UNSTAMPED)
 
 
-@cache
 def module_hash(module: str) -> str:
     """Hash of the module's code, the same under every version of Python: comments, docstrings and layout do not
     count."""
-    return hashlib.sha256(repr(_plain(_parse(module))).encode()).hexdigest()[:10]
+    return _source(module).hash
+
+
+def _hash(tree: ast.Module) -> str:
+    return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:10]
 
 
 def _plain(node: object) -> object:
@@ -142,7 +177,7 @@ def stamps(
     """
     modules = sorted({*closure(module, without), *(used for name in extensions for used in closure(name))})
     code = {f"code_{name.removeprefix(f'{PACKAGE}.')}": f"{name}@{module_hash(name)}" for name in modules}
-    used = {name.partition(".")[0] for one in modules for name in _imports(one)} & _DECIDING.keys()
+    used = {name.partition(".")[0] for one in modules for name in _source(one).imports} & _DECIDING.keys()
     used |= {other for name in used for other in _DECIDING[name]} | set(packages)
     used |= {name for one in modules if not one.startswith(PACKAGE) for name in _packages(one)}
     versions = {f"version_{package}": f"{package} {metadata.version(package)}" for package in sorted(used)}
@@ -151,5 +186,5 @@ def stamps(
 
 def _packages(module: str) -> set[str]:
     """The installed packages that a user's module imports."""
-    names = {name.partition(".")[0] for name in _imports(module)} - {PACKAGE}
+    names = {name.partition(".")[0] for name in _source(module).imports} - {PACKAGE}
     return {name for name in names if any(metadata.distributions(name=name))}
