@@ -89,13 +89,16 @@ def test_experts_that_saw_too_little_are_named() -> None:
 def test_jobs_of_a_step_are_added_up(tmp_path: Path) -> None:
     head = "s\th:m:s\tmax_rss\tcpu_time\n"
     for name, row in {"solve/a.tsv": "2.5\t0\t30.5\t1.5\n", "solve/b.tsv": "1\t0\tNA\t-\n",
-                      "trace-2.tsv": "8\t0\t700\t9\n", "trace.tsv": "1\t0\t600\t1\n"}.items():  # fmt: skip
+                      "trace-2.tsv": "8\t0\t700\t9\n", "trace.tsv": "1\t0\t600\t1\n",
+                      "solve/gone.tsv": "9\t0\t9\t9\n", "capture/gone.tsv": "1\t0\t1\t0.5\n"}.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(head + row)
-    assert steps_taken(tmp_path) == [["trace", "2", "9.0", "10.0", "700"], ["solve", "2", "3.5", "1.5", "30"]]
+    assert steps_taken(tmp_path, ["a_r1", "b"]) == [
+        ["trace", "2", "9.0", "10.0", "700"], ["solve", "2", "3.5", "1.5", "30"], ["capture", "1", "1.0", "0.5", "1"]
+    ]  # fmt: skip
     (tmp_path / "solve" / "a.tsv").write_text("no table\n1\n")
     with pytest.raises(UserError, match=r"a.tsv: is no benchmark of Snakemake's; remove it"):
-        steps_taken(tmp_path)
+        steps_taken(tmp_path, ["a_r1"])
 
 
 def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:

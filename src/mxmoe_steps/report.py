@@ -243,7 +243,8 @@ def report(options: ReportOptions) -> None:
     html |= {"checkpoints": table_html(table, estimate), "texts": domains_html(table)}
     html |= {"provenance": origins + folded("Configuration", config)}
     if options.benchmarks is not None:
-        html["run"] = plain_table(STEP_HEADS, steps_taken(options.benchmarks)) + f"<p>{machine()}.</p>"
+        taken = steps_taken(options.benchmarks, [one.name for one in material.evaluated])
+        html["run"] = plain_table(STEP_HEADS, taken) + f"<p>{machine()}.</p>"
     timed_as = {scheme: by for one in material.allocations.values() for scheme, by in one["timed_as"].items()}
     warnings = [notes.time_note(times, material.gpu, timed_as), *notes.published_note(published)]
     warnings += notes.measured_note(table, timed_facts) + notes.starved_note(next(iter(material.tables.values())))

@@ -2,7 +2,7 @@
 
 import csv
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,15 @@ _PACKAGES = (  # that decide results
     "mxmoe-steps", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pyarrow", "ortools", "datasets",
     "snakemake", "pandas", "matplotlib",
 )  # fmt: skip
+
+
+_BY_CHECKPOINT = (
+    "frontier",
+    "solve",
+    "quantize",
+    "tune",
+    "evaluate",
+)  # jobs named after a checkpoint, or its beginning
 
 
 def provenance(title: str, model: str, published: Mapping[str, Any], profile: Mapping[str, Any]) -> list[list[str]]:
@@ -37,22 +46,24 @@ def _version(package: str) -> str | None:
         return None
 
 
-def steps_taken(benchmarks: Path) -> list[list[str]]:
-    """Rows (step, jobs, seconds, processor seconds, MB): what Snakemake measured of every job of the run.
+def steps_taken(benchmarks: Path, checkpoints: Collection[str]) -> list[list[str]]:
+    """Rows (step, jobs, seconds, processor seconds, MB): what Snakemake measured of every job.
 
-    Seconds are sums over jobs, some of which ran side by side; memory is the largest job's. `UserError` for a file in
-    the folder that is none of Snakemake's.
+    Seconds are sums over jobs, some of which ran side by side; memory is the largest job's. Jobs for other checkpoints
+    than these, of a sweep before, do not count. `UserError` for a file in the folder that is none of Snakemake's.
     """
     steps: dict[str, list[tuple[float, float, float]]] = {}
     for file in sorted(benchmarks.rglob("*.tsv")):
+        step, *rest = file.relative_to(benchmarks).with_suffix("").parts
+        if step in _BY_CHECKPOINT and not any(name.startswith(rest[0].partition("-")[0]) for name in checkpoints):
+            continue
         with file.open(newline="", encoding="utf-8") as lines:
             jobs = list(csv.DictReader(lines, delimiter="\t"))
         try:
             taken = [tuple(_number(job[key]) for key in ("s", "cpu_time", "max_rss")) for job in jobs[-1:]]
         except (KeyError, ValueError):
             raise UserError(f"{file}: is no benchmark of Snakemake's; remove it") from None
-        step = file.relative_to(benchmarks).parts[0].removesuffix(".tsv").partition("-")[0]
-        steps.setdefault(step, []).extend(taken)  # type: ignore[arg-type]
+        steps.setdefault(step.partition("-")[0], []).extend(taken)  # type: ignore[arg-type]
     rows = []
     for step, found in sorted(steps.items(), key=lambda item: (-sum(job[1] for job in item[1]), item[0])):
         seconds, processor, memory = zip(*found, strict=True)
