@@ -32,6 +32,7 @@ from mxmoe_steps.schemes import Scheme
 
 THREADS = 256
 CODES = TILE_ROWS * GROUP // THREADS  # codes of one thread in a chunk
+CODES_AT_ONCE = 2**25  # that are arranged together; what is made on the way takes some 20 bytes a code
 PAD_CHUNKS = 1  # a slot holds at most 2 chunks
 
 
@@ -56,6 +57,11 @@ class KernelWeights:
         return KernelWeights(
             self.format, self.entries, self.out_features, self.in_features, self.data.to(device), scales
         )
+
+
+def entries_at_once(rows: int, features: int) -> int:
+    """How many blocks of that size are worth arranging together: fewer launches, in bounded memory."""
+    return max(1, CODES_AT_ONCE // (rows * features))
 
 
 def original_weights(weight: torch.Tensor) -> KernelWeights:
@@ -91,7 +97,8 @@ def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
     if not format_.decoded:
         data = format_.store(weight.codes.contiguous(), weight.scheme)
         return KernelWeights(format_, entries, rows, features, data, channel_scales)
-    chunks = [_entry_chunks(weight[entry], format_) for entry in range(entries)]
+    some = entries_at_once(rows, features)
+    chunks = [_chunks_of(weight[first : first + some], format_) for first in range(0, entries, some)]
     chunks.append(chunks[0].new_zeros(PAD_CHUNKS * format_.chunk_bytes))
     return KernelWeights(format_, entries, rows, features, torch.cat(chunks), channel_scales)
 
@@ -140,18 +147,24 @@ def _check_edges(rows: int, features: int, feature_multiple: int) -> None:
         )
 
 
-def _entry_chunks(weight: QuantizedWeight, format_: Format) -> torch.Tensor:
-    """The chunks of one linear block [N, K], uint8, one-dimensional."""
-    rows, features = weight.codes.shape
+def _chunks_of(weight: QuantizedWeight, format_: Format) -> torch.Tensor:
+    """The chunks of linear blocks [entries, N, K], uint8, one-dimensional."""
+    entries, rows, features = weight.codes.shape
     codes = format_.store(weight.codes, weight.scheme)
-    codes = torch.nn.functional.pad(codes, (0, -features % GROUP, 0, -rows % TILE_ROWS))
+    codes = torch.nn.functional.pad(codes, (0, -features % GROUP, 0, -rows % TILE_ROWS)).flatten(0, 1)
     parts = [_split_words(_to_fragments(codes, format_), format_)]
     if format_.grouped:
-        numbers = format_.numbers(weight).view(torch.int16)
-        numbers = torch.nn.functional.pad(numbers, (0, 0, 0, 0, 0, -rows % TILE_ROWS))
+        numbers = format_.numbers(_rows_of(weight)).view(torch.int16).unflatten(0, (entries, rows))
+        numbers = torch.nn.functional.pad(numbers, (0, 0, 0, 0, 0, -rows % TILE_ROWS)).flatten(0, 1)
         split = numbers.view(-1, 2, 4, 2, 8, *numbers.shape[1:])  # tile, half, warp, r%2, row of 8, chunk, number
         parts.append(split.permute(0, 5, 1, 2, 4, 6, 3).contiguous().view(torch.uint8).flatten(3))
     return torch.cat(parts, -1).flatten()
+
+
+def _rows_of(weight: QuantizedWeight) -> QuantizedWeight:
+    """Blocks [entries, N, K] as one of [entries * N, K]."""
+    zeros = None if weight.zeros is None else weight.zeros.flatten(0, 1)
+    return QuantizedWeight(weight.scheme, weight.codes.flatten(0, 1), weight.scales.flatten(0, 1), zeros)
 
 
 def _fragment_shape(format_: Format) -> tuple[int, int, int]:

@@ -10,7 +10,7 @@ blocks; sums are float32. Nothing waits for the GPU. What launches own is made w
 can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import attrgetter
@@ -30,11 +30,18 @@ from mxmoe_steps.kernels.launch import (
     problem_table,
     processors,
 )
-from mxmoe_steps.kernels.layouts import PAD_CHUNKS, KernelWeights, gate_and_up, kernel_weights, original_weights
+from mxmoe_steps.kernels.layouts import (
+    PAD_CHUNKS,
+    KernelWeights,
+    entries_at_once,
+    gate_and_up,
+    kernel_weights,
+    original_weights,
+)
 from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
 from mxmoe_steps.kernels.routing import Routed, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
-from mxmoe_steps.quantizers.grid import QuantizedWeight
+from mxmoe_steps.quantizers.grid import QuantizedWeight, concatenate
 
 Block = QuantizedWeight | torch.Tensor  # [N, K]
 Read = Callable[[int, str], Block]  # expert (`SHARED` for the shared one) and block kind to its weights
@@ -146,7 +153,7 @@ class MoeLayer:
 
     def _prepare(self, launch: LaunchPlan, columns: int, read: Read) -> LayerGemm:
         plan, device = self.plan, self.device
-        weights = [_stack([_entries(read, source) for source in sources], device) for sources in launch.stacks]
+        weights = [_stack(_arranged(read, sources), device) for sources in launch.stacks]
         problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device, launch.gated)
         needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
         kernels = launch.kernels(self.architecture)
@@ -161,8 +168,25 @@ def _kernel(config: Configuration) -> GroupGemmKernel:
     return GroupGemmKernel(config)
 
 
-def _entries(read: Read, source: Source) -> KernelWeights:
-    """Kernel order of a block, cut into entries along its inner width: rows of gate and up, columns of down."""
+def _arranged(read: Read, sources: Sequence[Source]) -> Iterator[KernelWeights]:
+    """Kernel order of blocks of one format and shape, several at a time."""
+    waiting: list[Block] = []
+    for number, source in enumerate(sources, 1):
+        waiting.append(_entries(read, source))
+        first = waiting[0]
+        weight = first if isinstance(first, torch.Tensor) else first.codes
+        entries, rows, features = weight.shape
+        if number < len(sources) and len(waiting) * entries < entries_at_once(rows, features):
+            continue
+        if isinstance(first, torch.Tensor):
+            yield original_weights(torch.cat([each for each in waiting if isinstance(each, torch.Tensor)]))
+        else:
+            yield kernel_weights(concatenate([each for each in waiting if isinstance(each, QuantizedWeight)]))
+        waiting.clear()
+
+
+def _entries(read: Read, source: Source) -> Block:
+    """A block, cut into entries along its inner width: rows of gate and up, columns of down."""
     count = source.entries
 
     def cut(values: torch.Tensor) -> torch.Tensor:
@@ -181,14 +205,15 @@ def _entries(read: Read, source: Source) -> KernelWeights:
 
     first = weights[0]  # up has the same scheme
     if isinstance(first, torch.Tensor):
-        return original_weights(entries(lambda weight: weight))
+        return entries(lambda weight: weight)
     zeros = None if first.zeros is None else entries(attrgetter("zeros"))
     codes, scales = entries(attrgetter("codes")), entries(attrgetter("scales"))
-    return kernel_weights(QuantizedWeight(first.scheme, codes, scales, zeros))
+    return QuantizedWeight(first.scheme, codes, scales, zeros)
 
 
-def _stack(parts: Sequence[KernelWeights], device: torch.device) -> KernelWeights:
-    """One stack of all entries of ``parts``, which have one format and one shape."""
+def _stack(arranged: Iterable[KernelWeights], device: torch.device) -> KernelWeights:
+    """One stack of all entries of parts that have one format and one shape."""
+    parts = list(arranged)
     first = parts[0]
     data = [part.data.to(device) for part in parts]
     if first.format.decoded:

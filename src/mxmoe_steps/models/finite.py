@@ -1,19 +1,57 @@
 """Weights that are no numbers."""
 
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import nn
 
+Check = Callable[[torch.Tensor], torch.Tensor]  # elements to whether they are bad
+
+_TOGETHER = 2**26  # elements that are copied to be checked in one go
+
+
+def not_finite(values: torch.Tensor) -> torch.Tensor:
+    """NaN and infinity."""
+    return ~values.isfinite()
+
 
 def bad_numbers(root: nn.Module) -> str | None:
-    """Name of the first tensor below ``root`` that holds NaN or infinity, or that its module calls bad."""
+    """Name of a tensor below ``root`` that holds NaN or infinity, or what its module's ``check_of`` calls bad.
+
+    Small tensors are checked together: a GPU is waited for a few times, not once a tensor.
+    """
+    alike: dict[tuple[Check, torch.dtype, torch.device], list[tuple[str, torch.Tensor]]] = {}
     for path, module in root.named_modules():
-        is_bad = getattr(module, "is_bad", is_not_finite)
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if not tensor.is_meta and is_bad(name, tensor):
-                return f"{path}.{name}" if path else name
+            check = check_of(module, name, tensor)
+            if check is not None and not tensor.is_meta and tensor.numel():
+                key = (check, tensor.dtype, tensor.device)
+                alike.setdefault(key, []).append((f"{path}.{name}" if path else name, tensor.detach()))
+    for (check, _, _), tensors in alike.items():
+        for batch in _batches(tensors):
+            values = [tensor for _, tensor in batch]
+            together = values[0] if len(values) == 1 else torch.cat([each.flatten() for each in values])
+            if bool(check(together).any()):
+                return next(name for name, tensor in batch if bool(check(tensor).any()))
     return None
 
 
-def is_not_finite(_name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor holds NaN or infinity."""
-    return tensor.is_floating_point() and not bool(tensor.isfinite().all())
+def check_of(module: nn.Module, name: str, tensor: torch.Tensor) -> Check | None:
+    """What calls elements of a module's tensor bad; None if nothing does."""
+    if (own := getattr(module, "check_of", None)) is not None:
+        return own(name, tensor)  # type: ignore[no-any-return]
+    return not_finite if tensor.is_floating_point() else None
+
+
+def _batches(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Of at most `_TOGETHER` elements, or of one tensor."""
+    batch: list[tuple[str, torch.Tensor]] = []
+    elements = 0
+    for name, tensor in tensors:
+        if batch and elements + tensor.numel() > _TOGETHER:
+            yield batch
+            batch, elements = [], 0
+        batch.append((name, tensor))
+        elements += tensor.numel()
+    if batch:
+        yield batch

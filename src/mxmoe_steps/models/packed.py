@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxmoe_steps.models.finite import is_not_finite
+from mxmoe_steps.models.finite import Check, not_finite
 from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors, quantize_activations
@@ -19,6 +19,18 @@ from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import Scheme
 
 _DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16}  # of parts, as safetensors names them
+
+
+def _is_e4m3_nan(values: torch.Tensor) -> torch.Tensor:
+    return values & 0x7F == 0x7F
+
+
+def _is_e8m0_nan(values: torch.Tensor) -> torch.Tensor:
+    return values == 0xFF
+
+
+def _not_positive(values: torch.Tensor) -> torch.Tensor:
+    return ~((values > 0) & values.isfinite())
 
 
 class PackedLinear(nn.Module):
@@ -49,13 +61,13 @@ class PackedLinear(nn.Module):
         seen = quantize_activations(rotate(x.float()) if self.rotated else x, self.scheme).to(x.dtype)
         return nn.functional.linear(seen, self.dequantize().to(x.dtype), self.bias)
 
-    def is_bad(self, name: str, tensor: torch.Tensor) -> bool:
-        """Whether one of its tensors holds what is no number, or a scale that is not positive."""
+    def check_of(self, name: str, tensor: torch.Tensor) -> Check | None:
+        """What calls elements of its tensors bad: what is no number, and scales that are not positive."""
         if name == "qweight":
-            return self.scheme.e4m3_weights and bool((tensor & 0x7F == 0x7F).any())  # e4m3 NaN
-        if name == "scales" and tensor.dtype == torch.uint8:
-            return bool((tensor == 0xFF).any())  # e8m0 NaN
-        return is_not_finite(name, tensor) or (name == "scales" and not bool((tensor > 0).all()))
+            return _is_e4m3_nan if self.scheme.e4m3_weights else None
+        if name == "scales":
+            return _is_e8m0_nan if tensor.dtype == torch.uint8 else _not_positive
+        return not_finite
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""

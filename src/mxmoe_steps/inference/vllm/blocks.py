@@ -122,12 +122,12 @@ class Blocks:
                 f"the checkpoint lacks tensors: layer {self._layer}, expert {expert}, {block}: {part}{more} missing;"
                 f" {_FIX}"
             )
-        for (expert, block), found in self._blocks.items():
-            if (bad := bad_numbers(found.linear)) is not None:
-                raise UserError(
-                    f"layer {self._layer}, expert {expert}, {block}: {bad} holds NaN or infinity, or a scale that is"
-                    f" not positive; {_FIX}"
-                )
+        named = {f"expert {expert}, {block}": found.linear for (expert, block), found in self._blocks.items()}
+        if (bad := bad_numbers(nn.ModuleDict(named))) is not None:
+            where, _, part = bad.rpartition(".")
+            raise UserError(
+                f"layer {self._layer}, {where}: {part} holds NaN or infinity, or a scale that is not positive; {_FIX}"
+            )
 
     @staticmethod
     def _shape(block: _Block, part: str) -> tuple[int, ...]:
