@@ -3,6 +3,7 @@
 import numpy as np
 
 from mxmoe_steps.allocation.blocks import Blocks, Losses
+from mxmoe_steps.allocation.enlarged import layer_blocks
 from mxmoe_steps.profile import fit_profile
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.estimate import estimate_profile, measured_file, read_hardware
@@ -18,19 +19,10 @@ MODELS = {  # layers, experts, top-k, hidden, expert width, shared expert's widt
 }
 
 
-def layer_blocks(layers: int, experts: int, hidden: int, width: int, shared: int) -> Blocks:
-    """The blocks of layers with ``experts`` experts of ``width`` and a shared one of width ``shared``, 0 for none."""
-    names = ([SHARED] if shared else []) + list(range(experts))
-    layer, expert, kind = (part.ravel() for part in np.meshgrid(np.arange(layers), names, np.arange(3), indexing="ij"))
-    wide = np.where(expert == SHARED, shared, width)
-    out, inner = np.where(kind == 2, hidden, wide), np.where(kind == 2, wide, hidden)
-    return Blocks(layer, expert, kind, out, inner)
-
-
 def make_blocks(model: str, layers: int | None = None) -> Blocks:
     """The blocks of a model, or of its first layers."""
     count, experts, _, hidden, width, shared = MODELS[model]
-    return layer_blocks(layers or count, experts, hidden, width, shared)
+    return layer_blocks(list(range(layers or count)), experts, hidden, width, shared)
 
 
 def make_losses(blocks: Blocks, seed: int = 0) -> Losses:

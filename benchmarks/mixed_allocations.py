@@ -91,10 +91,11 @@ def solve(path: Path) -> None:
     """Write the allocations, and uniform ones, of every case and number of tokens."""
     from dataclasses import replace
 
-    from instances import SCHEMES, layer_blocks, make_losses
+    from instances import SCHEMES, make_losses
 
     from mxmoe_steps.allocation.constraints import Constraints
     from mxmoe_steps.allocation.domains import Domains
+    from mxmoe_steps.allocation.enlarged import layer_blocks
     from mxmoe_steps.allocation.parts import part_frontier
     from mxmoe_steps.allocation.pick import pick_by_r
     from mxmoe_steps.profile import fit_profile
@@ -114,7 +115,7 @@ def solve(path: Path) -> None:
     kernels = timing_schemes(schemes, profile, {})
     for case in CASES:
         inner = case.workload.intermediate
-        blocks = layer_blocks(1, case.workload.experts, case.workload.hidden, inner, inner * case.slices)
+        blocks = layer_blocks([0], case.workload.experts, case.workload.hidden, inner, inner * case.slices)
         made = make_losses(blocks)
         losses = replace(
             made,

@@ -19,6 +19,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 from snakemake.utils import update_config
 
+from mxmoe_steps.config.existence import check_shape
 from mxmoe_steps.config.loading import load_config
 from mxmoe_steps.config.points import points
 from mxmoe_steps.errors import UserError
@@ -38,6 +39,7 @@ try:
     MODEL_PATH, MODEL = plan.pinned_model(
         CONFIG.model.path, STATE / "model.json", workflow.is_main_process
     )
+    check_shape(CONFIG, MODEL)
 except UserError as error:
     raise WorkflowError(str(error))
 

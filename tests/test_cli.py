@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 STEPS = [
-    "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "tune", "evaluate", "tasks",
-    "report",
+    "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "extrapolate", "quantize", "tune",
+    "evaluate", "tasks", "report",
 ]  # fmt: skip
 HEAVY = [
     "lm_eval",

@@ -54,7 +54,8 @@ def test_the_demo_is_valid_and_names_its_points(values: dict[str, Any]) -> None:
     ours = [point for point in found if point.granularity != "uniform"]
     baselines = [point for point in found if point.granularity == "uniform"]
     assert {(p.budget_bits, p.granularity) for p in ours} == {
-        (budget, kind) for budget in (2.25, 3.25, 5.0) for kind in ("block", "expert", "layer")
+        *((budget, kind) for budget in (2.25, 3.25, 5.0) for kind in ("block", "expert")),
+        (5.0, "layer"),
     }
     assert {(p.budget_bits, p.quantizer, p.goal, p.value) for p in baselines} == {
         (budget, quantizer, "r", 1.0) for budget in (2.25, 3.25, 5.0) for quantizer in ("rtn", "gptq")
@@ -103,6 +104,8 @@ def test_ceilings_replace_r(values: dict[str, Any]) -> None:
             {"budget_bits": 3, "tokens": 1, "max_time_us": -5.0},
             r"max_time_us.0: .*greater than 0; found -5.0",
         ),
+        ("extrapolate.shape", "qwen", r"extrapolate.shape: no shape 'qwen'; known are qwen1.5-moe, "),
+        ("extrapolate.budget_bits", [1.0], r"extrapolate: budget_bits 1 is below 1.25, what the smallest candidate"),
         ("runtime.device", "gpu", r"runtime.device.*found 'gpu'"),
         ("model.path", "no/such/folder", r"model folder no/such/folder does not exist"),
         ("model.path", "~/no/such/folder", r"model folder /.*/no/such/folder does not exist"),

@@ -26,8 +26,8 @@ from mxmoe_steps.trace import TraceOptions
 
 ROOT = Path(__file__).parents[1]
 STEPS = [
-    "check", "trace", "capture", "calibrate", "compile", "measure", "profile", "frontier", "solve", "quantize",
-    "tune", "evaluate", "tasks", "time", "report",
+    "check", "trace", "capture", "calibrate", "compile", "measure", "profile", "frontier", "solve", "extrapolate",
+    "quantize", "tune", "evaluate", "tasks", "time", "report",
 ]  # fmt: skip
 SOURCES: dict[str, Any] = {"b": {"mix": ["a"]}, "a": {"files": ["x y.txt"], "separator": "%"}}
 TRACE = {"model": "m", "out": "out", "sources": SOURCES, "texts": ["b", "a"]}
@@ -109,6 +109,7 @@ def test_flags_take_what_a_step_has_and_refuse_what_no_step_has() -> None:
         (sections.Solve, "frontier"),
         (sections.Solve, "check"),
         (sections.Solve, "report"),
+        (sections.Extrapolate, "extrapolate"),
         (sections.Evaluate, "evaluate"),
         (sections.Evaluate, "tasks"),
         (sections.Runtime, "trace"),

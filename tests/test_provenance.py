@@ -49,7 +49,8 @@ def test_hash_ignores_comments_docstrings_and_layout(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "step", ["trace", "capture", "calibrate", "profile", "frontier", "solve", "quantize", "evaluate", "report"]
+    "step",
+    ["trace", "capture", "calibrate", "profile", "frontier", "solve", "extrapolate", "quantize", "evaluate", "report"],
 )
 def test_every_step_imports_nothing_dynamically(step: str) -> None:
     """Stamps are only complete while no module is imported by a computed name.

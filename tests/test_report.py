@@ -9,18 +9,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mxmoe_steps.report import measured_note, published_note, time_note
-from mxmoe_steps.reporting import figures
-from mxmoe_steps.reporting.figures import model_hull
-from mxmoe_steps.reporting.page import domains_html, table_html
-from mxmoe_steps.reporting.summary import (
-    Checkpoint,
-    domain_lines,
-    headlines,
-    prediction_errors,
-    summary_table,
-    time_columns,
-)
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.reporting.checkpoints import Checkpoint
+from mxmoe_steps.reporting.domains import domain_lines
+from mxmoe_steps.reporting.figures import blocks, frontiers, gpu
+from mxmoe_steps.reporting.figures import checkpoints as drawn
+from mxmoe_steps.reporting.figures.frontiers import model_hull
+from mxmoe_steps.reporting.headline import headline_table
+from mxmoe_steps.reporting.notes import measured_note, published_note, starved_note, time_note
+from mxmoe_steps.reporting.origins import steps_taken
+from mxmoe_steps.reporting.summary import headlines, prediction_errors, summary_table, time_columns
+from mxmoe_steps.reporting.summary_html import domains_html, table_html
 from mxmoe_steps.reporting.terminal import terminal_table
 from mxmoe_steps.schemes import parse_scheme
 
@@ -70,23 +69,50 @@ def test_the_figure_of_kernel_times_shows_held_out_launches() -> None:
     tiles = pd.DataFrame({"phase": "prefill", "scheme": "w16a16", "tile_tokens": [16, 64], "kstep_us": [0.5, 0.8]})
     held_out = {"measured_us": [10.0, 20.0], "predicted_us": [11.0, 19.0], "mixed": [True, False]}
     facts = {"sms": 132, "estimate": False, "held_out": held_out}
-    measured = figures.times(tiles, facts)
+    measured = gpu.times(tiles, facts)
     assert "predicted / measured" in measured
-    assert measured == figures.times(tiles, facts)
-    assert "no launches were measured" in figures.times(tiles, {"sms": 132, "estimate": True})
+    assert measured == gpu.times(tiles, facts)
+    assert "no launches were measured" in gpu.times(tiles, {"sms": 132, "estimate": True})
+
+
+def test_experts_that_saw_too_little_are_named() -> None:
+    rows = [(layer, expert, block) for layer in (0, 1) for expert in range(-1, 4) for block in ("gate", "up", "down")]
+    losses = pd.DataFrame(rows, columns=["layer", "expert", "block"]).assign(tokens=50, fallback=False)
+    assert starved_note(losses) == []
+    few = (losses["layer"] == 1) & (losses["expert"] == 2)
+    losses.loc[few, "tokens"], losses.loc[few & (losses["block"] == "down"), "fallback"] = 7, True
+    losses.loc[losses["expert"] == 0, "tokens"] = 0
+    (note,) = starved_note(losses)
+    assert "3 of 8 saw too few" in note
+    assert "0 of layer 0 (0 tokens), 0 of layer 1 (0 tokens), 2 of layer 1 (7 tokens)." in note
+
+
+def test_jobs_of_a_step_are_added_up(tmp_path: Path) -> None:
+    head = "s\th:m:s\tmax_rss\tcpu_time\n"
+    for name, row in {"solve/a.tsv": "2.5\t0\t30.5\t1.5\n", "solve/b.tsv": "1\t0\tNA\t-\n",
+                      "trace-2.tsv": "8\t0\t700\t9\n", "trace.tsv": "1\t0\t600\t1\n",
+                      "solve/gone.tsv": "9\t0\t9\t9\n", "capture/gone.tsv": "1\t0\t1\t0.5\n"}.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(head + row)
+    assert steps_taken(tmp_path, ["a_r1", "b"]) == [
+        ["trace", "2", "9.0", "10.0", "700"], ["solve", "2", "3.5", "1.5", "30"], ["capture", "1", "1.0", "0.5", "1"]
+    ]  # fmt: skip
+    (tmp_path / "solve" / "a.tsv").write_text("no table\n1\n")
+    with pytest.raises(UserError, match=r"a.tsv: is no benchmark of Snakemake's; remove it"):
+        steps_taken(tmp_path, ["a_r1"])
 
 
 def test_schemes_of_every_width_have_a_colour() -> None:
     names = [parse_scheme(f"w{bits}a16").name for bits in (1, 2, 3, 4, 6, 8, 16)]
     rows = [[0, expert, name, name, name] for expert, name in enumerate(names)]
-    drawn = figures.allocation([allocation("block", "gptq", r=0.5) | {"assignment": rows}])
-    assert all(name in drawn for name in names)
+    shown = blocks.allocation([allocation("block", "gptq", r=0.5) | {"assignment": rows}])
+    assert all(name in shown for name in names)
 
 
 def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:
     one = allocation("block", "gptq", r=0.5)
     allocations = [one | {"budget_bits": 2 + number / 200} for number in range(1000)]
-    drawn = figures.allocation(allocations)
+    drawn = blocks.allocation(allocations)
     assert ">2 bits<" in drawn
     assert "6.995 bits" in drawn
     assert drawn.count(" bits<") == 12
@@ -96,7 +122,7 @@ def test_figures_of_a_large_sweep_draw_what_can_be_read() -> None:
           "budget_bits": 2 + number / 100}, [part])
         for tokens in range(64, 74) for number in range(100)
     ]  # fmt: skip
-    page = figures.frontiers(fronts, [], estimate=True)
+    page = frontiers.frontiers(fronts, [], estimate=True)
     assert page.count("tokens in a step") == 4
     assert page.count("bits, per block") == 12
 
@@ -147,6 +173,10 @@ def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
     assert "on GPU (2026-01-01) under the routing of web" in note
     assert "off by 20.0 % at 64 tokens (+20.0 to +20.0 %); 25.0 % at 8192 tokens (-25.0 to -25.0 %)." in note
     assert "<th>GEMMs µs, 64 tok</th><th>layer µs, 64 tok</th>" in table_html(timed, True)
+    assert "measured time of a layer" in drawn.speed(timed, estimate=True)
+    assert "measured time of a layer" not in drawn.speed(table, estimate=True)
+    assert list(timed["predicted_loss"].fillna(0)) == [0, 4, 4, 4, 0]  # neither of the original nor of tuned weights
+    assert "as predicted" in drawn.losses(timed, "fisher")
     assert list(table["other_mb"]) == [0.5] * 5
     assert list(table["of_16_bit"]) == [0.3125] * 5
     assert list(table["of_published"]) == [0.625] * 5
@@ -212,7 +242,14 @@ def test_every_text_stands_beside_the_uniform_checkpoint_worst_first() -> None:
     assert table.loc["alone", ["kl_over_uniform", "worst_over_uniform"]].isna().all()
     assert set(table["predicted_over_uniform"].dropna()) == {"b 1.50, a 0.50"}
     assert list(table.loc["better", ["kl_en", "kl_code"]]) == [0.1, 0.3]
-    assert "worst text" in figures.quality(table.reset_index())
+    assert "worst text" in drawn.quality(table.reset_index())
     page = domains_html(table.reset_index())
     assert page.count("<tr>") == 5
+    assert domains_html(table.reset_index().replace({"kind": {"ours": "ours tuned"}})).count("<tr>") == 5
+    best = headline_table(table.reset_index())  # perplexities are all the same: the smallest budget is the answer
+    assert list(best["checkpoint"]) == ["better", "rtn", "original", "other", "u3", "alone"]
+    assert list(headline_table(table.reset_index().query("kind == 'original'"))["checkpoint"]) == ["original"]
+    far = table.reset_index().assign(perplexity=[9.0, *np.linspace(20, 13, len(table) - 1)])
+    nearest = far[far["kind"] == "ours"].sort_values(["kl", "budget_bits"])
+    assert headline_table(far)["checkpoint"].iloc[0] == nearest["checkpoint"].iloc[0]
     assert "code 1.50, en 0.25" in page

@@ -125,6 +125,20 @@ def test_two_models_keep_their_results_apart(project: Path) -> None:
     assert planned(project) == {}
 
 
+def test_an_extrapolation_is_made_where_it_is_asked_for(project: Path) -> None:
+    edit(project, changed("extrapolate", value={"shape": "demo-moe", "budget_bits": [4.5], "tokens": [64]}))
+    assert planned(project) == {"extrapolate": 1, "report": 1}
+    snakemake(project)
+    assert planned(project) == {}
+    page = (project / "results" / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 10
+    assert "On layers of demo-moe, 64 tokens in a step: at 4.5 bits the mixture" in page
+    assert (project / RESULTS / "figures" / "extrapolated.svg").is_file()
+    edit(project, changed("extrapolate", value={"shape": "mixtral-8x7b"}))
+    with pytest.raises(AssertionError, match=r"extrapolate\.shape: mixtral-8x7b has no shared expert"):
+        planned(project)
+
+
 def test_a_tuned_point_goes_from_the_sweep_to_the_report(project: Path) -> None:
     edit(project, changed("sweep", "0", "tuned", value=[False, True]), changed("tune", value={"steps": 2}))
     assert planned(project) == {"tune": 1, "evaluate": 1, "report": 1}

@@ -76,6 +76,7 @@ def job_memory(sizes: Sizes, element: int, run_tokens: int, calibration_tokens: 
         "measure": 4 * _LIGHT,
         "profile": _LIGHT,
         "frontier": 4 * _LIGHT,
+        "extrapolate": 4 * _LIGHT,
         "solve": _LIGHT,
         "tune": tune,
         "quantize": _LIGHT + max(sizes.experts, sizes.embedding) * element,

@@ -4,11 +4,13 @@ Reads every evaluated checkpoint with its allocation, the trace, the losses and 
 summary.csv (a row per checkpoint), report.html and the figures as SVG files.
 """
 
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from mxmoe_steps.atomic import atomic_path
 from mxmoe_steps.errors import UserError, run_cli
@@ -16,6 +18,19 @@ from mxmoe_steps.made_from import recorded
 from mxmoe_steps.options.base import Count, Flag, InFile, InFiles, InFolder, OutFile, OutFolder, StepOptions, Tokens
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.shared import DrawnLoss, Seeded
+from mxmoe_steps.reporting.sections import OPENING, SECTIONS, STEP_HEADS, drawn_figures
+from mxmoe_steps.values import from_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+    from mxmoe_steps.allocation.blocks import Blocks, Losses
+    from mxmoe_steps.allocation.pick import Part
+    from mxmoe_steps.reporting.checkpoints import Checkpoint
+    from mxmoe_steps.timing.profile import Profile
+    from mxmoe_steps.timing.traffic import Traffic
+
+_TOKEN_COUNTS = 8  # columns of predicted times; of more, some
 
 
 class ReportOptions(DrawnLoss, Seeded, StepOptions):
@@ -30,98 +45,17 @@ class ReportOptions(DrawnLoss, Seeded, StepOptions):
     profile: InFile = Field(description="table that profile wrote")
     tasks: InFiles = Field([], description="what tasks wrote, in a folder per checkpoint")
     times: InFile | None = Field(None, description="what time wrote: measured times of the checkpoints' layers")
+    extrapolation: InFile | None = Field(None, description="what extrapolate wrote: losses and times of a larger model")
+    benchmarks: InFolder | None = Field(None, description="folder of Snakemake's benchmarks: what every job took")
+    config: Annotated[dict[str, Any], BeforeValidator(from_json), Flag("JSON")] = Field(
+        {}, description="the configuration, to be shown"
+    )
     traffic_text: Annotated[str, Flag("NAME")] = Field(description="traced text that times assume")
     tokens: list[Tokens] = Field(description="tokens in a step, for predicted times")
     steps: Count = Field(16, description="sampled steps that times average over")
     html: OutFile = Field(description="page to write")
     csv: OutFile = Field(description="table to write")
     figures: OutFolder = Field(description="folder for the SVG files")
-
-
-_TOKEN_COUNTS = 8  # columns of predicted times; of more, some
-_VARIES = 1.05  # predicted times that differ by less than this factor are called equal
-
-
-def predicted_times(options: ReportOptions, allocations: dict[str, Any]) -> dict[str, dict[int, float]]:
-    """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
-    from mxmoe_steps.allocation.blocks import read_losses
-    from mxmoe_steps.reporting.figures import spread
-    from mxmoe_steps.timing.predict import Tables, mean_layer_us
-    from mxmoe_steps.timing.profile import read_profile
-    from mxmoe_steps.timing.traffic import sample_traffic
-
-    losses = read_losses(options.losses, "out_sq", False)
-    blocks = losses.blocks
-    experts = set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
-    for name, allocation in allocations.items():
-        assigned = {(layer, expert) for layer, expert, *_ in allocation["assignment"]}
-        if allocation["model"] != losses.model or assigned != experts:
-            raise UserError(
-                f"allocation {name} and {options.losses[0]} are of different models; solve again for this one"
-            )
-    profile = read_profile(options.profile)
-    times: dict[str, dict[int, float]] = {name: {} for name in allocations}
-    for tokens in spread(sorted(options.tokens), _TOKEN_COUNTS):
-        traffic = sample_traffic(options.trace, [options.traffic_text], tokens, "auto", options.steps, options.seed)
-        if traffic.model != losses.model:
-            raise UserError(
-                f"{options.trace} and {options.losses[0]} are of different models; trace and calibrate one model"
-            )
-        tables: Tables = {}
-        for name, allocation in allocations.items():
-            times[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile, tables)
-    return times
-
-
-def time_note(times: dict[str, dict[int, float]], facts: dict[str, Any], timed_as: dict[str, str]) -> str:
-    """What the predicted times are, and at which token counts they tell checkpoints apart."""
-    from mxmoe_steps.timing.sources import changed_kernels
-
-    source = "a roofline estimate from the data sheet" if facts["estimate"] else "a model fitted to measured kernels"
-    sentences = [f"Layer times are predicted for {facts['device']} by {source}."]
-    if not facts["estimate"]:
-        earlier = ", in an earlier version" if changed_kernels(facts["kernels"], facts["arch"]) else ""
-        sentences.append(f"The kernels were {facts['source']}{earlier}. {held_out_errors(facts)}")
-    for scheme, kernel in sorted(timed_as.items()):
-        sentences.append(f"{scheme} has no kernel of its own: its time is an estimate, that of {kernel}.")
-    for tokens in sorted(next(iter(times.values()))):
-        values = [one[tokens] for one in times.values()]
-        if max(values) < _VARIES * min(values):
-            sentences.append(
-                f"At {tokens} tokens in a step all checkpoints take within {100 * (_VARIES - 1):.0f} % of the same"
-                f" time ({min(values):.1f} to {max(values):.1f} µs): GEMMs this small sit on launch latency, so the"
-                " allocation there is decided by accuracy alone."
-            )
-    return " ".join(sentences)
-
-
-def published_note(original: dict[str, Any]) -> list[str]:
-    """What a reader must know of the original: its commit on the hub, and how its publisher quantized it."""
-    sentences = []
-    if original["name"] is not None:
-        sentences.append(f"The original is commit {original['commit']} of {original['name']}.")
-    if original["formats"]:
-        formats, share = ", ".join(original["formats"]), original["bytes"] / original["bytes_16_bit"]
-        sentences.append(
-            f"The original was published in {formats}: {original['expert_bits']:.2f} bits an expert weight and"
-            f" {original['bytes'] / 1e6:.2f} MB, {share:.1%} of its size in 16 bits. Losses and KL divergences"
-            " are against what its weights mean."
-        )
-    return [" ".join(sentences)] if sentences else []
-
-
-def held_out_errors(facts: dict[str, Any]) -> str:
-    """How far the time model is off on launches it was not fitted to, beside how far repeats are apart."""
-    parts = [
-        f"{100 * error['median']:.1f} % (95th percentile {100 * error['p95']:.1f} %) on {error['problems']} launches"
-        f" of {'one scheme' if kind == 'single' else 'mixed schemes'}"
-        for kind, error in facts["errors"].items()
-    ]
-    repeat = facts["repeat_spread"]
-    return (
-        f"Median error of the model on launches that it was not fitted to: {' and '.join(parts)}; repeats of one launch"
-        f" spread over {100 * repeat['median']:.1f} % (95th percentile {100 * repeat['p95']:.1f} %)."
-    )
 
 
 def measured_times(options: ReportOptions, model: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
@@ -137,116 +71,198 @@ def measured_times(options: ReportOptions, model: str) -> tuple[dict[str, Any] |
     return facts, summary(rows.to_pylist())
 
 
-def measured_note(table: Any, facts: dict[str, Any] | None) -> list[str]:
-    """Where the layers were timed, and how far predictions are off."""
-    from statistics import median
+def sampled_traffic(options: ReportOptions, model: str) -> "dict[int, Traffic]":
+    """Tokens in a step -> sampled steps, of some of many token counts; `UserError` for a trace of another model."""
+    from mxmoe_steps.reporting.figures.style import spread
+    from mxmoe_steps.timing.traffic import sample_traffic
 
-    from mxmoe_steps.reporting.summary import prediction_errors
-
-    if facts is None:
-        return []
-    errors = [
-        f"{100 * median(map(abs, found)):.1f} % at {tokens} tokens"
-        f" ({100 * min(found):+.1f} to {100 * max(found):+.1f} %)"
-        for tokens, found in prediction_errors(table).items()
-        if found
-    ]
-    off = f" The predicted times of their expert GEMMs are off by {'; '.join(errors)}." if errors else ""
-    return [
-        f"Layers were measured on {facts['device']} ({facts['date']}) under the routing of {facts['text']}; the"
-        f" original's are transformers' bfloat16 experts, the faster of its implementations.{off}"
-    ]
+    found = {}
+    for tokens in spread(sorted(options.tokens), _TOKEN_COUNTS):
+        found[tokens] = sample_traffic(
+            options.trace, [options.traffic_text], tokens, "auto", options.steps, options.seed
+        )
+        if found[tokens].model != model:
+            raise UserError(
+                f"{options.trace} and {options.losses[0]} are of different models; trace and calibrate one model"
+            )
+    return found
 
 
-def read_inputs(options: ReportOptions) -> tuple[list[Any], dict[str, Any]]:
-    """Evaluated checkpoints and, by name, the allocations of all but the original; a tuned one has that of another."""
-    from mxmoe_steps.allocation.files import read_allocation
-    from mxmoe_steps.evaluations import TUNED, read_evaluation
-    from mxmoe_steps.reporting.summary import Checkpoint
+def predicted_times(
+    allocations: dict[str, Any], blocks: "Blocks", traffic: "dict[int, Traffic]", profile: "Profile"
+) -> dict[str, dict[int, float]]:
+    """Checkpoint -> tokens in a step -> predicted microseconds of an MoE layer, the mean over layers."""
+    from mxmoe_steps.timing.predict import Tables, mean_layer_us
+
+    times: dict[str, dict[int, float]] = {name: {} for name in allocations}
+    for tokens, steps in traffic.items():
+        tables: Tables = {}
+        for name, allocation in allocations.items():
+            times[name][tokens] = mean_layer_us(allocation, blocks, steps, profile, tables)
+    return times
+
+
+def check_one_model(
+    options: ReportOptions, losses: "Losses", allocations: dict[str, Any], read: dict[Path, str]
+) -> None:
+    """`UserError` unless allocations, losses and what was ``read``, a fingerprint for every file, are of one model."""
+    blocks = losses.blocks
+    experts = set(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
+    for name, allocation in allocations.items():
+        assigned = {(layer, expert) for layer, expert, *_ in allocation["assignment"]}
+        if allocation["model"] != losses.model or assigned != experts:
+            raise UserError(
+                f"allocation {name} and {options.losses[0]} are of different models; solve again for this one"
+            )
+    for path, model in read.items():
+        if model != losses.model:
+            raise UserError(f"{path} and the allocations are of different models; make it again for this one")
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the report is made of, read and checked: all of one model."""
+
+    allocations: "dict[str, dict[str, Any]]"
+    evaluated: "list[Checkpoint]"
+    calibrated: "Losses"
+    tables: "dict[str, DataFrame]"  # losses by scheme
+    frontiers: "list[tuple[dict[str, Any], list[Part]]]"
+    larger: dict[str, Any] | None  # what extrapolate wrote
+    profile: "Profile"
+    tiles: "DataFrame"
+    gpu: dict[str, Any]  # facts of the profile
+    traffic: "dict[int, Traffic]"
+
+    @property
+    def original(self) -> "Checkpoint":
+        """The evaluated original."""
+        return next(one for one in self.evaluated if one.allocation is None)
+
+
+def read_material(options: ReportOptions) -> Material:
+    """Everything but measured times; `UserError` where files are damaged or of different models."""
+    from mxmoe_steps.allocation.blocks import read_losses
+    from mxmoe_steps.allocation.files import read_allocation, read_frontier
+    from mxmoe_steps.extrapolations import read_extrapolation
+    from mxmoe_steps.reporting.checkpoints import read_checkpoints
+    from mxmoe_steps.tables import LOSSES, PROFILE, read_table
+    from mxmoe_steps.timing.profile import read_profile
 
     allocations = {path.stem: read_allocation(path) for path in options.allocations}
-    checkpoints = []
-    for path in options.evaluations:
-        metrics, name = read_evaluation(path), path.stem
-        allocation = allocations.get(name.removesuffix(TUNED) if metrics.get("tuned") else name)
-        if metrics["allocation"] is None:
-            checkpoints.append(Checkpoint(name, metrics, None))
-            continue
-        if allocation is None:
-            raise UserError(f"{path}: no allocation of that name among --allocations")
-        if not metrics["allocation"].items() <= allocation.items():
-            raise UserError(f"{path}: was evaluated under another allocation; run quantize and evaluate again")
-        checkpoints.append(Checkpoint(name, metrics, allocation))
-    for path, checkpoint in zip(options.evaluations, checkpoints, strict=True):
-        if checkpoint.metrics["texts"].keys() != checkpoints[0].metrics["texts"].keys():
-            raise UserError(f"{path}: was evaluated on other texts than {options.evaluations[0]}; run evaluate again")
-    if not any(checkpoint.allocation is None for checkpoint in checkpoints):
-        raise UserError("--evaluations holds no evaluation of the original model")
-    return checkpoints, allocations
+    evaluated = read_checkpoints(options.evaluations, allocations)
+    profile, calibrated = read_profile(options.profile), read_losses(options.losses, "out_sq", False)
+    frontiers = [read_frontier(path) for path in options.frontiers]
+    read = {path: facts["model"] for path, (facts, _) in zip(options.frontiers, frontiers, strict=True)}
+    larger = None
+    if options.extrapolation is not None:
+        larger = read_extrapolation(options.extrapolation)
+        read[options.extrapolation] = larger["model"]
+    check_one_model(options, calibrated, allocations, read)
+    tables = {}
+    for path in options.losses:
+        rows, facts = read_table(LOSSES, path)
+        tables[facts["scheme"]] = rows.to_pandas()
+    tiles, gpu = read_table(PROFILE, options.profile)
+    traffic = sampled_traffic(options, calibrated.model)
+    return Material(
+        allocations, evaluated, calibrated, tables, frontiers, larger, profile, tiles.to_pandas(), gpu, traffic
+    )
+
+
+def summarize(
+    material: Material, measured: dict[str, dict[int, dict[str, float]]]
+) -> "tuple[DataFrame, dict[str, dict[int, float]]]":
+    """The summary table, and the predicted times in it; tuning changes no times."""
+    from mxmoe_steps.evaluations import TUNED
+    from mxmoe_steps.reporting.summary import summary_table
+
+    some = next(iter(material.allocations.values()))
+    unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
+    allocations = material.allocations | {material.original.name: {"assignment": unpacked, "timed_as": {}}}
+    times = predicted_times(allocations, material.calibrated.blocks, material.traffic, material.profile)
+    plain = {one.name: one.name.removesuffix(TUNED) for one in material.evaluated}
+    times |= {name: times[other] for name, other in plain.items()}
+    measured |= {name: measured[other] for name, other in plain.items() if other in measured}
+    return summary_table(material.evaluated, times, material.profile.estimate, measured), times
+
+
+def draw(options: ReportOptions, material: Material, table: "DataFrame") -> dict[str, str]:
+    """Name -> SVG of every figure."""
+    from mxmoe_steps.reporting.figures import blocks, checkpoints, frontiers, gpu
+    from mxmoe_steps.reporting.figures.style import spread
+    from mxmoe_steps.reporting.headline import answer
+    from mxmoe_steps.tables import TRAFFIC, read_table
+    from mxmoe_steps.timing.roofline import layer_roofline
+
+    allocations, estimate = material.allocations, material.profile.estimate
+    ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
+    best = answer(table)
+    named = {one.name: one.allocation for one in material.evaluated if one.allocation is not None}
+    shown = ordered[0] if best is None else named[best["checkpoint"]]
+    layers = sorted({layer for layer, *_ in shown["assignment"]})
+    roofs = [
+        layer_roofline(shown, material.calibrated.blocks, steps, material.profile, layers[len(layers) // 2])
+        for _, steps in spread(sorted(material.traffic.items()), 2)
+    ]
+    return {
+        "quality": checkpoints.quality(table),
+        "speed": checkpoints.speed(table, estimate),
+        **({"extrapolated": frontiers.extrapolated(material.larger)} if material.larger is not None else {}),
+        "frontier": frontiers.frontiers(material.frontiers, ordered, estimate),
+        "allocation": blocks.allocation([one for one in ordered if one["granularity"] == "block"] or ordered),
+        "sensitivity": blocks.sensitivity(material.tables, options.metric),
+        "losses": checkpoints.losses(table, options.metric),
+        "traffic": blocks.traffic(read_table(TRAFFIC, options.trace / "traffic.parquet")[0].to_pandas()),
+        "roofline": gpu.roofline(roofs, estimate),
+        "times": gpu.times(material.tiles, material.gpu),
+    }
 
 
 def report(options: ReportOptions) -> None:
     """Write the table, the figures and the page."""
-    from mxmoe_steps.allocation.files import read_frontier
-    from mxmoe_steps.evaluations import TUNED
-    from mxmoe_steps.reporting import figures
-    from mxmoe_steps.reporting.page import domains_html, figure, page, table_html
-    from mxmoe_steps.reporting.summary import domain_lines, headlines, summary_table
+    from mxmoe_steps.reporting import extrapolated, notes
+    from mxmoe_steps.reporting.domains import domain_lines
+    from mxmoe_steps.reporting.origins import machine, provenance, steps_taken
+    from mxmoe_steps.reporting.page import Section, figure, folded, page, plain_table
+    from mxmoe_steps.reporting.summary import headlines
+    from mxmoe_steps.reporting.summary_html import domains_html, headline_html, table_html
     from mxmoe_steps.reporting.tasks import read_task_scores, task_lines, tasks_figure, tasks_html, with_scores
-    from mxmoe_steps.tables import LOSSES, PROFILE, TRAFFIC, read_table
 
-    checkpoints, allocations = read_inputs(options)
-    original = next(checkpoint.name for checkpoint in checkpoints if checkpoint.allocation is None)
-    some = next(iter(allocations.values()))
-    unpacked = [[layer, expert, *["w16a16"] * 3] for layer, expert, *_ in some["assignment"]]
-    unquantized = {"assignment": unpacked, "model": some["model"], "timed_as": {}}
-    times = predicted_times(options, {**allocations, original: unquantized})
-    plain = {one.name: one.name.removesuffix(TUNED) for one in checkpoints}  # tuning changes no times
-    times |= {name: times[other] for name, other in plain.items()}
-    losses = {}
-    for path in options.losses:
-        rows, facts = read_table(LOSSES, path)
-        losses[facts["scheme"]] = rows.to_pandas()
-    tiles, profile_facts = read_table(PROFILE, options.profile)
-    estimate = bool(profile_facts["estimate"])
-    timed_facts, measured = measured_times(options, some["model"])
-    measured |= {name: measured[other] for name, other in plain.items() if other in measured}
-    table = summary_table(checkpoints, times, estimate, measured)
-    scores = read_task_scores(options.tasks, table, some["model"])
+    material = read_material(options)
+    model, published = material.calibrated.model, material.original.metrics["published"]
+    estimate = material.profile.estimate
+    timed_facts, measured = measured_times(options, model)
+    table, times = summarize(material, measured)
+    scores = read_task_scores(options.tasks, table, model)
     table = with_scores(table, scores)
-    frontiers = [read_frontier(path) for path in options.frontiers]
-    for path, (facts, _) in zip(options.frontiers, frontiers, strict=True):
-        if facts["model"] != some["model"]:
-            raise UserError(f"{path} and the allocations are of different models; run frontier again for this one")
-    ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
-    maps = [one for one in ordered if one["granularity"] == "block"]
-    drawn = {
-        "quality": figures.quality(table),
-        "speed": figures.speed(table, estimate),
-        "frontier": figures.frontiers(frontiers, ordered, estimate),
-        "allocation": figures.allocation(maps or ordered),
-        "sensitivity": figures.sensitivity(losses, options.metric),
-        "times": figures.times(tiles.to_pandas(), profile_facts),
-        "traffic": figures.traffic(read_table(TRAFFIC, options.trace / "traffic.parquet")[0].to_pandas()),
-    }
-    lines = headlines(table) + domain_lines(checkpoints) + task_lines(table, scores)
-    parts = [
-        ("Checkpoints", TEXTS["table"], table_html(table, estimate)),
-        ("Texts", TEXTS["domains"], domains_html(table)),
-        *((HEADINGS[name], TEXTS[name], figure(svg)) for name, svg in drawn.items()),
-    ]
+    drawn = draw(options, material, table) | ({"tasks": tasks_figure(table, scores)} if scores else {})
+    html = {name: figure(svg) for name, svg in drawn.items()}
+    lines = domain_lines(material.evaluated) + task_lines(table, scores)
     if scores:
-        drawn["tasks"] = tasks_figure(table, scores)
-        parts.insert(2, ("Tasks", TEXTS["tasks"], tasks_html(table, scores) + figure(drawn["tasks"])))
-    timed_as = {scheme: kernel for one in allocations.values() for scheme, kernel in one["timed_as"].items()}
-    notes = [time_note(times, profile_facts, timed_as), *published_note(checkpoints[0].metrics["published"])]
-    notes += measured_note(table, timed_facts)
-    html = page(f"Mixed-precision quantization of {options.title}", lines, notes, parts)
+        html["tasks"] = tasks_html(table, scores) + html["tasks"]
+    if material.larger is not None:
+        lines += extrapolated.lines(material.larger)
+        html["extrapolated"] += plain_table(extrapolated.HEADS, extrapolated.verdicts(material.larger), text=0)
+    origins = plain_table(("what", "value"), provenance(options.title, model, published, material.gpu), text=2)
+    config = json.dumps(options.config, indent=1, ensure_ascii=False)
+    html |= {"checkpoints": table_html(table, estimate), "texts": domains_html(table)}
+    html |= {"provenance": origins + folded("Configuration", config)}
+    if options.benchmarks is not None:
+        taken = steps_taken(options.benchmarks, [one.name for one in material.evaluated])
+        html["run"] = plain_table(STEP_HEADS, taken) + f"<p>{machine()}.</p>"
+    timed_as = {scheme: by for one in material.allocations.values() for scheme, by in one["timed_as"].items()}
+    warnings = [notes.time_note(times, material.gpu, timed_as), *notes.published_note(published)]
+    warnings += notes.measured_note(table, timed_facts) + notes.starved_note(next(iter(material.tables.values())))
+    sections = [Section(name, *SECTIONS[name], html[name]) for name in SECTIONS if name in html]
+    title = f"Mixed-precision quantization of {options.title}"
+    text = page(title, f"<p>{OPENING}</p>{headline_html(table, estimate)}", lines, warnings, sections)
     for name, svg in drawn.items():
         _write(options.figures / f"{name}.svg", svg)
     _write(options.csv, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
-    _write(options.html, html)
-    print("\n".join([f"report   {options.html}", f"summary  {options.csv}", *lines]), file=sys.stderr)
+    _write(options.html, text)
+    written = [f"report   {options.html}", f"summary  {options.csv}"]
+    print("\n".join([*written, *headlines(table), *lines]), file=sys.stderr)
 
 
 def _write(path: Path, text: str) -> None:
@@ -254,44 +270,12 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-HEADINGS = {
-    "quality": "Quality over size",
-    "speed": "Quality over predicted time",
-    "frontier": "Frontiers",
-    "allocation": "Allocations",
-    "sensitivity": "Sensitivity",
-    "times": "Kernel times",
-    "traffic": "Expert traffic",
-}
-TEXTS = {
-    "table": "Bits count 16-bit scales and zero points, averaged over all weights of routed and shared experts. "
-    "Perplexity and KL divergence are of the packed weights on held-out text. Uniform checkpoints use the best single "
-    "scheme within the budget. MB are those of all weights on disk, also as shares of the original in 16 bits and as "
-    "it was published; embeddings, attention and layers that predict tokens ahead are not experts and in no budget.",
-    "domains": "Every text's KL divergence over that of the uniform checkpoint of the same budget and quantizer, and "
-    "every calibration domain's predicted loss over that of the best single scheme within the budget; the worst first. "
-    "Above 1 the mixture is worse there.",
-    "tasks": "Scores on tasks of lm-evaluation-harness, with standard errors. Those within two standard errors of what "
-    "guessing among the choices scores are at chance level: differences between them mean nothing. Checkpoints answer "
-    "the same questions, so a difference between two of them is more certain than their errors suggest.",
-    "quality": "Lower is better on both axes. All checkpoints of one column of markers obey the same budget.",
-    "speed": "Each marker is a checkpoint. Left and down is better.",
-    "frontier": "Every allocation that is best for some exchange rate between loss and time, as the solver predicts "
-    "them; dots are the allocations that were chosen. Of many frontiers, some are drawn.",
-    "allocation": "The scheme of every gate, up and down block; S is the shared expert. Of many allocations, some are "
-    "drawn, from the smallest budget to the largest.",
-    "sensitivity": "What quantizing one block alone does to the model, per scheme.",
-    "times": "Left: the rate at which tiles of a prefill kernel multiply on a busy GPU. Right, where "
-    "the GPU was measured: predicted over measured time of random launches that the model was not fitted to, with "
-    "lines 20 % above and below.",
-    "traffic": "How many tokens each expert gets, relative to an even split.",
-}
-
-
 def main() -> None:
     """Command line."""
     options = parse(ReportOptions, __doc__)
-    figures = [options.figures / f"{name}.svg" for name in sorted([*HEADINGS, *(["tasks"] if options.tasks else [])])]
+    without = [] if options.extrapolation else ["extrapolated"]
+    without += [] if options.tasks else ["tasks"]
+    figures = [options.figures / f"{name}.svg" for name in drawn_figures(without)]
     with recorded(options.made_from, [options.html, options.csv, *figures]):
         report(options)
 

@@ -52,8 +52,8 @@ class Times:
     Between the launches lies SwiGLU. It is a launch of its own, of ``between_us`` + ``swiglu_us`` of the down blocks,
     float64 [B, S], unless gate and up of every expert take one scheme. Then it is part of the first launch, and what
     lies between is ``between_us`` + ``quantize_us`` [B, S] of the down blocks, or nothing if none takes a ``quantized``
-    scheme (bool [S]; ``quantize_us`` of the others is 0). Where experts are no plain SwiGLU, that launch is always needed,
-    (then all schemes are ``quantized``, and the two costs are the same).
+    scheme (bool [S]; ``quantize_us`` of the others is 0). Where experts are no plain SwiGLU, it always is one
+    (all schemes are ``quantized`` then, and the two costs are the same).
     """
 
     sides: tuple[Sides, Sides]

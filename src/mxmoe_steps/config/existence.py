@@ -16,8 +16,9 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import for_target
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.models.families import ModelFolder
-from mxmoe_steps.schemes import BLOCKS, ORIGINAL, parse_scheme
+from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, parse_scheme
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
+from mxmoe_steps.timing.shapes import shape_like
 
 if TYPE_CHECKING:
     from mxmoe_steps.config.sections import Config, Solve
@@ -52,10 +53,12 @@ def check_budgets(config: "Config") -> None:
     wide = 1 << 20  # input features: per-channel overhead vanishes, so this is a lower bound
     least = min(config.calibrate.schemes, key=lambda name: parse_scheme(name).bits(wide))
     bits = parse_scheme(least).bits(wide)
-    for grid in config.sweep:
-        if min(grid.budget_bits) < bits:
+    budgets = [("sweep", grid.budget_bits) for grid in config.sweep]
+    budgets += [("extrapolate", config.extrapolate.budget_bits)] if config.extrapolate else []
+    for section, found in budgets:
+        if min(found) < bits:
             raise ValueError(
-                f"sweep: budget_bits {min(grid.budget_bits):g} is below {bits:g}, what the smallest candidate"
+                f"{section}: budget_bits {min(found):g} is below {bits:g}, what the smallest candidate"
                 f" {least} takes; raise the budget or add a smaller scheme to calibrate.schemes"
             )
 
@@ -130,6 +133,15 @@ def check_selectors(solve: "Solve", folder: ModelFolder) -> None:
                 select(selector, blocks)
             except UserError as error:
                 raise UserError(f"solve.{key}: {error}") from None
+
+
+def check_shape(config: "Config", folder: ModelFolder) -> None:
+    """`UserError` for layers to extrapolate to that cannot take the model's losses."""
+    if config.extrapolate is not None:
+        try:
+            shape_like(config.extrapolate.shape, shared=SHARED in folder.expert_ids())
+        except UserError as error:
+            raise UserError(f"extrapolate.shape: {error}") from None
 
 
 def blocks_of(folder: ModelFolder, sizes: bool = False) -> Blocks:

@@ -15,6 +15,7 @@ from mxmoe_steps.config.existence import check_budgets, check_constraints, check
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.evaluate import EvaluateOptions
 from mxmoe_steps.extensions import load
+from mxmoe_steps.extrapolate import Larger
 from mxmoe_steps.frontier import Counting, Problem
 from mxmoe_steps.harness.names import check_names
 from mxmoe_steps.models.families import is_local
@@ -173,6 +174,10 @@ class Sweep(Section):
         return self
 
 
+class Extrapolate(Larger, Section):
+    """Loss against time at the size of a larger model, with this one's losses; leave it out, and there is none."""
+
+
 class Tune(Descent, Section):
     """Tuning of the checkpoints that `sweep[].tuned` asks for, on the calibration text."""
 
@@ -230,6 +235,7 @@ class Config(Section):
     baselines: list[QuantizerName] = Field(
         ["rtn", "gptq"], description="quantizers of the uniform baselines: the best single scheme within each budget"
     )
+    extrapolate: Extrapolate | None = None
     tune: Tune = Field(default_factory=lambda: Tune())
     evaluate: Evaluate
     runtime: Runtime = Field(default_factory=lambda: Runtime())

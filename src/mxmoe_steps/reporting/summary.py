@@ -1,39 +1,13 @@
 """The summary table: one row per evaluated checkpoint, and what it says in a few lines."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from mxmoe_steps.quantizers.names import is_rotated
-
-TUNED_KIND = " tuned"  # at the end of a kind of checkpoint
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An evaluated checkpoint: its metrics and, unless it is the original, its allocation."""
-
-    name: str
-    metrics: dict[str, Any]
-    allocation: dict[str, Any] | None
-
-    @property
-    def kind(self) -> str:
-        """``original``, ``uniform`` with the quantizer, or ``ours``; the last two may be ``tuned``."""
-        if self.allocation is None:
-            return "original"
-        uniform = self.allocation["granularity"] == "uniform"
-        kind = f"uniform {self.allocation['quantizer']}" if uniform else "ours"
-        return kind + TUNED_KIND if self.metrics.get("tuned") else kind
-
-    @property
-    def scheme(self) -> str:
-        """The scheme that all blocks share; ``mixed`` for ours; how the original was published."""
-        if self.allocation is None:
-            return ", ".join(self.metrics["published"]["formats"]) or "w16a16"
-        return str(self.allocation["assignment"][0][2]) if self.allocation["granularity"] == "uniform" else "mixed"
+from mxmoe_steps.reporting.checkpoints import TUNED_KIND, Checkpoint
+from mxmoe_steps.reporting.domains import beside_uniform, predicted_loss
 
 
 def summary_table(
@@ -67,6 +41,7 @@ def summary_table(
                 "bits": allocation.get("bits", original["expert_bits"] if original["formats"] else 16.0),
                 "tokens": allocation.get("tokens") if ours else None,
                 "goal": _goal(allocation) if ours else None,
+                "predicted_loss": predicted_loss(checkpoint),
                 "perplexity": checkpoint.metrics["overall"]["perplexity"],
                 "kl": checkpoint.metrics["overall"]["kl"],
                 "size_mb": size / 1e6,
@@ -77,7 +52,7 @@ def summary_table(
                 **_measured_columns((measured or {}).get(checkpoint.name, {})),
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
                 **{f"kl_{text}": m["kl"] for text, m in checkpoint.metrics["texts"].items()},
-                **(_beside_uniform(checkpoint, checkpoints) if ours else {}),
+                **(beside_uniform(checkpoint, checkpoints) if ours else {}),
             }
         )
     table = pd.DataFrame(rows).astype({"tokens": "Int64"})
@@ -107,79 +82,6 @@ def prediction_errors(table: pd.DataFrame) -> dict[int, list[float]]:
             timed = table.dropna(subset=[measured])
             errors[tokens] = (timed[column] / timed[measured] - 1).tolist()
     return errors
-
-
-def uniform_beside(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """The uniform checkpoint of the same budget and quantizer, tuned if this one is, or what comes near; or None."""
-    assert checkpoint.allocation is not None
-    quantizer, budget = checkpoint.allocation["quantizer"], checkpoint.allocation["budget_bits"]
-    uniform = [
-        other
-        for other in checkpoints
-        if other.kind.startswith("uniform") and other.allocation and other.allocation["budget_bits"] == budget
-    ]
-    return min(
-        uniform,
-        key=lambda other: (
-            other.kind.endswith(TUNED_KIND) != checkpoint.kind.endswith(TUNED_KIND),
-            other.kind.removesuffix(TUNED_KIND) != f"uniform {quantizer}",
-            other.metrics["overall"]["kl"],
-        ),
-        default=None,
-    )
-
-
-def over_uniform(checkpoint: Checkpoint, uniform: Checkpoint | None) -> dict[str, float]:
-    """Text -> KL divergence over that of the uniform checkpoint, the worst first; empty without one."""
-    others = {} if uniform is None else uniform.metrics["texts"]
-    texts = checkpoint.metrics["texts"]
-    return _worst_first({text: texts[text]["kl"] / other["kl"] for text, other in others.items() if other["kl"] > 0})
-
-
-def predicted_over_uniform(allocation: dict[str, Any]) -> dict[str, float]:
-    """Domain of the calibration text -> predicted loss over that of the best single scheme, the worst first."""
-    losses, uniform = allocation["domains"]["losses"], allocation["domains"]["uniform"]
-    return _worst_first({name: loss / uniform[name] for name, loss in losses.items() if uniform[name] > 0})
-
-
-def _beside_uniform(checkpoint: Checkpoint, checkpoints: list[Checkpoint]) -> dict[str, Any]:
-    """Columns that compare one of ours with uniform weights."""
-    assert checkpoint.allocation is not None
-    uniform = uniform_beside(checkpoint, checkpoints)
-    ratios = over_uniform(checkpoint, uniform)
-    kl = 0.0 if uniform is None else uniform.metrics["overall"]["kl"]
-    return {
-        "kl_over_uniform": checkpoint.metrics["overall"]["kl"] / kl if kl > 0 else None,
-        "worst_over_uniform": max(ratios.values(), default=None),
-        "texts_over_uniform": _listed(ratios),
-        "predicted_over_uniform": _listed(predicted_over_uniform(checkpoint.allocation)),
-    }
-
-
-def _worst_first(ratios: dict[str, float]) -> dict[str, float]:
-    return dict(sorted(ratios.items(), key=lambda item: (-item[1], item[0])))
-
-
-def _listed(ratios: dict[str, float]) -> str:
-    """``code 1.04, english 0.98``."""
-    return ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
-
-
-def domain_lines(checkpoints: list[Checkpoint]) -> list[str]:
-    """One line per budget: how our best checkpoint fares on every text beside the uniform one, the worst first."""
-    ours = [checkpoint for checkpoint in checkpoints if checkpoint.kind.startswith("ours")]
-    best: dict[float, Checkpoint] = {}
-    for checkpoint in sorted(ours, key=lambda one: float(one.metrics["overall"]["kl"]), reverse=True):
-        assert checkpoint.allocation is not None
-        best[checkpoint.allocation["budget_bits"]] = checkpoint
-    lines = []
-    for budget, checkpoint in sorted(best.items()):
-        if not (ratios := over_uniform(checkpoint, uniform_beside(checkpoint, checkpoints))):
-            continue
-        worse = [text for text, ratio in ratios.items() if ratio > 1]
-        verdict = f"It is worse on {' and '.join(worse)}." if worse else "It is worse on none."
-        lines.append(f"{budget:g} bits: KL over that of uniform weights: {_listed(ratios)}. {verdict}")
-    return lines
 
 
 def _place(kind: str) -> tuple[Any, ...]:

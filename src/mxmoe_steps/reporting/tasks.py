@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.harness.scores import is_chance, read_scores
-from mxmoe_steps.reporting.figures import STYLE, spread, to_svg
-from mxmoe_steps.reporting.summary import TUNED_KIND
+from mxmoe_steps.reporting.checkpoints import TUNED_KIND
+from mxmoe_steps.reporting.figures.style import STYLE, spread, to_svg
 from mxmoe_steps.reporting.terminal import row_name
 
 Scores = Mapping[str, Mapping[str, Any]]  # task -> checkpoint -> what `tasks` wrote

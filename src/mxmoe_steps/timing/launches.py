@@ -17,6 +17,7 @@ from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.kernels.shared import interleave
 from mxmoe_steps.schemes import Scheme, parse_scheme
 from mxmoe_steps.timing.shapes import MODELS, LayerShape
+from mxmoe_steps.timing.traffic import routed_rows
 
 MAX_PROBLEMS = 256  # of every measured kernel: two blocks of 128 experts
 TILE_PROBLEMS = 128  # of a tile launch, at most
@@ -120,9 +121,7 @@ def tile_launches(architecture: Architecture, formats: tuple[Format, ...], sms: 
 def skewed_rows(shape: LayerShape, tokens: int, skew: float, generator: np.random.Generator) -> np.ndarray:
     """Rows of each expert and slice, int64: top-k of Gumbel noise over popularities 1 / rank^skew; slices take all."""
     logits = -skew * np.log(generator.permutation(shape.experts) + 1.0)
-    noisy = logits + generator.gumbel(size=(tokens, shape.experts))
-    expert_ids = np.argpartition(-noisy, shape.top_k - 1, 1)[:, : shape.top_k]
-    return np.append(np.bincount(expert_ids.ravel(), minlength=shape.experts), np.full(shape.slices, tokens))
+    return np.append(routed_rows(logits, tokens, shape.top_k, generator), np.full(shape.slices, tokens))
 
 
 def problem_launches(formats: tuple[Format, ...], count: int, seed: int = 0) -> list[Launch]:

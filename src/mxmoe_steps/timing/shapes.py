@@ -6,6 +6,7 @@ What the kernels do is theirs to say (`kernels.shared`): slices of a shared expe
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.shared import strips
 from mxmoe_steps.schemes import Scheme
@@ -54,6 +55,19 @@ MODELS = (
     LayerShape("phi-3.5-moe", 16, 2, 4096, 6400),
     LayerShape("demo-moe", 16, 4, 256, 128, 2),
 )
+
+
+def shape_like(name: str, shared: bool) -> LayerShape:
+    """The layers of the model ``name``; `UserError` where it has a shared expert and ``shared`` is false, or the
+    reverse."""
+    shape = next(one for one in MODELS if one.model == name)
+    if bool(shape.slices) != shared:
+        others = ", ".join(one.model for one in MODELS if bool(one.slices) == shared)
+        raise UserError(
+            f"{name} has {'a' if shape.slices else 'no'} shared expert, the model to quantize has"
+            f" {'one' if shared else 'none'}; choose one of {others}"
+        )
+    return shape
 
 
 def by_warp(schemes: Iterable[Scheme]) -> bool:

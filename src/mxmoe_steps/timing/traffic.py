@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mxmoe_steps.facts import TrafficFacts
 from mxmoe_steps.gating import SWIGLU, Gating, of_variant
 from mxmoe_steps.models.raw import TensorFile
 from mxmoe_steps.tables import TRAFFIC, read_table
+from mxmoe_steps.timing.shapes import LayerShape
 
 DECODE_TOKENS = 256  # auto: a step of at most this many tokens is one token each of many sequences
 _FIX = "run the trace step again"
@@ -132,10 +133,42 @@ def sample_traffic(
             seen[index] += np.bincount(expert_ids[text].ravel(), minlength=experts)
         for step, (text, places) in enumerate(positions):
             rows[index, step] = np.bincount(expert_ids[text][places].ravel(), minlength=experts)
-    weight = np.full(rows.shape, 1 / steps)
     expected = tokens * np.maximum(seen, 0.5) / (facts["sequences"] * facts["length"] * len(texts))
+    gating = of_variant(facts["activation"]) if "activation" in facts else SWIGLU
+    return replace(_with_rare_experts(layers, tokens, rows, expected), model=facts["model"], gating=gating)
+
+
+def _with_rare_experts(
+    layers: tuple[int, ...], tokens: int, rows: NDArray[np.int64], expected: NDArray[np.float64]
+) -> Traffic:
+    """Traffic of sampled ``rows``, and where no step reaches an expert one row in a share of a step.
+
+    ``expected`` [layers, experts]: rows of every expert in a step, on average.
+    """
+    steps = rows.shape[1]
+    weight = np.full(rows.shape, 1 / steps)
     layer, expert = np.nonzero(rows.sum(1) == 0)
     rows[layer, 0, expert] = 1
     weight[layer, 0, expert] = np.minimum(1 / steps, expected[layer, expert])
-    gating = of_variant(facts["activation"]) if "activation" in facts else SWIGLU
-    return Traffic(layers, tokens, rows, weight, facts["model"], gating)
+    return Traffic(layers, tokens, rows, weight)
+
+
+def routed_rows(
+    logits: NDArray[np.float64], tokens: int, top_k: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """Rows of each expert, int64 [experts], when every token takes the top-k of Gumbel noise over ``logits``."""
+    noisy = logits + generator.gumbel(size=(tokens, len(logits)))
+    expert_ids = np.argpartition(-noisy, top_k - 1, 1)[:, :top_k]
+    return np.bincount(expert_ids.ravel(), minlength=len(logits))
+
+
+def skewed_traffic(
+    shape: LayerShape, layers: tuple[int, ...], tokens: int, skew: float, steps: int, seed: int
+) -> Traffic:
+    """Made-up steps of a layer ``shape``: routed expert e has popularity 1 / (e + 1)^skew, in every layer."""
+    generator = np.random.default_rng(seed)
+    logits = -skew * np.log(np.arange(shape.experts) + 1.0)
+    rows = np.array([[routed_rows(logits, tokens, shape.top_k, generator) for _ in range(steps)] for _ in layers])
+    popularity = np.exp(logits) / np.exp(logits).sum()
+    expected = np.tile(tokens * shape.top_k * popularity, (len(layers), 1))
+    return _with_rare_experts(layers, tokens, rows, expected)

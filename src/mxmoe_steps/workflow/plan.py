@@ -32,6 +32,13 @@ def pinned_model(asked: str, pin: Path, is_first: bool) -> tuple[str, ModelFolde
     return describe_model(json.loads(pin.read_text(encoding="utf-8")).get(asked, asked))
 
 
+def told(config: Config) -> dict[str, Any]:
+    """What the report tells of a configuration: all of it that results depend on."""
+    told = config.model_dump(mode="json", exclude_none=True)
+    told["runtime"].pop("layers_per_job", None)
+    return told
+
+
 def candidates(config: Config) -> list[str]:
     """Schemes that a block may take."""
     return [*sorted(config.calibrate.schemes), *([ORIGINAL.name] if config.solve.keep_original else [])]
