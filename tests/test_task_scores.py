@@ -26,6 +26,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.harness import names
 from mxmoe_steps.harness.finding import find_task
 from mxmoe_steps.harness.scores import is_chance, read_scores
+from mxmoe_steps.reporting.sections import drawn_figures
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 
@@ -223,7 +224,7 @@ def test_an_addition_asks_no_other_task_and_no_other_checkpoint(project: Path, f
         )
         assert ("two" in str(row.tasks_at_chance)) == is_chance(by_metric(record)["acc_norm"])
     page = Path("results/report.html").read_text()
-    assert page.count("<svg") == 8
+    assert page.count("<svg") == len(drawn_figures(without=["extrapolated"]))
     assert "two<br>acc_norm<br>24 questions, 0-shot" in page
     assert "(chance level)" in page
     assert "mean accuracy on last, two" in (RESULTS / "logs" / "report.log").read_text()

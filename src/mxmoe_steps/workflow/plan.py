@@ -33,9 +33,13 @@ def pinned_model(asked: str, pin: Path, is_first: bool) -> tuple[str, ModelFolde
 
 
 def told(config: Config) -> dict[str, Any]:
-    """What the report tells of a configuration: all of it that results depend on."""
+    """What the report tells of a configuration: all of it that results depend on, but for a user's modules, which are
+    told where they are used."""
     told = config.model_dump(mode="json", exclude_none=True)
     told["runtime"].pop("layers_per_job", None)
+    told.pop("extensions", None)
+    for several in ("schemes", "quantizers"):
+        told["calibrate"][several].sort()
     return told
 
 
