@@ -48,7 +48,8 @@ def test_every_layer_of_every_checkpoint_is_timed(tmp_path: Path, capfd: pytest.
                 for name in SCHEMES:
                     stages = seen[f"checkpoint-{name}", layer, tokens, step]
                     apart = sum(us for stage, us in stages.items() if stage != "layer")
-                    assert 0.3 * apart < stages["layer"] < 1.2 * apart  # launches overlap
+                    # launches overlap
+                    assert 0.3 * apart < stages["layer"] < 1.2 * apart, (name, layer, tokens, stages)
                     assert ("swiglu" in stages) == (name == "mixed")
     said = capfd.readouterr().err
     assert "time: layer 5 (6 of 6)" in said

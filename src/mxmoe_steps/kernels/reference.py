@@ -45,7 +45,8 @@ def quantize_tokens(x: torch.Tensor, operand: str) -> tuple[torch.Tensor, torch.
     int4 [rows, K / 2] with the first one in the low bits, float32 scales [rows]). The same arithmetic as
     `quantize_activations`; a row of zeros gets a tiny scale."""
     top = {"fp8": E4M3_MAX, "int8": 127.0, "int4": 7.0}[operand]
-    scales = x.abs().amax(-1).float().clamp_min(1e-30) / top
+    largest = x.abs().amax(-1).float().clamp_min(1e-30)
+    scales = largest / largest.new_full((), top)
     scaled = (x.float() / scales[:, None]).clamp(-top, top)
     codes = scaled.to(E4M3) if operand == "fp8" else scaled.round().to(torch.int8)
     codes = codes.view(torch.uint8)

@@ -228,7 +228,8 @@ def quantize_activations(x: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     if scheme.act_bits == 16:
         return x
     top = E4M3_MAX if scheme.fp8 else float(2 ** (scheme.act_bits - 1) - 1)
-    scale = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-30) / top
+    largest = x.abs().amax(-1, keepdim=True).float().clamp_min(1e-30)
+    scale = largest / largest.new_full((), top)  # a GPU multiplies by the inverse of a number, and ties go elsewhere
     scaled = x.float() / scale
     codes = scaled.clamp_(-top, top).to(E4M3).float() if scheme.fp8 else scaled.round_().clamp_(-top, top)
     return codes.mul_(scale)
