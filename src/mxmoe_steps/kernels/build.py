@@ -35,7 +35,7 @@ COMPILER = "4.8.1"  # nvidia-cutlass-dsl; other versions are untested and refuse
 ENTRY = "kernel"  # name of the function in every library
 RUNTIME = "libcute_dsl_runtime.so"
 
-_TOKENS = tuple(f"{__package__}.{name}" for name in ("tokens", "activations", "activate", "rotated"))
+_TOKENS = tuple(f"{__package__}.{name}" for name in ("tokens", "activations", "activate", "combine", "rotated"))
 
 
 def default_cache() -> Path:
@@ -172,7 +172,8 @@ def _token_kernel(kernel: TokenKernel) -> tuple[Any, list[Any]]:
 
     from mxmoe_steps.gating import of_variant
     from mxmoe_steps.kernels.activate import Activate
-    from mxmoe_steps.kernels.activations import Combine, Quantize, SwiGlu
+    from mxmoe_steps.kernels.activations import Quantize, SwiGlu
+    from mxmoe_steps.kernels.combine import Combine
     from mxmoe_steps.kernels.rotated import ActivateRotated, DispatchRotated, QuantizeRotated, SwiGluRotated
     from mxmoe_steps.kernels.tokens import DispatchTokens, SortByExpert
 
