@@ -86,6 +86,7 @@ rule tune:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("tune"),
+    priority: 1  # the longest job of a point: not last
     params:
         **TUNE_PARAMS,
         flags=just(TUNE_FLAGS),
