@@ -83,10 +83,10 @@ rule tune:
         f"{OUT}/logs/tune/{{point}}.log",
     benchmark:
         f"{OUT}/benchmarks/tune/{{point}}.tsv"
+    priority: 1  # the longest job of a point: not last
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("tune"),
-    priority: 1  # the longest job of a point: not last
     params:
         **TUNE_PARAMS,
         flags=just(TUNE_FLAGS),

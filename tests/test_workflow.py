@@ -44,6 +44,7 @@ def test_outputs_are_complete(done: Path) -> None:
     assert page.count("<svg") == 9
     assert '<td class="text">calibrate</td>' in page  # what its jobs took
     assert "roofline estimate" in page
+    assert "10 % more time would give" in page
     log = (done / "results" / "tiny" / "logs" / "report.log").read_text(encoding="utf-8")
     assert "results/report.html" in log
     assert "results/summary.csv" in log

@@ -187,19 +187,25 @@ def summarize(
     return summary_table(material.evaluated, times, material.profile.estimate, measured), times
 
 
+def first_row(material: Material, table: "DataFrame") -> dict[str, Any]:
+    """The allocation of the checkpoint that the page puts first; of any, if there is none of ours."""
+    from mxmoe_steps.reporting.headline import answer
+
+    best = answer(table)
+    named = {one.name: one.allocation for one in material.evaluated if one.allocation is not None}
+    return next(iter(named.values())) if best is None else named[best["checkpoint"]]
+
+
 def draw(options: ReportOptions, material: Material, table: "DataFrame") -> dict[str, str]:
     """Name -> SVG of every figure."""
     from mxmoe_steps.reporting.figures import blocks, checkpoints, frontiers, gpu
     from mxmoe_steps.reporting.figures.style import spread
-    from mxmoe_steps.reporting.headline import answer
     from mxmoe_steps.tables import TRAFFIC, read_table
     from mxmoe_steps.timing.roofline import layer_roofline
 
     allocations, estimate = material.allocations, material.profile.estimate
     ordered = sorted(allocations.values(), key=lambda one: (one["budget_bits"], one["tokens"], one["granularity"]))
-    best = answer(table)
-    named = {one.name: one.allocation for one in material.evaluated if one.allocation is not None}
-    shown = ordered[0] if best is None else named[best["checkpoint"]]
+    shown = first_row(material, table)
     layers = sorted({layer for layer, *_ in shown["assignment"]})
     roofs = [
         layer_roofline(shown, material.calibrated.blocks, steps, material.profile, layers[len(layers) // 2])
@@ -239,6 +245,9 @@ def report(options: ReportOptions) -> None:
     drawn = draw(options, material, table) | ({"tasks": tasks_figure(table, scores)} if scores else {})
     html = {name: figure(svg) for name, svg in drawn.items()}
     lines = domain_lines(material.evaluated) + task_lines(table, scores)
+    if buys := first_row(material, table)["buys"]:
+        head = "what more would give, from the first row's allocation"
+        html["frontier"] += plain_table((head,), [(sentence,) for sentence in buys])
     if scores:
         html["tasks"] = tasks_html(table, scores) + html["tasks"]
     if material.larger is not None:
