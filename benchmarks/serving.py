@@ -389,6 +389,7 @@ def http(run: str, path: Path, arguments: argparse.Namespace) -> Figures:
                     raise
                 time.sleep(0.5)
         figures["server s"] = time.monotonic() - started
+        end = time.monotonic() + arguments.timeout  # a server may take minutes to start
         for count in CONCURRENT:
             with ThreadPoolExecutor(count) as pool:
                 list(pool.map(ask, [8] * count))
