@@ -7,7 +7,7 @@ from torch import nn
 
 Check = Callable[[torch.Tensor], torch.Tensor]  # elements to whether they are bad
 
-_TOGETHER = 2**26  # elements that are copied to be checked in one go
+_TOGETHER = 2**22  # elements that are checked in one go, small tensors of them copied: memory for a few megabytes
 
 
 def not_finite(values: torch.Tensor) -> torch.Tensor:
@@ -29,11 +29,14 @@ def bad_numbers(root: nn.Module) -> str | None:
                 alike.setdefault(key, []).append((f"{path}.{name}" if path else name, tensor.detach()))
     for (check, _, _), tensors in alike.items():
         for batch in _batches(tensors):
-            values = [tensor for _, tensor in batch]
-            together = values[0] if len(values) == 1 else torch.cat([each.flatten() for each in values])
-            if bool(check(together).any()):
-                return next(name for name, tensor in batch if bool(check(tensor).any()))
+            values = [tensor.flatten() for _, tensor in batch]
+            if _any_bad(values[0] if len(values) == 1 else torch.cat(values), check):
+                return next(name for name, tensor in batch if _any_bad(tensor.flatten(), check))
     return None
+
+
+def _any_bad(values: torch.Tensor, check: Check) -> bool:
+    return any(bool(check(part).any()) for part in values.split(_TOGETHER))
 
 
 def check_of(module: nn.Module, name: str, tensor: torch.Tensor) -> Check | None:
