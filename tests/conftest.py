@@ -6,24 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from synthetic import WORDS
 from workflow import make_project, snakemake
-
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "count",
-    "odd",
-]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,23 @@ from mxmoe_steps.models.identity import fingerprint
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, TRAFFIC, write_table
 
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "seven",
+    "wizards",
+    "count",
+    "odd",
+]
+
 
 def run(step: Any, *arguments: Any) -> None:
     """Run a step's main in this process."""

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import mutated_json, refusal
 from packed import pack
-from synthetic import run
+from synthetic import WORDS, run
 from workflow import RESULTS, changed, edit, planned, snakemake
 
 from mxmoe_steps import tasks
@@ -30,22 +30,6 @@ from mxmoe_steps.reporting.sections import drawn_figures
 
 lm_eval = pytest.importorskip("lm_eval", reason="the extra [eval] is not installed")
 
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "wizards",
-    "count",
-    "odd",
-]
 CHOICE = """
 dataset_path: json
 test_split: test

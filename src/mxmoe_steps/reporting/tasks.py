@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.harness.scores import is_chance, read_scores
-from mxmoe_steps.reporting.checkpoints import TUNED_KIND
-from mxmoe_steps.reporting.figures.style import STYLE, spread, to_svg
+from mxmoe_steps.reporting.figures.style import INK, ORIGINAL_COLOUR, label_of, series_of, spread, style, to_svg
 from mxmoe_steps.reporting.terminal import row_name
 
 Scores = Mapping[str, Mapping[str, Any]]  # task -> checkpoint -> what `tasks` wrote
@@ -140,36 +139,22 @@ def tasks_figure(table: pd.DataFrame, scores: Scores) -> str:
     axes = figure.subplots(-(-len(panels) // across), across, squeeze=False).flatten()
     for axis, task in zip(axes, panels, strict=False):
         found = {name: main_score(record) for name, record in scores[task].items()}
-        for label, (colour, marker), rows in _kinds(table):
-            own = [found[name] for name in rows["checkpoint"]]
-            look = {"color": colour, "marker": marker, "ms": 5, "lw": 0.8, "elinewidth": 0.6, "label": label}
-            look["fillstyle"] = "none" if label.endswith(TUNED_KIND) else "full"
+        for name, rows in series_of(table):
+            colour, marker, fill = style(name)
+            rows = rows.sort_values("bits")
+            own = [found[checkpoint] for checkpoint in rows["checkpoint"]]
+            look = {"color": colour, "marker": marker, "fillstyle": fill, "ms": 5, "lw": 0.8, "elinewidth": 0.6}
             errors = [score["stderr"] or 0.0 for score in own]
-            axis.errorbar(rows["bits"], [score["value"] for score in own], errors, **look)
+            axis.errorbar(rows["bits"], [score["value"] for score in own], errors, label=label_of(name), **look)
         original = found["original"]
         error = original["stderr"] or 0.0
-        axis.axhspan(original["value"] - error, original["value"] + error, color="#2e6f95", alpha=0.15, lw=0)
-        axis.axhline(original["value"], color="#2e6f95", lw=0.8, label="original")
+        axis.axhspan(original["value"] - error, original["value"] + error, color=ORIGINAL_COLOUR, alpha=0.15, lw=0)
+        axis.axhline(original["value"], color=ORIGINAL_COLOUR, lw=0.8, label="original")
         if original["chance"] is not None:
-            axis.axhline(original["chance"], color="#424242", lw=0.8, ls=":", label="guessing")
+            axis.axhline(original["chance"], color=INK, lw=0.8, ls=":", label="guessing")
         note = " (chance level)" if is_chance(original) else ""
         axis.set(title=f"{task}{note}", xlabel="bits per expert weight", ylabel=original["metric"])
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return to_svg(figure)
-
-
-def _kinds(table: pd.DataFrame) -> list[tuple[str, tuple[str, str], pd.DataFrame]]:
-    """Label, colour and marker, and rows by bits: uniform kinds, and ours by granularity, tuned ones apart."""
-    kinds = []
-    for name, style in STYLE.items():
-        for tuned in ("", TUNED_KIND):
-            if name.startswith("uniform"):
-                label, rows = name, table[table["kind"] == name + tuned]
-            else:
-                label, rows = f"ours, per {name}", table[table["kind"] == f"ours{tuned}"]
-                rows = rows[rows["granularity"] == name]
-            if len(rows):
-                kinds.append((label + tuned, style, rows.sort_values("bits")))
-    return kinds

@@ -5,14 +5,14 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from mxmoe_steps.reporting.checkpoints import TUNED_KIND
 from mxmoe_steps.reporting.figures.style import (
     INK,
     ORIGINAL_COLOUR,
     PANELS,
-    STYLE,
+    label_of,
     loss_name,
     plain_log,
+    series_of,
     spread,
     style,
     to_svg,
@@ -28,14 +28,14 @@ def quality(table: pd.DataFrame) -> str:
     compared = table["worst_over_uniform"].notna().any() if "worst_over_uniform" in table else False
     figure = Figure(figsize=(13.0 if compared else 9.5, 3.6))
     left, right, *beside = figure.subplots(1, 3 if compared else 2)
-    for name, series in _series(table):
+    for name, series in series_of(table):
         colour, marker, fill = style(name)
         series = series.sort_values("bits")
         line = "--" if name.startswith("uniform") else "-"
         for axis, metric in ((left, "kl"), (right, "perplexity")):
             size = 9 if marker == "*" else 6
             look = {"color": colour, "marker": marker, "ms": size, "fillstyle": fill, "lw": 1}
-            axis.plot(series["bits"], series[metric], line, label=_label(name), **look)
+            axis.plot(series["bits"], series[metric], line, label=label_of(name), **look)
     original = table.loc[table["kind"] == "original", "perplexity"].iloc[0]
     right.axhline(original, color=ORIGINAL_COLOUR, lw=0.8, ls=":", label="original")
     left.set(ylabel="KL from the original, nats per token", xlabel="bits per expert weight")
@@ -50,7 +50,7 @@ def quality(table: pd.DataFrame) -> str:
 
 def _beside_uniform(axis: Any, table: pd.DataFrame) -> None:
     """Our KL divergence over that of uniform weights: the mean of all texts, and the text that fares worst."""
-    for name, series in _series(table[table["kind"].str.startswith("ours")]):
+    for name, series in series_of(table[table["kind"].str.startswith("ours")]):
         colour, marker, _ = style(name)
         series = series.sort_values("bits")
         for column, fill, line in (("worst_over_uniform", "full", "-"), ("kl_over_uniform", "none", ":")):
@@ -76,10 +76,10 @@ def speed(table: pd.DataFrame, estimate: bool) -> str:
     original = table[table["kind"] == "original"].iloc[0]
     for line, (label, names) in zip(axes, rows.items(), strict=True):
         for axis, column, tokens in zip(line, names, columns.values(), strict=True):
-            for name, series in _series(table):
+            for name, series in series_of(table):
                 colour, marker, fill = style(name)
                 look = {"edgecolors": colour, "facecolors": colour if fill == "full" else "none", "marker": marker}
-                axis.scatter(series[column], series["kl"], s=80 if marker == "*" else 30, label=_label(name), **look)
+                axis.scatter(series[column], series["kl"], s=80 if marker == "*" else 30, label=label_of(name), **look)
             axis.axvline(original[column], color=ORIGINAL_COLOUR, lw=0.8, ls=":", label="original (16 bits)")
             axis.set(title=f"{tokens} tokens in a step", xlabel=f"{label} time of a layer, µs")
             plain_log(axis)
@@ -93,10 +93,10 @@ def losses(table: pd.DataFrame, metric: str) -> str:
     figure = Figure(figsize=(5.6, 3.8))
     axis = figure.subplots()
     found = table.dropna(subset=["predicted_loss"])
-    for name, series in _series(found):
+    for name, series in series_of(found):
         colour, marker, fill = style(name)
         size = 9 if marker == "*" else 6
-        x, y, label = series["predicted_loss"], series["kl"], _label(name)
+        x, y, label = series["predicted_loss"], series["kl"], label_of(name)
         axis.plot(x, y, ls="", ms=size, fillstyle=fill, color=colour, marker=marker, label=label)
     if metric == "fisher":
         ends = [found[["predicted_loss", "kl"]].min().min(), found[["predicted_loss", "kl"]].max().max()]
@@ -105,15 +105,3 @@ def losses(table: pd.DataFrame, metric: str) -> str:
     plain_log(axis, "both")
     figure.legend(loc="outside right center", fontsize=8)
     return to_svg(figure)
-
-
-def _label(name: str) -> str:
-    return name if name.startswith("uniform") else f"ours, per {name}"
-
-
-def _series(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(name, rows): uniform kinds, and ours by granularity, those that are tuned apart."""
-    tuned = table["kind"].str.endswith(TUNED_KIND).map({True: TUNED_KIND, False: ""})
-    names = table["kind"].where(~table["kind"].str.startswith("ours"), table["granularity"] + tuned)
-    known = [name + tuned for name in STYLE for tuned in ("", TUNED_KIND)]
-    return [(name, table[names == name]) for name in known if (names == name).any()]

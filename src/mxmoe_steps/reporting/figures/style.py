@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import matplotlib as mpl
+import pandas as pd
 from matplotlib.figure import Figure
 
 from mxmoe_steps.reporting.checkpoints import TUNED_KIND
@@ -56,6 +57,19 @@ def style(name: str) -> tuple[str, str, Literal["full", "none"]]:
     """Colour, marker and its filling: those of tuned checkpoints are hollow."""
     colour, marker = STYLE[name.removesuffix(TUNED_KIND)]
     return colour, marker, "none" if name.endswith(TUNED_KIND) else "full"
+
+
+def label_of(name: str) -> str:
+    """What `series_of` calls ``name``, in words."""
+    return name if name.startswith("uniform") else f"ours, per {name}"
+
+
+def series_of(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(name, rows) of a summary: uniform kinds, and ours by granularity, those that are tuned apart."""
+    tuned = table["kind"].str.endswith(TUNED_KIND).map({True: TUNED_KIND, False: ""})
+    names = table["kind"].where(~table["kind"].str.startswith("ours"), table["granularity"] + tuned)
+    known = [name + tuned for name in STYLE for tuned in ("", TUNED_KIND)]
+    return [(name, table[names == name]) for name in known if (names == name).any()]
 
 
 def plain_log(axis: Any, which: Literal["x", "y", "both"] = "y") -> None:
