@@ -6,6 +6,7 @@ operator, ``mxmoe::packed_experts``, so that `torch.compile` sees no loop over e
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
-from mxmoe_steps.schemes import Scheme
+from mxmoe_steps.schemes import ORIGINAL, Scheme
 
-_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16}  # of parts, as safetensors names them
+DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16}  # of parts, as safetensors names them
 
 
 def _is_e4m3_nan(values: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,26 @@ def _not_positive(values: torch.Tensor) -> torch.Tensor:
     return ~((values > 0) & values.isfinite())
 
 
+def check_of_part(scheme: Scheme, part: str, tensor: torch.Tensor) -> Check | None:
+    """What calls elements of a block's part bad: what is no number, and scales that are not positive."""
+    if part == "qweight":
+        return _is_e4m3_nan if scheme.e4m3_weights else None
+    if part == "scales":
+        return _is_e8m0_nan if tensor.dtype == torch.uint8 else _not_positive
+    return not_finite
+
+
+@dataclass(frozen=True)
+class StoredBlock:
+    """A linear block [N, K] as a checkpoint stores it: its ``parts`` by name, wherever they lie, in a mapped file too."""
+
+    scheme: Scheme
+    out_features: int
+    in_features: int
+    rotated: bool
+    parts: dict[str, torch.Tensor]
+
+
 class PackedLinear(nn.Module):
     """A linear block [N, K] under one scheme, stored as the checkpoint stores it; a ``bias`` [N] is not quantized.
 
@@ -45,7 +66,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.scheme, self.out_features, self.in_features, self.rotated = scheme, out_features, in_features, rotated
         for part, (dtype, shape) in scheme.parts(out_features, in_features).items():
-            self.register_buffer(part, torch.empty(shape, dtype=_DTYPES[dtype]))
+            self.register_buffer(part, torch.empty(shape, dtype=DTYPES[dtype]))
         self.bias = nn.Parameter(torch.empty(out_features)) if biased else None
 
     def quantized(self) -> QuantizedWeight:
@@ -62,12 +83,8 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(seen, self.dequantize().to(x.dtype), self.bias)
 
     def check_of(self, name: str, tensor: torch.Tensor) -> Check | None:
-        """What calls elements of its tensors bad: what is no number, and scales that are not positive."""
-        if name == "qweight":
-            return _is_e4m3_nan if self.scheme.e4m3_weights else None
-        if name == "scales":
-            return _is_e8m0_nan if tensor.dtype == torch.uint8 else _not_positive
-        return not_finite
+        """See `finite.bad_numbers`."""
+        return check_of_part(self.scheme, name, tensor)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -80,6 +97,13 @@ def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bo
     if scheme.is_original:
         return nn.Linear(in_features, out_features, bias=biased)
     return PackedLinear(scheme, out_features, in_features, rotated, biased)
+
+
+def stored_block(linear: Any) -> StoredBlock:
+    """What `make_linear` has made, as a checkpoint stores it."""
+    scheme = linear.scheme if isinstance(linear, PackedLinear) else ORIGINAL
+    parts = {name: tensor.detach() for name, tensor in (*linear.named_parameters(), *linear.named_buffers())}
+    return StoredBlock(scheme, linear.out_features, linear.in_features, getattr(linear, "rotated", False), parts)
 
 
 class MixedExpert(nn.Module):

@@ -1,0 +1,102 @@
+"""Packed blocks on their way to a device: from wherever their parts lie to stacks of weights there.
+
+Parts lie in mapped files as a rule, whose pages come when they are touched. Threads copy them into pinned memory, a
+batch of blocks ahead of the GPU, which fetches it in one piece and unpacks it while the next one is read.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from mxmoe_steps.kernels.stacks import Blocks, Place, Read
+from mxmoe_steps.models.finite import BadNumbersError, any_bad
+from mxmoe_steps.models.packed import StoredBlock, check_of_part
+from mxmoe_steps.quantizers.grid import from_tensors
+
+_THREADS = min(8, os.cpu_count() or 1)
+_AHEAD = 2  # batches that are being read while one is used
+
+Parts = Mapping[str, Sequence[torch.Tensor]]  # of the blocks of a batch
+
+
+def reader(blocks: Mapping[Place, StoredBlock], device: torch.device, where: str) -> Read:
+    """Reads ``blocks`` for `MoeLayer`. `BadNumbersError` names ``where`` and the block whose parts mean no numbers."""
+
+    def read(batches: Sequence[Sequence[Place]]) -> Iterator[Blocks]:
+        parts = [_parts([blocks[place] for place in batch]) for batch in batches]
+        for batch, stacks in zip(batches, stacked(parts, device), strict=True):
+            first = blocks[batch[0]]
+            _check(first, batch, stacks, where)
+            yield stacks["weight"] if "weight" in stacks else from_tensors(first.scheme, first.in_features, stacks)
+
+    return read
+
+
+def _parts(blocks: Sequence[StoredBlock]) -> Parts:
+    """What their weights are made of; those that are not packed, in bfloat16."""
+    names = [name for name in blocks[0].parts if name != "bias"]
+    if names == ["weight"]:
+        return {"weight": [block.parts["weight"].bfloat16() for block in blocks]}
+    return {name: [block.parts[name] for block in blocks] for name in names}
+
+
+def _check(block: StoredBlock, batch: Sequence[Place], stacks: Mapping[str, torch.Tensor], where: str) -> None:
+    """The device is waited for once, unless there is something to name."""
+    checks = {part: check_of_part(block.scheme, part, stack) for part, stack in stacks.items()}
+    bad = [check(stacks[part]).any() for part, check in checks.items() if check is not None]
+    if not bool(torch.stack(bad).any()):
+        return
+    for number, (expert, kind) in enumerate(batch):
+        for part, check in checks.items():
+            if check is not None and any_bad(stacks[part][number], check):
+                raise BadNumbersError(f"{where}, expert {expert}, {kind}: {part}")
+
+
+def stacked(batches: Iterable[Parts], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+    """Every part's tensors, of one shape and type, as one tensor [count, ...] on ``device``, batch after batch."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        ahead: deque[Callable[[], dict[str, torch.Tensor]]] = deque()
+        for batch in batches:
+            ahead.append(_fetched(batch, device, pool))
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft()()
+        while ahead:
+            yield ahead.popleft()()
+
+
+def _fetched(batch: Parts, device: torch.device, pool: ThreadPoolExecutor) -> Callable[[], dict[str, torch.Tensor]]:
+    """Starts to read a batch; the result waits for it and has it on ``device``."""
+    if next(iter(batch.values()))[0].device.type != "cpu":
+        return lambda: {part: torch.stack(list(tensors)).to(device) for part, tensors in batch.items()}
+    pinned = device.type == "cuda"
+    staged = {
+        part: torch.empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype, pin_memory=pinned)
+        for part, tensors in batch.items()
+    }
+    copies = [
+        copy
+        for part, tensors in batch.items()
+        for copy in zip(_bytes(staged[part]), map(_bytes, tensors), strict=True)
+    ]
+    started = [pool.submit(_copy, copies[first::_THREADS]) for first in range(_THREADS)]
+
+    def on_device() -> dict[str, torch.Tensor]:
+        for copying in started:
+            copying.result()
+        return {part: stack.to(device, non_blocking=True) for part, stack in staged.items()}
+
+    return on_device
+
+
+def _bytes(tensor: torch.Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    return tensor.view(torch.uint8).numpy()
+
+
+def _copy(copies: Iterable[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Not by PyTorch, each of whose calls would start threads of its own."""
+    for target, source in copies:
+        np.copyto(target, source)
