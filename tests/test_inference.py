@@ -240,7 +240,7 @@ def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> No
     path = make_packed(tmp_path, "qwen2_moe", ["w8a8_fp8", "w4a16"])
     moe = mxmoe_steps.load_quantized(str(path)).get_submodule("model.layers.0.mlp")
     family = FAMILIES["qwen2_moe"]
-    blocks = gpu.blocks_of(gpu.expert_modules(moe, family), family)
+    blocks = gpu.blocks_of(moe, family, "layer 0")
     here, plan = (gpu.plan_of(blocks, family, SWIGLU, elsewhere) for elsewhere in (False, True))
     assert plan.elsewhere
     assert (plan.experts, plan.slices) == (here.experts + 1, here.slices) == (5, 2)

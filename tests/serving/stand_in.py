@@ -29,7 +29,7 @@ class Kernels:
 
     def _dense(self, block: Any) -> torch.Tensor:
         if isinstance(block, torch.Tensor):
-            return block.clone()
+            return block.float()
         return rotate(block.dequantize()) if self.plan.rotated else block.dequantize()
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:

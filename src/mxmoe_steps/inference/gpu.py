@@ -109,25 +109,27 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
 
 
-def kernel_experts(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
-    """`expert_modules` as a layer on the kernels numbers them. Where router weights multiply inputs, the shared expert
-    is one more routed one: it alone sees tokens as they are."""
-    experts = expert_modules(moe, family)
-    if not family.scales_inputs:
-        return experts
-    widths = {expert.get_submodule("down_proj").in_features for expert in experts.values()}
-    if len(widths) > 1:
-        raise UserError("router weights multiply inputs, and the shared expert is of another width than the others")
-    return {number % len(experts): expert for number, expert in experts.items()}
-
-
-def blocks_of(experts: Mapping[int, nn.Module], family: Family) -> dict[Place, StoredBlock]:
-    """The blocks of modules of gate_proj, if they have one, up_proj and down_proj."""
+def blocks_of(moe: nn.Module, family: Family, where: str) -> dict[Place, StoredBlock]:
+    """The blocks of a transformers MoE module with packed experts; ``where``: how messages call the module."""
     return {
-        (number, block): stored_block(expert.get_submodule(f"{block}_proj"))
-        for number, expert in experts.items()
+        (number, block): stored_block(
+            expert.get_submodule(f"{block}_proj"), f"{where}, expert {number}, {block}"
+        )
+        for number, expert in expert_modules(moe, family).items()
         for block in family.own_blocks
     }
+
+
+def kernel_blocks(moe: nn.Module, family: Family, where: str) -> dict[Place, StoredBlock]:
+    """`blocks_of` as a layer on the kernels numbers their experts. Where router weights multiply inputs, the shared
+    expert is one more routed one: it alone sees tokens as they are."""
+    blocks = blocks_of(moe, family, where)
+    if not family.scales_inputs:
+        return blocks
+    downs = [block for (_, kind), block in blocks.items() if kind == "down"]
+    if len({down.in_features for down in downs}) > 1:
+        raise UserError("router weights multiply inputs, and the shared expert is of another width than the others")
+    return {(number % len(downs), kind): block for (number, kind), block in blocks.items()}
 
 
 def plan_of(blocks: Mapping[Place, StoredBlock], family: Family, gating: Gating, elsewhere: bool = False) -> LayerPlan:
@@ -165,21 +167,20 @@ def layer_on_kernels(
     family: Family,
     gating: Gating,
     device: torch.device,
-    where: str,
     gate: torch.Tensor | None = None,
     elsewhere: bool = False,
 ) -> MoeLayer:
     """`plan_of` these blocks with their weights in kernel order on ``device``, or its `UserError`.
 
-    ``where``: names the layer in the `BadNumbersError` of a block that holds no numbers. ``gate``: weight [1, H] of the
-    shared expert's gate, if it has one.
+    ``gate``: weight [1, H] of the shared expert's gate, if it has one. `BadNumbersError` names a block that holds no
+    numbers.
     """
 
     def bias(expert: int, block: str) -> torch.Tensor:
         return blocks[expert, block].parts["bias"]
 
     plan = plan_of(blocks, family, gating, elsewhere)
-    return MoeLayer(plan, reader(blocks, device, where), device, gate, biases=bias if gating.biased else None)
+    return MoeLayer(plan, reader(blocks, device), device, gate, biases=bias if gating.biased else None)
 
 
 def _replacement(moe: nn.Module, family: Family, gating: Gating, device: torch.device, where: str) -> KernelMoe:
@@ -187,8 +188,8 @@ def _replacement(moe: nn.Module, family: Family, gating: Gating, device: torch.d
     check_hardware(device, router.dtype)
     gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).to(device)
     gate_weight = None if gate is None else gate.weight.detach()
-    blocks = blocks_of(kernel_experts(moe, family), family)
-    return KernelMoe(moe, family, layer_on_kernels(blocks, family, gating, device, where, gate_weight))
+    blocks = kernel_blocks(moe, family, where)
+    return KernelMoe(moe, family, layer_on_kernels(blocks, family, gating, device, gate_weight))
 
 
 def use_kernels(model: Any, layers: Iterable[int], device: torch.device | None = None) -> bool:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from mxmoe_steps.kernels.stacks import Blocks, Place, Read
-from mxmoe_steps.models.finite import BadNumbersError, any_bad
 from mxmoe_steps.models.packed import StoredBlock, check_of_part
 from mxmoe_steps.quantizers.grid import from_tensors
 
@@ -23,37 +22,32 @@ _AHEAD = 2  # batches that are being read while one is used
 Parts = Mapping[str, Sequence[torch.Tensor]]  # of the blocks of a batch
 
 
-def reader(blocks: Mapping[Place, StoredBlock], device: torch.device, where: str) -> Read:
-    """Reads ``blocks`` for `MoeLayer`. `BadNumbersError` names ``where`` and the block whose parts mean no numbers."""
+def reader(blocks: Mapping[Place, StoredBlock], device: torch.device) -> Read:
+    """Reads ``blocks`` for `MoeLayer`; `BadNumbersError` names one with a part that means no numbers."""
 
     def read(batches: Sequence[Sequence[Place]]) -> Iterator[Blocks]:
-        parts = [_parts([blocks[place] for place in batch]) for batch in batches]
-        for batch, stacks in zip(batches, stacked(parts, device), strict=True):
-            first = blocks[batch[0]]
-            _check(first, batch, stacks, where)
-            yield stacks["weight"] if "weight" in stacks else from_tensors(first.scheme, first.in_features, stacks)
+        stored = [[blocks[place] for place in batch] for batch in batches]
+        for batch, stacks in zip(stored, stacked(map(_parts, stored), device), strict=True):
+            _check(batch, stacks)
+            scheme, features = batch[0].scheme, batch[0].in_features
+            yield stacks["weight"] if "weight" in stacks else from_tensors(scheme, features, stacks)
 
     return read
 
 
 def _parts(blocks: Sequence[StoredBlock]) -> Parts:
-    """What their weights are made of; those that are not packed, in bfloat16."""
-    names = [name for name in blocks[0].parts if name != "bias"]
-    if names == ["weight"]:
-        return {"weight": [block.parts["weight"].bfloat16() for block in blocks]}
-    return {name: [block.parts[name] for block in blocks] for name in names}
+    """What their weights are made of; those that are not packed, in the precision of the first."""
+    parts = {name: part.dtype for name, part in blocks[0].parts.items() if name != "bias"}
+    return {name: [block.parts[name].to(dtype) for block in blocks] for name, dtype in parts.items()}
 
 
-def _check(block: StoredBlock, batch: Sequence[Place], stacks: Mapping[str, torch.Tensor], where: str) -> None:
-    """The device is waited for once, unless there is something to name."""
-    checks = {part: check_of_part(block.scheme, part, stack) for part, stack in stacks.items()}
-    bad = [check(stacks[part]).any() for part, check in checks.items() if check is not None]
-    if not bool(torch.stack(bad).any()):
-        return
-    for number, (expert, kind) in enumerate(batch):
-        for part, check in checks.items():
-            if check is not None and any_bad(stacks[part][number], check):
-                raise BadNumbersError(f"{where}, expert {expert}, {kind}: {part}")
+def _check(batch: Sequence[StoredBlock], stacks: Mapping[str, torch.Tensor]) -> None:
+    """All parts where their stacks are: the device is waited for once."""
+    checks = [(stack, check_of_part(batch[0].scheme, part, stack)) for part, stack in stacks.items()]
+    bad = [check(stack).any() for stack, check in checks if check is not None]
+    if bool(torch.stack(bad).any()):
+        for block in batch:
+            block.check()
 
 
 def stacked(batches: Iterable[Parts], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.adapters import family_of
 from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION
 from mxmoe_steps.models.gating import gating_of
-from mxmoe_steps.models.packed import MixedExpert, MixedExperts, ScaledExperts
+from mxmoe_steps.models.packed import MixedExperts, ScaledExperts, make_expert
 from mxmoe_steps.models.packed_files import check_experts, check_tensors
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
@@ -73,7 +73,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
                 down = moe.experts.down_proj
                 inner = down[0].numel() // config.hidden_size
                 moe.experts = (ScaledExperts if family.scales_inputs else MixedExperts)(
-                    MixedExpert(
+                    make_expert(
                         quantization.of(int(layer), expert), config.hidden_size, inner, gating, rotated, family.biased
                     )
                     for expert in range(len(experts) - (str(SHARED) in experts))
@@ -81,7 +81,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
                 if family.shared is not None:
                     old = getattr(moe, family.shared)
                     schemes = quantization.of(int(layer), SHARED)
-                    new = MixedExpert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
+                    new = make_expert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
                     setattr(moe, family.shared, new)
         if checkpoint_files:
             check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
