@@ -5,8 +5,9 @@ Beside the ``quantization_config`` (`mxmoe_steps.models.quantization`) stands an
 know without its experts, but refuses an unknown experts implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MixedPrecisionConfig
+    packed_names: Mapping[str, str] = MappingProxyType({})  # of packed blocks' tensors in the model -> in its files
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **_: Any
@@ -84,7 +86,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
                     new = make_expert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
                     setattr(moe, family.shared, new)
         if checkpoint_files:
-            check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
+            self.packed_names = check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Drop the converters that stack experts: ours stay apart."""
