@@ -111,7 +111,7 @@ def load_quantized(
     checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
     empty_model(folder, folder.dtype, trust_remote_code)  # refuses what transformers would trip over
-    destination = _destination.set(None if device_map is not None else torch.device(device))
+    destination = _destination.set(torch.empty(0, device=device).device if device_map is None else None)
     try:
         model: Any = auto_class(folder).from_pretrained(
             path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code

@@ -16,7 +16,7 @@ from mxmoe_steps.kernels.stacks import Blocks, Place, Read
 from mxmoe_steps.models.packed import StoredBlock, check_of_part
 from mxmoe_steps.quantizers.grid import from_tensors
 
-_THREADS = min(8, os.cpu_count() or 1)
+THREADS = min(8, os.cpu_count() or 1)
 _AHEAD = 2  # batches that are being read while one is used
 
 Parts = Mapping[str, Sequence[torch.Tensor]]  # of the blocks of a batch
@@ -52,7 +52,7 @@ def _check(batch: Sequence[StoredBlock], stacks: Mapping[str, torch.Tensor]) -> 
 
 def stacked(batches: Iterable[Parts], device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
     """Every part's tensors, of one shape and type, as one tensor [count, ...] on ``device``, batch after batch."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(THREADS) as pool:
         ahead: deque[Callable[[], dict[str, torch.Tensor]]] = deque()
         for batch in batches:
             ahead.append(_fetched(batch, device, pool))
@@ -68,7 +68,7 @@ def _fetched(batch: Parts, device: torch.device, pool: ThreadPoolExecutor) -> Ca
         return lambda: {part: torch.stack(list(tensors)).to(device) for part, tensors in batch.items()}
     pinned = device.type == "cuda"
     staged = {
-        part: torch.empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype, pin_memory=pinned)
+        part: torch.empty(len(tensors), *tensors[0].shape, dtype=tensors[0].dtype, device="cpu", pin_memory=pinned)
         for part, tensors in batch.items()
     }
     copies = [
@@ -76,7 +76,7 @@ def _fetched(batch: Parts, device: torch.device, pool: ThreadPoolExecutor) -> Ca
         for part, tensors in batch.items()
         for copy in zip(_bytes(staged[part]), map(_bytes, tensors), strict=True)
     ]
-    started = [pool.submit(_copy, copies[first::_THREADS]) for first in range(_THREADS)]
+    started = [pool.submit(_copy, copies[first::THREADS]) for first in range(THREADS)]
 
     def on_device() -> dict[str, torch.Tensor]:
         for copying in started:
