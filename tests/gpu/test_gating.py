@@ -87,9 +87,7 @@ class Made:
         self.plan, self.experts = plan_of(names, experts, sizes, gating, elsewhere, rotated), experts
         read_bias = (lambda *block: self.biases[block]) if gating.biased else None
         device = torch.device("cuda", 0)
-        self.layer = MoeLayer(
-            self.plan, in_memory(self.weights), device, None, architecture, biases=read_bias
-        )
+        self.layer = MoeLayer(self.plan, in_memory(self.weights), device, None, architecture, biases=read_bias)
 
     def error(self, tokens: int, top_k: int) -> float:
         """Relative to float64 with the same bfloat16 intermediates."""

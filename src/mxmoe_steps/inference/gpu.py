@@ -112,9 +112,7 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
 def blocks_of(moe: nn.Module, family: Family, where: str) -> dict[Place, StoredBlock]:
     """The blocks of a transformers MoE module with packed experts; ``where``: how messages call the module."""
     return {
-        (number, block): stored_block(
-            expert.get_submodule(f"{block}_proj"), f"{where}, expert {number}, {block}"
-        )
+        (number, block): stored_block(expert.get_submodule(f"{block}_proj"), f"{where}, expert {number}, {block}")
         for number, expert in expert_modules(moe, family).items()
         for block in family.own_blocks
     }

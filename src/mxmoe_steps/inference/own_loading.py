@@ -19,9 +19,7 @@ class OwnLoading:
     ``names``: of their tensors in ``model``, which has no weights yet, -> in ``files``.
     """
 
-    def __init__(
-        self, model: Any, paths: Iterable[str], names: Mapping[str, str], files: Sequence[str | Path]
-    ) -> None:
+    def __init__(self, model: Any, paths: Iterable[str], names: Mapping[str, str], files: Sequence[str | Path]) -> None:
         self._names, self._files = names, files
         self._modules = {path: model.get_submodule(path) for path in paths}
         stored = set()  # beginnings of their names

@@ -72,9 +72,7 @@ def _fetched(batch: Parts, device: torch.device, pool: ThreadPoolExecutor) -> Ca
         for part, tensors in batch.items()
     }
     copies = [
-        copy
-        for part, tensors in batch.items()
-        for copy in zip(_bytes(staged[part]), map(_bytes, tensors), strict=True)
+        copy for part, tensors in batch.items() for copy in zip(_bytes(staged[part]), map(_bytes, tensors), strict=True)
     ]
     started = [pool.submit(_copy, copies[first::THREADS]) for first in range(THREADS)]
 

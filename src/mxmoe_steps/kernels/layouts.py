@@ -76,8 +76,9 @@ def original_weights(weight: torch.Tensor) -> KernelWeights:
 def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
     """Kernel order of quantized ``weight``, codes [entries, N, K]; inverse: `quantized_weight`.
 
-    What is made on the way takes some 20 bytes a code: `entries_at_once`. `UserError` for schemes without a kernel, sizes that are no multiple of 64, scales or zero points that are not
-    finite, and scales that are too large to decode with.
+    What is made on the way takes some 20 bytes a code, see `entries_at_once`. `UserError` for schemes without a kernel,
+    sizes that are no multiple of 64, scales or zero points that are not finite, and scales that are too large to decode
+    with.
     """
     format_ = kernel_format(weight.scheme)
     if weight.codes.ndim != 3:

@@ -53,8 +53,10 @@ def _arranged(read: Read, sources: Sequence[Source], at_once: int) -> Iterator[K
     weights = read([kind for batch in batches for kind in zip(*map(_places, batch), strict=True)])
     for first, *_ in batches:
         entries = _entries([next(weights) for _ in _places(first)], first)
-        dense = isinstance(entries, torch.Tensor)
-        yield original_weights(entries.bfloat16()) if dense else kernel_weights(entries)
+        if isinstance(entries, torch.Tensor):
+            yield original_weights(entries.bfloat16())
+        else:
+            yield kernel_weights(entries)
 
 
 def _batches(sources: Sequence[Source], at_once: int) -> Iterator[list[Source]]:

@@ -135,6 +135,10 @@ class MixedExpert(nn.Module):
     ``gating`` has no biases: the blocks add theirs.
     """
 
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def __init__(self, linears: Mapping[str, nn.Module], gating: Gating) -> None:
         super().__init__()
         for name, linear in linears.items():

@@ -95,7 +95,9 @@ class Share:
 @dataclass(frozen=True)
 class _Block:
     shape: tuple[int, int]  # in the checkpoint
-    expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # type, None for any float, and shape of parts there
+    expected: dict[
+        str, tuple[torch.dtype | None, tuple[int, ...]]
+    ]  # type, None for any float, and shape of parts there
     stored: StoredBlock  # this rank's share
 
 
