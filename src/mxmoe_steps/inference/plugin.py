@@ -54,9 +54,10 @@ class Plugin(MixedPrecisionQuantizer):
         if self._experts is not None:
             self._experts.finish(model)
             self._experts = None
-        device = _destination.get() or model.device
-        self.arrange(model, device)
-        model.to(device)
+        destination = _destination.get()
+        self.arrange(model, destination or model.device)
+        if destination is not None:
+            model.to(destination)
         if (bad := bad_numbers(model)) is not None:
             raise UserError(f"{model.name_or_path}: {bad} holds NaN or infinity; run the quantize step again")
         model.mxmoe = Arrangement(model)
