@@ -27,12 +27,13 @@ class OwnLoading:
             model.set_submodule(path, nn.Module())
             own = next(name for name in names if name.startswith(f"{path}."))
             stored.add(names[own].removesuffix(own.removeprefix(path)))
-        unexpected = model._keys_to_ignore_on_load_unexpected or ()
-        model._keys_to_ignore_on_load_unexpected = {*unexpected, *(rf"^{re.escape(name)}\." for name in stored)}
+        self._unexpected = model._keys_to_ignore_on_load_unexpected
+        ours = {rf"^{re.escape(name)}\." for name in stored}
+        model._keys_to_ignore_on_load_unexpected = {*(self._unexpected or ()), *ours}
 
     def finish(self, model: Any) -> None:
         """Put them back, with their tensors. Weights that are not packed get the precision of the model."""
-        del model._keys_to_ignore_on_load_unexpected
+        model._keys_to_ignore_on_load_unexpected = self._unexpected
         tensors = {}
         for file in self._files:
             with safe_open(file, "pt") as opened:

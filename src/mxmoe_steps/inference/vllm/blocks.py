@@ -92,12 +92,13 @@ class Share:
         return tensor[:, first:last]
 
 
+_Parts = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # type, None for any float, and shape
+
+
 @dataclass(frozen=True)
 class _Block:
     shape: tuple[int, int]  # in the checkpoint
-    expected: dict[
-        str, tuple[torch.dtype | None, tuple[int, ...]]
-    ]  # type, None for any float, and shape of parts there
+    expected: _Parts  # there
     stored: StoredBlock  # this rank's share
 
 
@@ -119,7 +120,7 @@ class Blocks:
             raise UserError(f"layer {self._layer}: {error}") from None
         (rows, columns), ranks = shape, self._share.ranks
         own = (rows, columns // ranks) if block == "down" else (rows // ranks, columns)
-        expected: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {"weight": (None, shape)}
+        expected: _Parts = {"weight": (None, shape)}
         if not scheme.is_original:
             expected = {part: (DTYPES[dtype], size) for part, (dtype, size) in scheme.parts(*shape).items()}
         if biased:
