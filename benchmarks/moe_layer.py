@@ -25,8 +25,10 @@ from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architecture import ROTATED_KERNELS
 from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import TokenKernel, build
-from mxmoe_steps.kernels.moe_layer import Block, MoeLayer
+from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, Schemes, plan_layer
+from mxmoe_steps.kernels.stacks import Place, in_memory
+from mxmoe_steps.quantizers.grid import QuantizedWeight
 from mxmoe_steps.quantizers.names import ROTATED, is_rotated
 from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.timing.stages import STAGES, stages_of
@@ -62,9 +64,9 @@ def plan_run(run: str, workload: Workload) -> LayerPlan:
     return plan_layer(schemes_of(run, workload), workload.hidden, inner, shared, rotated=is_rotated(run))
 
 
-def make_layer(run: str, workload: Workload) -> tuple[MoeLayer, dict[tuple[int, str], Block]]:
+def make_layer(run: str, workload: Workload) -> tuple[MoeLayer, dict[Place, QuantizedWeight | torch.Tensor]]:
     """The layer with random weights, and those weights."""
-    weights: dict[tuple[int, str], Block] = {}
+    weights: dict[Place, QuantizedWeight | torch.Tensor] = {}
     for expert, three in schemes_of(run, workload).items():
         width = workload.intermediate * (SLICES[workload.name] if expert == SHARED else 1)
         for block, scheme in zip(("gate", "up", "down"), three, strict=True):
@@ -74,7 +76,7 @@ def make_layer(run: str, workload: Workload) -> tuple[MoeLayer, dict[tuple[int, 
     plan = plan_run(run, workload)
     gated = workload.name in GATED
     gate = torch.randn(1, workload.hidden, device="cuda").bfloat16() * 0.02 if gated else None
-    return MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0), gate), weights
+    return MoeLayer(plan, in_memory(weights), torch.device("cuda", 0), gate), weights
 
 
 def inputs(workload: Workload, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

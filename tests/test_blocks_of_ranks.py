@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.inference.reading import reader
 from mxmoe_steps.inference.vllm.blocks import Blocks, Share, place_in_experts, place_of
 from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import ModelFolder
-from mxmoe_steps.models.packed import make_linear
+from mxmoe_steps.models.packed import linear_of
 from mxmoe_steps.models.shards import packed_name
 from mxmoe_steps.quantizers.grid import round_to_nearest
 from mxmoe_steps.schemes import SHARED, parse_scheme
@@ -27,22 +28,18 @@ def whole(text: str, seed: int = 0, biased: bool = False) -> dict[str, torch.Ten
     return parts | ({"bias": weight[:, 0].clone()} if biased else {})
 
 
-def share_of(text: str, block: str, rank: int, ranks: int, rotated: bool = False, biased: bool = False) -> Any:
-    """The linear of one rank, not loaded, and what loads it."""
-    scheme = parse_scheme(text)
-    shape = (N, K // ranks) if block == "down" else (N // ranks, K)
-    linear = make_linear(scheme, *shape, rotated, biased)
+def share_of(text: str, block: str, rank: int, ranks: int, rotated: bool = False, biased: bool = False) -> Blocks:
+    """What loads the share of one rank."""
     blocks = Blocks(3, Share(rank, ranks))
-    blocks.add(5, block, scheme, (N, K), linear)
-    return linear, blocks
+    blocks.add(5, block, parse_scheme(text), (N, K), rotated, biased)
+    return blocks
 
 
 def loaded(text: str, block: str, rank: int, ranks: int, biased: bool = False) -> nn.Module:
-    linear, blocks = share_of(text, block, rank, ranks, biased=biased)
+    blocks = share_of(text, block, rank, ranks, biased=biased)
     for part, tensor in whole(text, biased=biased).items():
         blocks.load(5, block, part, tensor)
-    blocks.finish()
-    return linear
+    return linear_of(blocks.finish()[5, block], torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -78,7 +75,7 @@ def test_gate_and_up_are_cut_rotated_or_not() -> None:
 
 
 def test_a_missing_part_is_named() -> None:
-    _, blocks = share_of("w4a16", "up", 0, 1)
+    blocks = share_of("w4a16", "up", 0, 1)
     parts = whole("w4a16")
     blocks.load(5, "up", "qweight", parts["qweight"])
     with pytest.raises(UserError, match="lacks tensors: layer 3, expert 5, up: scales and 1 others are missing"):
@@ -94,27 +91,27 @@ def test_a_missing_part_is_named() -> None:
     ],
 )
 def test_a_part_that_does_not_fit_is_named(part: str, change: Any, why: str) -> None:
-    _, blocks = share_of("w4a16", "up", 0, 1)
+    blocks = share_of("w4a16", "up", 0, 1)
     tensor = change(whole("w4a16").get(part, torch.zeros(N, K)))
     with pytest.raises(UserError, match=f"layer 3, expert 5, up: {why}"):
         blocks.load(5, "up", part, tensor)
 
 
 def test_a_part_comes_once() -> None:
-    _, blocks = share_of("w16a16", "up", 0, 1)
+    blocks = share_of("w16a16", "up", 0, 1)
     blocks.load(5, "up", "weight", whole("w16a16")["weight"])
     with pytest.raises(UserError, match="expert 5, up: weight comes twice"):
         blocks.load(5, "up", "weight", whole("w16a16")["weight"])
 
 
 def test_scales_that_are_no_numbers_are_named() -> None:
-    _, blocks = share_of("w4a16", "down", 0, 1)
+    blocks = share_of("w4a16", "down", 0, 1)
     parts = whole("w4a16")
     parts["scales"][2, 1] = float("nan")
     for part, tensor in parts.items():
         blocks.load(5, "down", part, tensor)
     with pytest.raises(UserError, match="layer 3, expert 5, down: scales holds NaN"):
-        blocks.finish()
+        list(reader(blocks.finish(), torch.device("cpu"))([[(5, "down")]]))
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -43,7 +43,11 @@ class TorchLayer:
         self, plan: LayerPlan, read: Any, device: torch.device, gate: torch.Tensor | None, biases: Any = None
     ) -> None:
         plan.check(DEFAULT)
-        self.plan, self.read, self.device, self.gate, self.biases = plan, read, device, gate, biases
+        self.plan, self.stacks, self.device, self.gate, self.biases = plan, read, device, gate, biases
+
+    def read(self, *place: Any) -> Any:
+        (stack,) = self.stacks([[place]])
+        return stack[0]
 
     def __call__(self, x: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         logits = None if self.gate is None else (x @ self.gate.T).squeeze(-1)
@@ -236,8 +240,8 @@ def test_experts_of_other_gpus_are_one_more_without_blocks(tmp_path: Path) -> No
     path = make_packed(tmp_path, "qwen2_moe", ["w8a8_fp8", "w4a16"])
     moe = mxmoe_steps.load_quantized(str(path)).get_submodule("model.layers.0.mlp")
     family = FAMILIES["qwen2_moe"]
-    experts = gpu.expert_modules(moe, family)
-    here, plan = (gpu.plan_of(experts, family, SWIGLU, elsewhere) for elsewhere in (False, True))
+    blocks = gpu.blocks_of(moe, family, "layer 0")
+    here, plan = (gpu.plan_of(blocks, family, SWIGLU, elsewhere) for elsewhere in (False, True))
     assert plan.elsewhere
     assert (plan.experts, plan.slices) == (here.experts + 1, here.slices) == (5, 2)
     for launch, other in ((plan.gate_up, here.gate_up), (plan.down, here.down)):

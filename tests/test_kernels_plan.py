@@ -11,17 +11,18 @@ from mxmoe_steps.gating import CLAMPED, Gating, of_variant
 from mxmoe_steps.kernels.launch import problem_table
 from mxmoe_steps.kernels.layouts import quantized_weight
 from mxmoe_steps.kernels.limits import OPERAND_MASKS
-from mxmoe_steps.kernels.moe_layer import _arranged, _stack
 from mxmoe_steps.kernels.plan import LayerPlan, Source, plan_layer
 from mxmoe_steps.kernels.rotation import CHUNK, ROTATED_BF16, SPAN
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
+from mxmoe_steps.kernels.stacks import in_memory, stack
 from mxmoe_steps.quantizers.grid import QuantizedWeight, round_to_nearest
 from mxmoe_steps.quantizers.hadamard import rotate
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 
 SCHEMES = ("w16a16", "w8a8_fp8", "w8a8", "w8a16", "w4a16", "w4a8_fp8", "w4a8", "w2a16_g-1_sym", "w1a16",
-           "w6a16", "w4a16_mxfp4")  # fmt: skip
+           "w6a16", "w4a16_mxfp4", "w4a16_g-1_asym")  # fmt: skip
 HIDDEN, INNER, SLICES, EXPERTS = 256, 128, 2, 5
+CPU = torch.device("cpu")
 Weights = dict[tuple[int, str], QuantizedWeight | torch.Tensor]
 
 
@@ -48,9 +49,7 @@ def dense(weight: QuantizedWeight | torch.Tensor) -> torch.Tensor:
 def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
     plan, weights = random_layer(seed, shared=seed % 3 > 0)
     for launch, columns in ((plan.gate_up, 2 * INNER), (plan.down, HIDDEN)):
-        stacks = [
-            _stack(_arranged(lambda *block: weights[block], sources), torch.device("cpu")) for sources in launch.stacks
-        ]
+        stacks = [stack(in_memory(weights), sources, 3, CPU) for sources in launch.stacks]
         assert tuple(stack.format for stack in stacks) == launch.formats == launch.kernels(HOPPER)["decode"].formats
         problem_table(launch.problems, stacks, EXPERTS + plan.slices, columns, "cpu")  # accepts it
         assert len(set(launch.problems)) == (EXPERTS + plan.slices) * columns // stacks[0].out_features
@@ -61,13 +60,13 @@ def test_every_output_column_is_written_by_the_right_block(seed: int) -> None:
             block = "down" if launch is plan.down else "gate" if column == 0 else "up"
             whole = dense(weights[owner, block])
             expected = whole.chunk(SLICES if owner == SHARED else 1, dim=int(block == "down"))[piece]
-            stack = stacks[number]
-            if stack.format.original:
-                assert torch.equal(stack.data[entry].double(), expected)
+            made = stacks[number]
+            if made.format.original:
+                assert torch.equal(made.data[entry].double(), expected)
                 continue
             original = weights[owner, block]
             assert isinstance(original, QuantizedWeight)
-            mine = quantized_weight(stack, original.scheme)  # the stack may hold other schemes of this format
+            mine = quantized_weight(made, original.scheme)  # the stack may hold other schemes of this format
             got = QuantizedWeight(mine.scheme, mine.codes[entry], mine.scales[entry],
                                   None if mine.zeros is None else mine.zeros[entry])  # fmt: skip
             assert torch.equal(dense(got), expected)
@@ -91,9 +90,9 @@ def test_gate_and_up_of_one_scheme_take_turns_of_eight_rows(name: str) -> None:
     assert launch.strips == 2 * INNER // 64
     assert sorted(launch.problems) == [(expert, 0, (expert + 2) % 4, 0) for expert in range(4)]  # the shared one first
     (sources,) = launch.stacks
-    stack = _stack(_arranged(lambda *block: weights[block], sources), torch.device("cpu"))
-    problem_table(launch.problems, [stack], 4, INNER, "cpu", gated=True)  # accepts it
-    rows = stack.data if scheme.is_original else dense(quantized_weight(stack, scheme))
+    made = stack(in_memory(weights), sources, 3, CPU)
+    problem_table(launch.problems, [made], 4, INNER, "cpu", gated=True)  # accepts it
+    rows = made.data if scheme.is_original else dense(quantized_weight(made, scheme))
     for expert in range(4):
         owner, start = (expert, 0) if expert < 2 else (SHARED, INNER * (expert - 2))
         gate, up = (dense(weights[owner, block])[start : start + INNER] for block in ("gate", "up"))
@@ -141,7 +140,7 @@ def test_an_expert_reads_rotated_rows_or_plain_ones() -> None:
     assert [need // SPAN for need in plan.gate_up.needs] == [HIDDEN, 0, HIDDEN, HIDDEN, HIDDEN, HIDDEN]
     assert [need // SPAN for need in plan.down.needs] == [INNER, 0, INNER, 0, 2 * INNER, 2 * INNER]
     rotate_too = [source for launch in (plan.gate_up, plan.down) for stack in launch.stacks for source in stack]
-    assert [source for source in rotate_too if source.rotate] == [Source(3, "gate", 1, rotate=True)]
+    assert [source for source in rotate_too if source.rotate] == [Source(3, "gate", w16, 1, rotate=True)]
     plain = plan_layer(schemes, HIDDEN, INNER, 2 * INNER)
     assert not plain.rotated
     assert replace(plan.down, needs=plain.down.needs, rotated=False) == plain.down
@@ -162,7 +161,8 @@ def test_rows_that_are_filled_up_with_zeros_are_rotated_as_if_they_were_not() ->
 def test_weights_kept_in_16_bits_beside_rotated_ones_are_rotated() -> None:
     torch.manual_seed(0)
     weight = torch.randn(INNER, HIDDEN).bfloat16()
-    (turned,) = (one.data for one in _arranged(lambda *_: weight, [Source(0, "gate", 1, rotate=True)]))
+    source = Source(0, "gate", parse_scheme("w16a16"), 1, rotate=True)
+    turned = stack(in_memory({(0, "gate"): weight}), [source], 1, CPU).data
     assert torch.equal(turned, rotate(weight.float()).bfloat16()[None])
     x = torch.randn(7, HIDDEN)
     exact = x.double() @ weight.double().T
@@ -218,15 +218,15 @@ def test_odd_widths_are_filled_up_with_features_of_zeros(name: str, width: int) 
     for launch in (plan.gate_up, plan.down):
         for sources in launch.stacks:
             for source in sources:
-                (stack,) = _arranged(lambda *block: weights[block], [source])
+                made = stack(in_memory(weights), [source], 1, CPU)
                 block = weights[source.expert, source.block]
-                assert (stack.out_features, stack.in_features) == (
+                assert (made.out_features, made.in_features) == (
                     (hidden, filled) if source.block == "down" else (filled, hidden)
                 )
                 if isinstance(block, torch.Tensor):
-                    got = stack.data[0].double()
+                    got = made.data[0].double()
                 else:
-                    got = dense(quantized_weight(stack, block.scheme))[0]
+                    got = dense(quantized_weight(made, block.scheme))[0]
                 rows, features = block.shape if isinstance(block, torch.Tensor) else block.codes.shape
                 assert torch.equal(got[:rows, :features], dense(block))
                 assert (got[rows:] == 0).all()

@@ -24,6 +24,7 @@ from mxmoe_steps.kernels.limits import OPERAND_MASKS
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
 from mxmoe_steps.kernels.routing import activate, combine, sort_by_expert
+from mxmoe_steps.kernels.stacks import in_memory
 from mxmoe_steps.models.adapters import FAMILIES
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.schemes import parse_scheme
@@ -86,9 +87,7 @@ class Made:
         self.plan, self.experts = plan_of(names, experts, sizes, gating, elsewhere, rotated), experts
         read_bias = (lambda *block: self.biases[block]) if gating.biased else None
         device = torch.device("cuda", 0)
-        self.layer = MoeLayer(
-            self.plan, lambda *block: self.weights[block], device, None, architecture, biases=read_bias
-        )
+        self.layer = MoeLayer(self.plan, in_memory(self.weights), device, None, architecture, biases=read_bias)
 
     def error(self, tokens: int, top_k: int) -> float:
         """Relative to float64 with the same bfloat16 intermediates."""

@@ -15,6 +15,7 @@ from mxmoe_steps.kernels.build import TokenKernel, build
 from mxmoe_steps.kernels.formats import FORMATS, kernel_format
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
+from mxmoe_steps.kernels.stacks import in_memory
 from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, from_e8m0, to_e8m0
 from mxmoe_steps.schemes import BLOCKS, SHARED, Scheme, parse_scheme
 
@@ -108,7 +109,7 @@ def make_layer(
     plan = layer_plan(names, experts, sizes, seed, rotated)
     gate = (torch.randn(1, sizes[0], device="cuda") * 0.05).bfloat16() if gated else None
     device = torch.device("cuda", 0)
-    return MoeLayer(plan, lambda expert, block: weights[expert, block], device, gate, architecture), weights
+    return MoeLayer(plan, in_memory(weights), device, gate, architecture), weights
 
 
 def route(tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,7 +237,7 @@ def test_products_in_the_gate_up_launch_are_those_of_swiglu(
     plans.append(plan_layer(schemes, hidden, inner, inner * slices))
     assert [one.gate_up.gated for one in plans] == [True, False]
     device = torch.device("cuda", 0)
-    one, other = (MoeLayer(each, lambda *block: weights[block], device, None, architecture) for each in plans)
+    one, other = (MoeLayer(each, in_memory(weights), device, None, architecture) for each in plans)
     for tokens in (1, 3, 40, 700):  # latency, decode and prefill kernels
         x = torch.randn(tokens, hidden, device="cuda").bfloat16()
         expert_ids, mixing = route(tokens, 8, 4)
@@ -311,7 +312,7 @@ def test_experts_of_other_gpus_add_nothing(slices: int) -> None:
     schemes = schemes_of(MIXTURES[0], 7, slices, 3)
     weights = random_weights(schemes, sizes)
     plan = plan_layer(schemes, 2048, 1408, 1408 * slices, elsewhere=True)
-    layer = MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0))
+    layer = MoeLayer(plan, in_memory(weights), torch.device("cuda", 0))
     for tokens in (1, 16, 700):
         x = torch.randn(tokens, 2048, device="cuda").bfloat16()
         expert_ids = torch.rand(tokens, 8, device="cuda").topk(4).indices  # 7 is any expert elsewhere
@@ -333,7 +334,7 @@ def test_the_default_type_of_new_tensors_does_not_matter(monkeypatch: pytest.Mon
     plan = layer_plan(["w4a16"], 8, QWEN, 1)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        layer = MoeLayer(plan, lambda expert, block: weights[expert, block], torch.device("cuda", 0))
+        layer = MoeLayer(plan, in_memory(weights), torch.device("cuda", 0))
     finally:
         torch.set_default_dtype(torch.float32)
     assert error_of(layer, weights, 16, 4) < ASYMMETRIC_BOUND

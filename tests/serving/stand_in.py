@@ -22,12 +22,14 @@ class Kernels:
     ) -> None:
         self.plan, self.gate, self.experts = plan, gate, plan.experts - plan.elsewhere
         numbers = [*range(self.experts), *([SHARED] if plan.slices else [])]
-        self.weights = {(number, block): self._dense(read(number, block)) for number in numbers for block in BLOCKS}
+        places = [(number, block) for number in numbers for block in BLOCKS]
+        stacks = read([[place] for place in places])
+        self.weights = {place: self._dense(stack[0]) for place, stack in zip(places, stacks, strict=True)}
         self.biases = {place: 0.0 if biases is None else biases(*place).clone() for place in self.weights}
 
     def _dense(self, block: Any) -> torch.Tensor:
         if isinstance(block, torch.Tensor):
-            return block.clone()
+            return block.float()
         return rotate(block.dequantize()) if self.plan.rotated else block.dequantize()
 
     def _run(self, expert: int, x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,8 @@ from stand_in import Kernels, fill_cpu_gaps, stand_in
 from tiny import OPTIONS, make_tiny
 
 from mxmoe_steps.inference import gpu
-from mxmoe_steps.inference.vllm import routed
-from mxmoe_steps.models.packed import MixedExpert
+from mxmoe_steps.inference.vllm import blocks
+from mxmoe_steps.models.packed import StoredBlock
 
 TOLERANCE = 1e-4
 TOKENS = torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(1))
@@ -64,19 +64,19 @@ def test_all_schemes_and_rotation(tmp_path: Path) -> None:
 def kernels(monkeypatch: pytest.MonkeyPatch) -> type[Kernels]:
     """As if the CPU were a Hopper GPU, whose memory has no room for packed experts beside those in kernel order."""
     stand_in(monkeypatch.setattr)
-    packed: weakref.WeakSet[Any] = weakref.WeakSet()
+    packed: weakref.WeakSet[StoredBlock] = weakref.WeakSet()
 
-    class Watched(MixedExpert):
+    class Watched(StoredBlock):
         def __init__(self, *arguments: Any) -> None:
             super().__init__(*arguments)
-            packed.update((self.gate_proj, self.up_proj, self.down_proj))
+            packed.add(self)
 
     class Alone(Kernels):
         def __call__(self, *tensors: torch.Tensor) -> torch.Tensor:
             assert not packed
             return super().__call__(*tensors)
 
-    monkeypatch.setattr(routed, "MixedExpert", Watched)
+    monkeypatch.setattr(blocks, "StoredBlock", Watched)
     monkeypatch.setattr(gpu, "MoeLayer", Alone)
     return Kernels
 

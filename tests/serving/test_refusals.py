@@ -13,9 +13,11 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.vllm import layer
+from mxmoe_steps.inference.vllm.blocks import Blocks, Share
 from mxmoe_steps.inference.vllm.config import PackedConfig, check_version
 from mxmoe_steps.inference.vllm.stream import PackedTensors
 from mxmoe_steps.models.packed import MixedExperts
+from mxmoe_steps.schemes import parse_scheme
 
 
 def test_a_missing_tensor_is_named(demo: Path, demo_tokens: torch.Tensor, tmp_path: Path) -> None:
@@ -41,14 +43,25 @@ def test_options_are_refused_by_name(lora: object, eplb: bool, why: str) -> None
 def test_reference_arithmetic_on_a_gpu_is_asked_for_and_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings: list[str] = []
     monkeypatch.setattr(layer.logger, "warning", lambda text, *values: warnings.append(text % values))
-    packed, experts = object.__new__(layer.PackedLayer), MixedExperts([])
-    packed.number, packed.device, packed.eager = 3, torch.device("cuda"), False
+    packed = object.__new__(layer.PackedLayer)
+    packed.number, packed.device, packed.eager, packed.shared = 3, torch.device("cuda"), False, {}
     with pytest.raises(UserError, match=r"^layer 3: no GPU kernels \(why\), .* add --enforce-eager"):
-        packed._stay(experts, "why")
+        packed._stay({}, "why")
     packed.eager = True
-    packed._stay(experts, "why")
+    packed._stay({}, "why")
     assert warnings == ["mxmoe: the experts of layer 3 run reference arithmetic, slowly (why)"]
-    assert packed.compute == experts.routed_sum
+    assert packed.compute.__func__ is MixedExperts.routed_sum
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_tensors_are_copied_where_their_memory_may_be_reused(lasting: bool) -> None:
+    packed, blocks = object.__new__(layer.PackedLayer), Blocks(3, Share())
+    packed.blocks, packed.lasting = [blocks], lasting
+    blocks.add(5, "up", parse_scheme("w16a16"), (2, 4), rotated=False)
+    buffer = torch.ones(2, 4)
+    packed.load(5, "up", "weight", buffer)
+    buffer.zero_()
+    assert bool(blocks.finish()[5, "up"].parts["weight"].all()) is not lasting
 
 
 @pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0"])

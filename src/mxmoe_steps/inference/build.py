@@ -23,7 +23,7 @@ from mxmoe_steps.options.target import Target
 
 def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
     """The kernels of a checkpoint's layers, each once."""
-    from mxmoe_steps.inference.gpu import kernel_experts, plan_of
+    from mxmoe_steps.inference.gpu import kernel_blocks, plan_of
     from mxmoe_steps.models.gating import kernel_gating
     from mxmoe_steps.models.streaming import StreamedModel
 
@@ -32,8 +32,8 @@ def checkpoint_kernels(path: Path, architecture: Architecture) -> list[Kernel]:
     kernels: dict[str, Kernel] = {name: TokenKernel(name, architecture) for name in architecture.token_kernels}
     for layer in model.folder.moe_layers:
         try:
-            experts = kernel_experts(model.moe(layer), model.folder.family)
-            plan = plan_of(experts, model.folder.family, gating)
+            blocks = kernel_blocks(model.moe(layer), model.folder.family, f"layer {layer}")
+            plan = plan_of(blocks, model.folder.family, gating)
             plan.check(architecture)
         except UserError as error:
             print(f"layer {layer}: {error}")

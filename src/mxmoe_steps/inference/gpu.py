@@ -15,16 +15,18 @@ from torch import nn
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.gating import Gating
+from mxmoe_steps.inference.reading import reader
 from mxmoe_steps.inference.top_k import TopKByMaxima
 from mxmoe_steps.kernels.architectures import require
 from mxmoe_steps.kernels.moe_layer import IN_KERNEL_ORDER, MoeLayer
 from mxmoe_steps.kernels.plan import LayerPlan, plan_layer
+from mxmoe_steps.kernels.stacks import Place
 from mxmoe_steps.models.adapters import Family, family_of
+from mxmoe_steps.models.finite import BadNumbersError
 from mxmoe_steps.models.gating import kernel_gating
 from mxmoe_steps.models.operators import define, register
-from mxmoe_steps.models.packed import PackedLinear
-from mxmoe_steps.quantizers.grid import QuantizedWeight
-from mxmoe_steps.schemes import ORIGINAL, SHARED, Scheme
+from mxmoe_steps.models.packed import StoredBlock, stored_block
+from mxmoe_steps.schemes import SHARED
 
 log = logging.getLogger("mxmoe_steps")
 
@@ -107,39 +109,44 @@ def expert_modules(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
     return routed if family.shared is None else routed | {SHARED: moe.get_submodule(family.shared)}
 
 
-def kernel_experts(moe: nn.Module, family: Family) -> dict[int, nn.Module]:
-    """`expert_modules` as a layer on the kernels numbers them. Where router weights multiply inputs, the shared expert
-    is one more routed one: it alone sees tokens as they are."""
-    experts = expert_modules(moe, family)
+def blocks_of(moe: nn.Module, family: Family, where: str) -> dict[Place, StoredBlock]:
+    """The blocks of a transformers MoE module with packed experts; ``where``: how messages call the module."""
+    return {
+        (number, block): stored_block(expert.get_submodule(f"{block}_proj"), f"{where}, expert {number}, {block}")
+        for number, expert in expert_modules(moe, family).items()
+        for block in family.own_blocks
+    }
+
+
+def kernel_blocks(moe: nn.Module, family: Family, where: str) -> dict[Place, StoredBlock]:
+    """`blocks_of` as a layer on the kernels numbers their experts. Where router weights multiply inputs, the shared
+    expert is one more routed one: it alone sees tokens as they are."""
+    blocks = blocks_of(moe, family, where)
     if not family.scales_inputs:
-        return experts
-    widths = {expert.get_submodule("down_proj").in_features for expert in experts.values()}
-    if len(widths) > 1:
+        return blocks
+    downs = [block for (_, kind), block in blocks.items() if kind == "down"]
+    if len({down.in_features for down in downs}) > 1:
         raise UserError("router weights multiply inputs, and the shared expert is of another width than the others")
-    return {number % len(experts): expert for number, expert in experts.items()}
+    return {(number % len(downs), kind): block for (number, kind), block in blocks.items()}
 
 
-def plan_of(experts: Mapping[int, nn.Module], family: Family, gating: Gating, elsewhere: bool = False) -> LayerPlan:
-    """The launches of a layer of packed ``experts``; `UserError` says why there are no kernels for it.
+def plan_of(blocks: Mapping[Place, StoredBlock], family: Family, gating: Gating, elsewhere: bool = False) -> LayerPlan:
+    """The launches of a layer of packed ``blocks``; `UserError` says why there are no kernels for it.
 
-    ``experts``: modules of gate_proj, if they have one, up_proj and down_proj, numbered from 0, and `SHARED` if there
-    is one; ``elsewhere``: other GPUs have more, see `LayerPlan`.
+    ``blocks``: of experts numbered from 0, and of `SHARED` if there is one; ``elsewhere``: other GPUs have more, see
+    `LayerPlan`.
     """
     if family.without_kernels:
         raise UserError(family.without_kernels)
     schemes = {}
-    for number, expert in experts.items():
-        *_, up, down = own = [_scheme(expert.get_submodule(f"{block}_proj")) for block in family.own_blocks]
+    for number in {number: None for number, _ in blocks}:
+        *_, up, down = own = [blocks[number, block].scheme for block in family.own_blocks]
         schemes[number] = (own[0], up, down)
-    down_proj: Any = experts[0].down_proj
-    shared: Any = experts[SHARED].down_proj if SHARED in experts else down_proj
-    rotated = any(getattr(module, "rotated", False) for expert in experts.values() for module in expert.children())
+    down_proj = blocks[0, "down"]
+    shared = blocks.get((SHARED, "down"), down_proj)
     widths = down_proj.out_features, down_proj.in_features, shared.in_features
+    rotated = any(block.rotated for block in blocks.values())
     return plan_layer(schemes, *widths, elsewhere, gating, rotated)
-
-
-def _scheme(linear: Any) -> Scheme:
-    return linear.scheme if isinstance(linear, PackedLinear) else ORIGINAL
 
 
 def check_hardware(device: torch.device, dtype: torch.dtype) -> None:
@@ -154,43 +161,39 @@ def check_hardware(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def layer_on_kernels(
-    experts: Mapping[int, nn.Module],
+    blocks: Mapping[Place, StoredBlock],
     family: Family,
     gating: Gating,
     device: torch.device,
     gate: torch.Tensor | None = None,
     elsewhere: bool = False,
 ) -> MoeLayer:
-    """`plan_of` these experts with their weights in kernel order on ``device``, or its `UserError`.
+    """`plan_of` these blocks with their weights in kernel order on ``device``, or its `UserError`.
 
-    ``gate``: weight [1, H] of the shared expert's gate, if it has one.
+    ``gate``: weight [1, H] of the shared expert's gate, if it has one. `BadNumbersError` names a block that holds no
+    numbers.
     """
 
-    def read(expert: int, block: str) -> QuantizedWeight | torch.Tensor:
-        linear: Any = experts[expert].get_submodule(f"{block}_proj")
-        return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
-
     def bias(expert: int, block: str) -> torch.Tensor:
-        linear: Any = experts[expert].get_submodule(f"{block}_proj")
-        return linear.bias.detach()
+        return blocks[expert, block].parts["bias"]
 
-    plan = plan_of(experts, family, gating, elsewhere)
-    return MoeLayer(plan, read, device, gate, biases=bias if gating.biased else None)
+    plan = plan_of(blocks, family, gating, elsewhere)
+    return MoeLayer(plan, reader(blocks, device), device, gate, biases=bias if gating.biased else None)
 
 
-def _replacement(moe: nn.Module, family: Family, gating: Gating) -> KernelMoe:
+def _replacement(moe: nn.Module, family: Family, gating: Gating, device: torch.device, where: str) -> KernelMoe:
     router = next(moe.get_submodule(family.router).parameters())
-    check_hardware(router.device, router.dtype)
-    gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate)
+    check_hardware(device, router.dtype)
+    gate: Any = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).to(device)
     gate_weight = None if gate is None else gate.weight.detach()
-    layer = layer_on_kernels(kernel_experts(moe, family), family, gating, router.device, gate_weight)
-    return KernelMoe(moe, family, layer)
+    blocks = kernel_blocks(moe, family, where)
+    return KernelMoe(moe, family, layer_on_kernels(blocks, family, gating, device, gate_weight))
 
 
-def use_kernels(model: Any, layers: Iterable[int]) -> bool:
-    """Move the MoE modules of ``layers`` to the kernels, where there are any for them; log what runs what.
+def use_kernels(model: Any, layers: Iterable[int], device: torch.device | None = None) -> bool:
+    """Move the experts of ``layers`` to the kernels, where there are any for them; log what runs what.
 
-    Returns whether all of them run the kernels now.
+    ``device``: by default each layer's own. Returns whether all of them run the kernels now.
     """
     config = model.config.get_text_config().to_dict()
     family = family_of(Path(model.name_or_path), model.config.to_dict())
@@ -202,8 +205,11 @@ def use_kernels(model: Any, layers: Iterable[int]) -> bool:
         moe = model.get_submodule(path)
         if isinstance(moe, KernelMoe):
             continue
+        here = device or next(moe.get_submodule(family.router).parameters()).device
         try:
-            replacement = _replacement(moe, family, gating)
+            replacement = _replacement(moe, family, gating, here, f"{model.name_or_path}: layer {layer}")
+        except BadNumbersError:
+            raise
         except UserError as error:
             stayed.setdefault(str(error), []).append(layer)
             continue
@@ -211,7 +217,7 @@ def use_kernels(model: Any, layers: Iterable[int]) -> bool:
         moved.append(layer)
     parts = [f"layers {_ranges(moved)} run the GPU kernels"] if moved else []
     parts += [f"layers {_ranges(numbers)} run reference arithmetic ({why})" for why, numbers in stayed.items()]
-    unexpected = stayed and model.device.type == "cuda"
+    unexpected = stayed and (device or model.device).type == "cuda"
     if parts:
         log.log(logging.WARNING if unexpected else logging.INFO, "experts: %s", "; ".join(parts))
     return not stayed

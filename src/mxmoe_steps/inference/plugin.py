@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.deferred_stop import defer_stop_checks
 from mxmoe_steps.inference.gpu import log, use_kernels
+from mxmoe_steps.inference.own_loading import OwnLoading
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.finite import bad_numbers
@@ -25,31 +27,45 @@ from mxmoe_steps.models.quantizer import METHOD, MixedPrecisionConfig, MixedPrec
 
 register_quantization_config(METHOD)(MixedPrecisionConfig)
 
+_destination: ContextVar[torch.device | None] = ContextVar("destination", default=None)  # of a model that is loaded
+
 
 @register_quantizer(METHOD)
 class Plugin(MixedPrecisionQuantizer):
     """The quantizer of models that are loaded whole: their experts move to the kernels with the model."""
 
     _compileable = True
+    _experts: OwnLoading | None = None
 
     def _process_model_before_weight_loading(
-        self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **_: Any
+        self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, device_map: Any = None, **_: Any
     ) -> None:
         super()._process_model_before_weight_loading(model, checkpoint_files)
-        if checkpoint_files:
-            folder = open_model(Path(checkpoint_files[0]).parent)
-            audit(folder, model, get_model_conversion_mapping(model, None, self), self)
+        if not checkpoint_files:
+            return
+        folder = open_model(Path(checkpoint_files[0]).parent)
+        audit(folder, model, get_model_conversion_mapping(model, None, self), self)
+        if device_map is None:
+            inner = ("experts", *([folder.family.shared] if folder.family.shared else []))
+            paths = [f"{folder.family.moe_path(layer)}.{name}" for layer in folder.moe_layers for name in inner]
+            self._experts = OwnLoading(model, paths, self.packed_names, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        if self._experts is not None:
+            self._experts.finish(model)
+            self._experts = None
+        destination = _destination.get()
+        self.arrange(model, destination or model.device)
+        if destination is not None:
+            model.to(destination)
         if (bad := bad_numbers(model)) is not None:
             raise UserError(f"{model.name_or_path}: {bad} holds NaN or infinity; run the quantize step again")
         model.mxmoe = Arrangement(model)
-        self.arrange(model)
 
-    def arrange(self, model: Any) -> None:
-        """Where the model is on a GPU, move its experts to the kernels."""
-        if model.device.type == "cuda":
-            self._compileable = use_kernels(model, map(int, self.quantization_config.blocks))
+    def arrange(self, model: Any, device: torch.device) -> None:
+        """Where the model goes to a GPU, or is on one, move its experts to the kernels."""
+        if device.type == "cuda":
+            self._compileable = use_kernels(model, map(int, self.quantization_config.blocks), _destination.get())
 
     @property
     def is_compileable(self) -> bool:
@@ -70,7 +86,7 @@ class Arrangement(nn.Module):
     def _apply(self, *arguments: Any, **options: Any) -> "Arrangement":
         super()._apply(*arguments, **options)
         (model,) = self.model
-        model.hf_quantizer.arrange(model)
+        model.hf_quantizer.arrange(model, model.device)
         return self
 
 
@@ -96,11 +112,13 @@ def load_quantized(
     checked_quantization(folder.config["quantization_config"], folder.path / "config.json")
     disable_progress_bar()
     empty_model(folder, folder.dtype, trust_remote_code)  # refuses what transformers would trip over
-    model: Any = auto_class(folder).from_pretrained(
-        path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
-    if device_map is None:
-        model = model.to(device)
+    destination = _destination.set(torch.empty(0, device=device).device if device_map is None else None)
+    try:
+        model: Any = auto_class(folder).from_pretrained(
+            path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        )
+    finally:
+        _destination.reset(destination)
     if model.device.type != "cuda":
         log.info("experts: all layers run reference arithmetic (on the %s)", model.device.type)
     return model.eval()

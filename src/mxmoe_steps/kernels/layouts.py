@@ -32,7 +32,7 @@ from mxmoe_steps.schemes import Scheme
 
 THREADS = 256
 CODES = TILE_ROWS * GROUP // THREADS  # codes of one thread in a chunk
-CODES_AT_ONCE = 2**25  # that are arranged together; what is made on the way takes some 20 bytes a code
+CODES_AT_ONCE = 2**25  # that are worth arranging together
 PAD_CHUNKS = 1  # a slot holds at most 2 chunks
 
 
@@ -60,7 +60,7 @@ class KernelWeights:
 
 
 def entries_at_once(rows: int, features: int) -> int:
-    """How many blocks of that size are worth arranging together: fewer launches, in bounded memory."""
+    """How many blocks of that size to arrange together: few launches, and memory for some 700 MB."""
     return max(1, CODES_AT_ONCE // (rows * features))
 
 
@@ -76,31 +76,25 @@ def original_weights(weight: torch.Tensor) -> KernelWeights:
 def kernel_weights(weight: QuantizedWeight) -> KernelWeights:
     """Kernel order of quantized ``weight``, codes [entries, N, K]; inverse: `quantized_weight`.
 
-    `UserError` for schemes without a kernel, sizes that are no multiple of 64, scales or zero points that are not
-    finite, and scales that are too large to decode with.
+    What is made on the way takes some 20 bytes a code, see `entries_at_once`. `UserError` for schemes without a kernel,
+    sizes that are no multiple of 64, scales or zero points that are not finite, and scales that are too large to decode
+    with.
     """
     format_ = kernel_format(weight.scheme)
     if weight.codes.ndim != 3:
         raise UserError(f"codes have shape {list(weight.codes.shape)}; expected [entries, N, K]")
     entries, rows, features = weight.codes.shape
     _check_edges(rows, features)
-    for name, values in (("scales", weight.scales), ("zero points", weight.zeros)):
-        if values is not None and not bool(values.isfinite().all()):
-            raise UserError(f"{weight.scheme.name}: some {name} are not finite")
-    if float(weight.scales.abs().max()) >= format_.scale_limit:
-        raise UserError(
-            f"{weight.scheme.name}: some scales are {format_.scale_limit:.0f} or more, too large for the kernels"
-        )
+    _check_scales(weight, format_)
     channel_scales = None
     if format_.channel_scaled:
         channel_scales = torch.nn.functional.pad(weight.scales[..., 0].float(), (0, -rows % TILE_ROWS)).contiguous()
     if not format_.decoded:
         data = format_.store(weight.codes.contiguous(), weight.scheme)
         return KernelWeights(format_, entries, rows, features, data, channel_scales)
-    some = entries_at_once(rows, features)
-    chunks = [_chunks_of(weight[first : first + some], format_) for first in range(0, entries, some)]
-    chunks.append(chunks[0].new_zeros(PAD_CHUNKS * format_.chunk_bytes))
-    return KernelWeights(format_, entries, rows, features, torch.cat(chunks), channel_scales)
+    chunks = _chunks_of(weight, format_)
+    data = torch.cat([chunks, chunks.new_zeros(PAD_CHUNKS * format_.chunk_bytes)])
+    return KernelWeights(format_, entries, rows, features, data, channel_scales)
 
 
 def gate_and_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -142,6 +136,22 @@ def quantized_weight(weights: KernelWeights, scheme: Scheme) -> QuantizedWeight:
 def _check_edges(rows: int, features: int) -> None:
     if rows % EDGE or features % EDGE or not rows or not features:
         raise UserError(f"weights are [{rows}, {features}]; the kernels need multiples of {EDGE}")
+
+
+def _check_scales(weight: QuantizedWeight, format_: Format) -> None:
+    """The device is waited for once."""
+    zeros = weight.scales if weight.zeros is None else weight.zeros
+    small = weight.scales.abs().amax() < format_.scale_limit
+    finite, finite_zeros, all_small = torch.stack(
+        [weight.scales.isfinite().all(), zeros.isfinite().all(), small]
+    ).tolist()
+    for name, right in (("scales", finite), ("zero points", finite_zeros)):
+        if not right:
+            raise UserError(f"{weight.scheme.name}: some {name} are not finite")
+    if not all_small:
+        raise UserError(
+            f"{weight.scheme.name}: some scales are {format_.scale_limit:.0f} or more, too large for the kernels"
+        )
 
 
 def _chunks_of(weight: QuantizedWeight, format_: Format) -> torch.Tensor:

@@ -12,10 +12,9 @@ blocks; sums are float32. Nothing waits for the GPU. What launches own is made w
 can be captured in a CUDA graph.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,23 +31,13 @@ from mxmoe_steps.kernels.launch import (
     problem_table,
     processors,
 )
-from mxmoe_steps.kernels.layouts import (
-    PAD_CHUNKS,
-    KernelWeights,
-    entries_at_once,
-    gate_and_up,
-    kernel_weights,
-    original_weights,
-)
+from mxmoe_steps.kernels.layouts import entries_at_once
 from mxmoe_steps.kernels.limits import MAX_ENTRIES
-from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan, Source
+from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan
 from mxmoe_steps.kernels.routing import Routed, activate, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
-from mxmoe_steps.quantizers.grid import E4M3, QuantizedWeight, concatenate
-from mxmoe_steps.quantizers.hadamard import rotate
+from mxmoe_steps.kernels.stacks import Read, stack
 
-Block = QuantizedWeight | torch.Tensor  # [N, K]
-Read = Callable[[int, str], Block]  # expert (`SHARED` for the shared one) and block kind to its weights
-ReadBias = Callable[[int, str], torch.Tensor]  # the same to its bias [N]
+ReadBias = Callable[[int, str], torch.Tensor]  # a block to its bias [N]
 
 MOST_TOKENS = 32768  # at a time: bounds the intermediates, and 32-bit offsets into them
 MOST_ELEMENTS = 2**30
@@ -192,7 +181,8 @@ class MoeLayer:
 
     def _prepare(self, launch: LaunchPlan, columns: int, read: Read) -> LayerGemm:
         plan, device = self.plan, self.device
-        weights = [_stack(_arranged(read, sources), device) for sources in launch.stacks]
+        at_once = entries_at_once(plan.intermediate * (1 + launch.gated), plan.hidden)
+        weights = [stack(read, sources, at_once, device) for sources in launch.stacks]
         problems = problem_table(launch.problems, weights, plan.experts + plan.slices, columns, device, launch.gated)
         needs = torch.tensor(launch.needs, dtype=torch.int32, device=device)
         kernels = launch.kernels(self.architecture)
@@ -205,83 +195,3 @@ class MoeLayer:
 def _kernel(config: Configuration) -> GroupGemmKernel:
     """Layers share kernels."""
     return GroupGemmKernel(config)
-
-
-def _arranged(read: Read, sources: Sequence[Source]) -> Iterator[KernelWeights]:
-    """Kernel order of blocks of one format and shape, several at a time."""
-    waiting: list[Block] = []
-    for number, source in enumerate(sources, 1):
-        waiting.append(_entries(read, source))
-        first = waiting[0]
-        weight = first if isinstance(first, torch.Tensor) else first.codes
-        entries, rows, features = weight.shape
-        if number < len(sources) and len(waiting) * entries < entries_at_once(rows, features):
-            continue
-        if isinstance(first, torch.Tensor):
-            yield original_weights(torch.cat([each for each in waiting if isinstance(each, torch.Tensor)]))
-        else:
-            yield kernel_weights(concatenate([each for each in waiting if isinstance(each, QuantizedWeight)]))
-        waiting.clear()
-
-
-def _entries(read: Read, source: Source) -> Block:
-    """A block, cut into entries along its inner width: rows of gate and up, columns of down."""
-    count = source.entries
-
-    def cut(values: torch.Tensor) -> torch.Tensor:
-        if source.block != "down":
-            return values.unflatten(0, (count, -1))
-        if values.shape[1] == 1:  # one scale for all columns
-            return values.expand(count, *values.shape)
-        return values.unflatten(1, (count, -1)).transpose(0, 1)
-
-    blocks = ("gate", "up") if source.block == "gate_up" else (source.block,)
-    weights = [_filled(read(source.expert, block), block, source.padding) for block in blocks]
-    if source.rotate:
-        weights = [rotate(weight.float()).bfloat16() for weight in weights if isinstance(weight, torch.Tensor)]
-
-    def entries(part: Callable[[Any], torch.Tensor]) -> torch.Tensor:
-        parts = [cut(part(weight)) for weight in weights]
-        return parts[0] if len(parts) == 1 else gate_and_up(*parts)
-
-    first = weights[0]  # up has the same scheme
-    if isinstance(first, torch.Tensor):
-        return entries(lambda weight: weight)
-    zeros = None if first.zeros is None else entries(attrgetter("zeros"))
-    codes, scales = entries(attrgetter("codes")), entries(attrgetter("scales"))
-    return QuantizedWeight(first.scheme, codes, scales, zeros)
-
-
-def _filled(weight: Block, block: str, count: int) -> Block:
-    """``weight`` with ``count`` features of zeros more: rows of gate and up, columns of down."""
-
-    def fill(values: torch.Tensor, more: int = count) -> torch.Tensor:
-        stored = values.view(torch.uint8) if values.dtype == E4M3 else values  # no e4m3 pad
-        rows_or_columns = (0, more) if block == "down" else (0, 0, 0, more)
-        return torch.nn.functional.pad(stored, rows_or_columns).view(values.dtype)
-
-    if not count:
-        return weight
-    if isinstance(weight, torch.Tensor):
-        return fill(weight)
-    more, features = count, weight.codes.shape[1]
-    if block == "down":
-        group = weight.scheme.group
-        more = 0 if group == -1 else -(-(features + count) // group) - weight.scales.shape[1]
-    zeros = None if weight.zeros is None else fill(weight.zeros, more)
-    return QuantizedWeight(weight.scheme, fill(weight.codes), fill(weight.scales, more), zeros)
-
-
-def _stack(arranged: Iterable[KernelWeights], device: torch.device) -> KernelWeights:
-    """One stack of all entries of parts that have one format and one shape."""
-    parts = list(arranged)
-    first = parts[0]
-    data = [part.data.to(device) for part in parts]
-    if first.format.decoded:
-        pad = PAD_CHUNKS * first.format.chunk_bytes
-        data = [*(each[:-pad] for each in data), data[0].new_zeros(pad)]
-    scales = None
-    if first.channel_scales is not None:
-        scales = torch.cat([part.channel_scales.to(device) for part in parts if part.channel_scales is not None])
-    entries = sum(part.entries for part in parts)
-    return KernelWeights(first.format, entries, first.out_features, first.in_features, torch.cat(data), scales)

@@ -28,14 +28,15 @@ Schemes = tuple[Scheme, Scheme, Scheme]  # of gate, up and down
 
 @dataclass(frozen=True)
 class Source:
-    """A block of the model, or ``gate_up`` for two in one, the number of entries that it is cut into, and the features
-    of zeros that are added to the inner width of each.
+    """A block of the model, or ``gate_up`` for two in one, its scheme, the number of entries that it is cut into, and
+    the features of zeros that are added to the inner width of each.
 
     ``rotate``: it is kept in 16 bits and yet reads rotated rows: its weights have to be rotated, too.
     """
 
     expert: int
     block: str
+    scheme: Scheme
     entries: int
     padding: int = 0
     rotate: bool = False
@@ -202,18 +203,19 @@ def _plan_launch(
     """``columns``: output column of each block kind; ``n``, ``k``: output and input features of a block of a routed
     expert; ``padding``: see `Source`."""
     numbered = {"gate": 0, "up": 1, "down": 2, "gate_up": 0}
-    blocks = [(expert, block, kernel_format(three[numbered[block]])) for expert, three in schemes for block in columns]
-    formats = tuple(sorted({format_ for _, _, format_ in blocks}))
-    packed = {(expert, format_.operand) for expert, _, format_ in blocks if rotated and not format_.original}
+    own = [(expert, block, three[numbered[block]]) for expert, three in schemes for block in columns]
+    blocks = [(expert, block, scheme, kernel_format(scheme)) for expert, block, scheme in own]
+    formats = tuple(sorted({format_ for *_, format_ in blocks}))
+    packed = {(expert, format_.operand) for expert, *_, format_ in blocks if rotated and not format_.original}
     stacks: list[list[Source]] = [[] for _ in formats]
     counts = [0] * len(formats)
     needs = [0] * (experts + slices)
     problems = []
-    for expert, block, format_ in blocks:
+    for expert, block, scheme, format_ in blocks:
         number = formats.index(format_)
         numbers = range(experts, experts + slices) if expert == SHARED else [expert]
         turned = (expert, format_.operand) in packed
-        stacks[number].append(Source(expert, block, len(numbers), padding, turned and format_.original))
+        stacks[number].append(Source(expert, block, scheme, len(numbers), padding, turned and format_.original))
         for place in numbers:
             problems.append((place, number, counts[number], columns[block]))
             needs[place] |= ROTATED_BF16 if turned and format_.operand == "bf16" else OPERAND_MASKS[format_.operand]

@@ -21,7 +21,8 @@ _NAMED = 3  # names in a message
 def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> dict[str, str]:
     """Tensors of the checkpoint that ``model``, a causal LM without weights, is made of -> their parameter in it.
 
-    `UserError` where they do not fit. ``conversions`` and ``quantizer`` are what transformers would load it with.
+    `UserError` where they do not fit. ``conversions`` and ``quantizer`` are what transformers would load it with; the
+    quantizer has compared its packed blocks by itself.
     """
     raw = {name: folder.raw(name) for name in folder.files}
     renamed = _renamed(model, raw, conversions)
@@ -37,7 +38,8 @@ def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> 
                 )
     _check_complete(folder, model, {renamed[name] for name in used})
     _check_company(folder, used, set(raw) - set(used))
-    _check_shapes(folder, model, {name: Header(raw[name]) for name in used}, conversions, quantizer)
+    others = [name for name in used if quantizer is None or renamed[name] not in quantizer.packed_names]
+    _check_shapes(folder, model, {name: Header(raw[name]) for name in others}, conversions, quantizer)
     return {name: renamed[name] for name in used}
 
 

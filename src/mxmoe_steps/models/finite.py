@@ -5,9 +5,18 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import nn
 
+from mxmoe_steps.errors import UserError
+
 Check = Callable[[torch.Tensor], torch.Tensor]  # elements to whether they are bad
 
 _TOGETHER = 2**22  # elements that are checked in one go, small tensors of them copied: memory for a few megabytes
+
+
+class BadNumbersError(UserError):
+    """A part of a packed block holds what is no number, or a scale that is not positive."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__(f"{part} holds NaN or infinity, or a scale that is not positive; run the quantize step again")
 
 
 def not_finite(values: torch.Tensor) -> torch.Tensor:
@@ -30,13 +39,20 @@ def bad_numbers(root: nn.Module) -> str | None:
     for (check, _, _), tensors in alike.items():
         for batch in _batches(tensors):
             values = [tensor.flatten() for _, tensor in batch]
-            if _any_bad(values[0] if len(values) == 1 else torch.cat(values), check):
-                return next(name for name, tensor in batch if _any_bad(tensor.flatten(), check))
+            if any_bad(values[0] if len(values) == 1 else torch.cat(values), check):
+                return next(name for name, tensor in batch if any_bad(tensor.flatten(), check))
     return None
 
 
-def _any_bad(values: torch.Tensor, check: Check) -> bool:
-    return any(bool(check(part).any()) for part in values.split(_TOGETHER))
+def any_bad(values: torch.Tensor, check: Check) -> bool:
+    """Whether ``check`` calls an element bad."""
+    return any(bool(_bad(part, check)) for part in values.split(_TOGETHER))
+
+
+def _bad(values: torch.Tensor, check: Check) -> torch.Tensor:
+    if check is not_finite:  # the extremes are NaN where an element is: 30 times faster on a CPU
+        return ~torch.stack(values.aminmax()).isfinite().all()
+    return check(values).any()
 
 
 def check_of(module: nn.Module, name: str, tensor: torch.Tensor) -> Check | None:

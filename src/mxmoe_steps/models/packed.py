@@ -5,20 +5,21 @@ dequantized exactly, the product is taken in the activations' precision. The rou
 operator, ``mxmoe::packed_experts``, so that `torch.compile` sees no loop over experts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from mxmoe_steps.models.finite import Check, not_finite
+from mxmoe_steps.models.finite import BadNumbersError, Check, any_bad, not_finite
 from mxmoe_steps.models.gating import Gating
 from mxmoe_steps.models.operators import define, register
 from mxmoe_steps.quantizers.grid import QuantizedWeight, from_tensors, quantize_activations
 from mxmoe_steps.quantizers.hadamard import rotate
-from mxmoe_steps.schemes import Scheme
+from mxmoe_steps.schemes import BLOCKS, ORIGINAL, Scheme
 
-_DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16}  # of parts, as safetensors names them
+DTYPES = {"U8": torch.uint8, "BF16": torch.bfloat16}  # of parts, as safetensors names them
 
 
 def _is_e4m3_nan(values: torch.Tensor) -> torch.Tensor:
@@ -33,6 +34,37 @@ def _not_positive(values: torch.Tensor) -> torch.Tensor:
     return ~((values > 0) & values.isfinite())
 
 
+def check_of_part(scheme: Scheme, part: str, tensor: torch.Tensor) -> Check | None:
+    """What calls elements of a block's part bad: what is no number, and scales that are not positive."""
+    if part == "qweight":
+        return _is_e4m3_nan if scheme.e4m3_weights else None
+    if part == "scales":
+        return _is_e8m0_nan if tensor.dtype == torch.uint8 else _not_positive
+    return not_finite
+
+
+@dataclass(frozen=True, eq=False)
+class StoredBlock:
+    """A linear block [N, K] as a checkpoint stores it: its ``parts`` by name, wherever they lie, in a mapped file too.
+
+    ``name``: for messages.
+    """
+
+    name: str
+    scheme: Scheme
+    out_features: int
+    in_features: int
+    rotated: bool
+    parts: dict[str, torch.Tensor]
+
+    def check(self) -> None:
+        """`BadNumbersError` for a part that means no numbers."""
+        for part, tensor in self.parts.items():
+            check = check_of_part(self.scheme, part, tensor)
+            if check is not None and any_bad(tensor, check):
+                raise BadNumbersError(f"{self.name}: {part}")
+
+
 class PackedLinear(nn.Module):
     """A linear block [N, K] under one scheme, stored as the checkpoint stores it; a ``bias`` [N] is not quantized.
 
@@ -45,7 +77,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.scheme, self.out_features, self.in_features, self.rotated = scheme, out_features, in_features, rotated
         for part, (dtype, shape) in scheme.parts(out_features, in_features).items():
-            self.register_buffer(part, torch.empty(shape, dtype=_DTYPES[dtype]))
+            self.register_buffer(part, torch.empty(shape, dtype=DTYPES[dtype]))
         self.bias = nn.Parameter(torch.empty(out_features)) if biased else None
 
     def quantized(self) -> QuantizedWeight:
@@ -62,12 +94,8 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(seen, self.dequantize().to(x.dtype), self.bias)
 
     def check_of(self, name: str, tensor: torch.Tensor) -> Check | None:
-        """What calls elements of its tensors bad: what is no number, and scales that are not positive."""
-        if name == "qweight":
-            return _is_e4m3_nan if self.scheme.e4m3_weights else None
-        if name == "scales":
-            return _is_e8m0_nan if tensor.dtype == torch.uint8 else _not_positive
-        return not_finite
+        """See `finite.bad_numbers`."""
+        return check_of_part(self.scheme, name, tensor)
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -82,33 +110,57 @@ def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bo
     return PackedLinear(scheme, out_features, in_features, rotated, biased)
 
 
-class MixedExpert(nn.Module):
-    """One expert: three blocks, each under its own scheme, those that are packed with or without rotation.
+def stored_block(linear: Any, name: str) -> StoredBlock:
+    """What `make_linear` has made, as a checkpoint stores it."""
+    scheme = linear.scheme if isinstance(linear, PackedLinear) else ORIGINAL
+    parts = {name: tensor.detach() for name, tensor in (*linear.named_parameters(), *linear.named_buffers())}
+    return StoredBlock(name, scheme, linear.out_features, linear.in_features, getattr(linear, "rotated", False), parts)
 
-    ``gating`` has no biases: the blocks add theirs, where they are ``biased``.
+
+def linear_of(block: StoredBlock, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """What `make_linear` makes, with copies of a block's parts; those that are not packed, in ``dtype``."""
+    with torch.device("meta"):
+        linear = make_linear(block.scheme, block.out_features, block.in_features, block.rotated, "bias" in block.parts)
+    own = {
+        part: tensor.to(device, dtype if part in ("weight", "bias") else tensor.dtype, copy=True).contiguous()
+        for part, tensor in block.parts.items()
+    }
+    linear.load_state_dict(own, assign=True)
+    return linear.requires_grad_(False)
+
+
+class MixedExpert(nn.Module):
+    """One expert: its ``linears``, gate_proj, if it has one, up_proj and down_proj, each under its own scheme.
+
+    ``gating`` has no biases: the blocks add theirs.
     """
 
-    def __init__(
-        self,
-        schemes: Sequence[Scheme],
-        hidden: int,
-        inner: int,
-        gating: Gating,
-        rotated: bool = False,
-        biased: bool = False,
-    ) -> None:
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
+    def __init__(self, linears: Mapping[str, nn.Module], gating: Gating) -> None:
         super().__init__()
-        gate, up, down = schemes
-        if gating.gated:
-            self.gate_proj = make_linear(gate, inner, hidden, rotated, biased)
-        self.up_proj = make_linear(up, inner, hidden, rotated, biased)
-        self.down_proj = make_linear(down, hidden, inner, rotated, biased)
+        for name, linear in linears.items():
+            self.add_module(name, linear)
         self.gating = gating
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] to [..., H]."""
         up = self.up_proj(x)
         return self.down_proj(self.gating(self.gate_proj(x), up) if self.gating.gated else self.gating.of_up(up))
+
+
+def make_expert(
+    schemes: Sequence[Scheme], hidden: int, inner: int, gating: Gating, rotated: bool = False, biased: bool = False
+) -> MixedExpert:
+    """``schemes``: of gate, up and down, see `make_linear`; that of a gate which there is not is not looked at."""
+    linears = {}
+    for kind, scheme in zip(BLOCKS, schemes, strict=True):
+        if kind != "gate" or gating.gated:
+            shape = (hidden, inner) if kind == "down" else (inner, hidden)
+            linears[f"{kind}_proj"] = make_linear(scheme, *shape, rotated, biased)
+    return MixedExpert(linears, gating)
 
 
 class MixedExperts(nn.ModuleList):

@@ -53,31 +53,37 @@ def packed_blocks(model: Any, family: Family, layers: Iterable[int]) -> Iterator
                 yield layer, expert, block, f"{family.moe_path(layer)}.{path}", moe.get_submodule(path)
 
 
-def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequence[str | Path]) -> None:
-    """`UserError` unless the headers of ``files`` hold every tensor of every expert block, and no other."""
+def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequence[str | Path]) -> dict[str, str]:
+    """Name of every tensor of an expert block in ``model`` -> in ``files``.
+
+    `UserError` unless the headers of these hold every one of them, and no other.
+    """
     found: dict[str, RawTensor] = {}
     for file in files:
         found |= tensors_of(Path(file))
     prefix = family.prefix_of(found)
-    found = {family.own_name(name, prefix): tensor for name, tensor in found.items()}
+    stored_names = {family.own_name(name, prefix): name for name in found}
     folder = Path(files[0]).parent
-    known = set()
+    known: dict[str, str] = {}
     for layer, expert, block, path, module in packed_blocks(model, family, layers):
         for name, expected in module.state_dict().items():
             where = f"{folder}: layer {layer}, expert {expert}, {block}: {name}"
-            stored = found.get(f"{path}.{name}")
-            if stored is None:
+            stored_name = stored_names.get(f"{path}.{name}")
+            if stored_name is None:
                 raise UserError(f"{where} is missing, no tensor {path}.{name}; {_FIX}")
+            stored = found[stored_name]
             dtypes = _STORED[expected.dtype] if isinstance(module, PackedLinear) and name != "bias" else FLOATING
             if stored.shape != tuple(expected.shape) or stored.dtype not in dtypes:
                 raise UserError(
                     f"{where} is {stored.dtype} {list(stored.shape)} in {stored.file.name}, expected"
                     f" {' or '.join(dtypes)} {list(expected.shape)}; {_FIX}"
                 )
-            known.add(f"{path}.{name}")
+            known[f"{path}.{name}"] = stored_name
     inside = tuple(
         f"{family.moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner
     )
-    for name in sorted(set(found) - known):
+    for name in sorted(stored_names.keys() - known):
         if name.startswith(inside):
-            raise UserError(f"{found[name].file}: {name} belongs to no block of quantization_config; {_FIX}")
+            file = found[stored_names[name]].file
+            raise UserError(f"{file}: {name} belongs to no block of quantization_config; {_FIX}")
+    return known

@@ -5,8 +5,9 @@ Beside the ``quantization_config`` (`mxmoe_steps.models.quantization`) stands an
 know without its experts, but refuses an unknown experts implementation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.adapters import family_of
 from mxmoe_steps.models.families import EXPERTS_IMPLEMENTATION
 from mxmoe_steps.models.gating import gating_of
-from mxmoe_steps.models.packed import MixedExpert, MixedExperts, ScaledExperts
+from mxmoe_steps.models.packed import MixedExperts, ScaledExperts, make_expert
 from mxmoe_steps.models.packed_files import check_experts, check_tensors
 from mxmoe_steps.models.quantization import checked_quantization
 from mxmoe_steps.schemes import SHARED, Scheme, parse_scheme
@@ -55,6 +56,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: MixedPrecisionConfig
+    packed_names: Mapping[str, str] = MappingProxyType({})  # of packed blocks' tensors in the model -> in its files
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **_: Any
@@ -73,7 +75,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
                 down = moe.experts.down_proj
                 inner = down[0].numel() // config.hidden_size
                 moe.experts = (ScaledExperts if family.scales_inputs else MixedExperts)(
-                    MixedExpert(
+                    make_expert(
                         quantization.of(int(layer), expert), config.hidden_size, inner, gating, rotated, family.biased
                     )
                     for expert in range(len(experts) - (str(SHARED) in experts))
@@ -81,10 +83,10 @@ class MixedPrecisionQuantizer(HfQuantizer):
                 if family.shared is not None:
                     old = getattr(moe, family.shared)
                     schemes = quantization.of(int(layer), SHARED)
-                    new = MixedExpert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
+                    new = make_expert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
                     setattr(moe, family.shared, new)
         if checkpoint_files:
-            check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
+            self.packed_names = check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Drop the converters that stack experts: ours stay apart."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.inference.gpu import expert_modules, layer_on_kernels
+from mxmoe_steps.inference.gpu import blocks_of, layer_on_kernels
 from mxmoe_steps.kernels.moe_layer import MoeLayer
 from mxmoe_steps.models.families import Family
 from mxmoe_steps.models.gating import kernel_gating
@@ -63,7 +63,8 @@ def on_kernels(model: StreamedModel, number: int) -> MoeLayer:
         gate = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
         device = next(moe.parameters()).device  # of the router, with its number
         gating = kernel_gating(family, model.folder.text)
-        return layer_on_kernels(expert_modules(moe, family), family, gating, device, gate)
+        blocks = blocks_of(moe, family, f"{model.folder.path}: layer {number}")
+        return layer_on_kernels(blocks, family, gating, device, gate)
 
 
 def in_transformers(moe: Any, family: Family, step: Step) -> Callable[[], torch.Tensor]:

@@ -1,6 +1,6 @@
 """Packed checkpoints in vLLM: its processes call `register`, the entry point of the group ``vllm.general_plugins``.
 
-    blocks    a rank's share of packed blocks: named, cut, loaded, complete; knows no engine
+    blocks    a rank's share of packed blocks: named, cut, collected, complete; knows no engine
     stream    how their tensors leave vLLM's stream of weights
     layer     the experts of one layer on one rank, and what computes them
     routed    what vLLM calls for routed experts

@@ -1,20 +1,20 @@
-"""A rank's share of the packed blocks of a layer: how it is cut, named and loaded, whether it is whole.
+"""A rank's share of the packed blocks of a layer: how it is cut, named and collected, whether it is whole.
 
 Nothing here knows an engine. An engine hands over whole tensors of the checkpoint, in any order, and those of all
-experts; what another rank keeps is dropped.
+experts; what another rank keeps is dropped. The tensors are kept as they come, views of a mapped file as a rule: their
+bytes are read when the layer is made of them.
 """
 
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 
 from mxmoe_steps.errors import UserError
+from mxmoe_steps.kernels.stacks import Place
 from mxmoe_steps.models.adapters import Family
-from mxmoe_steps.models.finite import bad_numbers
+from mxmoe_steps.models.packed import DTYPES, StoredBlock
 from mxmoe_steps.schemes import CODES_PER_UNIT, SHARED, Scheme
 
 _FIX = "run the quantize step again"
@@ -92,11 +92,14 @@ class Share:
         return tensor[:, first:last]
 
 
+_Parts = dict[str, tuple[torch.dtype | None, tuple[int, ...]]]  # type, None for any float, and shape
+
+
 @dataclass(frozen=True)
 class _Block:
-    scheme: Scheme
     shape: tuple[int, int]  # in the checkpoint
-    linear: nn.Module  # this rank's share
+    expected: _Parts  # there
+    stored: StoredBlock  # this rank's share
 
 
 class Blocks:
@@ -104,41 +107,51 @@ class Blocks:
 
     def __init__(self, layer: int, share: Share) -> None:
         self._layer, self._share = layer, share
-        self._blocks: dict[tuple[int, str], _Block] = {}
+        self._blocks: dict[Place, _Block] = {}
         self._missing: dict[tuple[int, str, str], None] = {}  # in order
 
-    def add(self, expert: int, block: str, scheme: Scheme, shape: tuple[int, int], linear: Any) -> None:
-        """A block whose share ``linear`` holds; ``shape``: of the whole. `UserError` unless it can be cut."""
+    def add(
+        self, expert: int, block: str, scheme: Scheme, shape: tuple[int, int], rotated: bool, biased: bool = False
+    ) -> None:
+        """A block of that ``shape``, of which this rank has its share. `UserError` unless it can be cut."""
         try:
-            self._share.check(block, scheme, shape, getattr(linear, "rotated", False))
+            self._share.check(block, scheme, shape, rotated and not scheme.is_original)
         except UserError as error:
             raise UserError(f"layer {self._layer}: {error}") from None
-        linear.requires_grad_(False)
-        self._blocks[expert, block] = _Block(scheme, shape, linear)
-        self._missing |= dict.fromkeys((expert, block, part) for part in linear.state_dict())
+        (rows, columns), ranks = shape, self._share.ranks
+        own = (rows, columns // ranks) if block == "down" else (rows // ranks, columns)
+        expected: _Parts = {"weight": (None, shape)}
+        if not scheme.is_original:
+            expected = {part: (DTYPES[dtype], size) for part, (dtype, size) in scheme.parts(*shape).items()}
+        if biased:
+            expected["bias"] = None, shape[:1]
+        name = f"layer {self._layer}, expert {expert}, {block}"
+        stored = StoredBlock(name, scheme, *own, rotated and not scheme.is_original, {})
+        self._blocks[expert, block] = _Block(shape, expected, stored)
+        self._missing |= dict.fromkeys((expert, block, part) for part in expected)
 
     def have(self, expert: int, block: str) -> bool:
         """Whether it was added."""
         return (expert, block) in self._blocks
 
     def load(self, expert: int, block: str, part: str, tensor: torch.Tensor) -> None:
-        """Keep this rank's share of a whole ``tensor``; `UserError` for one that is not what it should be."""
-        where = f"layer {self._layer}, expert {expert}, {block}: {part}"
+        """Keep this rank's share of a whole ``tensor``, no copy; `UserError` for one that is not what it should be."""
         found = self._blocks[expert, block]
+        where, scheme = f"{found.stored.name}: {part}", found.stored.scheme
         if (expert, block, part) not in self._missing:
-            stored = ", ".join(found.linear.state_dict())
-            raise UserError(f"{where} comes twice, or is no part of a block under {found.scheme} ({stored})")
-        target, shape = getattr(found.linear, part), self._shape(found, part)
-        right_type = tensor.is_floating_point() if part in ("weight", "bias") else tensor.dtype == target.dtype
+            stored = ", ".join(found.expected)
+            raise UserError(f"{where} comes twice, or is no part of a block under {scheme} ({stored})")
+        dtype, shape = found.expected[part]
+        right_type = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
         if tuple(tensor.shape) != shape or not right_type:
             raise UserError(
-                f"{where} is {tensor.dtype} {list(tensor.shape)}, expected {target.dtype} {list(shape)}; {_FIX}"
+                f"{where} is {tensor.dtype} {list(tensor.shape)}, expected {dtype or 'floats'} {list(shape)}; {_FIX}"
             )
-        target.copy_(self._share.of(tensor, part, block, found.scheme, found.shape[1]))
+        found.stored.parts[part] = self._share.of(tensor, part, block, scheme, found.shape[1])
         del self._missing[expert, block, part]
 
-    def finish(self) -> None:
-        """`UserError` unless all tensors have come and hold numbers."""
+    def finish(self) -> dict[Place, StoredBlock]:
+        """The blocks, by expert and kind; `UserError` unless all tensors have come."""
         if self._missing:
             expert, block, part = next(iter(self._missing))
             more = f" and {len(self._missing) - 1} others are" if len(self._missing) > 1 else " is"
@@ -146,16 +159,4 @@ class Blocks:
                 f"the checkpoint lacks tensors: layer {self._layer}, expert {expert}, {block}: {part}{more} missing;"
                 f" {_FIX}"
             )
-        named = {f"expert {expert}, {block}": found.linear for (expert, block), found in self._blocks.items()}
-        if (bad := bad_numbers(nn.ModuleDict(named))) is not None:
-            where, _, part = bad.rpartition(".")
-            raise UserError(
-                f"layer {self._layer}, {where}: {part} holds NaN or infinity, or a scale that is not positive; {_FIX}"
-            )
-
-    @staticmethod
-    def _shape(block: _Block, part: str) -> tuple[int, ...]:
-        """Of a part in the checkpoint."""
-        if part == "bias":
-            return block.shape[:1]
-        return block.shape if part == "weight" else block.scheme.parts(*block.shape)[part][1]
+        return {place: found.stored for place, found in self._blocks.items()}

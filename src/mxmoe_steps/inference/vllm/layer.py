@@ -19,13 +19,17 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import check_hardware, layer_on_kernels
 from mxmoe_steps.inference.vllm.blocks import Blocks
 from mxmoe_steps.kernels.moe_layer import MoeLayer
+from mxmoe_steps.kernels.stacks import Place
 from mxmoe_steps.models.adapters import Family
+from mxmoe_steps.models.finite import BadNumbersError
 from mxmoe_steps.models.gating import gating_of, kernel_gating
 from mxmoe_steps.models.operators import define
-from mxmoe_steps.models.packed import MixedExperts
+from mxmoe_steps.models.packed import MixedExpert, MixedExperts, StoredBlock, linear_of
 from mxmoe_steps.schemes import SHARED, Scheme
 
 logger = init_logger("vllm.mxmoe")  # vLLM configures loggers below its own
+
+_LASTING = ("auto", "hf", "safetensors")  # load formats whose tensors stay as they are: others reuse buffers
 
 
 class PackedLayer:
@@ -40,8 +44,11 @@ class PackedLayer:
         check_options(engine)
         self.dtype, self.eager = engine.model_config.dtype, bool(engine.model_config.enforce_eager)
         self.blocks: list[Blocks] = []  # that wait for their tensors
-        self.experts: MixedExperts | None = None  # routed ones of this rank, until they are in kernel order
-        self.shared: dict[str, nn.Module] = {}  # gate_proj, up_proj, down_proj, likewise
+        self.lasting = engine.load_config.load_format in _LASTING
+        # Blocks that have all come, until something computes; this rank's experts are numbered from 0
+        self.routed: dict[Place, StoredBlock] | None = None
+        self.shared: dict[Place, StoredBlock] = {}
+        self.shared_modules: dict[str, nn.ModuleDict] = {}  # by kind of block: takes its module where it stays
         self.device = torch.device("cpu")
         self.runner: Any = None  # of vLLM, once its experts are loaded
         self.local: torch.Tensor | None = None  # int64, by global number; None where all experts are here
@@ -61,7 +68,7 @@ class PackedLayer:
             raise UserError(f"layer {self.number}: packed experts are loaded once, and they are; restart vLLM")
         for blocks in self.blocks:
             if blocks.have(expert, block):
-                blocks.load(expert, block, part, tensor)
+                blocks.load(expert, block, part, tensor if self.lasting else tensor.clone())
                 return
         if expert == SHARED or expert not in self.schemes:
             what = "the shared expert" if expert == SHARED else f"expert {expert}"
@@ -69,38 +76,33 @@ class PackedLayer:
                 f"layer {self.number}: vLLM's model does not take {what} from packed tensors: {block}: {part}"
             )
 
-    def finish(self, blocks: Blocks) -> None:
-        """`UserError` unless all tensors of ``blocks`` have come; nothing here keeps their modules then."""
-        blocks.finish()
+    def finish(self, blocks: Blocks) -> dict[Place, StoredBlock]:
+        """What ``blocks`` waited for; `UserError` unless all of it has come."""
         self.blocks.remove(blocks)
+        return blocks.finish()
 
     def loaded(self) -> None:
         """Tell that routed experts, or a block of the shared one, are complete; once all are, choose what computes."""
-        experts = self.experts
-        if (
-            experts is None
-            or self.runner is None
-            or (SHARED in self.schemes and len(self.shared) < len(self.family.own_blocks))
-        ):
+        shared = len(self.family.own_blocks) if SHARED in self.schemes else 0
+        if self.routed is None or self.runner is None or len(self.shared) < shared:
             return
         try:
             check_hardware(self.device, self.dtype)
-            self._move(dict(enumerate(experts)), nn.ModuleDict(self.shared))
+            self._move(self.routed)
+        except BadNumbersError:
+            raise
         except UserError as error:
-            self._stay(experts, str(error))
-            return
-        logger.info_once("mxmoe: experts run the GPU kernels")
-        self.experts = None
-        for linear in self.shared.values():  # vLLM's layers keep the modules
-            for tensor in (*linear.parameters(), *linear.buffers()):
-                tensor.data = tensor.data.new_empty(0)
+            self._stay(self.routed, str(error))
+        else:
+            logger.info_once("mxmoe: experts run the GPU kernels")
+        self.routed, self.shared = None, {}
 
-    def _move(self, experts: dict[int, nn.Module], shared: nn.ModuleDict) -> None:
+    def _move(self, routed: dict[Place, StoredBlock]) -> None:
         """To the kernels; `UserError` where there are none, and nothing has changed then."""
         make = partial(layer_on_kernels, family=self.family, gating=self.kernel_gating, device=self.device)
         elsewhere = self.local is not None
-        if not shared:
-            self.compute = make(experts, elsewhere=elsewhere)
+        if not self.shared:
+            self.compute = make(routed, elsewhere=elsewhere)
             return
         module = self.runner._shared_experts and self.runner._shared_experts._layer
         gate = getattr(module, "expert_gate", None)
@@ -109,7 +111,9 @@ class PackedLayer:
         weight = None if gate is None else gate.weight.detach()
         if not (self._mixed_tokens() or self.family.scales_inputs):
             try:
-                self.compute = make({**experts, SHARED: shared}, gate=weight, elsewhere=elsewhere)
+                self.compute = make(routed | self.shared, gate=weight, elsewhere=elsewhere)
+            except BadNumbersError:
+                raise
             except UserError as error:
                 logger.info_once("mxmoe: the shared expert runs in a call of its own (%s)", str(error))
             else:
@@ -117,8 +121,8 @@ class PackedLayer:
                 self.runner._shared_experts = None
                 self.runner._forward_entry = self.runner._select_forward()
                 return
-        alone = SharedExpert(make({0: shared}), gate)
-        self.compute = make(experts, elsewhere=elsewhere)
+        alone = SharedExpert(make({(0, kind): block for (_, kind), block in self.shared.items()}), gate)
+        self.compute = make(routed, elsewhere=elsewhere)
         self.runner._shared_experts._layer = alone
 
     def _mixed_tokens(self) -> bool:
@@ -126,18 +130,25 @@ class PackedLayer:
         parallel = self.runner.moe_config.moe_parallel_config
         return parallel.dp_size > 1 or parallel.is_sequence_parallel or getattr(parallel, "pcp_size", 1) > 1
 
-    def _stay(self, experts: MixedExperts, why: str) -> None:
+    def _stay(self, routed: dict[Place, StoredBlock], why: str) -> None:
         """Reference arithmetic."""
-        self.compute = experts.routed_sum
-        if self.device.type != "cuda":
-            logger.info_once("mxmoe: experts run reference arithmetic (%s)", why)
-            return
-        if not self.eager:
+        if self.device.type == "cuda" and not self.eager:
             raise UserError(
                 f"layer {self.number}: no GPU kernels ({why}), and reference arithmetic does not work in CUDA graphs;"
                 " add --enforce-eager to run it, slowly"
             )
-        logger.warning("mxmoe: the experts of layer %d run reference arithmetic, slowly (%s)", self.number, why)
+        if self.device.type == "cuda":
+            logger.warning("mxmoe: the experts of layer %d run reference arithmetic, slowly (%s)", self.number, why)
+        else:
+            logger.info_once("mxmoe: experts run reference arithmetic (%s)", why)
+        for block in (*routed.values(), *self.shared.values()):
+            block.check()
+        experts: dict[int, dict[str, nn.Module]] = {}
+        for (number, kind), block in routed.items():
+            experts.setdefault(number, {})[f"{kind}_proj"] = linear_of(block, self.device, self.dtype)
+        self.compute = MixedExperts(MixedExpert(linears, self.gating) for linears in experts.values()).routed_sum
+        for (_, kind), block in self.shared.items():
+            self.shared_modules[kind][kind] = linear_of(block, self.device, self.dtype)
 
 
 class SharedExpert(nn.Module):

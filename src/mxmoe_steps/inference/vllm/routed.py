@@ -14,7 +14,6 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExper
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.vllm.blocks import Blocks, Share, place_in_experts
 from mxmoe_steps.inference.vllm.layer import PackedLayer, packed_layer
-from mxmoe_steps.models.packed import MixedExpert, MixedExperts
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 
@@ -39,7 +38,7 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         return None
 
     def create_weights(self, layer: RoutedExperts, num_experts: int, hidden_size: int, *_: Any, **__: Any) -> None:
-        """Packed experts of this rank, empty, on the current device."""
+        """No weights: what says which tensors are to come, for the current device."""
         packed, moe, parallel = self.packed, self.moe, self.moe.moe_parallel_config
         stored = len(packed.schemes.keys() - {SHARED})
         if moe.num_experts != stored:
@@ -55,17 +54,12 @@ class PackedExpertsMethod(FusedMoEMethodBase):
         inner, rotated, biased = moe.intermediate_size, packed.rotated, packed.family.biased
         shapes = {"gate": (inner, hidden_size), "up": (inner, hidden_size), "down": (hidden_size, inner)}
         here = [e for e in range(moe.num_experts) if layer._map_global_expert_id_to_local_expert_id(e) != -1]
-        self.blocks, experts = Blocks(packed.number, share), []
+        self.blocks = Blocks(packed.number, share)
         packed.blocks.append(self.blocks)
         for number in here:
-            schemes = packed.schemes[number]
-            expert = MixedExpert(schemes, hidden_size, inner // share.ranks, packed.gating, rotated, biased)
-            for block, scheme in zip(BLOCKS, schemes, strict=True):
-                if block not in packed.family.own_blocks:
-                    continue
-                self.blocks.add(number, block, scheme, shapes[block], expert.get_submodule(f"{block}_proj"))
-            experts.append(expert)
-        packed.experts = MixedExperts(experts)
+            for block, scheme in zip(BLOCKS, packed.schemes[number], strict=True):
+                if block in packed.family.own_blocks:
+                    self.blocks.add(number, block, scheme, shapes[block], rotated, biased)
         packed.device = torch.empty(0).device
         if len(here) < moe.num_experts:
             packed.local = torch.full((moe.num_experts,), len(here))  # a number that no expert here has
@@ -81,8 +75,10 @@ class PackedExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that all have come."""
-        self.packed.finish(self.blocks)
+        blocks = self.packed.finish(self.blocks)
         del self.blocks
+        here = {number: place for place, number in enumerate(dict.fromkeys(number for number, _ in blocks))}
+        self.packed.routed = {(here[number], kind): block for (number, kind), block in blocks.items()}
         context = get_current_vllm_config().compilation_config.static_forward_context
         self.packed.runner = context[layer.layer_name]
         self.packed.loaded()

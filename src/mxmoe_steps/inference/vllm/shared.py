@@ -8,7 +8,6 @@ from vllm.model_executor.layers.linear import LinearMethodBase
 
 from mxmoe_steps.inference.vllm.blocks import Blocks, Share
 from mxmoe_steps.inference.vllm.layer import PackedLayer
-from mxmoe_steps.models.packed import make_linear
 from mxmoe_steps.schemes import BLOCKS, SHARED
 
 BLOCKS_OF = {"gate_up_proj": ("gate", "up"), **{f"{block}_proj": (block,) for block in BLOCKS}}  # of a linear layer
@@ -29,26 +28,25 @@ class PackedLinearMethod(LinearMethodBase):
         output_size: int,
         **_: Any,
     ) -> None:
-        """Packed blocks of this rank, empty, on the current device."""
+        """No weights: what says which tensors are to come. ``layer.packed`` has the blocks that stay here."""
         ranks = input_size // input_size_per_partition * (output_size // sum(output_partition_sizes))
         share = Share(layer.tp_rank if ranks > 1 else 0, ranks)
         self.blocks = Blocks(self.packed.number, share)
         self.packed.blocks.append(self.blocks)
         schemes = dict(zip(BLOCKS, self.packed.schemes[SHARED], strict=True))
-        layer.packed = nn.ModuleList()
         for block, features in zip(self.names, output_partition_sizes, strict=True):
-            linear: Any = make_linear(schemes[block], features, input_size_per_partition, self.packed.rotated, False)
             shape = (features, input_size) if block == "down" else (features * ranks, input_size)
-            self.blocks.add(SHARED, block, schemes[block], shape, linear)
-            layer.packed.append(linear)
+            self.blocks.add(SHARED, block, schemes[block], shape, self.packed.rotated)
+        layer.packed = nn.ModuleDict()
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that all have come."""
-        self.packed.finish(self.blocks)
+        blocks = self.packed.finish(self.blocks)
         del self.blocks
-        self.packed.shared |= {f"{block}_proj": linear for block, linear in zip(self.names, layer.packed, strict=True)}
+        self.packed.shared |= blocks
+        self.packed.shared_modules |= {kind: layer.packed for _, kind in blocks}
         self.packed.loaded()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] to [..., N]."""
-        return torch.cat([linear(x) for linear in layer.packed], -1)
+        return torch.cat([layer.packed[name](x) for name in self.names], -1)
