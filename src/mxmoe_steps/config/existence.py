@@ -134,7 +134,11 @@ def check_selectors(solve: "Solve", folder: ModelFolder) -> None:
 
 
 def check_shape(config: "Config", folder: ModelFolder) -> None:
-    """`UserError` for layers to extrapolate to that cannot take the model's losses."""
+    """`UserError` for layers to extrapolate to that cannot take the model's losses, and for layers to time that have no
+    experts."""
+    unknown = sorted(set(config.time.layers) - set(folder.moe_layers))
+    if unknown:
+        raise UserError(f"time.layers: layer {unknown[0]} has no experts; those of the model are {folder.moe_layers}")
     if config.extrapolate is not None:
         try:
             shape_like(config.extrapolate.shape, shared=SHARED in folder.expert_ids())

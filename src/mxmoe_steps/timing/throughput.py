@@ -200,4 +200,7 @@ class Rounds:
 
 
 def _fits(size: int) -> bool:
-    return not torch.cuda.is_available() or size < _ROOM * torch.cuda.mem_get_info()[0]
+    if not torch.cuda.is_available():
+        return True
+    torch.cuda.empty_cache()
+    return size < _ROOM * torch.cuda.mem_get_info()[0]
