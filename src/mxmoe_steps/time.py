@@ -9,7 +9,7 @@ both sides. With ``--throughput`` the whole models generate and prefill, too, as
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -29,6 +29,7 @@ from mxmoe_steps.options.base import (
     Natural,
     Options,
     OutFile,
+    Schemes,
     Sequences,
     StepOptions,
     Threads,
@@ -39,6 +40,7 @@ from mxmoe_steps.options.shared import Extended, OfModel, RemoteCode, Seeded, So
 
 if TYPE_CHECKING:
     from mxmoe_steps.kernels.architecture import Architecture
+    from mxmoe_steps.kernels.moe_layer import MoeLayer
     from mxmoe_steps.models.streaming import StreamedModel
     from mxmoe_steps.timing.profile import Profile
     from mxmoe_steps.timing.throughput import Workload
@@ -75,6 +77,9 @@ class TimeOptions(Timed, Seeded, Extended, OfModel, RemoteCode, StepOptions):
     tokens: list[Tokens] = Field(description="tokens in a step")
     sources: Sources = Field({}, description="for --throughput: JSON object, name -> text source")
     throughput: OutFile | None = Field(None, description="measure whole models, too: parquet file to write")
+    uniform: Schemes = Field(
+        [], description="time layers under these schemes, too: of the original, all blocks rounded to nearest"
+    )
     profile: InFile | None = Field(None, description="what profile wrote, to print predicted times beside measured")
     threads: Annotated[Threads, Flag("THREADS", decides=False)] = Field(1, description="kernels compiled at a time")
     out: OutFile = Field(description="parquet file to write")
@@ -115,8 +120,8 @@ def open_checkpoints(options: TimeOptions, path: Path, of_model: str) -> "dict[s
     models: dict[str, StreamedModel] = {}
     for folder in options.checkpoints:
         name = folder.resolve().name
-        if name in models or name == ORIGINAL:
-            raise UserError(f"{folder}: another checkpoint has the name {name}; rename the folder")
+        if name in {*models, ORIGINAL, *options.uniform}:
+            raise UserError(f"{folder}: another checkpoint or scheme has the name {name}; rename the folder")
         check_packed_from(open_model(folder), of_model, str(path))
         models[name] = StreamedModel(folder, "bfloat16", "cuda", options.trust_remote_code)
     return models
@@ -146,24 +151,25 @@ def time_layers(
     options: TimeOptions, original: "StreamedModel", models: "dict[str, StreamedModel]", routing: "Routing"
 ) -> dict[str, list[Any]]:
     """Columns of `tables.TIMES`."""
+    from mxmoe_steps.schemes import parse_scheme
     from mxmoe_steps.tables import TIMES
-    from mxmoe_steps.timing.checkpoints import Steps, layer_times, usable_layers
+    from mxmoe_steps.timing.checkpoints import Steps, layer_times, on_kernels, under_one_scheme, usable_layers
     from mxmoe_steps.timing.timer import Timer
 
     layers = timed_layers(options, original.folder.moe_layers)
+    makers: dict[str, Callable[[int], MoeLayer]] = {name: partial(on_kernels, model) for name, model in models.items()}
+    makers |= {name: partial(under_one_scheme, original, parse_scheme(name)) for name in options.uniform}
     timer, hidden = Timer(), original.config.hidden_size
     columns: dict[str, list[Any]] = {name: [] for name in TIMES.schema.names}
     said: set[str] = set()
     for done, number in enumerate(layers, 1):
-        packed = usable_layers(models, number, said)
-        if not packed:
-            continue
         with original.loaded(original.layer_path(number)):
-            for tokens in sorted(set(options.tokens)):
+            ours = usable_layers(makers, number, said)
+            for tokens in sorted(set(options.tokens)) if ours else []:
                 steps = Steps(routing, options.traffic_text, tokens, options.steps, hidden, options.seed)
                 for index, step in enumerate(steps.of(number)):
                     asked = (options.rounds, options.repeats, options.seed)
-                    found = layer_times(timer, original, packed, number, step, *asked)
+                    found = layer_times(timer, original, ours, number, step, *asked)
                     for (checkpoint, stage), us in found.items():
                         _add(columns, checkpoint, number, tokens, index, stage, us)
         print(f"time: layer {number} ({done} of {len(layers)})", file=sys.stderr, flush=True)
@@ -223,7 +229,8 @@ def _add(columns: dict[str, list[Any]], *row: Any) -> None:
 def predicted_times(
     options: TimeOptions, profile: "Profile", original: "StreamedModel", timed: set[int]
 ) -> dict[str, dict[int, float]]:
-    """Checkpoint -> tokens -> microseconds predicted for its expert GEMMs, the mean over the layers that were timed."""
+    """Checkpoint or scheme -> tokens -> microseconds predicted for expert GEMMs, the mean over the layers that were
+    timed."""
     from mxmoe_steps.evaluations import read_manifest
     from mxmoe_steps.models.families import open_model
     from mxmoe_steps.models.quantization import assignment_of
@@ -232,20 +239,20 @@ def predicted_times(
     from mxmoe_steps.timing.traffic import sample_traffic
 
     blocks = blocks_of(original.folder, sizes=True, layers=timed)
-    found: dict[str, dict[int, float]] = {}
+    experts = dict.fromkeys(zip(blocks.layer.tolist(), blocks.expert.tolist(), strict=True))
+    allocations = {
+        name: {"assignment": [[*place, *[name] * 3] for place in experts], "timed_as": {}} for name in options.uniform
+    }
+    for folder in options.checkpoints:
+        timed_as = read_manifest(folder)["allocation"]["timed_as"]
+        allocation = {"assignment": assignment_of(open_model(folder).config), "timed_as": timed_as}
+        allocations[folder.resolve().name] = allocation
+    found: dict[str, dict[int, float]] = {name: {} for name in allocations}
     for tokens in sorted(set(options.tokens)):
         traffic = sample_traffic(options.trace, [options.traffic_text], tokens, "auto", options.steps, options.seed)
-        for folder in options.checkpoints:
-            timed_as = read_manifest(folder)["allocation"]["timed_as"]
-            allocation = {"assignment": assignment_of(open_model(folder).config), "timed_as": timed_as}
-            us = mean_layer_us(allocation, blocks, traffic, profile)
-            found.setdefault(folder.resolve().name, {})[tokens] = us
+        for name, allocation in allocations.items():
+            found[name][tokens] = mean_layer_us(allocation, blocks, traffic, profile)
     return found
-
-
-def rows_of(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
-    """Columns of a table as rows."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def time(options: TimeOptions) -> None:
@@ -255,7 +262,7 @@ def time(options: TimeOptions) -> None:
     from mxmoe_steps.models.families import resolve_model
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.streaming import StreamedModel
-    from mxmoe_steps.tables import THROUGHPUT, TIMES, write_table
+    from mxmoe_steps.tables import THROUGHPUT, TIMES, read_table, write_table
     from mxmoe_steps.timing.profile import read_profile
     from mxmoe_steps.timing.times import rate_table, rates, stage_table, summary
     from mxmoe_steps.timing.traffic import Routing
@@ -280,13 +287,17 @@ def time(options: TimeOptions) -> None:
     columns = time_layers(options, original, models, routing)
     more = {"compiler": gpu["compiler"], "repeats": options.repeats, "steps": options.steps}
     write_table(TIMES, options.out, columns, facts | more)
-    timed = set(columns["layer"])
-    predicted = predicted_times(options, profile, original, timed) if profile is not None and timed else {}
-    print(stage_table(summary(rows_of(columns)), predicted), file=sys.stderr)
+    predicted: dict[str, dict[int, float]] = {}
+    if profile is not None and columns["layer"]:
+        try:
+            predicted = predicted_times(options, profile, original, set(columns["layer"]))
+        except UserError as error:  # what was measured is worth as much
+            print(f"time: nothing is predicted: {error}", file=sys.stderr)
+    print(stage_table(summary(read_table(TIMES, options.out)[0].to_pylist()), predicted), file=sys.stderr)
     if options.throughput is not None:
         columns, more = time_whole(options, path, works, "cuda")
         write_table(THROUGHPUT, options.throughput, columns, facts | more)
-        print(rate_table(rates(rows_of(columns))), file=sys.stderr)
+        print(rate_table(rates(read_table(THROUGHPUT, options.throughput)[0].to_pylist())), file=sys.stderr)
 
 
 def main() -> None:

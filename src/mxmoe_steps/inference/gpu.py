@@ -168,7 +168,7 @@ def layer_on_kernels(
 
     def read(expert: int, block: str) -> QuantizedWeight | torch.Tensor:
         linear: Any = experts[expert].get_submodule(f"{block}_proj")
-        return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach()
+        return linear.quantized() if isinstance(linear, PackedLinear) else linear.weight.detach().bfloat16()
 
     def bias(expert: int, block: str) -> torch.Tensor:
         linear: Any = experts[expert].get_submodule(f"{block}_proj")

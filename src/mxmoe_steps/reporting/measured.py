@@ -12,11 +12,11 @@ MEASURED_HEADS = (
     "tokens in a step",
     "GEMMs predicted, µs",
     "measured, µs",
-    "error",
+    "error of the prediction",
     "layer, µs",
-    "of original's",
+    "layer / original's",
     "whole model, tokens/s",
-    "times original's",
+    "tokens/s / original's",
 )
 
 

@@ -47,7 +47,7 @@ def rates(rows: Sequence[Mapping[str, Any]]) -> Rates:
 def stage_table(times: Stages, predicted: Mapping[str, Mapping[int, float]]) -> str:
     """Microseconds of every stage, a part for each number of tokens; ``predicted``: checkpoint -> tokens ->
     microseconds of the expert GEMMs, of some or none."""
-    lines = []
+    parts = []
     for tokens in sorted({tokens for of in times.values() for tokens in of}):
         here = {name: of[tokens] for name, of in times.items() if tokens in of}
         order = sorted(here, key=lambda name: (name != ORIGINAL, here[name][WHOLE]))
@@ -61,8 +61,8 @@ def stage_table(times: Stages, predicted: Mapping[str, Mapping[int, float]]) -> 
                 off = "" if gemms is None or guess is None else f"{100 * (guess / gemms - 1):+.1f} %"
                 cells += [_us(guess), off]
             rows.append([f"{name}, transformers" if name == ORIGINAL else name, *cells])
-        lines += _aligned(rows)
-    return "\n".join(lines)
+        parts.append("\n".join(_aligned(rows)))
+    return "\n\n".join(parts)
 
 
 def rate_table(found: Rates) -> str:
