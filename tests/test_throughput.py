@@ -126,7 +126,7 @@ def test_models_take_turns_or_follow_one_another(room: int, together: bool, capl
     assert rounds.ms == {
         ("a", 0): [1.0] * 3, ("b", 0): [2.0] * 3, ("c", 0): [4.0] * 3, ("a", 1): [1.0] * 3, ("c", 1): [4.0] * 3,
     }  # fmt: skip
-    assert rounds.left_out == ["b: prefill fails: no such cache"]
+    assert rounds.left_out == ["b: prefill: no such cache"]
     assert {count for _, _, count in gpu.seen} == ({3} if together else {1})
     order = [name for kind, name, _ in gpu.seen if kind == "decode"]
     if together:
@@ -137,10 +137,11 @@ def test_models_take_turns_or_follow_one_another(room: int, together: bool, capl
 def test_a_workload_that_does_not_fit_is_left_out() -> None:
     gpu = Gpu(2)
     full = torch.OutOfMemoryError("CUDA out of memory")
-    rounds = Rounds([gpu.work("decode", {}), gpu.work("prefill", {"a": full})], 16, 1, 0)
+    failing = {"a": full, "b": ValueError("no such cache")}
+    rounds = Rounds([gpu.work("decode", {}), gpu.work("prefill", failing)], 16, 1, 0)
     rounds.of({name: (1, partial(gpu.load, name)) for name in "ab"})
-    assert set(rounds.ms) == {("a", 0), ("b", 0), ("b", 1)}
-    assert rounds.left_out == ["a: prefill does not fit in the GPU's memory"]
+    assert set(rounds.ms) == {("a", 0), ("b", 0)}
+    assert rounds.left_out == ["a: prefill: it does not fit in the GPU's memory", "b: prefill: no such cache"]
     assert not rounds.together
 
 

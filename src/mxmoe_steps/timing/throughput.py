@@ -151,11 +151,12 @@ class Rounds:
 
     def _fit(self, loads: Mapping[str, Load]) -> bool:
         """Measure models that are in memory together; false, and nothing is kept, where they do not fit."""
+        kept, said = dict(self.ms), list(self.left_out)
         fit = True
         try:
             self._measure(loads)
         except torch.OutOfMemoryError:
-            fit = False
+            fit, self.ms, self.left_out = False, kept, said
         torch._dynamo.reset()
         gc.collect()
         if torch.cuda.is_available():
@@ -165,14 +166,18 @@ class Rounds:
     def _measure(self, loads: Mapping[str, Load]) -> None:
         with ExitStack() as stack:
             models = {name: stack.enter_context(load()) for name, load in loads.items()}
-            for number in range(len(self.works)):
-                self._take_turns(models, number)
+            for number, work in enumerate(self.works):
+                forget_compiled(models)
+                for name, ms in self._take_turns(models, work).items():
+                    self.ms[name, number] = ms
+                    rate = 1e3 * work.made / statistics.median(ms)
+                    print(f"time: {name}: {work}: {rate:.0f} tokens a second", file=sys.stderr, flush=True)
+                forget_compiled(models)
 
-    def _take_turns(self, models: Mapping[str, Any], number: int) -> None:
-        """One workload, in rounds after one that warms up and compiles."""
-        work, shuffle = self.works[number], random.Random(self.seed)
+    def _take_turns(self, models: Mapping[str, Any], work: Workload) -> dict[str, list[float]]:
+        """Milliseconds of every model that can do it, in every round after one that warms up and compiles."""
+        shuffle = random.Random(self.seed)
         found: dict[str, list[float]] = {name: [] for name in models}
-        forget_compiled(models)
         with torch._dynamo.config.patch(recompile_limit=max(8, 2 * len(models))):  # models share code
             for turn in range(-1, self.count):
                 for name in shuffle.sample(list(found), len(found)):
@@ -182,17 +187,14 @@ class Rounds:
                         full = isinstance(error, torch.OutOfMemoryError)
                         if full and len(models) > 1:
                             raise
-                        why = "does not fit in the GPU's memory" if full else f"fails: {str(error).splitlines()[0]}"
-                        self._leave_out(f"{name}: {work} {why}")
+                        why = next(iter(str(error).splitlines()), type(error).__name__)
+                        why = "it does not fit in the GPU's memory" if full else why
+                        self._leave_out(f"{name}: {work}: {why}")
                         del found[name]
                         continue
                     if turn >= 0:
                         found[name].append(ms)
-        forget_compiled(models)
-        for name, taken in found.items():
-            self.ms[name, number] = taken
-            rate = 1e3 * work.made / statistics.median(taken)
-            print(f"time: {name}: {work}: {rate:.0f} tokens a second", file=sys.stderr, flush=True)
+        return found
 
     def _leave_out(self, sentence: str) -> None:
         self.left_out.append(sentence)
