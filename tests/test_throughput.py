@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
-from mxmoe_steps.report import ReportOptions, report
+from mxmoe_steps.errors import UserError
+from mxmoe_steps.report import ReportOptions, read_measured, report
 from mxmoe_steps.tables import THROUGHPUT, TIMES, read_table, write_table
 from mxmoe_steps.time import TimeOptions, predicted_times, time_whole, workloads_of
 from mxmoe_steps.timing import throughput
@@ -224,6 +225,10 @@ def test_from_the_traced_text_to_the_report(finished: Path, tmp_path: Path) -> N
         throughput=options.throughput, traffic_text="words", tokens=[2, 300], html=tmp_path / "report.html",
         csv=tmp_path / "summary.csv", figures=tmp_path / "figures",
     )  # fmt: skip
+    with pytest.raises(UserError, match=r"times.parquet and the allocations are of different models; run time again"):
+        read_measured(made, "another")
+    with pytest.raises(UserError, match=r"throughput.parquet and the allocations are of different models"):
+        read_measured(made.model_copy(update={"times": None}), "another")
     report(made)
     table = pd.read_csv(made.csv).set_index("checkpoint")
     for name in names:
