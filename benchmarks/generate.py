@@ -25,7 +25,6 @@ decides some of them: ``--rounds`` more of them, and the log has every round.
 
 import argparse
 import collections
-import functools
 import gc
 import json
 import random
@@ -39,6 +38,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from mxmoe_steps.timing.throughput import decode_ms, forget_compiled, prefill_ms, wall_ms
 
 SHAPE = {
     "architectures": ["Qwen2MoeForCausalLM"],
@@ -61,7 +62,6 @@ RUNS = ("original", "w4a16", "hot", "w8a8_fp8")
 PARTS = ("host", "generate", "static", "deferred", "graph", "prefill", "batching", "profile")
 BATCHES = (1, 16, 64)
 PROMPT, NEW = 64, 32  # tokens
-SKIPPED = 8  # first steps of a call
 PREFILLS = ((1, 512), (1, 2048), (4, 2048))  # sequences, tokens
 MOST_TOKENS = 8192
 REQUESTS, LONGEST = 64, 512
@@ -199,30 +199,9 @@ def prompts(batch: int, tokens: int = PROMPT) -> torch.Tensor:
     return torch.randint(0, SHAPE["vocab_size"], (batch, tokens), generator=generator).cuda()
 
 
-@contextmanager
-def clock(model: Any) -> Iterator[list[float]]:
-    """Collects when each step of ``generate`` begins, in seconds."""
-    times: list[float] = []
-    prepare = model.prepare_inputs_for_generation
-
-    @functools.wraps(prepare)
-    def prepare_inputs(*arguments: Any, **options: Any) -> Any:
-        times.append(time.perf_counter())
-        return prepare(*arguments, **options)
-
-    model.prepare_inputs_for_generation = prepare_inputs
-    try:
-        yield times
-    finally:
-        del model.prepare_inputs_for_generation
-
-
 def generate(model: Any, batch: int, **options: Any) -> float:
     """Median milliseconds from step to step."""
-    with clock(model) as times:
-        model.generate(prompts(batch), max_new_tokens=NEW, do_sample=False, **options)
-    steps = zip(times[SKIPPED:], times[SKIPPED + 1 :], strict=False)
-    return statistics.median(1e3 * (after - before) for before, after in steps)
+    return decode_ms(model, prompts(batch), NEW, **options)
 
 
 @contextmanager
@@ -272,19 +251,9 @@ def captured(model: Any, batch: int) -> Callable[[], float]:
     return run
 
 
-def wall(run: Callable[[], object]) -> float:
-    """Milliseconds until the GPU has finished."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
 def prefill(model: Any, sequences: int, tokens: int) -> float:
     """Milliseconds."""
-    with torch.no_grad():
-        return wall(lambda: model(prompts(sequences, tokens), logits_to_keep=1))
+    return prefill_ms(model, prompts(sequences, tokens))
 
 
 def host(model: Any, batch: int, calls: int = 20) -> float:
@@ -316,7 +285,7 @@ def batching(model: Any) -> float:
     def run() -> None:
         done.update(model.generate_batch(inputs=requests, generation_config=settings, progress_bar=False))
 
-    milliseconds = wall(run)
+    milliseconds = wall_ms(run)
     made = sum(len(one.generated_tokens) for one in done.values())
     assert made == REQUESTS * NEW, f"{made} tokens"
     return made / milliseconds * 1e3
@@ -379,15 +348,14 @@ def measure(
             rounds("graph", f"{batch}", {name: captured(model, batch) for name, model in models.items()})
             gc.collect()
         if "static" in parts:
-            torch._dynamo.reset()  # each batch is what a user compiles first
+            forget_compiled(models)
             runs = {
                 name: run
                 for name, run in each(generate, batch, cache_implementation="static").items()
                 if ("static", f"{batch}", name) not in skipped
             }
             for name, run in runs.items():
-                models[name].__dict__.pop("_compiled_call", None)
-                print(f"static {batch} {name}: first call {wall(run) / 1e3:.0f} s", flush=True)
+                print(f"static {batch} {name}: first call {wall_ms(run) / 1e3:.0f} s", flush=True)
             rounds("static", f"{batch}", runs)
             if "deferred" in parts:
                 with deferred_stop():

@@ -41,6 +41,7 @@ REPORT_INPUTS = {
     "extrapolation": EXTRAPOLATIONS,
     "tasks": expand(TASK_SCORES, scored=SCORED, task=ASKED),
     "times": [TIMES] if IS_LOCAL else [],
+    "throughput": THROUGHPUT if IS_LOCAL else [],
 }
 REPORT_PARAMS = {
     **stamps("mxmoe_steps.report"),
@@ -105,12 +106,15 @@ rule report:
             ["--tasks", *input.tasks] if input.tasks else []
         ),
         times=f"--times {shlex.quote(TIMES)}" if IS_LOCAL else "",
+        throughput=lambda wildcards, input: shlex.join(
+            ["--throughput", *input.throughput] if input.throughput else []
+        ),
         extrapolation=" ".join(f"--extrapolation {file}" for file in EXTRAPOLATIONS),
         benchmarks=f"{OUT}/benchmarks",
         figures=lambda wildcards, output: str(Path(output.figures[0]).parent),
     shell:
         "python -m mxmoe_steps.report {params.flags} --made-from {params.made_from} --evaluations {input.evaluations:q}"
         " --allocations {input.allocations:q} --frontiers {input.frontiers:q} --losses {input.losses:q}"
-        " --trace {params.trace:q} --profile {input.profile:q} {params.times} {params.tasks}"
+        " --trace {params.trace:q} --profile {input.profile:q} {params.times} {params.throughput} {params.tasks}"
         " {params.extrapolation} --benchmarks {params.benchmarks:q} --figures {params.figures:q} --csv {output.csv:q}"
         " --html {output.html:q} 2> {log:q}"

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 import mxmoe_steps
 from mxmoe_steps import calibrate, quantize
 from mxmoe_steps.allocation.files import write_allocation
-from mxmoe_steps.config.existence import blocks_of
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import expert_modules
 from mxmoe_steps.job_memory import Sizes
@@ -28,6 +27,7 @@ from mxmoe_steps.models.loading import auto_class
 from mxmoe_steps.models.packed import PackedLinear
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.schemes import BLOCKS, SHARED
+from mxmoe_steps.timing.blocks import blocks_of
 
 # The others' experts are like those of one of these; what calibrate makes of them is in test_identity
 CALIBRATED = {

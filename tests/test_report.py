@@ -16,10 +16,11 @@ from mxmoe_steps.reporting.figures import blocks, frontiers, gpu
 from mxmoe_steps.reporting.figures import checkpoints as drawn
 from mxmoe_steps.reporting.figures.frontiers import model_hull
 from mxmoe_steps.reporting.headline import headline_table
+from mxmoe_steps.reporting.measured import MEASURED_HEADS, measured_rows
 from mxmoe_steps.reporting.notes import measured_note, published_note, starved_note, time_note
 from mxmoe_steps.reporting.origins import steps_taken
-from mxmoe_steps.reporting.summary import headlines, prediction_errors, summary_table, time_columns
-from mxmoe_steps.reporting.summary_html import domains_html, table_html
+from mxmoe_steps.reporting.summary import headlines, prediction_errors, rate_columns, summary_table, time_columns
+from mxmoe_steps.reporting.summary_html import domains_html, headline_html, table_html
 from mxmoe_steps.reporting.terminal import terminal_table
 from mxmoe_steps.schemes import parse_scheme
 
@@ -165,12 +166,47 @@ def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
         "original": {64: {"layer": 9.0}},
         "ours": {64: {"layer": 4.0, "gate_up": 0.75, "down": 0.5}, 8192: {"layer": 8.0, "gate_up": 2.0, "down": 2.0}},
     }
-    timed = summary_table(checkpoints, times, True, measured)
+    speeds = {
+        "original": {("decode", 1): 100.0, ("decode", 64): 3000.0, ("prefill", 8192): 50000.0},
+        "ours": {("decode", 1): 250.0, ("decode", 64): 9000.0},  # a prefill was left out
+    }
+    timed = summary_table(checkpoints, times, True, measured, speeds)
+    assert rate_columns(timed) == {
+        "decode_1_tokens_per_s": ("decode", 1),
+        "decode_64_tokens_per_s": ("decode", 64),
+        "prefill_8192_tokens_per_s": ("prefill", 8192),
+    }
+    assert rate_columns(table) == {}
+    name = "ours, per block, max_time_us=120, 64 tokens"
+    assert measured_rows(timed) == [
+        ["original, fp8", "1 decode", "", "", "", "", "", "100", "1.00"],
+        [name, "1 decode", "", "", "", "", "", "250", "2.50"],
+        ["original, fp8", "64 decode", "", "", "", "9.0", "1.00", "3,000", "1.00"],
+        [name, "64 decode", "1.5", "1.2", "+20.0%", "4.0", "0.44", "9,000", "3.00"],
+        ["original, fp8", "8192 prefill", "", "", "", "", "", "50,000", "1.00"],
+        [name, "8192 prefill", "3.0", "4.0", "-25.0%", "8.0", "", "", ""],
+    ]
+    assert {len(row) for row in measured_rows(timed)} == {len(MEASURED_HEADS)}
+    assert measured_rows(table) == []
+    top = headline_html(timed, True)
+    assert (
+        "<th>layer µs, 64 tok</th><th>layer µs, 8192 tok</th><th>tok/s, decode 1</th><th>tok/s, prefill 8192</th>"
+        in top
+    )
+    assert "est. µs" not in top
+    assert "est. µs, 64 tok" in headline_html(table, True)
     at_64 = timed.set_index("kind")["measured_moe_us_64_tokens"].dropna()
     assert at_64.to_dict() == {"original": 9.0, "ours": 4.0}
     assert prediction_errors(timed) == {64: [pytest.approx(0.2)], 8192: [-0.25]}
     (note,) = measured_note(timed, {"device": "GPU", "date": "2026-01-01", "text": "web"})
     assert "on GPU (2026-01-01) under the routing of web" in note
+    whole = {"device": "GPU", "date": "2026-01-01", "transformers": "5.17", "text": "web", "together": False}
+    whole |= {"left_out": ["original does not fit in the GPU's memory"]}
+    assert measured_note(table, {"device": "GPU"}, whole) == [
+        "Whole models were measured on GPU (2026-01-01) one after the other, because they do not fit in its memory"
+        " together, in transformers 5.17, on prompts of web.",
+        "Not measured: original does not fit in the GPU's memory.",
+    ]
     assert "off by 20.0 % at 64 tokens (+20.0 to +20.0 %); 25.0 % at 8192 tokens (-25.0 to -25.0 %)." in note
     assert "<th>GEMMs µs, 64 tok</th><th>layer µs, 64 tok</th>" in table_html(timed, True)
     assert "measured time of a layer" in drawn.speed(timed, estimate=True)
@@ -196,6 +232,9 @@ def test_summary_orders_rows_and_names_what_each_is(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert len({len(line) for line in lines[:-1]}) == 1
     assert lines[-1].startswith(str(tmp_path / "summary.csv"))
+    timed.to_csv(tmp_path / "timed.csv", index=False)
+    heads = terminal_table(tmp_path / "timed.csv", tmp_path / "report.html").splitlines()[0].split("  ")
+    assert [head for head in heads if "tok" in head] == ["tok/s, decode 1", "tok/s, prefill 8192"]
     many = pd.concat([table, *(table[table["kind"] == "ours"].assign(kl=kl) for kl in np.linspace(0.05, 0.5, 40))])
     many.to_csv(tmp_path / "summary.csv", index=False)
     lines = terminal_table(tmp_path / "summary.csv", tmp_path / "report.html").splitlines()

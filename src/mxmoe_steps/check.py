@@ -102,8 +102,8 @@ def check_budgets(options: CheckOptions, folder: "ModelFolder") -> None:
     """`UserError` for a budget that no allocation of the candidates meets, given what is fixed."""
     from mxmoe_steps.allocation.constraints import parse_constraints, split_setting
     from mxmoe_steps.allocation.reachable import check_reachable
-    from mxmoe_steps.config.existence import blocks_of
     from mxmoe_steps.schemes import parse_scheme
+    from mxmoe_steps.timing.blocks import blocks_of
 
     constraints = parse_constraints(options.fix, options.min_bits, [], options.max_schemes, options.tie_gate_up)
     candidates = sorted(map(parse_scheme, options.candidates))

@@ -63,22 +63,34 @@ class MeasurementFacts(TypedDict):
     rounds: NotRequired[Count]
 
 
-class TimeFacts(TypedDict):
-    """Of what `time` wrote."""
-
+class _MeasuredHere(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
-    compiler: Name
     cuda: Name
     date: Name
     device: Name
     driver: str
     model: Name
-    repeats: Count
     rounds: Count
-    steps: Count
-    text: Name  # whose routing
+    text: Name  # whose routing, or which prompts are of
     torch: Name
+
+
+class TimeFacts(_MeasuredHere):
+    """Of the layers that `time` measured."""
+
+    compiler: Name
+    repeats: Count
+    steps: Count
+
+
+class ThroughputFacts(_MeasuredHere):
+    """Of the whole models that `time` measured."""
+
+    generated: Count  # tokens of a call of generate
+    left_out: list[Name]  # sentences: what was not measured, and why
+    together: bool  # all models were in memory together and took turns
+    transformers: Name
 
 
 class Errors(TypedDict):

@@ -6,7 +6,8 @@ summary.csv (a row per checkpoint), report.html and the figures as SVG files.
 
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from mxmoe_steps.allocation.pick import Part
     from mxmoe_steps.reporting.checkpoints import Checkpoint
     from mxmoe_steps.timing.profile import Profile
+    from mxmoe_steps.timing.times import Rates
     from mxmoe_steps.timing.traffic import Traffic
 
 _TOKEN_COUNTS = 8  # columns of predicted times; of more, some
@@ -45,6 +47,7 @@ class ReportOptions(DrawnLoss, Seeded, StepOptions):
     profile: InFile = Field(description="table that profile wrote")
     tasks: InFiles = Field([], description="what tasks wrote, in a folder per checkpoint")
     times: InFile | None = Field(None, description="what time wrote: measured times of the checkpoints' layers")
+    throughput: InFile | None = Field(None, description="what time wrote of whole models: tokens a second")
     extrapolation: InFile | None = Field(None, description="what extrapolate wrote: losses and times of a larger model")
     benchmarks: InFolder | None = Field(None, description="folder of Snakemake's benchmarks: what every job took")
     config: Annotated[dict[str, Any], BeforeValidator(from_json), Flag("JSON")] = Field(
@@ -58,17 +61,38 @@ class ReportOptions(DrawnLoss, Seeded, StepOptions):
     figures: OutFolder = Field(description="folder for the SVG files")
 
 
-def measured_times(options: ReportOptions, model: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
-    """Facts of what `time` wrote, and its summary; None and nothing where it was not run."""
-    from mxmoe_steps.tables import TIMES, read_table
-    from mxmoe_steps.timing.times import summary
+@dataclass(frozen=True)
+class Measured:
+    """What `time` wrote: facts of layers and of whole models, None where it was not run; and summaries of both."""
 
-    if options.times is None:
-        return None, {}
-    rows, facts = read_table(TIMES, options.times)
-    if facts["model"] != model:
-        raise UserError(f"{options.times} and the allocations are of different models; run time again for this one")
-    return facts, summary(rows.to_pylist())
+    layer_facts: dict[str, Any] | None
+    whole_facts: dict[str, Any] | None
+    layers: "dict[str, dict[int, dict[str, float]]]"
+    rates: "Rates"
+
+    def under(self, names: Mapping[str, str]) -> "Measured":
+        """The same under other names too: new name -> the one that was measured."""
+        layers = {name: self.layers[plain] for name, plain in names.items() if plain in self.layers}
+        rates = {name: self.rates[plain] for name, plain in names.items() if plain in self.rates}
+        return replace(self, layers=layers, rates=rates)
+
+
+def read_measured(options: ReportOptions, model: str) -> Measured:
+    """`UserError` for what was measured of another model."""
+    from mxmoe_steps.tables import THROUGHPUT, TIMES, read_table
+    from mxmoe_steps.timing.times import rates, summary
+
+    found: dict[str, tuple[list[dict[str, Any]], dict[str, Any] | None]] = {}
+    for kind, path in ((TIMES, options.times), (THROUGHPUT, options.throughput)):
+        if path is None:
+            found[kind.name] = [], None
+            continue
+        rows, facts = read_table(kind, path)
+        if facts["model"] != model:
+            raise UserError(f"{path} and the allocations are of different models; run time again for this one")
+        found[kind.name] = rows.to_pylist(), facts
+    (layers, layer_facts), (whole, whole_facts) = found[TIMES.name], found[THROUGHPUT.name]
+    return Measured(layer_facts, whole_facts, summary(layers), rates(whole))
 
 
 def sampled_traffic(options: ReportOptions, model: str) -> "dict[int, Traffic]":
@@ -170,9 +194,7 @@ def read_material(options: ReportOptions) -> Material:
     )
 
 
-def summarize(
-    material: Material, measured: dict[str, dict[int, dict[str, float]]]
-) -> "tuple[DataFrame, dict[str, dict[int, float]]]":
+def summarize(material: Material, measured: Measured) -> "tuple[DataFrame, dict[str, dict[int, float]]]":
     """The summary table, and the predicted times in it; tuning changes no times."""
     from mxmoe_steps.evaluations import TUNED
     from mxmoe_steps.reporting.summary import summary_table
@@ -183,8 +205,8 @@ def summarize(
     times = predicted_times(allocations, material.calibrated.blocks, material.traffic, material.profile)
     plain = {one.name: one.name.removesuffix(TUNED) for one in material.evaluated}
     times |= {name: times[other] for name, other in plain.items()}
-    measured |= {name: measured[other] for name, other in plain.items() if other in measured}
-    return summary_table(material.evaluated, times, material.profile.estimate, measured), times
+    here = measured.under(plain)
+    return summary_table(material.evaluated, times, material.profile.estimate, here.layers, here.rates), times
 
 
 def first_row(material: Material, table: "DataFrame") -> dict[str, Any]:
@@ -229,6 +251,7 @@ def report(options: ReportOptions) -> None:
     """Write the table, the figures and the page."""
     from mxmoe_steps.reporting import extrapolated, notes
     from mxmoe_steps.reporting.domains import domain_lines
+    from mxmoe_steps.reporting.measured import MEASURED_HEADS, measured_rows
     from mxmoe_steps.reporting.origins import machine, provenance, steps_taken
     from mxmoe_steps.reporting.page import Section, figure, folded, page, plain_table
     from mxmoe_steps.reporting.summary import headlines
@@ -238,7 +261,7 @@ def report(options: ReportOptions) -> None:
     material = read_material(options)
     model, published = material.calibrated.model, material.original.metrics["published"]
     estimate = material.profile.estimate
-    timed_facts, measured = measured_times(options, model)
+    measured = read_measured(options, model)
     table, times = summarize(material, measured)
     scores = read_task_scores(options.tasks, table, model)
     table = with_scores(table, scores)
@@ -256,13 +279,16 @@ def report(options: ReportOptions) -> None:
     origins = plain_table(("what", "value"), provenance(options.title, model, published, material.gpu), text=2)
     config = json.dumps(options.config, indent=1, ensure_ascii=False)
     html |= {"checkpoints": table_html(table, estimate), "texts": domains_html(table)}
+    if measured.layers or measured.rates:
+        html["measured"] = plain_table(MEASURED_HEADS, measured_rows(table))
     html |= {"provenance": origins + folded("Configuration", config)}
     if options.benchmarks is not None:
         taken = steps_taken(options.benchmarks, [one.name for one in material.evaluated])
         html["run"] = plain_table(STEP_HEADS, taken) + f"<p>{machine()}.</p>"
     timed_as = {scheme: by for one in material.allocations.values() for scheme, by in one["timed_as"].items()}
     warnings = [notes.time_note(times, material.gpu, timed_as), *notes.published_note(published)]
-    warnings += notes.measured_note(table, timed_facts) + notes.starved_note(next(iter(material.tables.values())))
+    warnings += notes.measured_note(table, measured.layer_facts, measured.whole_facts)
+    warnings += notes.starved_note(next(iter(material.tables.values())))
     sections = [Section(name, *SECTIONS[name], html[name]) for name in SECTIONS if name in html]
     title = f"Mixed-precision quantization of {options.title}"
     text = page(title, f"<p>{OPENING}</p>{headline_html(table, estimate)}", lines, warnings, sections)

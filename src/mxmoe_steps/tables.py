@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.errors import UserError
-from mxmoe_steps.facts import LossFacts, MeasurementFacts, ProfileFacts, TimeFacts, TrafficFacts
+from mxmoe_steps.facts import LossFacts, MeasurementFacts, ProfileFacts, ThroughputFacts, TimeFacts, TrafficFacts
 from mxmoe_steps.records import STRICT, parse_record
 from mxmoe_steps.schemes import BLOCKS, SHARED, is_canonical
 
@@ -190,6 +190,28 @@ TIMES = TableKind(  # written by time: one row per timed launch, or sequence of 
     ("checkpoint", "layer", "tokens", "step", "stage"),
     TimeFacts,
     {"layer": _INDEX, "tokens": _COUNT, "step": _INDEX, "us": (1e-3, 1e9)},
+    least_rows=0,  # of layers that have no kernels
+)
+
+THROUGHPUT = TableKind(  # written by time: one row per model and kind of step of the whole model
+    "throughput",
+    "time",
+    1,
+    pa.schema(
+        [
+            ("checkpoint", pa.string()),  # or original
+            ("phase", pa.string()),  # of the step: decode or prefill
+            ("tokens", pa.int32()),  # in a step, as they were asked for
+            ("made", pa.int32()),  # that a step really has: a prefill's sequences are of one length
+            ("prompt", pa.int32()),  # tokens of a prompt
+            ("ms", pa.list_(pa.float64())),  # milliseconds in every round
+        ]
+    ),
+    ("checkpoint", "phase", "tokens"),
+    ThroughputFacts,
+    {"tokens": _COUNT, "made": _COUNT, "prompt": _COUNT, "ms": (1e-6, 1e9)},
+    {"phase": ("decode", "prefill")},
+    least_rows=0,  # of models that do not fit in the GPU's memory
 )
 
 PROFILE = TableKind(  # written by profile, one table per GPU

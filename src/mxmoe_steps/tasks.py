@@ -50,31 +50,20 @@ _RESAMPLES = 1000  # for standard errors without a formula, which are then right
 
 
 @contextmanager
-def whole_model(options: TasksOptions) -> Iterator[tuple[Any, Path, str]]:
+def asked_model(options: TasksOptions) -> Iterator[tuple[Any, Path, str]]:
     """The transformers model of ``options.model`` with all its weights, its folder, and what tells the original."""
-    from transformers import GenerationConfig
-
     from mxmoe_steps.evaluations import read_manifest
-    from mxmoe_steps.inference.plugin import load_quantized
+    from mxmoe_steps.inference.whole import whole_model
     from mxmoe_steps.models.families import open_model, resolve_model
     from mxmoe_steps.models.identity import fingerprint
     from mxmoe_steps.models.loading import resolve_device
-    from mxmoe_steps.models.streaming import StreamedModel
 
     device = resolve_device(options.device)
     path = resolve_model(options.model, packed=True, code=options.trust_remote_code)
     folder = open_model(path)
-    if folder.is_packed:
-        of_model = read_manifest(path)["allocation"]["model"]
-        loaded = load_quantized(path, str(device), options.dtype, trust_remote_code=options.trust_remote_code)
-        yield loaded, path, of_model
-        return
-    # As all other steps read an original: audited, and dequantized where it was published quantized.
-    streamed = StreamedModel(path, options.dtype, str(device), options.trust_remote_code)
-    with streamed.whole() as model:
-        if (path / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(path)
-        yield model, path, fingerprint(folder)
+    of_model = read_manifest(path)["allocation"]["model"] if folder.is_packed else fingerprint(folder)
+    with whole_model(path, options.dtype, str(device), options.trust_remote_code) as model:
+        yield model, path, of_model
 
 
 def ask(options: TasksOptions, found: "Found", model: Any, tokenizer: Any) -> dict[str, Any]:
@@ -107,7 +96,7 @@ def tasks(options: TasksOptions) -> None:
     logging.getLogger("mxmoe_steps").setLevel(logging.INFO)  # says which layers run the kernels
     found = find_task(options.task, options.task_folder, options.shots, options.seed)
     try:
-        with whole_model(options) as (model, path, of_model):
+        with asked_model(options) as (model, path, of_model):
             tokenizer = load_tokenizer(path, options.trust_remote_code)
             scores = ask(options, found, model, tokenizer)
     except torch.OutOfMemoryError as error:

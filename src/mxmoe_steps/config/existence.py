@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mxmoe_steps.allocation.blocks import Blocks
 from mxmoe_steps.allocation.constraints import parse_constraints, select
 from mxmoe_steps.allocation.domains import parse_weights
 from mxmoe_steps.data.parsing import parse_source
@@ -16,7 +13,8 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import for_target
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.models.families import ModelFolder
-from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, parse_scheme
+from mxmoe_steps.schemes import ORIGINAL, SHARED, parse_scheme
+from mxmoe_steps.timing.blocks import blocks_of
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
 from mxmoe_steps.timing.shapes import shape_like
 
@@ -136,22 +134,13 @@ def check_selectors(solve: "Solve", folder: ModelFolder) -> None:
 
 
 def check_shape(config: "Config", folder: ModelFolder) -> None:
-    """`UserError` for layers to extrapolate to that cannot take the model's losses."""
+    """`UserError` for layers to extrapolate to that cannot take the model's losses, and for layers to time that have no
+    experts."""
+    unknown = sorted(set(config.time.layers) - set(folder.moe_layers))
+    if unknown:
+        raise UserError(f"time.layers: layer {unknown[0]} has no experts; those of the model are {folder.moe_layers}")
     if config.extrapolate is not None:
         try:
             shape_like(config.extrapolate.shape, shared=SHARED in folder.expert_ids())
         except UserError as error:
             raise UserError(f"extrapolate.shape: {error}") from None
-
-
-def blocks_of(folder: ModelFolder, sizes: bool = False) -> Blocks:
-    """The linear blocks that are allocated, in the order of `allocation.blocks`; ``sizes`` opens all files."""
-    keys = [
-        (layer, expert, block)
-        for layer in folder.moe_layers
-        for expert in sorted(folder.expert_ids())
-        for block in BLOCKS
-    ]
-    shapes = [folder.raw_block(*key).shape if sizes else (0, 0) for key in keys]
-    rows = [(layer, expert, BLOCKS.index(block)) for layer, expert, block in keys]
-    return Blocks(*np.array(rows, np.int64).T, *np.array(shapes, np.int64).T)  # type: ignore[call-arg]

@@ -37,6 +37,7 @@ from mxmoe_steps.quantizers.method import method_names
 from mxmoe_steps.quantizers.names import QuantizerName
 from mxmoe_steps.solve import SolveOptions
 from mxmoe_steps.tasks import Questions, TasksOptions
+from mxmoe_steps.time import Timed
 from mxmoe_steps.timing.estimate import read_hardware
 from mxmoe_steps.trace import TracedTexts
 from mxmoe_steps.tune import Descent
@@ -182,6 +183,14 @@ class Tune(Descent, Section):
     """Tuning of the checkpoints that `sweep[].tuned` asks for, on the calibration text."""
 
 
+class Time(Timed, Section):
+    """Measured times of the checkpoints, where `profile.hardware` is local (docs/profile.md)."""
+
+    whole_model: bool = Field(
+        True, description="also measure tokens a second of the whole models, as far as they fit in the GPU's memory"
+    )
+
+
 class Evaluate(Questions, TextAmount, Section):
     """Held-out evaluation: on text, and on tasks (docs/tasks.md)."""
 
@@ -238,6 +247,7 @@ class Config(Section):
     extrapolate: Extrapolate | None = None
     tune: Tune = Field(default_factory=lambda: Tune())
     evaluate: Evaluate
+    time: Time = Field(default_factory=lambda: Time())
     runtime: Runtime = Field(default_factory=lambda: Runtime())
 
     @property

@@ -48,3 +48,13 @@ def checked_quantization(stated: Mapping[str, Any], file: str | Path = "config.j
                     f" one of {len(content['schemes'])} schemes; {_FIX}"
                 )
     return content
+
+
+def assignment_of(config: Mapping[str, Any]) -> list[list[Any]]:
+    """Rows [layer, expert, gate, up, down] with names of schemes, of a packed checkpoint's ``config.json``."""
+    stated = checked_quantization(config["quantization_config"])
+    return [
+        [int(layer), int(expert), *(stated["schemes"][number] for number in numbers)]
+        for layer, experts in stated["blocks"].items()
+        for expert, numbers in experts.items()
+    ]

@@ -62,21 +62,34 @@ def held_out_errors(facts: dict[str, Any]) -> str:
     )
 
 
-def measured_note(table: pd.DataFrame, facts: dict[str, Any] | None) -> list[str]:
-    """Where the layers were timed, and how far predictions are off."""
-    if facts is None:
-        return []
-    errors = [
-        f"{100 * median(map(abs, found)):.1f} % at {tokens} tokens"
-        f" ({100 * min(found):+.1f} to {100 * max(found):+.1f} %)"
-        for tokens, found in prediction_errors(table).items()
-        if found
-    ]
-    off = f" The predicted times of their expert GEMMs are off by {'; '.join(errors)}." if errors else ""
-    return [
-        f"Layers were measured on {facts['device']} ({facts['date']}) under the routing of {facts['text']}; the"
-        f" original's are transformers' bfloat16 experts, the faster of its implementations.{off}"
-    ]
+def measured_note(table: pd.DataFrame, layers: dict[str, Any] | None, whole: dict[str, Any] | None = None) -> list[str]:
+    """Where layers and whole models were timed, what was not, and how far predictions are off.
+
+    ``layers``, ``whole``: facts of what `time` wrote, None where it wrote none.
+    """
+    notes = []
+    if layers is not None and any(name.startswith("measured_moe_us_") for name in table.columns):
+        errors = [
+            f"{100 * median(map(abs, found)):.1f} % at {tokens} tokens"
+            f" ({100 * min(found):+.1f} to {100 * max(found):+.1f} %)"
+            for tokens, found in prediction_errors(table).items()
+            if found
+        ]
+        off = f" The predicted times of their expert GEMMs are off by {'; '.join(errors)}." if errors else ""
+        notes.append(
+            f"Layers were measured on {layers['device']} ({layers['date']}) under the routing of {layers['text']}; the"
+            f" original's are transformers' bfloat16 experts, the faster of its implementations.{off}"
+        )
+    if whole is not None:
+        turns = (
+            "in turns" if whole["together"] else "one after the other, because they do not fit in its memory together"
+        )
+        notes.append(
+            f"Whole models were measured on {whole['device']} ({whole['date']}) {turns}, in transformers"
+            f" {whole['transformers']}, on prompts of {whole['text']}."
+        )
+        notes += [f"Not measured: {sentence}." for sentence in whole["left_out"]]
+    return notes
 
 
 def starved_note(losses: pd.DataFrame) -> list[str]:

@@ -83,6 +83,13 @@ SECTIONS = {  # name of a section, and of its figure -> heading, what it shows; 
         " measured: predicted over measured time of random launches that the model was not fitted to, with lines"
         " 20 % above and below.",
     ),
+    "measured": (
+        "Measured on this GPU",
+        "A layer's expert GEMMs as the time model predicts them and as they were measured, with the error of the"
+        " prediction; the whole layer behind its router; and tokens a second of the whole model in transformers, which"
+        " decodes with a static cache, or prefills. The original's layer is transformers' bfloat16 experts, the faster"
+        " of its implementations.",
+    ),
     "run": (
         "Time and memory of each step",
         "Of the jobs that made these results, which ran side by side: sums of seconds, and the memory of the"

@@ -1,5 +1,6 @@
 """The summary table: one row per evaluated checkpoint, and what it says in a few lines."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,20 +9,22 @@ import pandas as pd
 from mxmoe_steps.quantizers.names import is_rotated
 from mxmoe_steps.reporting.checkpoints import TUNED_KIND, Checkpoint
 from mxmoe_steps.reporting.domains import beside_uniform, predicted_loss
+from mxmoe_steps.timing.times import WHOLE, Rates, Stages, gemms_us
 
 
 def summary_table(
     checkpoints: list[Checkpoint],
     times: dict[str, dict[int, float]],
     estimate: bool,
-    measured: Mapping[str, Mapping[int, Mapping[str, float]]] | None = None,
+    measured: Stages | None = None,
+    rates: Rates | None = None,
 ) -> pd.DataFrame:
     """One row per checkpoint, sorted by budget, kind and name.
 
     ``times``: checkpoint name -> tokens in a step -> predicted microseconds of one MoE layer's expert
     GEMMs, the mean over layers; their columns begin with ``estimated`` where no kernel was measured.
     ``measured``: checkpoint -> tokens -> stage -> microseconds, what `timing.times.summary` finds: the expert
-    GEMMs, to be set beside the predicted ones, and the whole layer.
+    GEMMs, to be set beside the predicted ones, and the whole layer. ``rates``: tokens a second of whole models.
     ``size_mb`` is the size of the weights on disk, ``other_mb`` that of what is not experts; ``of_16_bit`` and
     ``of_published`` are shares of the original in 16 bits and as it was published.
     """
@@ -50,6 +53,10 @@ def summary_table(
                 "of_published": size / original["bytes"],
                 **{time_column(tokens, estimate): us for tokens, us in times[checkpoint.name].items()},
                 **_measured_columns((measured or {}).get(checkpoint.name, {})),
+                **{
+                    f"{phase}_{tokens}_tokens_per_s": rate
+                    for (phase, tokens), rate in sorted((rates or {}).get(checkpoint.name, {}).items())
+                },
                 **{f"perplexity_{text}": m["perplexity"] for text, m in checkpoint.metrics["texts"].items()},
                 **{f"kl_{text}": m["kl"] for text, m in checkpoint.metrics["texts"].items()},
                 **(beside_uniform(checkpoint, checkpoints) if ours else {}),
@@ -65,12 +72,16 @@ def summary_table(
 def _measured_columns(by_tokens: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     columns = {}
     for tokens, stages in sorted(by_tokens.items()):
-        if "gate_up" in stages:
-            columns[f"measured_gemms_us_{tokens}_tokens"] = sum(
-                stages.get(stage, 0.0) for stage in ("gate_up", "swiglu", "down")
-            )
-        columns[f"measured_moe_us_{tokens}_tokens"] = stages["layer"]
+        if (gemms := gemms_us(stages)) is not None:
+            columns[f"measured_gemms_us_{tokens}_tokens"] = gemms
+        columns[f"measured_moe_us_{tokens}_tokens"] = stages[WHOLE]
     return columns
+
+
+def rate_columns(table: pd.DataFrame) -> dict[str, tuple[str, int]]:
+    """Columns of tokens a second of whole models, with the phase of a step and its tokens."""
+    named = (re.fullmatch(r"(decode|prefill)_(\d+)_tokens_per_s", name) for name in table.columns)
+    return {found[0]: (found[1], int(found[2])) for found in named if found}
 
 
 def prediction_errors(table: pd.DataFrame) -> dict[int, list[float]]:

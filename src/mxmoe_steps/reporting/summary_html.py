@@ -6,7 +6,7 @@ import pandas as pd
 
 from mxmoe_steps.reporting.headline import headline_table
 from mxmoe_steps.reporting.page import plain_table
-from mxmoe_steps.reporting.summary import time_columns
+from mxmoe_steps.reporting.summary import rate_columns, time_columns
 from mxmoe_steps.reporting.terminal import row_name
 from mxmoe_steps.schemes import ORIGINAL
 
@@ -15,19 +15,28 @@ _TIMES = 2  # columns of times in the headline table: of the fewest and of the m
 
 
 def headline_html(table: pd.DataFrame, estimate: bool) -> str:
-    """The answer in the first row, beside the uniform checkpoint of its budget, the original, and other budgets."""
+    """The answer in the first row, beside the uniform checkpoint of its budget, the original, and other budgets.
+
+    Times are measured ones where there are any.
+    """
     times = list(time_columns(table).items())
     times = times if len(times) <= _TIMES else [times[0], times[-1]]
     measured = [(name, tokens) for _, tokens in times if (name := f"measured_moe_us_{tokens}_tokens") in table]
+    rates = list(rate_columns(table).items())
+    rates = rates if len(rates) <= _TIMES else [rates[0], rates[-1]]
     heads = ["checkpoint", "perplexity", "KL", "KL over uniform's", "bits", "MB", "of 16 bits"]
-    heads += [f"{'est.' if estimate else 'pred.'} µs, {tokens} tok" for _, tokens in times]
-    heads += [f"layer µs, {tokens} tok" for _, tokens in measured]
+    if measured:
+        heads += [f"layer µs, {tokens} tok" for _, tokens in measured]
+    else:
+        heads += [f"{'est.' if estimate else 'pred.'} µs, {tokens} tok" for _, tokens in times]
+    heads += [f"tok/s, {phase} {tokens}" for _, (phase, tokens) in rates]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     for place, (_, row) in enumerate(headline_table(table).iterrows()):
         over = row.get("kl_over_uniform")
         cells = [row_name(row), f"{row['perplexity']:.2f}", f"{row['kl']:.4f}", "" if pd.isna(over) else f"{over:.2f}"]
         cells += [f"{row['bits']:.2f}", f"{row['size_mb']:.2f}", f"{row['of_16_bit']:.0%}"]
-        cells += ["" if pd.isna(row[name]) else f"{row[name]:.1f}" for name, _ in (*times, *measured)]
+        cells += ["" if pd.isna(row[name]) else f"{row[name]:.1f}" for name, _ in measured or times]
+        cells += ["" if pd.isna(row[name]) else f"{row[name]:,.0f}" for name, _ in rates]
         kind = row["kind"].split()[0]
         name = f"answer {kind}" if place == 0 and kind == "ours" else kind
         rows.append(f'<tr class="{name}">' + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")

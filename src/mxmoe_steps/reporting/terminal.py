@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _MOST_ROWS = 24
-_TIMES = 2  # columns of predicted times: the smallest and the largest number of tokens
+_TIMES = 2  # columns of measured tokens a second, or else of predicted times: of the fewest and of the most tokens
 
 
 def terminal_table(summary: Path, report: Path) -> str:
@@ -35,11 +35,17 @@ def terminal_table(summary: Path, report: Path) -> str:
 
 def _columns(row: Mapping[str, str]) -> dict[str, str]:
     """Head -> column of the table."""
-    times = [name for name in row if "_layer_us_" in name]
+    rates = [name for name in row if name.endswith("_tokens_per_s")]
+    times = rates or [name for name in row if "_layer_us_" in name]
     some = times if len(times) <= _TIMES else [times[0], times[-1]]
-    heads = {f"us, {name.split('_')[3]} tok": name for name in some}
+    heads = {_time_head(name): name for name in some}
     scores = {"tasks, mean": "tasks_mean"} if "tasks_mean" in row else {}
     return {"bits": "bits", "MB": "size_mb", "KL": "kl", "perplexity": "perplexity"} | scores | heads
+
+
+def _time_head(name: str) -> str:
+    parts = name.split("_")
+    return f"tok/s, {parts[0]} {parts[1]}" if name.endswith("_per_s") else f"us, {parts[3]} tok"
 
 
 def row_name(row: Any) -> str:

@@ -5,7 +5,7 @@ step is captured first and then replayed in rounds of random order.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,15 @@ import torch
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.gpu import blocks_of, layer_on_kernels
 from mxmoe_steps.kernels.moe_layer import MoeLayer
+from mxmoe_steps.kernels.plan import plan_layer
+from mxmoe_steps.kernels.stacks import Blocks, Place
 from mxmoe_steps.models.families import Family
 from mxmoe_steps.models.gating import kernel_gating
 from mxmoe_steps.models.streaming import StreamedModel
+from mxmoe_steps.models.weights import read_block
+from mxmoe_steps.quantizers.grid import round_to_nearest
+from mxmoe_steps.schemes import ORIGINAL as SCHEME_OF_ORIGINAL
+from mxmoe_steps.schemes import SHARED, Scheme
 from mxmoe_steps.timing.stages import stages_of
 from mxmoe_steps.timing.timer import Timer
 from mxmoe_steps.timing.times import ORIGINAL, WHOLE
@@ -56,15 +62,49 @@ class Steps:
 def on_kernels(model: StreamedModel, number: int) -> MoeLayer:
     """A layer of a packed checkpoint on the kernels; `UserError` where there are none for it."""
     family = model.folder.family
-    if family.scales_inputs:
-        raise UserError("router weights multiply inputs, and what routes is not timed")
+    _check_routed(family)
     with model.loaded(model.layer_path(number)):
         moe = model.moe(number)
-        gate = None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
         device = next(moe.parameters()).device  # of the router, with its number
         gating = kernel_gating(family, model.folder.text)
         blocks = blocks_of(moe, family, f"{model.folder.path}: layer {number}")
-        return layer_on_kernels(blocks, family, gating, device, gate)
+        return layer_on_kernels(blocks, family, gating, device, _shared_gate(moe, family))
+
+
+def under_one_scheme(original: StreamedModel, scheme: Scheme, number: int) -> MoeLayer:
+    """A layer of the original on the kernels, all its blocks rounded to nearest; `UserError` where there are none.
+
+    Within ``original.loaded(original.layer_path(number))``.
+    """
+    folder, moe = original.folder, original.moe(number)
+    family, device = folder.family, next(moe.parameters()).device
+    _check_routed(family)
+    if family.without_kernels:
+        raise UserError(family.without_kernels)
+
+    def read(batches: Sequence[Sequence[Place]]) -> Iterator[Blocks]:
+        for batch in batches:
+            weights = torch.cat([read_block(folder, number, [expert], block, device) for expert, block in batch])
+            yield weights.bfloat16() if scheme == SCHEME_OF_ORIGINAL else round_to_nearest(weights.float(), scheme)
+
+    def bias(expert: int, block: str) -> torch.Tensor:
+        return read_block(folder, number, [expert], block, device, "bias")[0]
+
+    experts, gating = folder.expert_ids(), kernel_gating(family, folder.text)
+    hidden, width = folder.raw_block(number, 0, "down").shape
+    shared = folder.raw_block(number, SHARED, "down").shape[1] if SHARED in experts else 0
+    plan = plan_layer(dict.fromkeys(experts, (scheme,) * 3), hidden, width, shared, gating=gating)
+    return MoeLayer(plan, read, device, _shared_gate(moe, family), biases=bias if gating.biased else None)
+
+
+def _check_routed(family: Family) -> None:
+    if family.scales_inputs:
+        raise UserError("router weights multiply inputs, and what routes is not timed")
+
+
+def _shared_gate(moe: Any, family: Family) -> torch.Tensor | None:
+    """A copy of the weight of the shared expert's gate, if there is one."""
+    return None if family.shared_gate is None else moe.get_submodule(family.shared_gate).weight.detach().clone()
 
 
 def in_transformers(moe: Any, family: Family, step: Step) -> Callable[[], torch.Tensor]:
@@ -116,12 +156,12 @@ def layer_times(
     return times
 
 
-def usable_layers(models: Mapping[str, StreamedModel], number: int, said: set[str]) -> dict[str, MoeLayer]:
-    """The layer of every checkpoint that has kernels for it; why another has none is logged once, in ``said``."""
+def usable_layers(makers: Mapping[str, Callable[[int], MoeLayer]], number: int, said: set[str]) -> dict[str, MoeLayer]:
+    """A layer from everything that makes layers, by name; why one has no kernels is logged once, in ``said``."""
     layers = {}
-    for name, model in models.items():
+    for name, make in makers.items():
         try:
-            layers[name] = on_kernels(model, number)
+            layers[name] = make(number)
         except UserError as error:
             reason = f"time: {name}: layer {number} is not timed: {error}"
             if name not in said:

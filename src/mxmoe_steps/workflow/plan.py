@@ -37,6 +37,8 @@ def told(config: Config) -> dict[str, Any]:
     told where they are used."""
     told = config.model_dump(mode="json", exclude_none=True)
     told["runtime"].pop("layers_per_job", None)
+    if config.profile.hardware != "local":
+        told.pop("time")
     told.pop("extensions", None)
     for several in ("schemes", "quantizers"):
         told["calibrate"][several].sort()
@@ -85,7 +87,10 @@ def memory_of_steps(config: Config, model: ModelFolder) -> dict[str, int]:
         calibration_tokens=len(config.domains) * config.calibrate.sequences * config.calibrate.length,
     )
     asked = config.runtime.batch * config.evaluate.length
-    return found | {"tasks": whole_model_memory(sizes, model.layers, element, asked)}
+    found["tasks"] = whole_model_memory(sizes, model.layers, element, asked)
+    if config.time.whole_model:
+        found["time"] = whole_model_memory(sizes, model.layers, 2, 0)  # bfloat16; what it computes is on the GPU
+    return found
 
 
 def asked_tasks(config: Config) -> dict[str, dict[str, Any]]:
