@@ -81,7 +81,7 @@ def test_a_layer_under_one_scheme_is_that_of_a_checkpoint_rounded_to_nearest(
     def layer(plan: Any, read: Any, device: torch.device, gate: Any = None, biases: Any = None) -> SimpleNamespace:
         experts = [*range(plan.experts), *([SHARED] if plan.slices else [])]
         places = list(itertools.product(experts, BLOCKS))
-        kept = {place: read(*place) for place in places}
+        kept = {place: block[0] for place, block in zip(places, read([[place] for place in places]), strict=True)}
         return SimpleNamespace(plan=plan, blocks=kept, gate=gate, biases=biases and {p: biases(*p) for p in places})
 
     monkeypatch.setattr(checkpoints, "MoeLayer", layer)
