@@ -96,7 +96,7 @@ def test_a_layer_under_one_scheme_is_that_of_a_checkpoint_rounded_to_nearest(
     for place, block in made.blocks.items():
         other = found.blocks[place]
         if isinstance(block, torch.Tensor):
-            assert torch.equal(block, other)
+            assert torch.equal(block, other.bfloat16())  # the kernels take no others
             continue
         assert torch.equal(block.codes, other.codes)
         assert torch.allclose(block.scales.float(), other.scales.float(), rtol=0.01)
