@@ -9,7 +9,7 @@ read       every byte of the files into memory, by as many threads as the loader
 tensors    all tensors onto the device as they are, by safetensors, one file after another
 load       load_quantized(FOLDER, device, bfloat16), until every weight is in its place
 
-Cold: the files are dropped from the page cache before (posix_fadvise, which a system may ignore). Warm: they have been
+Cold: the files are dropped from the page cache before (posix_fadvise, which tmpfs ignores). Warm: they have been
 read just before. Each figure is taken in a process of its own, imports and the start of CUDA left out, and is the
 median over rounds. vLLM's loader is timed by ``benchmarks/serving.py --parts load``.
 """
