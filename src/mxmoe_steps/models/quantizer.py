@@ -59,7 +59,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **_: Any
     ) -> None:
-        config = model.config
+        config, dtype = model.config, model.dtype
         config.experts_implementation = EXPERTS_IMPLEMENTATION  # `save_pretrained` writes attributes
         family = family_of(Path(model.name_or_path), config.to_dict())
         config = config.get_text_config()
@@ -78,11 +78,14 @@ class MixedPrecisionQuantizer(HfQuantizer):
                     )
                     for expert in range(len(experts) - (str(SHARED) in experts))
                 )
+                new = [moe.experts]
                 if family.shared is not None:
                     old = getattr(moe, family.shared)
                     schemes = quantization.of(int(layer), SHARED)
-                    new = MixedExpert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
-                    setattr(moe, family.shared, new)
+                    new.append(MixedExpert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated))
+                    setattr(moe, family.shared, new[-1])
+                for parameter in (one for module in new for one in module.parameters()):
+                    parameter.data = parameter.data.to(dtype)  # 16-bit blocks and biases are made in PyTorch's default
         if checkpoint_files:
             check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
 
