@@ -11,6 +11,7 @@ import torch
 from checkpoints import capture_tokens, make_checkpoint, make_model, moe_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import MergeModulelist
 
 from mxmoe_steps import capture, evaluate, trace
 from mxmoe_steps.atomic import canonical_json
@@ -328,6 +329,19 @@ def test_a_broken_checkpoint_is_named(
     with pytest.raises(UserError, match=message):
         run(capture.capture, broken, sources, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_runs_out_is_called_so(deep_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers collects what its converters raise, also what no checkpoint is to blame for."""
+    model = StreamedModel(deep_moe, "float32", "cpu")
+    says = r"no memory for model\.layers\.3\.mlp\.experts\.\w+, of model\.layers\.3; run fewer jobs at a time"
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeModulelist, "convert", lambda *_, **__: torch.empty(1 << 58))
+        with pytest.raises(UserError, match=says), model.loaded("model.layers.3"):
+            pass
+    monkeypatch.setattr(MergeModulelist, "convert", lambda *_, **__: torch.ones(2, 3).view(7))
+    with pytest.raises(UserError, match=r"does not fit what config\.json describes"), model.loaded("model.layers.3"):
+        pass
 
 
 def test_an_unsupported_family_lists_the_supported_ones(deep_moe: Path, tmp_path: Path) -> None:

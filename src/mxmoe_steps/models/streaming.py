@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxmoe_steps.errors import UserError
+from mxmoe_steps.errors import MORE_MEMORY, UserError, out_of_memory
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import ModelFolder, open_model
 from mxmoe_steps.models.finite import bad_numbers
@@ -132,6 +132,9 @@ class StreamedModel:
         )
         with open_tensors(self.folder, names) as tensors:
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, loading)
+        for parameter, error in info.conversion_errors.items():
+            if out_of_memory(error):
+                raise UserError(f"{self.folder.path}: no memory for {parameter}, of {module}; {MORE_MEMORY}")
         for problems in (info.mismatched_keys, info.conversion_errors, info.error_msgs):
             for problem in problems:
                 raise UserError(f"{self.folder.path}: {module}: {problem} does not fit what config.json describes")
