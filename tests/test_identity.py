@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import block_weight, capture_tokens, make_checkpoint, moe_of
+from family_sizes import ALIKE
 from safetensors.torch import load_file
 
 from mxmoe_steps import calibrate
@@ -17,12 +18,11 @@ from mxmoe_steps.schemes import SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 SCHEME = parse_scheme("w3a16_g32")
-ALIKE: set[str] = set()
 
 
 def output_of(moe: Any, family: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     hidden = tensors["hidden"].double()
-    if family == "gemma4":  # its router looks at other hidden states
+    if not FAMILIES[family].moe:  # its router looks at other hidden states
         return moe.experts(hidden, tensors["ids"].long(), tensors["weights"].double())
     output = moe(hidden.unsqueeze(0))
     output = output[0] if isinstance(output, tuple) else output  # gpt_oss and llama4 return their router's scores, too

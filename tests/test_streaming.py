@@ -49,7 +49,10 @@ def whole_model(
             weights, ids = output[0].max(-1, keepdim=True)
             enter(None, (args[0], ids, weights), layer)
 
-        def enter(_module: Any, args: Any, layer: int = layer) -> None:
+        factor = getattr(moe, FAMILIES[family].routed_factor or "", 1.0)
+
+        def enter(_module: Any, args: Any, layer: int = layer, factor: float = factor) -> None:
+            args = (*args[:2], args[2] * factor)
             for name, tensor in zip(("hidden", "ids", "weights"), args, strict=True):
                 found[layer].setdefault(name, []).append(tensor.detach())
 
@@ -59,11 +62,11 @@ def whole_model(
             found[layer].setdefault("probes", []).append(probe)
             return (first + probe, *output[1:]) if isinstance(output, tuple) else first + probe
 
-        if family == "llama4":
+        if FAMILIES[family].scales_inputs:
             moe.router.register_forward_hook(chose)
         else:
             moe.experts.register_forward_pre_hook(enter)
-        (moe.experts if family == "gemma4" else moe).register_forward_hook(leave)
+        (moe.experts if not FAMILIES[family].moe else moe).register_forward_hook(leave)
     generator = torch.Generator().manual_seed(2)
     results = []
     for run in tokens.split(2):

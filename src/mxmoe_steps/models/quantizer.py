@@ -54,6 +54,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
     """Replaces experts modules before weights are loaded; the checkpoint's tensors then fit by name."""
 
     requires_calibration = True
+    _shared: str | None = None  # module of the shared expert
     quantization_config: MixedPrecisionConfig
 
     def _process_model_before_weight_loading(
@@ -62,6 +63,7 @@ class MixedPrecisionQuantizer(HfQuantizer):
         config, dtype = model.config, model.dtype
         config.experts_implementation = EXPERTS_IMPLEMENTATION  # `save_pretrained` writes attributes
         family = family_of(Path(model.name_or_path), config.to_dict())
+        self._shared = family.shared
         config = config.get_text_config()
         gating = gating_of(family, config.to_dict())
         quantization = self.quantization_config
@@ -90,12 +92,15 @@ class MixedPrecisionQuantizer(HfQuantizer):
             check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Drop the converters that stack experts: ours stay apart."""
-        return [
-            conversion
-            for conversion in weight_conversions
-            if not any("experts." in source for source in conversion.source_patterns)
-        ]
+        """Drop what stacks experts, for ours stay apart, and what renames the shared one, which has its name."""
+
+        def is_ours(conversion: Any) -> bool:
+            made, of = (" ".join(names) for names in (conversion.target_patterns, conversion.source_patterns))
+            return ("experts." in of and "experts." in made) or (
+                self._shared is not None and f"{self._shared}." in made
+            )
+
+        return [conversion for conversion in weight_conversions if not is_ours(conversion)]
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """``save_pretrained`` writes the packed tensors back."""
