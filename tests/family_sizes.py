@@ -20,12 +20,10 @@ _QWEN_VISION = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
 }  # fmt: skip
-
 _DOTS = {
     "n_routed_experts": 4, "n_shared_experts": 1, "shared_experts_intermediate_size": 128,
     "layer_types": ["indexed_attention", "indexed_attention"], **_GROUPS, **_SPARSE_LAST, **_LATENT, **_INDEXER,
 }  # fmt: skip
-
 _LLAMA = {
     "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "head_dim": 32,
     "moe_layers": [1], "attention_chunk_size": 8,
@@ -33,11 +31,6 @@ _LLAMA = {
 _GEMMA = {
     "num_experts": 4, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
     "global_head_dim": 32, "final_logit_softcapping": 3.0, "vocab_size_per_layer_input": 96, **_WINDOW_FIRST,
-}  # fmt: skip
-
-ALIKE = {  # what their experts compute, and how, is what those of another family do
-    "aria", "axk2", "bailing_hybrid", "dots3_note", "dots3_note_text", "flint", "gemma4_text", "granitemoe_swa",
-    "kimi_k25", "llama4_text", "mellum", "mistral3",
 }  # fmt: skip
 
 FAMILY_SIZES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import make_checkpoint
-from family_sizes import ALIKE
 from packed import pack
 
 import mxmoe_steps
@@ -71,9 +70,7 @@ def move(model: Any) -> None:
     gpu.use_kernels(model, map(int, model.config.quantization_config.blocks))
 
 
-@pytest.mark.parametrize(
-    "family", sorted(name for name in FAMILIES if name not in ALIKE and not FAMILIES[name].without_kernels)
-)
+@pytest.mark.parametrize("family", sorted(name for name in FAMILIES if not FAMILIES[name].without_kernels))
 def test_every_family_with_kernels_gives_the_logits_of_the_reference(
     family: str, tmp_path: Path, kernels: None
 ) -> None:
@@ -169,6 +166,10 @@ def test_check_says_which_layers_have_no_kernels_and_why(tmp_path: Path) -> None
             )
             assert reason.format(width, scheme) in line
         assert len(lines) == len(reasons)
+    make_checkpoint("qwen3_moe", tmp_path / "hidden", **SIZES | {"hidden_size": 96})
+    (line,) = check.without_kernels(SimpleNamespace(candidates=schemes), open_model(tmp_path / "hidden"))  # type: ignore
+    assert line.startswith("2 layers, the first one 0, will run reference arithmetic on GPUs")
+    assert line.count("hidden states of 96 features: kernels need a multiple of 64") == 1
 
 
 def test_rotated_checkpoints_give_the_logits_of_the_reference(tmp_path: Path, kernels: None) -> None:

@@ -156,7 +156,9 @@ def test_check_says_what_stays(source: tuple[str, Path, Path]) -> None:
     options: Any = SimpleNamespace(model="org/name", candidates=[SCHEMES[format_], "w3a16"])
     (line,) = check.of_published(options, open_model(published))
     assert line.startswith(f"blocks under {SCHEMES[format_]} keep the codes and scales of org/name, and lose nothing")
-    assert line.endswith(", but for 1 experts in 1 layers that it has in 16 bits") == (format_ == "pack-quantized")
+    assert line.endswith("1 experts in 1 layers that it has in 16 bits, quantized to the same codes") == (
+        format_ == "pack-quantized"
+    )
     kernels = list(check.without_kernels(options, open_model(published)))
     if format_ == "mxfp4":
         assert kernels == [], "its kernel carries them"

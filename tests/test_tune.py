@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import capture_tokens, make_checkpoint
-from family_sizes import ALIKE, FAMILY_SIZES
+from family_sizes import FAMILY_SIZES
 from packed import pack
 from safetensors.torch import load_file, save_file
 
@@ -47,9 +47,7 @@ def mixed(layer: int, expert: int) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("quantizer", ["rtn", "rtn+hadamard"])
-@pytest.mark.parametrize(
-    "family", [name for name in FAMILY_SIZES if name not in ALIKE and not FAMILIES[name].without_tuning]
-)
+@pytest.mark.parametrize("family", [name for name in FAMILY_SIZES if not FAMILIES[name].without_tuning])
 def test_a_layer_computes_what_its_packed_modules_do(family: str, quantizer: str, tmp_path: Path) -> None:
     if quantizer == "rtn+hadamard" and family not in ("qwen2_moe", "gpt_oss"):
         return

@@ -144,8 +144,9 @@ def of_published(options: CheckOptions, folder: "ModelFolder") -> Iterator[str]:
         line = f"blocks under {scheme} keep the codes and scales of {options.model}, and lose nothing"
         if others:
             counted = sum(map(len, (experts for _, experts in others)))
+            layers = len({layer for layer, _ in others})
             line += (
-                f", but for {counted} experts in {len({layer for layer, _ in others})} layers that it has in 16 bits"
+                f", but for {counted} experts in {layers} layers that it has in 16 bits, quantized to the same codes"
             )
         yield line
 

@@ -44,7 +44,7 @@ class Total:
         changes = []
         for name, ours, theirs in (("loss", self.loss, other.loss), ("time", self.time_us, other.time_us)):
             if not ours:
-                changes += [f"some {name}, of which it has none,"] * (theirs > 0)
+                changes += [f"some {name} where it has none"] * (theirs > 0)
                 continue
             change = theirs / ours - 1
             if abs(change) >= EQUAL:

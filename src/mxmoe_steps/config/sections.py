@@ -98,7 +98,9 @@ class Trace(TracedTexts, Section):
 class Calibrate(CapturedText, Quantizing, Section):
     """Losses and quantized weights per scheme."""
 
-    schemes: Schemes = Field(description="candidate schemes, e.g. w4a16 or w8a8_fp8 (docs/schemes.md)", min_length=1)
+    schemes: Schemes = Field(
+        description="candidate schemes, e.g. w4a16, w8a8_fp8 or published (docs/schemes.md)", min_length=1
+    )
     quantizers: list[QuantizerName] = Field(
         ["gptq"], description=description_of(CalibrateOptions, "quantizer"), min_length=1
     )
