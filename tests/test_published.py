@@ -131,7 +131,7 @@ def test_a_packed_checkpoint_means_what_the_published_one_does(source: tuple[str
     original, packed = (StreamedModel(path, "auto", "cpu") for path in (published, tmp_path / "out"))
     states = []
     for model in (original, packed):
-        with model.loaded("model.embed_tokens"), torch.no_grad():
+        with model.loaded(model.embedding), torch.no_grad():
             hidden = model.embed(tokens)
         states.append([hidden])
         for layer in range(model.layers):

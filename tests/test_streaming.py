@@ -449,7 +449,7 @@ def test_damaged_routing_of_an_earlier_trace_does_not_stay(deep_moe: Path, sourc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("family", ["gemma4", "gpt_oss", "jamba", "llama4", "qwen2_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["gemma4", "gpt_oss", "jamba", "kimi_k25", "llama4", "qwen2_moe", "qwen3_vl_moe"])
 def test_the_whole_model_is_that_of_transformers(family: str, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path / "model", tie_word_embeddings=family == "qwen2_moe")
     streamed = StreamedModel(tmp_path / "model", "float32", "cpu")

@@ -109,13 +109,23 @@ class StreamedModel:
         """Within the block all modules have their weights: transformers' own model, which generates, too."""
         layers = {self.layer_path(layer) for layer in range(self.layers)}
         owners = {parameter.rpartition(".")[0] for parameter in self._parameters.values()}
-        around = {owner for owner in owners if not any(f"{owner}.".startswith(f"{layer}.") for layer in layers)}
+        owners = {owner for owner in owners if not any(f"{owner}.".startswith(f"{layer}.") for layer in layers)}
+        around = {self._apart(owner) for owner in owners}
         with self.loaded(*sorted(layers | around)):
             head = self.model.get_submodule(self.family.head)
             if head.weight.is_meta:  # tied
                 head.weight = self.model.get_submodule(self.embedding).weight
             yield self.model
             head.to("meta")
+
+    def _apart(self, module: str) -> str:
+        """The largest part of the model around ``module`` that is no part of the decoder, such as its vision tower.
+
+        How transformers names one tensor of it may depend on others.
+        """
+        steps = module.split(".")
+        paths = (".".join(steps[:count]) for count in range(1, len(steps) + 1))
+        return next((path for path in paths if not f"{self.family.decoder}.".startswith(f"{path}.")), module)
 
     def _load(self, module: str) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
