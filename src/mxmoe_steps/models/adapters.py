@@ -251,7 +251,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 _STREAMS = "a layer takes several streams of hidden states, not one"
-_SHARED_FUSED = "gate and up of the shared expert are one matrix"
+_SHARED_FUSED = "transformers joins gate and up of the shared expert into one matrix"
 _SEES = "names of the vision tower's tensors begin as those of the language model do"
 _SINK = "the router weighs shared experts, too"
 _TWO_STACKS = "an encoder and a decoder, not one stack of layers"
@@ -281,6 +281,7 @@ REFUSED: Mapping[str, str] = {
     "nllb-moe": _TWO_STACKS,
     "openai_privacy_filter": "it classifies tokens, and has no next token whose likelihood could be measured",
     "qwen3_omni_moe": "two language models have experts, one that thinks and one that talks",
+    "qwen3_omni_moe_thinker": "it is the half of qwen3_omni_moe that thinks",
     "qwen4_exp": _STREAMS,
     "qwen4_exp_text": _STREAMS,
     "step3p7": "experts are clamped at limits that differ from layer to layer",
