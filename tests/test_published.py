@@ -30,7 +30,7 @@ from mxmoe_steps.models.sources.tensor import Dequantized
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import from_tensors
-from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.schemes import BLOCKS, ORIGINAL, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 from mxmoe_steps.tuning.blocks import is_tuned
 
@@ -88,9 +88,9 @@ def test_codes_are_the_publishers_and_lose_nothing(source: tuple[str, Path, Path
         parts = {part: packed[f"{key}.{part}"] for part in ("qweight", "scales")}
         restored = from_tensors(scheme, original.shape[1], parts).dequantize().bfloat16()
         assert torch.equal(restored, original)
-        stored = {part: (kind, tuple(tensor.shape)) for (part, tensor), kind in zip(
-            parts.items(), ("U8", "BF16" if format_ == "pack-quantized" else "U8"), strict=True)}  # fmt: skip
-        assert stored == scheme.parts(*original.shape)
+        stored = {part: (tuple(tensor.shape), tensor.dtype) for part, tensor in parts.items()}
+        types = {"U8": torch.uint8, "BF16": torch.bfloat16}
+        assert stored == {part: (shape, types[kind]) for part, (kind, shape) in scheme.parts(*original.shape).items()}
         nbytes = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
         assert 8 * nbytes / original.numel() == scheme.bits(original.shape[1])
         own_parts = folder.raw(folder.place(layer, expert, block).tensor).parts.values()
@@ -100,18 +100,12 @@ def test_codes_are_the_publishers_and_lose_nothing(source: tuple[str, Path, Path
 
     table, facts = read_table(LOSSES, out / f"{name}.parquet")
     assert facts["scheme"] == name
-    kept = {key: (loss, fisher, few) for *key, loss, fisher, few in zip(
-        *(table.column(column).to_pylist() for column in ("layer", "expert", "block", "out_sq", "fisher", "fallback")),
-        strict=True) for key in [tuple(key)]}  # fmt: skip
-    assert all(kept.pop(key) == (0.0, 0.0, False) for key in blocks)
-    assert all(loss > 0 for loss, *_ in kept.values()), "experts in 16 bits are quantized to the same codes"
-    assert len(kept) == (3 * len(folder.moe_layers) if format_ == "pack-quantized" else 0)
-    losses = read_losses([out / f"{name}.parquet"], "out_sq", original=True)
-    assert losses.bits.sum(0).tolist()[losses.schemes.index(scheme)] == round(
-        sum(scheme.bits(raw.shape[1]) * raw.shape[0] * raw.shape[1] for raw in (
-            folder.raw_block(layer, expert, block)
-            for layer in folder.moe_layers for expert in folder.expert_ids() for block in BLOCKS))
-    )  # fmt: skip
+    losses = table.to_pandas()
+    kept = np.array([key in blocks for key in zip(losses.layer, losses.expert, losses.block, strict=True)])
+    assert (losses[kept][["out_sq", "fisher", "fallback"]] == 0).all(axis=None)
+    assert (losses[~kept].out_sq > 0).all(), "experts in 16 bits are quantized to the same codes"
+    assert kept.sum() == len(blocks) == len(losses) - (3 * len(folder.moe_layers)) * (format_ == "pack-quantized")
+    assert read_losses([out / f"{name}.parquet"], "out_sq", original=True).schemes == (scheme, ORIGINAL)
 
 
 def test_a_packed_checkpoint_means_what_the_published_one_does(source: tuple[str, Path, Path], tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def _with_published(values: dict[str, Any]) -> dict[str, Any]:
             return values
 
     def named(text: Any) -> Any:
-        return "=".join(name if part == PUBLISHED else part for part in text.split("=")) if type(text) is str else text
+        if not isinstance(text, str):
+            return text
+        return "=".join(name if part == PUBLISHED else part for part in text.split("="))
 
     values = copy.deepcopy(values)
     values["calibrate"]["schemes"] = [*map(named, schemes)]
