@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from family_sizes import FAMILY_SIZES, VISION_SIZES
+from family_sizes import AUDIO_SIZES, FAMILY_SIZES, VISION_SIZES
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -41,6 +41,9 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **extra: Any) ->
     sizes, kind = SIZES | FAMILY_SIZES[family] | extra, AutoModelForCausalLM
     if family in VISION_SIZES:
         sizes, kind = {"text_config": sizes, "vision_config": VISION_SIZES[family]}, AutoModelForImageTextToText
+        if family in AUDIO_SIZES:
+            out = {"adapter_out_dim": sizes["text_config"]["hidden_size"]}
+            sizes |= {"vision_config": VISION_SIZES[family] | out, "audio_config": AUDIO_SIZES[family] | out}
         sizes["tie_word_embeddings"] = sizes["text_config"]["tie_word_embeddings"]
     model: Any = kind.from_config(AutoConfig.for_model(family, **sizes), dtype=dtype)
     with torch.no_grad():
@@ -57,10 +60,17 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **extra: Any) ->
     return model.eval()
 
 
+def name_as_published(family: str, path: Path) -> None:
+    """What transformers does not undo when it saves: it gives layers of kimi_k25 the name of those that see."""
+    for file in path.glob("model*") if family == "kimi_k25" else ():
+        file.write_bytes(file.read_bytes().replace(b"language_model.model.blocks.", b"language_model.model.layers."))
+
+
 def make_checkpoint(family: str, path: Path, **extra: Any) -> None:
     """The same, saved in shards as its family publishes them."""
     model = make_model(family, **extra)
     model.save_pretrained(path, max_shard_size="100KB", save_original_format=family not in _STACKED)
+    name_as_published(family, path)
     if family == "qwen3_vl_moe":  # transposed, which transformers undoes
         for file in path.glob("*.safetensors"):
             tensors = load_file(file)
@@ -84,7 +94,7 @@ def block_weight(moe: Any, family: str, expert: int, block: str) -> torch.Tensor
     down, gate_up = moe.experts.down_proj[expert], moe.experts.gate_up_proj[expert]
     if family == "gpt_oss":
         return (down if block == "down" else gate_up[:, BLOCKS.index(block) :: 2]).T
-    if family == "llama4":
+    if FAMILIES[family].orientation == "columns":
         return (down if block == "down" else gate_up.chunk(2, -1)[BLOCKS.index(block)]).T
     if block == "down":
         return down

@@ -20,6 +20,18 @@ _QWEN_VISION = {
     "depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64, "patch_size": 4,
     "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
 }  # fmt: skip
+_DOTS = {
+    "n_routed_experts": 4, "n_shared_experts": 1, "shared_experts_intermediate_size": 128,
+    "layer_types": ["indexed_attention", "indexed_attention"], **_GROUPS, **_SPARSE_LAST, **_LATENT, **_INDEXER,
+}  # fmt: skip
+_LLAMA = {
+    "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "head_dim": 32,
+    "moe_layers": [1], "attention_chunk_size": 8,
+}  # fmt: skip
+_GEMMA = {
+    "num_experts": 4, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
+    "global_head_dim": 32, "final_logit_softcapping": 3.0, "vocab_size_per_layer_input": 96, **_WINDOW_FIRST,
+}  # fmt: skip
 
 FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 128},
@@ -76,14 +88,43 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
         "num_experts": 4, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2,
         "attn_layer_offset": 1,
     },
-    "llama4": {
-        "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 96, "head_dim": 32,
-        "moe_layers": [1], "attention_chunk_size": 8,
+    "llama4": _LLAMA,
+    "gemma4": _GEMMA,
+    "gemma4_text": _GEMMA,
+    "kimi_k25": {
+        "model_type": "deepseek_v3", "n_routed_experts": 4, "n_shared_experts": 1, **_DENSE_FIRST, **_LATENT,
+        "q_lora_rank": 32,
     },
-    "gemma4": {
-        "num_experts": 4, "top_k_experts": 2, "enable_moe_block": True, "hidden_size_per_layer_input": 0,
-        "global_head_dim": 32, "final_logit_softcapping": 3.0, "vocab_size_per_layer_input": 96, **_WINDOW_FIRST,
+    "axk2": {
+        "n_routed_experts": 4, "n_shared_experts": 1, "gated_norm_rank": 8, **_GROUPS, **_SPARSE_LAST, **_LATENT,
+        **_INDEXER,
     },
+    "bailing_hybrid": {
+        "num_experts": 4, "num_shared_experts": 1, "head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "layer_types": ["linear_attention", "full_attention"], **_LATENT, **_GROUPS, **_SPARSE_LAST,
+    },
+    "dots3_note_text": _DOTS,
+    "dots3_note": _DOTS,
+    "flint": {"num_experts": 4, "shared_expert_intermediate_size": 128, "mlp_only_layers": [0], **_WINDOW_FIRST},
+    "granitemoe_swa": {"shared_intermediate_size": 96, **_GRANITE, **_WINDOW_FIRST},
+    "hy_v3": {"num_experts": 4, "num_shared_experts": 1, "head_dim": 32, **_SPARSE_LAST},
+    "kolibri1": {"num_experts": 4, "shared_expert_intermediate_size": 128, **_WINDOW_FIRST},
+    "laguna": {
+        "num_experts": 4, "shared_expert_intermediate_size": 128, "moe_routed_scaling_factor": 1.5, **_SPARSE_LAST,
+        **_WINDOW_FIRST,
+    },
+    "mellum": {"num_experts": 4, **_WINDOW_FIRST},
+    "beam": {"num_experts": 4, **_GROUPS, **_SPARSE_LAST, **_WINDOW_FIRST},
+    "mistral3": {
+        "model_type": "mistral4", "n_routed_experts": 4, "n_shared_experts": 1, **_DENSE_FIRST, **_LATENT,
+        "q_lora_rank": 32,
+    },
+    "cohere2_moe": {
+        "num_experts": 4, "num_shared_experts": 2, "shared_expert_combination_strategy": "sum", **_WINDOW_FIRST,
+    },
+    "llama4_text": _LLAMA,
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2},
+    "aria": {"moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2},
     "nemotron_h": {
         "n_routed_experts": 4, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 128,
         "layers_block_type": ["mamba", "moe", "attention", "moe"], "mamba_num_heads": 4, "mamba_head_dim": 16,
@@ -91,7 +132,22 @@ FAMILY_SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+AUDIO_SIZES: dict[str, dict[str, Any]] = {
+    "dots3_note": {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+        "adapter_input_size": 32, "downsample_hidden_size": 8, "feature_size": 16,
+    },
+}  # fmt: skip
+
+_VISION = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 4,
+}  # fmt: skip
+
 VISION_SIZES: dict[str, dict[str, Any]] = {  # of wrappers
+    "kimi_k25": {**_VISION, "pos_emb_height": 8, "pos_emb_width": 8},
+    "mistral3": {**_VISION, "image_size": 8, "head_dim": 16},
+    "dots3_note": {**_VISION, "adapter_in_dim": 32, "mlp_layer_types": ["dense"]},
+    "aria": {**_VISION, "model_type": "idefics3_vision", "image_size": 8},
     "qwen3_5_moe": _QWEN_VISION,
     "qwen3_vl_moe": _QWEN_VISION,
     "glm4v_moe": {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_checkpoint, make_model
+from checkpoints import make_checkpoint, make_model, name_as_published
 from packed import pack
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -255,6 +255,7 @@ def test_a_broken_index_is_named(qwen: Path, tmp_path: Path, index: str, says: s
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_passes_in_one_file(family: str, tmp_path: Path) -> None:
     make_model(family).save_pretrained(tmp_path)
+    name_as_published(family, tmp_path)
     StreamedModel(tmp_path, "auto", "cpu")
 
 

@@ -63,6 +63,7 @@ def test_ranks_together_compute_the_whole(text: str, block: str, ranks: int) -> 
         ("w4a16_g32", 64, False, "4 input features of a rank fill no whole bytes"),
         ("w4a16_g32", 3, False, "256 features do not divide by 3 ranks"),
         ("w4a16_g128", 2, True, "its inputs are rotated as a whole"),
+        ("w8a16_fp8_published", 2, False, "rows share its scales"),
     ],
 )
 def test_what_cannot_be_cut(text: str, ranks: int, rotated: bool, why: str) -> None:

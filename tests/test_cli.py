@@ -1,11 +1,16 @@
 """Every step's command line: complete, instant, and runnable from any folder."""
 
 import json
+import mmap
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from mxmoe_steps.errors import run_cli
 
 STEPS = [
     "check", "trace", "capture", "calibrate", "profile", "frontier", "solve", "extrapolate", "quantize", "tune",
@@ -31,6 +36,33 @@ with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
     runpy.run_module({module!r}, run_name="__main__")
 print(json.dumps([text.getvalue(), sorted(set({heavy!r}) & set(sys.modules))]))
 """
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("torch.empty(1 << 58)", r"error: not enough memory \(.*can't allocate memory.*\); run fewer jobs at a time"),
+        (
+            "raise torch.OutOfMemoryError('CUDA out of memory. 2 GiB')",
+            r"\(CUDA out of memory.*runtime\.device: cpu",
+        ),
+        ("mmap.mmap(-1, 1 << 60)", r"error: not enough memory \(.*\); run fewer jobs"),
+        ("raise MemoryError", r"error: not enough memory \(MemoryError\); run fewer jobs"),
+        ("raise OSError(28, 'No space left on device', 'x.bin')", r"error: x\.bin: No space left on device\n$"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(what: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: exec(what, {"torch": torch, "mmap": mmap}))
+    assert ended.value.code == 2
+    written = capsys.readouterr().err
+    assert re.search(says, written)
+    assert written.count("\n") == 1
+
+
+def test_other_errors_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shape"):
+        run_cli(lambda: torch.ones(6).view(7))
 
 
 @pytest.mark.parametrize("step", STEPS)

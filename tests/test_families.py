@@ -190,6 +190,12 @@ def test_the_text_class_loads_the_language_model_of_a_wrapper(tmp_path: Path) ->
             {"moe_latent_size": 32},
             "moe_latent_size 32 of nemotron_h is not supported: routed experts see",
         ),
+        (
+            "cohere2_moe",
+            {"shared_expert_combination_strategy": "average"},
+            "shared_expert_combination_strategy 'average' of cohere2_moe .* mean of routed and shared experts",
+        ),
+        ("deepseek_v3", {"model_type": "axk1"}, "'axk1' is not supported: a norm inside of the MoE module"),
         ("mixtral", {"model_type": "longcat_flash"}, "'longcat_flash' is not supported: some experts have no weights"),
     ],
 )
@@ -210,8 +216,17 @@ def test_the_command_prints_every_family_and_refusal(capsys: pytest.CaptureFixtu
     assert not set(FAMILIES) & set(REFUSED)
 
 
-def test_a_model_without_shared_expert_in_a_family_that_has_them(tmp_path: Path) -> None:
-    make_checkpoint("ernie4_5_moe", tmp_path / "model", moe_num_shared_experts=0)
+@pytest.mark.parametrize(
+    ("family", "without"),
+    [
+        ("ernie4_5_moe", {"moe_num_shared_experts": 0}),
+        ("cohere2_moe", {"num_shared_experts": 0, "shared_expert_combination_strategy": "average"}),
+    ],
+)
+def test_a_model_without_shared_expert_in_a_family_that_has_them(
+    family: str, without: dict[str, Any], tmp_path: Path
+) -> None:
+    make_checkpoint(family, tmp_path / "model", **without)
     assert SHARED not in open_model(tmp_path / "model").expert_ids()
     path = pack(tmp_path / "model", tmp_path / "packed", lambda *_: ("w4a16_g32",) * 3)
     mxmoe_steps.load_quantized(path)(torch.arange(5)[None])

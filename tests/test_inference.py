@@ -170,6 +170,10 @@ def test_check_says_which_layers_have_no_kernels_and_why(tmp_path: Path) -> None
             )
             assert reason.format(width, scheme) in line
         assert len(lines) == len(reasons)
+    make_checkpoint("qwen3_moe", tmp_path / "hidden", **SIZES | {"hidden_size": 96})
+    (line,) = check.without_kernels(SimpleNamespace(candidates=schemes), open_model(tmp_path / "hidden"))  # type: ignore
+    assert line.startswith("2 layers, the first one 0, will run reference arithmetic on GPUs")
+    assert line.count("hidden states of 96 features: kernels need a multiple of 64") == 1
 
 
 def test_rotated_checkpoints_give_the_logits_of_the_reference(tmp_path: Path, kernels: None) -> None:

@@ -16,6 +16,7 @@ from mxmoe_steps import profile as profile_step
 from mxmoe_steps import solve as solve_step
 from mxmoe_steps.allocation import build
 from mxmoe_steps.allocation.blocks import read_losses
+from mxmoe_steps.allocation.buys import Total
 from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.files import read_allocation
 from mxmoe_steps.allocation.minimize import minimize
@@ -328,6 +329,14 @@ def test_what_more_would_give(tmp_path, inputs):
     used = {name for row in here["assignment"] for name in row[2:]}
     unused = set(here["candidates"]) - used
     assert any(name in scheme for name in unused) if unused else scheme == "It uses all 3 candidates."
+
+
+def test_what_is_more_than_no_loss_has_no_percentage():
+    """Where published codes fit the budget."""
+    here, there = Total(0.0, 100.0), Total(0.5, 90.0)
+    assert here.beside(there) == "some loss where it has none and 10.0 % less time"
+    assert there.beside(here) == "100.0 % less loss and 11.1 % more time"
+    assert here.beside(Total(0.0, 100.0)) == ""
 
 
 def test_of_many_schemes_a_launch_of_few_is_timed_by_what_it_carries(toy, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from checkpoints import capture_tokens, make_checkpoint, make_model, moe_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.core_model_loading import MergeModulelist
 
 from mxmoe_steps import capture, evaluate, trace
 from mxmoe_steps.atomic import canonical_json
@@ -48,7 +49,10 @@ def whole_model(
             weights, ids = output[0].max(-1, keepdim=True)
             enter(None, (args[0], ids, weights), layer)
 
-        def enter(_module: Any, args: Any, layer: int = layer) -> None:
+        factor = getattr(moe, FAMILIES[family].routed_factor or "", 1.0)
+
+        def enter(_module: Any, args: Any, layer: int = layer, factor: float = factor) -> None:
+            args = (*args[:2], args[2] * factor)
             for name, tensor in zip(("hidden", "ids", "weights"), args, strict=True):
                 found[layer].setdefault(name, []).append(tensor.detach())
 
@@ -58,11 +62,11 @@ def whole_model(
             found[layer].setdefault("probes", []).append(probe)
             return (first + probe, *output[1:]) if isinstance(output, tuple) else first + probe
 
-        if family == "llama4":
+        if FAMILIES[family].scales_inputs:
             moe.router.register_forward_hook(chose)
         else:
             moe.experts.register_forward_pre_hook(enter)
-        (moe.experts if family == "gemma4" else moe).register_forward_hook(leave)
+        (moe.experts if not FAMILIES[family].moe else moe).register_forward_hook(leave)
     generator = torch.Generator().manual_seed(2)
     results = []
     for run in tokens.split(2):
@@ -330,6 +334,19 @@ def test_a_broken_checkpoint_is_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_memory_that_runs_out_is_called_so(deep_moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers collects what its converters raise, also what no checkpoint is to blame for."""
+    model = StreamedModel(deep_moe, "float32", "cpu")
+    says = r"no memory for model\.layers\.3\.mlp\.experts\.\w+, of model\.layers\.3; run fewer jobs at a time"
+    with monkeypatch.context() as patch:
+        patch.setattr(MergeModulelist, "convert", lambda *_, **__: torch.empty(1 << 58))
+        with pytest.raises(UserError, match=says), model.loaded("model.layers.3"):
+            pass
+    monkeypatch.setattr(MergeModulelist, "convert", lambda *_, **__: torch.ones(2, 3).view(7))
+    with pytest.raises(UserError, match=r"does not fit what config\.json describes"), model.loaded("model.layers.3"):
+        pass
+
+
 def test_an_unsupported_family_lists_the_supported_ones(deep_moe: Path, tmp_path: Path) -> None:
     config = json.loads((deep_moe / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "bamba"}))
@@ -432,7 +449,7 @@ def test_damaged_routing_of_an_earlier_trace_does_not_stay(deep_moe: Path, sourc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("family", ["gemma4", "gpt_oss", "jamba", "llama4", "qwen2_moe", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["gemma4", "gpt_oss", "jamba", "kimi_k25", "llama4", "qwen2_moe", "qwen3_vl_moe"])
 def test_the_whole_model_is_that_of_transformers(family: str, tmp_path: Path) -> None:
     make_checkpoint(family, tmp_path / "model", tie_word_embeddings=family == "qwen2_moe")
     streamed = StreamedModel(tmp_path / "model", "float32", "cpu")

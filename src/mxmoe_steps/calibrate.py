@@ -71,23 +71,32 @@ def calibrate_layer(
     A row is a tuple in the order of the columns that are no losses, with all ``losses`` at its end: of all tokens, then
     the part of every domain.
     """
+    import torch
+
     from mxmoe_steps.calibration.losses import layer_losses
     from mxmoe_steps.calibration.weights import quantize_layer
+    from mxmoe_steps.models.published import is_published, read_published
     from mxmoe_steps.models.weights import read_block, read_gating
 
     rows, packed = [], {}
     for experts in [list(range(folder.experts))] + ([[SHARED]] if inputs.shared is not None else []):
         weights = [read_block(folder, layer, experts, block, inputs.device) for block in BLOCKS]
-        gating = read_gating(folder, layer, experts, inputs.device)
-        stacks = quantize_layer(inputs, experts, weights, gating, scheme, method)
-        found = layer_losses(inputs, experts, weights, stacks, gating, scheme, method, losses)
+        kept = scheme.published and is_published(folder, layer, experts, scheme)
+        if kept:
+            blocks = zip(BLOCKS, weights, strict=True)
+            stacks = [read_published(folder, layer, experts, block, scheme, weight) for block, weight in blocks]
+            found = torch.zeros(len(experts), len(BLOCKS), 1 + len(inputs.sizes), len(losses), dtype=torch.float64)
+        else:
+            gating = read_gating(folder, layer, experts, inputs.device)
+            stacks = quantize_layer(inputs, experts, weights, gating, scheme, method)
+            found = layer_losses(inputs, experts, weights, stacks, gating, scheme, method, losses)
         for index, expert in enumerate(experts):
             if not found[index].isfinite().all():
                 raise UserError(f"layer {layer}, expert {expert}: the loss under {scheme} is not finite")
             tokens = inputs.tokens(expert)
             for number, block in enumerate(BLOCKS):
                 out_features, in_features = weights[number].shape[1:]
-                few = method.uses_hessians and tokens < in_features
+                few = method.uses_hessians and not kept and tokens < in_features
                 row = (layer, expert, block, out_features, in_features, scheme.bits(in_features), tokens, few)
                 rows.append((*row, found[index, number].tolist()))
                 for part, tensor in stacks[number][index].tensors().items():
@@ -165,6 +174,8 @@ def calibrate(options: CalibrateOptions) -> None:
         raise UserError("w16a16 is the original and has no loss; leave it out of calibration")
     load(options.extensions)
     method, losses = Method(options.quantizer, options.damping), losses_of(options.more_losses)
+    if scheme.published and method.rotated:
+        raise UserError(f"{scheme}: published codes are not rotated; calibrate it with a quantizer without +hadamard")
     if clash := NOT_LOSSES.intersection(options.more_losses):
         raise UserError(f"loss {min(clash)!r}: another column has that name; choose another")
     start_torch(options)

@@ -68,7 +68,11 @@ def check(options: CheckOptions) -> None:
             reader.read(text, split, int(sequences), int(length))
     check_apart(reader.sources, options.calibrate[2:], options.evaluate[2:])
     check_budgets(options, model.folder)
-    for line in (*of_source(options, model.folder), *without_kernels(options, model.folder)):
+    for line in (
+        *of_published(options, model.folder),
+        *of_source(options, model.folder),
+        *without_kernels(options, model.folder),
+    ):
         print(f"check: {line}", file=sys.stderr)
     print(f"check: {options.model} and its texts are fit for use", file=sys.stderr)
 
@@ -128,6 +132,23 @@ def of_source(options: CheckOptions, folder: "ModelFolder") -> Iterator[str]:
         granularity, budget = split_setting(text, "--problems")
         if float(budget) >= bits:
             yield f"a budget of {budget} bits per {granularity} is no less than the {bits:.2f} bits of the original"
+
+
+def of_published(options: CheckOptions, folder: "ModelFolder") -> Iterator[str]:
+    """What stays as its publisher quantized it; `UserError` for what cannot, though a candidate says so."""
+    from mxmoe_steps.models.published import unpublished
+    from mxmoe_steps.schemes import parse_scheme
+
+    for scheme in (one for one in map(parse_scheme, options.candidates) if one.published):
+        others = list(unpublished(folder, scheme))
+        line = f"blocks under {scheme} keep the codes and scales of {options.model}, and lose nothing"
+        if others:
+            counted = sum(map(len, (experts for _, experts in others)))
+            layers = len({layer for layer, _ in others})
+            line += (
+                f", but for {counted} experts in {layers} layers that it has in 16 bits, quantized to the same codes"
+            )
+        yield line
 
 
 def without_kernels(options: CheckOptions, folder: "ModelFolder") -> Iterator[str]:

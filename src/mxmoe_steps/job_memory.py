@@ -16,6 +16,7 @@ _TUNED_BYTES = 48  # a weight as code, gradient, what Adam keeps, and temporarie
 _SHARED_WIDTHS = (
     "shared_expert_intermediate_size",
     "moe_shared_expert_intermediate_size",
+    "shared_experts_intermediate_size",
     "shared_intermediate_size",
 )
 _SHARED_COUNTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")

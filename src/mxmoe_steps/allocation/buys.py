@@ -43,7 +43,10 @@ class Total:
         """``other`` in words, by what this has less or more: ``3.1 % less loss and 0.4 % more time``."""
         changes = []
         for name, ours, theirs in (("loss", self.loss, other.loss), ("time", self.time_us, other.time_us)):
-            change = theirs / ours - 1 if ours else math.inf * (theirs > 0)
+            if not ours:
+                changes += [f"some {name} where it has none"] * (theirs > 0)
+                continue
+            change = theirs / ours - 1
             if abs(change) >= EQUAL:
                 changes.append(f"{abs(change):.1%} {'more' if change > 0 else 'less'} {name}".replace("%", " %"))
         return " and ".join(changes)

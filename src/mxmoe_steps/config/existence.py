@@ -13,6 +13,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architectures import for_target
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.quantizers.names import is_rotated
 from mxmoe_steps.schemes import ORIGINAL, SHARED, parse_scheme
 from mxmoe_steps.timing.blocks import blocks_of
 from mxmoe_steps.timing.estimate import measured_file, read_hardware
@@ -96,6 +97,17 @@ def check_kernels(config: "Config") -> None:
                 f"calibrate.schemes: {error}; take it out, or count another one's kernel, e.g."
                 f" solve.time_as: [{scheme}=w4a16]"
             ) from None
+
+
+def check_rotation(config: "Config") -> None:
+    """`ValueError` for published codes and a quantizer that would rotate them."""
+    published = [name for name in config.calibrate.schemes if parse_scheme(name).published]
+    rotating = [name for name in config.calibrate.quantizers if is_rotated(name)]
+    if published and rotating:
+        raise ValueError(
+            f"calibrate.schemes: {published[0]}: published codes are not rotated; take it out, or {rotating[0]} out of"
+            " calibrate.quantizers"
+        )
 
 
 def check_constraints(config: "Config") -> None:

@@ -11,7 +11,14 @@ from pydantic_core import CoreSchema
 from mxmoe_steps.calibrate import CalibrateOptions, Quantizing
 from mxmoe_steps.calibration.loss import LOSSES
 from mxmoe_steps.capture import CapturedText
-from mxmoe_steps.config.existence import check_budgets, check_constraints, check_kernels, check_texts, known
+from mxmoe_steps.config.existence import (
+    check_budgets,
+    check_constraints,
+    check_kernels,
+    check_rotation,
+    check_texts,
+    known,
+)
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.evaluate import EvaluateOptions
 from mxmoe_steps.extensions import load
@@ -92,7 +99,9 @@ class Trace(TracedTexts, Section):
 class Calibrate(CapturedText, Quantizing, Section):
     """Losses and quantized weights per scheme."""
 
-    schemes: Schemes = Field(description="candidate schemes, e.g. w4a16 or w8a8_fp8 (docs/schemes.md)", min_length=1)
+    schemes: Schemes = Field(
+        description="candidate schemes, e.g. w4a16, w8a8_fp8 or published (docs/schemes.md)", min_length=1
+    )
     quantizers: list[QuantizerName] = Field(
         ["gptq"], description=description_of(CalibrateOptions, "quantizer"), min_length=1
     )
@@ -281,6 +290,7 @@ class Config(Section):
         check_texts(self)
         known("solve.traffic", [self.solve.traffic], self.trace.texts, "one of trace.texts")
         known("calibrate.quantizers", self.calibrate.quantizers, method_names(), "a quantizer")
+        check_rotation(self)
         known("solve.metric", [self.solve.metric], list(LOSSES), "a loss")
         wanted = {quantizer for grid in self.sweep for quantizer in grid.quantizer} | set(self.baselines)
         known("sweep and baselines: quantizer", sorted(wanted), self.calibrate.quantizers, "in calibrate.quantizers")

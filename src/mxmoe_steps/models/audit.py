@@ -27,7 +27,7 @@ def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> 
     raw = {name: folder.raw(name) for name in folder.files}
     renamed = _renamed(model, raw, conversions)
     expected = set(model.state_dict())
-    used = [name for name in raw if renamed[name] in expected]
+    used = [name for name in raw if renamed[name][0] in expected]
     if not folder.is_packed:
         _check_blocks(folder, raw)
         for name in used:
@@ -36,22 +36,27 @@ def audit(folder: ModelFolder, model: Any, conversions: Any, quantizer: Any) -> 
                     f"{raw[name].file}: {name} is stored as {raw[name].dtype}: the weights are quantized already; take"
                     f" a release in one of {', '.join(FLOATS.values())}"
                 )
-    _check_complete(folder, model, {renamed[name] for name in used})
+    _check_complete(folder, model, {parameter for name in used for parameter in renamed[name]})
     _check_company(folder, used, set(raw) - set(used))
-    others = [name for name in used if quantizer is None or renamed[name] not in quantizer.packed_names]
+    others = [name for name in used if quantizer is None or renamed[name][0] not in quantizer.packed_names]
     _check_shapes(folder, model, {name: Header(raw[name]) for name in others}, conversions, quantizer)
-    return {name: renamed[name] for name in used}
+    return {name: renamed[name][0] for name in used}
 
 
-def _renamed(model: Any, names: Iterable[str], conversions: Any) -> dict[str, str]:
-    """Checkpoint name -> the parameter that transformers makes of it, or of which it becomes a part."""
+def _renamed(model: Any, names: Iterable[str], conversions: Any) -> dict[str, list[str]]:
+    """Checkpoint name -> the parameters that transformers makes of it, or the one of which it becomes a part."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping = copy.deepcopy(conversions or [])
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     state = model.state_dict()
-    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in names}
+    found = {}
+    for name in sorted(names):  # as transformers does: some of its renamings depend on names before
+        first, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        targets = next((one.target_patterns for one in converters if pattern in one.source_patterns), [""])
+        found[name] = [first.replace(targets[0], target, 1) for target in targets]
+    return found
 
 
 def _check_blocks(folder: ModelFolder, raw: dict[str, RawTensor]) -> None:

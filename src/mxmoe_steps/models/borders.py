@@ -119,7 +119,8 @@ def hooked(model: StreamedModel, layer: int, seen: Seen) -> Iterator[None]:
 
         handle = moe.get_submodule(family.router).register_forward_hook(routed)
     else:
-        handle = moe.experts.register_forward_pre_hook(lambda _, args: seen((args[0], args[1], args[2])))
+        factor = 1.0 if family.routed_factor is None else getattr(moe, family.routed_factor)
+        handle = moe.experts.register_forward_pre_hook(lambda _, args: seen((args[0], args[1], args[2] * factor)))
     try:
         yield
     finally:

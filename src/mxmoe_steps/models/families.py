@@ -80,7 +80,7 @@ class ModelFolder:
     @property
     def vocabulary(self) -> int:
         """Rows of the embedding: token ids are below it."""
-        name = f"{self.family.decoder}.{self.family.embedding}.weight"
+        name = f"{self.family.decoder}.{self.family.stored_embedding or self.family.embedding}.weight"
         shape = self.raw(name).shape
         if len(shape) != 2:
             raise UserError(f"{self.path}: {name} is {list(shape)} in the checkpoint, and no matrix; download it again")
@@ -179,7 +179,7 @@ class ModelFolder:
         """Checkpoint name of one linear block's weight, [out_features, in_features]."""
         moe = f"{self.family.layer_path(layer)}." + (f"{self._stored_moe}." if self._stored_moe else "")
         if expert == SHARED:
-            return f"{moe}{self.family.shared}.{block}_proj.weight"
+            return f"{moe}{self.family.stored_shared or self.family.shared}.{block}_proj.weight"
         return f"{moe}experts.{expert}.{self.family.blocks[BLOCKS.index(block)]}.weight"
 
     def place(self, layer: int, expert: int, block: str, parameter: Parameter = "weight") -> Place:

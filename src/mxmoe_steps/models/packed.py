@@ -30,6 +30,10 @@ def _is_e8m0_nan(values: torch.Tensor) -> torch.Tensor:
     return values == 0xFF
 
 
+def _not_positive_float32(values: torch.Tensor) -> torch.Tensor:
+    return _not_positive(values.view(torch.float32))
+
+
 def _not_positive(values: torch.Tensor) -> torch.Tensor:
     return ~((values > 0) & values.isfinite())
 
@@ -39,6 +43,8 @@ def check_of_part(scheme: Scheme, part: str, tensor: torch.Tensor) -> Check | No
     if part == "qweight":
         return _is_e4m3_nan if scheme.e4m3_weights else None
     if part == "scales":
+        if scheme.scale_rows > 1:
+            return _not_positive_float32
         return _is_e8m0_nan if tensor.dtype == torch.uint8 else _not_positive
     return not_finite
 

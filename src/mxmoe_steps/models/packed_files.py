@@ -4,6 +4,7 @@ transformers warns of tensors that are missing and leaves memory as it finds it 
 every block has to be in the files, in its shape and type.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,12 @@ def check_tensors(model: Any, family: Family, layers: Sequence[int], files: Sequ
                     f" {' or '.join(dtypes)} {list(expected.shape)}; {_FIX}"
                 )
             known[f"{path}.{name}"] = stored_name
-    inside = tuple(
-        f"{family.moe_path(layer)}.{inner}." for layer in layers for inner in ("experts", family.shared) if inner
+    inner = "|".join(
+        [r"experts\.(?:\d+\.|gate_up_proj|down_proj)", *([rf"{family.shared}\."] if family.shared else [])]
     )
+    inside = re.compile("|".join(rf"{re.escape(family.moe_path(layer))}\.(?:{inner})" for layer in layers))
     for name in sorted(stored_names.keys() - known):
-        if name.startswith(inside):
+        if inside.match(name):
             file = found[stored_names[name]].file
             raise UserError(f"{file}: {name} belongs to no block of quantization_config; {_FIX}")
     return known

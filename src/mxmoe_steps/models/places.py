@@ -50,6 +50,12 @@ class Place:
         outputs = len(range(total)[columns])
         return RawColumns(source.file, source.dtype, (outputs, *inputs), start, start + size, total, columns)
 
+    def rows(self, total: int) -> slice:
+        """The block's rows among ``total`` output features of its tensor, or of its expert's part of it."""
+        if self.expert is None:
+            return slice(0, 0 if self._is_empty else total)
+        return self._part(total)
+
     @property
     def _is_empty(self) -> bool:
         """Gate's part of up's tensor where there is no gate: none of its rows."""

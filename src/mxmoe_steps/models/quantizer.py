@@ -55,15 +55,17 @@ class MixedPrecisionQuantizer(HfQuantizer):
     """Replaces experts modules before weights are loaded; the checkpoint's tensors then fit by name."""
 
     requires_calibration = True
+    _shared: str | None = None  # module of the shared expert
     quantization_config: MixedPrecisionConfig
     packed_names: Mapping[str, str] = MappingProxyType({})  # of packed blocks' tensors in the model -> in its files
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str | Path] | None = None, **_: Any
     ) -> None:
-        config = model.config
+        config, dtype = model.config, model.dtype
         config.experts_implementation = EXPERTS_IMPLEMENTATION  # `save_pretrained` writes attributes
         family = family_of(Path(model.name_or_path), config.to_dict())
+        self._shared = family.shared
         config = config.get_text_config()
         gating = gating_of(family, config.to_dict())
         quantization = self.quantization_config
@@ -80,21 +82,27 @@ class MixedPrecisionQuantizer(HfQuantizer):
                     )
                     for expert in range(len(experts) - (str(SHARED) in experts))
                 )
+                new = [moe.experts]
                 if family.shared is not None:
                     old = getattr(moe, family.shared)
                     schemes = quantization.of(int(layer), SHARED)
-                    new = make_expert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated)
-                    setattr(moe, family.shared, new)
+                    new.append(make_expert(schemes, config.hidden_size, old.up_proj.out_features, gating, rotated))
+                    setattr(moe, family.shared, new[-1])
+                for parameter in (one for module in new for one in module.parameters()):
+                    parameter.data = parameter.data.to(dtype)  # 16-bit blocks and biases are made in PyTorch's default
         if checkpoint_files:
             self.packed_names = check_tensors(model, family, sorted(map(int, quantization.blocks)), checkpoint_files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
-        """Drop the converters that stack experts: ours stay apart."""
-        return [
-            conversion
-            for conversion in weight_conversions
-            if not any("experts." in source for source in conversion.source_patterns)
-        ]
+        """Drop what stacks experts, for ours stay apart, and what renames the shared one, which has its name."""
+
+        def is_ours(conversion: Any) -> bool:
+            made, of = (" ".join(names) for names in (conversion.target_patterns, conversion.source_patterns))
+            return ("experts." in of and "experts." in made) or (
+                self._shared is not None and f"{self._shared}." in made
+            )
+
+        return [conversion for conversion in weight_conversions if not is_ours(conversion)]
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
         """``save_pretrained`` writes the packed tensors back."""

@@ -39,6 +39,9 @@ class PackedStore:
     def _is_finite(self, part: str, tensor: RawTensor) -> bool:
         if part == "qweight":  # every integer code is a number, of e4m3 codes two are NaN
             return not self.scheme.e4m3_weights or not np.isin(np.frombuffer(tensor.read(), np.uint8), _NAN).any()
+        if self.scheme.scale_rows > 1:
+            scales = np.frombuffer(tensor.read(), np.float32)
+            return bool((np.isfinite(scales) & (scales > 0)).all())
         if tensor.dtype == "U8":  # scales that are exponents
             return not (np.frombuffer(tensor.read(), np.uint8) == 0xFF).any()
         values = np.frombuffer(tensor.read(), np.uint16)  # bfloat16: sign, 8 bits of exponent, 7 of fraction

@@ -41,7 +41,8 @@ class StoredTensors:
         """Name of a stored tensor that goes into weights as they are read, or says nothing of them -> what it is."""
         found: dict[str, str] = {}
         for weight, (source, parts) in self.quantized.items():
-            found |= {name: f"{part} of {source.name} weights, which are dequantized" for part, name in parts.items()}
+            now = f"of {source.name} weights, which are packed or in 16 bits now"
+            found |= {name: f"{part} {now}" for part, name in parts.items()}
             beside = source.of_activations(weight, self.listed)
             found |= dict.fromkeys(beside, f"scales of activations, which go with {source.name} weights")
         return found

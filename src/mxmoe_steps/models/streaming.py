@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxmoe_steps.errors import UserError
+from mxmoe_steps.errors import MORE_MEMORY, UserError, out_of_memory
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import ModelFolder, open_model
 from mxmoe_steps.models.finite import bad_numbers
@@ -109,13 +109,23 @@ class StreamedModel:
         """Within the block all modules have their weights: transformers' own model, which generates, too."""
         layers = {self.layer_path(layer) for layer in range(self.layers)}
         owners = {parameter.rpartition(".")[0] for parameter in self._parameters.values()}
-        around = {owner for owner in owners if not any(f"{owner}.".startswith(f"{layer}.") for layer in layers)}
+        owners = {owner for owner in owners if not any(f"{owner}.".startswith(f"{layer}.") for layer in layers)}
+        around = {self._apart(owner) for owner in owners}
         with self.loaded(*sorted(layers | around)):
             head = self.model.get_submodule(self.family.head)
             if head.weight.is_meta:  # tied
                 head.weight = self.model.get_submodule(self.embedding).weight
             yield self.model
             head.to("meta")
+
+    def _apart(self, module: str) -> str:
+        """The largest part of the model around ``module`` that is no part of the decoder, such as its vision tower.
+
+        How transformers names one tensor of it may depend on others.
+        """
+        steps = module.split(".")
+        paths = (".".join(steps[:count]) for count in range(1, len(steps) + 1))
+        return next((path for path in paths if not f"{self.family.decoder}.".startswith(f"{path}.")), module)
 
     def _load(self, module: str) -> None:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
@@ -132,6 +142,9 @@ class StreamedModel:
         )
         with open_tensors(self.folder, names) as tensors:
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, loading)
+        for parameter, error in info.conversion_errors.items():
+            if out_of_memory(error):
+                raise UserError(f"{self.folder.path}: no memory for {parameter}, of {module}; {MORE_MEMORY}")
         for problems in (info.mismatched_keys, info.conversion_errors, info.error_msgs):
             for problem in problems:
                 raise UserError(f"{self.folder.path}: {module}: {problem} does not fit what config.json describes")

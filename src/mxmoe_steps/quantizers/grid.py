@@ -70,8 +70,8 @@ class Grid:
 class QuantizedWeight:
     """A stack of linear blocks under one scheme.
 
-    ``codes``: uint8 (or e4m3) [..., N, K]; ``scales`` bfloat16 [..., N, G]; ``zeros`` the same, or
-    None for symmetric schemes.
+    ``codes``: uint8 (or e4m3) [..., N, K]; ``scales`` bfloat16 [..., N, G], or float32 where rows share them;
+    ``zeros`` bfloat16 [..., N, G], or None for symmetric schemes.
     """
 
     scheme: Scheme
@@ -95,6 +95,8 @@ class QuantizedWeight:
         else:
             codes = packing.pack(self.codes, self.scheme.weight_bits)
         scales = self.scales if self.scheme.floats is None else to_e8m0(self.scales)
+        if (rows := self.scheme.scale_rows) > 1:
+            scales = scales[..., ::rows, :].contiguous().view(torch.uint8)
         stored = {"qweight": codes, "scales": scales}
         return stored if self.zeros is None else stored | {"zeros": self.zeros}
 
@@ -111,6 +113,8 @@ def from_tensors(scheme: Scheme, in_features: int, tensors: dict[str, torch.Tens
     codes = tensors["qweight"]
     codes = codes.view(E4M3) if scheme.e4m3_weights else packing.unpack(codes, scheme.weight_bits, in_features)
     scales = tensors["scales"] if scheme.floats is None else from_e8m0(tensors["scales"])
+    if scheme.scale_rows > 1:
+        scales = scales.view(torch.float32).repeat_interleave(scheme.scale_rows, -2)
     return QuantizedWeight(scheme, codes, scales, tensors.get("zeros"))
 
 

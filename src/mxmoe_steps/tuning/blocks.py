@@ -22,8 +22,9 @@ _LEAST = 1e-30  # gradient that still moves a number: Adam's steps do not depend
 
 
 def is_tuned(scheme: Scheme) -> bool:
-    """Whether blocks under ``scheme`` have codes that are worth moving: those of 8 bits are as good as the weights."""
-    return scheme.weight_bits <= _MOST_BITS
+    """Whether blocks under ``scheme`` have codes that are worth moving: those of 8 bits are as good as the weights, and
+    published ones are to stay."""
+    return scheme.weight_bits <= _MOST_BITS and not scheme.published
 
 
 class TunedBlocks:

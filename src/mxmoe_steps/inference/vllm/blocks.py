@@ -57,7 +57,9 @@ class Share:
         features = shape[block == "down"]
         width, rest = divmod(features, self.ranks)
         why = None
-        if rest:
+        if scheme.scale_rows > 1:
+            why = "rows share its scales"
+        elif rest:
             why = f"{features} features do not divide by {self.ranks} ranks"
         elif block == "down" and not scheme.is_original:
             group = scheme.group_size(features)

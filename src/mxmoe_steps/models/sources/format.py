@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.raw import RawTensor
+from mxmoe_steps.schemes import Scheme, parse_scheme
 
 if TYPE_CHECKING:
     import torch
@@ -26,11 +27,12 @@ class SourceFormat(ABC):
     """One way to store weights: ``stored`` says what follows a weight's name in those of its parts.
 
     ``types``: how safetensors names the types that a part may have. ``settings``: what ``config.json``, ``file``, says
-    of the weights, for each group of layers.
+    of the weights, for each group of layers. ``transposed``: weights are [K, N], and codes and scales rows of features.
     """
 
     stored: ClassVar[Mapping[str, str]]
     types: ClassVar[Mapping[str, Sequence[str]]]
+    transposed: ClassVar[bool] = False
 
     def __init__(self, name: str, settings: Sequence[Mapping[str, Any]], file: Path) -> None:
         self.name, self.settings, self.file = name, settings, file
@@ -72,3 +74,32 @@ class SourceFormat(ABC):
     @abstractmethod
     def decode(self, parts: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
         """The weight of `shape` from the parts of one matrix, in floating point, still to be rounded."""
+
+    def scheme(self) -> Scheme:
+        """The scheme that has the same codes and scales, by ``config.json`` alone; `UserError` why there is none."""
+        names = {self.scheme_of(group) for group in self.settings}
+        if len(names) > 1:
+            raise self.unkept(f"its groups of layers would be {' and '.join(sorted(names))}")
+        name = f"{names.pop()}_published"
+        try:
+            return parse_scheme(name)
+        except UserError as error:
+            raise self.unkept(str(error)) from None
+
+    def unkept(self, why: str) -> UserError:
+        """To raise where no scheme has the codes and scales of the format."""
+        return UserError(
+            f"{self.file}: {self.name} weights cannot stay as published: {why}; take published out of calibrate.schemes"
+        )
+
+    def scheme_of(self, group: Mapping[str, Any]) -> str:
+        """`scheme` of a group of layers, as `parse_scheme` reads it; `UserError` says why there is none."""
+        raise self.unkept("no scheme has their codes and scales")
+
+    def check_kept(self, weight: str, parts: Mapping[str, RawTensor], scheme: Scheme) -> None:
+        """`UserError` unless a weight, by the headers of its parts, is what ``config.json`` says: under `scheme`."""
+        self.shape(weight, parts)
+
+    def kept(self, parts: Mapping[str, "torch.Tensor"], scheme: Scheme) -> "dict[str, torch.Tensor]":
+        """`Scheme.parts` of one matrix [N, K] under its `scheme`, which mean what `decode` gives."""
+        raise self.unkept("no scheme has their codes and scales")

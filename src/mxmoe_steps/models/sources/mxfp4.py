@@ -5,10 +5,11 @@ e8m0, are the weight [E, K, N], transposed: transformers' ``Mxfp4Dequantize``.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mxmoe_steps.models.raw import RawTensor
 from mxmoe_steps.models.sources.format import CODES, SCALES, SourceFormat
+from mxmoe_steps.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +22,7 @@ class Mxfp4(SourceFormat):
 
     stored: ClassVar = {CODES: "_blocks", SCALES: "_scales"}
     types: ClassVar = {CODES: ("U8",), SCALES: ("U8",)}
+    transposed: ClassVar = True
 
     def shape(self, weight: str, parts: Mapping[str, RawTensor]) -> tuple[int, ...]:
         codes, scales = parts[CODES].shape, parts[SCALES].shape
@@ -33,3 +35,9 @@ class Mxfp4(SourceFormat):
         from mxmoe_steps.models.sources.arithmetic import E2M1, numbers, of_scales
 
         return numbers(parts[CODES], E2M1).mul_(of_scales(parts[SCALES]).unsqueeze(-1)).flatten(1).T
+
+    def scheme_of(self, group: Mapping[str, Any]) -> str:
+        return "w4a16_mxfp4"
+
+    def kept(self, parts: "Mapping[str, torch.Tensor]", scheme: Scheme) -> "dict[str, torch.Tensor]":
+        return {"qweight": parts[CODES].flatten(1), "scales": parts[SCALES]}

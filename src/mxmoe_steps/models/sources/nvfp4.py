@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mxmoe_steps.models.raw import RawTensor
 from mxmoe_steps.models.sources.format import CODES, SCALES, SourceFormat
@@ -34,3 +34,6 @@ class NvFp4(SourceFormat):
 
         scales = numbers(parts[SCALES], E4M3) / parts[_GLOBAL]
         return times_scales(numbers(parts[CODES], E2M1), scales, 1, _GROUP).bfloat16()  # whatever the model's precision
+
+    def scheme_of(self, group: Mapping[str, Any]) -> str:
+        raise self.unkept(f"no scheme has groups of {_GROUP} whose scales are products of two")

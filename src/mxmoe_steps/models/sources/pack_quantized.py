@@ -6,12 +6,13 @@ groups of input features or 1; ``weight_shape`` [2]. 8-bit codes, four a word wi
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from mxmoe_steps.models.raw import FLOATING, RawTensor
 from mxmoe_steps.models.sources.format import CODES, SCALES, SourceFormat
+from mxmoe_steps.schemes import Scheme, packed_width
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,28 @@ class PackQuantized(SourceFormat):
         scales = scales.view(1, 1) if scales.numel() == 1 else scales.view(rows, -1)
         weight = times_scales(codes, scales, rows // len(scales), columns // scales.shape[1])
         return weight.to(parts[SCALES].dtype)
+
+    def scheme_of(self, group: Mapping[str, Any]) -> str:
+        size = -1 if group.get("strategy") == "channel" else group.get("group_size")
+        if size is None:
+            raise self.unkept("no scheme has one scale for a whole tensor")
+        return f"w{group.get('num_bits')}a16_g{size}_sym"
+
+    def check_kept(self, weight: str, parts: Mapping[str, RawTensor], scheme: Scheme) -> None:
+        rows, columns = self.shape(weight, parts)
+        scales = parts[SCALES]
+        if scales.dtype != "BF16":
+            raise self.unkept(f"scales of {weight} are {scales.dtype}, and those of {scheme} bfloat16")
+        groups = (rows, math.ceil(columns / scheme.group_size(columns)))
+        if scales.shape != groups or self._bits(columns, parts[CODES].shape[1]) != scheme.weight_bits:
+            raise self.unkept(f"{weight} is stored otherwise than config.json says, under which it would be {scheme}")
+
+    def kept(self, parts: "Mapping[str, torch.Tensor]", scheme: Scheme) -> "dict[str, torch.Tensor]":
+        import torch
+
+        codes = parts[CODES].view(torch.uint8)  # words are a multiple of 4 bytes long, rows of ours of 8 codes
+        more = packed_width(int(parts[_SHAPE][1]), scheme.weight_bits) - codes.shape[1]
+        return {"qweight": torch.nn.functional.pad(codes, (0, more)), "scales": parts[SCALES]}
 
     @staticmethod
     def _bits(columns: int, words: int) -> int | None:

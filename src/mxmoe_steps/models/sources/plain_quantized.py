@@ -7,10 +7,11 @@ int8 [N, K], and ``weight_scale`` [N, 1], [1] or [N / 128, K / 128], as GLM publ
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mxmoe_steps.models.raw import FLOATING, RawTensor
 from mxmoe_steps.models.sources.format import CODES, SCALES, SourceFormat
+from mxmoe_steps.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +45,26 @@ class PlainQuantized(SourceFormat):
         assert block is not None
         rows, columns = block
         return times_scales(codes, scales.view(-(-len(codes) // rows), -1), rows, columns)
+
+    def scheme_of(self, group: Mapping[str, Any]) -> str:
+        block = group.get(self.block_key)
+        if group.get("type", "float") != "float" or not block or len(set(block)) > 1:
+            raise self.unkept(f"of 8-bit codes only e4m3 with scales of square blocks ({self.block_key}) has a scheme")
+        return f"w8a16_g{block[0]}_fp8"
+
+    def check_kept(self, weight: str, parts: Mapping[str, RawTensor], scheme: Scheme) -> None:
+        *_, rows, columns = self.shape(weight, parts)
+        blocks = tuple(math.ceil(size / scheme.group) for size in (rows, columns))
+        if parts[SCALES].dtype == "F64" or parts[CODES].dtype != "F8_E4M3" or parts[SCALES].shape[-2:] != blocks:
+            raise self.unkept(f"{weight} is stored otherwise than config.json says, under which it would be {scheme}")
+
+    def kept(self, parts: "Mapping[str, torch.Tensor]", scheme: Scheme) -> "dict[str, torch.Tensor]":
+        import torch
+
+        from mxmoe_steps.models.sources.arithmetic import of_scales
+
+        scales = of_scales(parts[SCALES]).contiguous().view(torch.uint8)
+        return {"qweight": parts[CODES].view(torch.uint8), "scales": scales}
 
     def _block(self, codes: tuple[int, ...], scales: tuple[int, ...]) -> tuple[int, int] | None:
         """Rows and columns that share a scale; None where the scales fit no block."""

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mxmoe_steps.models.places import Place
 from mxmoe_steps.models.raw import ELEMENT_BYTES, FLOATS, RawTensor
 from mxmoe_steps.models.sources.format import CODES, SourceFormat
+from mxmoe_steps.schemes import Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from mxmoe_steps.quantizers.grid import QuantizedWeight
 
 _TORCH = {  # safetensors -> PyTorch; scales that are exponents stay bytes
     **FLOATS, "U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn",
@@ -57,6 +61,22 @@ class Dequantized(RawTensor):
 
         shape = tuple(read(Header(self)).shape)
         return View(self.file, self.dtype, shape, self.start, self.stop, tensor=self, taken=read)
+
+    def check_kept(self, place: Place, scheme: Scheme) -> None:
+        """`UserError` unless `kept` gives the block at ``place``; by headers."""
+        if place.expert is not None and self.source.transposed != (place.orientation != "rows"):
+            raise self.source.unkept(f"{place.tensor} is transposed, and its scales are not those of output features")
+        self.source.check_kept(place.tensor, self.parts, scheme)
+
+    def kept(self, place: Place, scheme: Scheme) -> "QuantizedWeight":
+        """The block at ``place`` with its publisher's codes and scales."""
+        from mxmoe_steps.quantizers.grid import from_tensors
+
+        matrix = self if place.expert is None else self._expert(place.expert)
+        parts = {part: _load(raw) for part, raw in matrix.parts.items()}
+        in_features = matrix.shape[0 if self.source.transposed else 1]
+        whole = from_tensors(scheme, in_features, self.source.kept(parts, scheme))
+        return whole[place.rows(len(whole.codes))]
 
     def get_shape(self) -> list[int]:
         """As of safetensors' slice."""
