@@ -138,9 +138,12 @@ def contenders(args: argparse.Namespace, study: Study, bits: int) -> Iterator[tu
     budget = bits + OVERHEAD
     calibration, auto_round = Calibration(study.folder / "calibrate"), AutoRoundModel(study)
     yield "ours, uniform GPTQ", budget, calibration.of(calibration.uniform(budget))
-    ours = study.quantized(f"{budget:g}", study.allocation(budget))
-    yield "ours, mixed", budget, packed_weights(ours, args.model)
-    yield "ours, mixed, tuned", budget, packed_weights(study.tuned(f"{budget:g}", ours), args.model)
+    uniform, mixed = f"uniform-{budget:g}", f"{budget:g}"
+    untuned = study.quantized(uniform, study.allocation(uniform, budget, r=1, granularity="uniform"))
+    yield "ours, uniform GPTQ, tuned", budget, packed_weights(study.tuned(uniform, untuned), args.model)
+    untuned = study.quantized(mixed, study.allocation(mixed, budget))
+    yield "ours, mixed", budget, packed_weights(untuned, args.model)
+    yield "ours, mixed, tuned", budget, packed_weights(study.tuned(mixed, untuned), args.model)
     for name, weights in of_quantizers(study, bits).items():
         yield name, budget, weights
     schemes = [scheme for scheme in calibration.losses.schemes if scheme.weight_bits > 1]  # AutoRound has no 1 bit

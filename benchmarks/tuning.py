@@ -25,7 +25,7 @@ from loss_validation import SCHEMES
 from quantizers import step
 from transformers import AutoTokenizer
 
-from mxmoe_steps.atomic import canonical_json
+from mxmoe_steps.atomic import atomic_path, canonical_json
 from mxmoe_steps.data.parsing import parse_sources
 from mxmoe_steps.data.sources import documents
 from mxmoe_steps.data.tokens import load_sequences
@@ -42,7 +42,8 @@ def sources(long: bool, work: Path) -> dict[str, dict[str, Any]]:
         for split, more in (("calibration", library_code()), ("test", [])):
             files[split] = work / f"code-{split}.jsonl"
             lines = [json.dumps({"text": text}) for text in [*documents(code, split), *more]]
-            files[split].write_text("\n".join(lines) + "\n", encoding="utf-8")
+            with atomic_path(files[split]) as partial:
+                partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
         found["code"] = {"files": [str(files["calibration"])], "test_files": [str(files["test"])], "column": "text"}
     return found
 
@@ -91,15 +92,15 @@ class Study:
         found = load_sequences(texts, domain, "calibration", tokenizer, LENGTH, self.sequences, seed=0)
         return torch.from_numpy(found)
 
-    def allocation(self, budget: float) -> Path:
-        """The demo's, from these losses."""
+    def allocation(self, name: str, budget: float, r: float = 0.75, **how: object) -> Path:
+        """The allocation called ``name``, from these losses; ``how``: options of `frontier`."""
         args, losses = self.args, [self.folder / "calibrate" / f"{scheme}.parquet" for scheme in SCHEMES]
-        frontier, path = (self.folder / f"{kind}-{budget:g}.json" for kind in ("frontier", "allocation"))
+        frontier, path = (self.folder / f"{kind}-{name}.json" for kind in ("frontier", "allocation"))
         if not path.exists():
             demo = {"trace": f"{args.results}/trace", "profile": f"{args.results}/profile/h100.parquet"}
             demo |= {"traffic-text": "mixed", "tokens": 64, "budget-bits": budget}
-            step("frontier", losses=losses, out=frontier, **demo)
-            step("solve", frontier=frontier, r=0.75, out=path)
+            step("frontier", losses=losses, out=frontier, **demo, **how)
+            step("solve", frontier=frontier, r=r, out=path)
         return path
 
     def quantized(self, name: str, allocation: Path) -> Path:
@@ -143,7 +144,7 @@ def main() -> None:
         study = Study(args, sequences)
         for budget in args.budgets:
             name = f"{budget:g}"
-            untuned = study.quantized(name, study.allocation(budget))
+            untuned = study.quantized(name, study.allocation(name, budget))
             made = [({}, untuned)]
             made += [
                 ({"steps": steps, "rate": rate}, study.tuned(name, untuned, steps, rate))
