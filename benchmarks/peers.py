@@ -1,15 +1,17 @@
 """Ours beside AutoRound, llm-compressor and GPTQModel: KL divergence by text at equal bits, the same calibration text.
 
-    snakemake --cores 2                                      # the demo: traffic and profile
-    pip install auto-round llmcompressor gptqmodel           # in an environment of its own
-    python benchmarks/tuning.py --sequences 16               # ours
-    python benchmarks/peers.py                               # 25 minutes on one core
+    snakemake --cores 2                              # the demo: traffic and profile
+    pip install --no-deps auto-round==0.16.1 llmcompressor==0.14.0.1 compressed-tensors==0.19.0 gptqmodel==7.7.0
+    pip install --no-deps defuser device-smi logbar loguru nvidia-ml-py py-cpuinfo pypcre tokenicer torchao
+    python benchmarks/tuning.py --sequences 16       # ours
+    python benchmarks/peers.py                       # half an hour on one core
 
-AutoRound runs as it is on the expert blocks: one decoder layer at a time, 200 iterations of 2 x 512 tokens, float32. Of
-llm-compressor and GPTQModel, GPTQ itself runs on the Hessians that ours has of the same tokens (`gptq_peers`). Of
-AutoScheme, AutoRound's allocation, the allocation is taken, and gets our GPTQ weights. All weights are of groups of 128
-and asymmetric; bits count 16 of scale and 16 of zero point a group, as ours have them. Peers store zero points of the
-weight's width, 0.1 bits less. Text that is evaluated: `held_out`.
+In an environment of its own with this package in it; without dependencies, as what the peers ask for excludes one
+another. AutoRound runs on the expert blocks as it is, in float32: one decoder layer at a time, 200 iterations of 8
+sequences. Of llm-compressor and GPTQModel, GPTQ itself runs on the Hessians that ours has of the same tokens
+(`gptq_peers`). Of AutoScheme, AutoRound's allocation, the allocation is taken and gets our GPTQ weights. All weights
+are of groups of 128 and asymmetric; bits count 16 of scale and 16 of zero point a group, as ours have them. Peers store
+zero points of the weight's width, 0.1 bits less. Text that is evaluated: `held_out`.
 """
 
 import argparse
@@ -39,7 +41,7 @@ QUANTIZERS = {
     "llm-compressor's GPTQ, actorder static": llm_compressor("static"),
     "GPTQModel's GPTQ, act-order, static groups": gptq_model,
 }
-BATCH = 2  # sequences of one of AutoRound's iterations
+BATCH = 8  # sequences of one of AutoRound's iterations
 ITERATIONS = 200  # AutoRound's default
 OVERHEAD = 0.25  # bits of scales and zero points
 

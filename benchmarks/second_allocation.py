@@ -1,8 +1,7 @@
 """Is a second allocation, at the quantized model, worth its time?
 
-    snakemake --cores 2                        # the demo: traffic and profile
-    python benchmarks/tuning.py --sequences 16 # captures and losses of 32,768 tokens, if they are not there yet
-    python benchmarks/second_allocation.py     # a quarter of an hour on one core
+    snakemake --cores 2                          # the demo
+    python benchmarks/second_allocation.py       # 20 minutes on one core
 
 The first allocation is that of least loss (r = 1, block granularity, the defaults of `frontier`). The second starts
 from the model that `quantize` made of it, or `tune`. There dKL, the change of a domain's KL divergence from the

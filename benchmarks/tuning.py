@@ -2,7 +2,7 @@
 
     snakemake --cores 2                        # the demo: traffic and profile
     python benchmarks/tuning.py                # 32,768 and 65,536 tokens, a quarter of an hour on one core
-    python benchmarks/tuning.py --long --budgets 2.25 --sequences 4 16 32 64 128 240    # up to 491,520: one hour
+    python benchmarks/tuning.py --long --budgets 2.25 --sequences 4 16 32 64 128 240    # up to 491,520
 
 Every checkpoint is made by the steps themselves: the demo's mixed allocation (block granularity, r = 0.75, 64 tokens)
 of weight-only schemes, its losses, GPTQ weights and tuning on the same text. Text that is evaluated: `held_out`. The
