@@ -9,7 +9,7 @@ busiest quarter of the others at w8a8_fp8, the rest at w4a16. Uniform precisions
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -78,6 +78,13 @@ class Allocation:
         inner = self.case.workload.intermediate
         return plan_layer(of, self.case.workload.hidden, inner, inner * self.case.slices)
 
+    def in_int8(self) -> "Allocation":
+        """The same with int8 activations, which have instructions on every GPU, wherever there are fp8 ones."""
+        integers = {scheme: parse_scheme(f"w{scheme.weight_bits}a8") for scheme in self.schemes if scheme.fp8}
+        schemes = tuple(integers.get(scheme, scheme) for scheme in self.schemes)
+        tiles = self.tiles | {new.name: self.tiles[old.name] for old, new in integers.items()}
+        return replace(self, name=self.name.removesuffix("_fp8"), schemes=schemes, tiles=tiles)
+
     @property
     def shares(self) -> str:
         """Share of the weights under each scheme."""
@@ -89,8 +96,6 @@ class Allocation:
 
 def solve(path: Path) -> None:
     """Write the allocations, and uniform ones, of every case and number of tokens."""
-    from dataclasses import replace
-
     from instances import SCHEMES, make_losses
 
     from mxmoe_steps.allocation.constraints import Constraints

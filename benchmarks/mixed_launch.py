@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from group_gemm import REPEATS, ROUNDS, Step, kernel_of, random_weights, torch_runs
-from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, UNIFORM, Allocation, Case, read_allocations, solve
+from mixed_allocations import BUDGETS, CASES, FILE, TOKENS, Allocation, Case, read_allocations, solve
 
 from mxmoe_steps.kernels import reference
 from mxmoe_steps.kernels.architecture import Architecture
@@ -190,6 +190,8 @@ def variants(
 def torch_calls(step: GemmStep) -> dict[str, Callable[[], object]]:
     """torch's grouped GEMMs, gate and up as one matrix."""
     gemm, experts = step.gemm, len(step.rows)
+    if "fp8" not in step.given:
+        return {}
     dense, fp8 = (gemm.stored[kernel_format(parse_scheme(name))] for name in ("w16a16", "w8a8_fp8"))
     weight, weight8 = (each.view(experts, -1, gemm.k) for each in (dense, fp8.codes))
     runs = torch_runs(weight, weight8, fp8.scales.float().view(experts, -1), step)
@@ -212,7 +214,12 @@ def measure(
         step = GemmStep(architecture, gemm, case.rows(tokens))
         for allocation in allocations:
             launch = getattr(allocation.plan, gemm_name)
-            problems = [(expert, launch.formats[number], column) for expert, number, _, column in launch.problems]
+            halves = (0, gemm.n) if launch.gated else (0,)  # gate and up apart: SwiGLU is not in it
+            problems = [
+                (expert, launch.formats[number], column + half)
+                for expert, number, _, column in launch.problems
+                for half in halves
+            ]
             samples = step.samples(problems)
             for phase in architecture.phases:
                 for variant, run in variants(step, problems, allocation.tiles, phase, streams).items():
@@ -258,6 +265,7 @@ def print_tables(case: Case, allocations: Sequence[Allocation], cells: Sequence[
     for cell in sorted(cells, key=lambda cell: -cell["us"]):
         best[cell["allocation"], cell["variant"], cell["T"]] = cell  # the fastest kernel comes last
     by_name = {(a.name, a.tokens): a for a in allocations}
+    uniforms = list(dict.fromkeys(a.name for a in allocations if len(set(a.schemes)) == 1))
 
     def line(label: str, texts: Sequence[str]) -> None:
         print(f"{label:<32}" + "".join(f"{text:>20}" for text in texts), flush=True)
@@ -266,12 +274,12 @@ def print_tables(case: Case, allocations: Sequence[Allocation], cells: Sequence[
     for name in dict.fromkeys(a.name for a in allocations):
         mine = [by_name[name, count] for count in tokens]
         us = [best[name, "fused", count]["us"] for count in tokens]
-        label = f"{name}, {mine[0].bits:.3f} bits" if name in UNIFORM else f"{name} fused"
+        label = f"{name}, {mine[0].bits:.3f} bits" if name in uniforms else f"{name} fused"
         line(label, [f"{value:.1f} ({a.predicted_us:.1f})" for value, a in zip(us, mine, strict=True)])
     for name in dict.fromkeys(cell["allocation"] for cell in cells if cell["allocation"].startswith("torch")):
         found = [best.get((name, "fused", count)) for count in tokens]
         line(name, [f"{cell['us']:.1f}" if cell else "-" for cell in found])
-    for name in dict.fromkeys(a.name for a in allocations if a.name not in UNIFORM):
+    for name in dict.fromkeys(a.name for a in allocations if a.name not in uniforms):
         mine = [by_name[name, count] for count in tokens]
         fused = [best[name, "fused", count]["us"] for count in tokens]
         line(f"\n{case.name}, {name}: us / fused", [str(count) for count in tokens])
@@ -280,7 +288,7 @@ def print_tables(case: Case, allocations: Sequence[Allocation], cells: Sequence[
             line(variant, [f"{value:.1f}/{value / one:.2f}" for value, one in zip(us, fused, strict=True)])
         texts, losses = [], []
         for a, one in zip(mine, fused, strict=True):
-            peers = [by_name[uniform, a.tokens] for uniform in UNIFORM if by_name[uniform, a.tokens].bits >= a.bits]
+            peers = [by_name[uniform, a.tokens] for uniform in uniforms if by_name[uniform, a.tokens].bits >= a.bits]
             peer = min(peers, key=lambda peer: best[peer.name, "fused", a.tokens]["us"])
             us = best[peer.name, "fused", a.tokens]["us"]
             texts.append(f"{peer.name} {us:.1f}/{us / one:.2f}")
@@ -305,6 +313,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="*", type=int, default=list(TOKENS))
     parser.add_argument("--budgets", nargs="*", default=[*BUDGETS, "hot"], help="of mixed allocations; or hot")
     parser.add_argument("--out", type=Path, help="write every cell as JSON")
+    parser.add_argument("--int8", action="store_true", help="int8 activations in place of fp8")
     parser.add_argument("--architecture", default=DEFAULT.name, choices=[one.name for one in BUILT])
     arguments = parser.parse_args()
     architecture = next(one for one in BUILT if one.name == arguments.architecture)
@@ -316,6 +325,8 @@ def main() -> None:
         for a in read_allocations(arguments.allocations, arguments.budgets)
         if a.case.name in arguments.workloads and a.tokens in arguments.tokens
     ]
+    if arguments.int8:
+        allocations = [a.in_int8() for a in allocations]
     if arguments.build:
         build_all(architecture, allocations)
         return

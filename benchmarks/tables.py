@@ -10,9 +10,11 @@ sentence. `TABLES` makes each from `docs/measurements/*.json`, the files that be
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from mxmoe_steps.kernels.sm90.architecture import HOPPER
@@ -244,16 +246,44 @@ def _difference(found: float | str) -> str:
     return "does not run" if isinstance(found, str) else f"{found:.2g}".replace("e-0", "e-")
 
 
+def mma_us() -> dict[tuple[str, str, int], float]:
+    """(workload, run, tokens) -> microseconds of a layer's two launches by the kernels that a layer picks."""
+    us: dict[tuple[str, str, int], float] = Counter()
+    for cell in read(MEASUREMENTS / "mma.json"):
+        if cell["picked"]:
+            us[cell["workload"], cell["run"], cell["T"]] += cell["us"]
+    return us
+
+
 def mma() -> str:
-    """Microseconds of a layer's two launches by tokens, on both architectures of the H100."""
-    cells = [cell for cell in read(MEASUREMENTS / "mma.json") if cell["picked"]]
-    tokens = sorted({cell["T"] for cell in cells})
+    """Both architectures of the H100 on Qwen1.5-MoE, by tokens."""
+    us = {(run, count): value for (workload, run, count), value in mma_us().items() if workload == "qwen1.5-moe"}
+    tokens = sorted({count for _, count in us})
     rows = []
-    for run in dict.fromkeys(cell["run"] for cell in cells):
-        us = [sum(cell["us"] for cell in cells if (cell["run"], cell["T"]) == (run, count)) for count in tokens]
+    for run in dict.fromkeys(run for run, _ in us):
         scheme, _, wgmma = run.partition(" ")
-        rows.append([f"`{scheme}`, {'`wgmma`' if wgmma else '`mma.sync`'}", *(digits(each) for each in us)])
+        cells = [digits(us[run, count]) for count in tokens]
+        rows.append([f"`{scheme}`, {'`wgmma`' if wgmma else '`mma.sync`'}", *cells])
     return markdown(["tokens", *map(str, tokens)], rows)
+
+
+def mma_peers() -> str:
+    """Time of the peers over that of the kernels of ``mma.sync``: geometric means over tokens, and the extremes."""
+    us, peers = mma_us(), read(MEASUREMENTS / "mma_peers.json")
+    tokens = peers["tokens"]
+    rows = []
+    for run in dict.fromkeys(run for _, run, _ in us if " " not in run):
+        if not (peer := peers["schemes"].get(run)):
+            continue
+        ratios = {
+            workload: [theirs / us[workload, run, count] for theirs, count in zip(times, tokens, strict=True)]
+            for workload, times in peer["us"].items()
+        }
+        every = [ratio for some in ratios.values() for ratio in some]
+        means = [f"{geometric_mean(some):.2f}" for some in (*ratios.values(), every)]
+        rows.append([f"`{run}`", peer["name"], *means, f"{min(every):.2f} to {max(every):.2f}"])
+    workloads = next(iter(peers["schemes"].values()))["us"]
+    return markdown(["", "peer", *workloads, "all", "single cells"], rows)
 
 
 def mma_shares() -> str:
@@ -289,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "families": lambda: markdown(FAMILY_HEAD, family_rows()),
     "refused": lambda: markdown(("refused", "because"), refused_rows()),
     "mma": mma,
+    "mma-peers": mma_peers,
     "mma-shares": mma_shares,
 }
 

@@ -51,14 +51,16 @@ def test_tiles_of_mma_sync_reach_the_measured_shares_of_a_peak():
     operations = 2 * 8192 * 4 * 2 * 1408 * 2048  # four experts of a token, gate and up
     for (kind, _), shares in PEAK_SHARES.items():
         name = names[kind, _]
-        for phase, share in zip(PHASES, shares.values(), strict=True):
-            key = [name, "gate_up", phase, 8192]
-            (us,) = (cell["us"] for cell in cells if [cell[n] for n in ("run", "gemm", "phase", "T")] == key)
+        phases = PHASES if len(shares) == len(PHASES) else ("latency", "prefill")  # decode's largest tile is prefill's
+        for phase, share in zip(phases, shares.values(), strict=True):
+            key = ["qwen1.5-moe", name, "gate_up", phase, 8192]
+            fields = ("workload", "run", "gemm", "phase", "T")
+            (us,) = (cell["us"] for cell in cells if [cell[field] for field in fields] == key)
             assert operations / (us * 1e6 * peaks[kind]) == pytest.approx(share, abs=6e-4)
     rtx3090 = read_hardware("rtx3090")
     fast = {**rtx3090, "l2_gbs": 1e9}
-    for name, kind, tokens, share in (("w16a16", "bf16", 64, 0.353), ("w4a16", "bf16", 8, 0.11),
-                                      ("w8a8", "int8", 256, 0.321), ("w4a4", "int4", 96, 0.249)):  # fmt: skip
+    for name, kind, tokens, share in (("w16a16", "bf16", 64, 0.352), ("w4a16", "bf16", 8, 0.11),
+                                      ("w8a8", "int8", 256, 0.355), ("w4a4", "int4", 96, 0.266)):  # fmt: skip
         perfect = 2 * 128 * 128 * tokens * 82 / (rtx3090["peak_tflops"][kind] * 1e6)
         assert roofline_kstep_us(parse_scheme(name), 128, tokens, fast) == pytest.approx(perfect / share)
     between = [roofline_kstep_us(parse_scheme("w4a16"), 128, tokens, fast) for tokens in (8, 36, 64)]

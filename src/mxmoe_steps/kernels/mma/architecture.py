@@ -11,11 +11,12 @@ from mxmoe_steps.kernels.sm90.architecture import HOPPER
 from mxmoe_steps.kernels.sm90.config import Tile, block_features
 
 MOST_GROUPED = 6  # token blocks of a warp where sums of a group have registers of their own
-MUCH_SHARED = 160 * 1024  # bytes of an SM, from which on it runs two decode blocks
+MOST_DECODED = 8  # token blocks of a warp that decodes weights
+MUCH_SHARED = 160 * 1024  # bytes of an SM, from which on it runs two blocks of large tiles
 
 # Tokens of an expert, on average, up to which latency and decode kernels are ahead
 MOST_LATENCY = 4
-MOST_DECODE = 32
+MOST_DECODE = 96
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,10 @@ class Shape:
 
 
 class MmaSync(Architecture):
-    """A few tokens: small, split tiles; some: small tiles; many: large tiles, by twice as many warps.
+    """A few tokens: small, split tiles; some: small tiles; many: large tiles.
+
+    A warp multiplies 32 rows of weights with all tokens of its tile where an SM has shared memory for two blocks, which
+    overlap one's tile's end with the other's middle, else with half of them.
 
     ``multiplies_nibbles``: whether int4 instructions are the GPU's own, not a subroutine of two of int8.
     """
@@ -70,15 +74,15 @@ class MmaSync(Architecture):
     def _shape(self, phase: str) -> Shape:
         if phase == "latency":
             return Shape((8,), 1, 2, 2)
-        if phase == "decode":
-            much = self.configuration.shared_bytes >= MUCH_SHARED
-            return Shape((16, 32, 48, 64), 1, 1, 2) if much else Shape((16, 32, 64), 2, 1, 1)
-        return Shape((16, 32, 64, 96, 128), 2, 1, 1)
+        if self.configuration.shared_bytes >= MUCH_SHARED:
+            return Shape((16, 32, 48, 64) if phase == "decode" else (16, 32, 48, 64, 128), 1, 1, 2)
+        return Shape((16, 32, 64) if phase == "decode" else (16, 32, 64, 96, 128), 2, 1, 1)
 
     def _tokens(self, format_: Format, shape: Shape) -> tuple[int, ...]:
-        grouped = format_.decoded and format_.operand != "bf16"
-        largest = MOST_GROUPED * MMA_TOKENS * shape.columns if grouped else shape.tokens[-1]
-        return tuple(n for n in shape.tokens if n <= largest)
+        if not format_.decoded:
+            return shape.tokens
+        largest = MOST_DECODED if format_.operand == "bf16" else MOST_GROUPED
+        return tuple(n for n in shape.tokens if n <= largest * MMA_TOKENS * shape.columns)
 
     def _tile(self, format_: Format, tokens: int, phase: str) -> Tile:
         depth = max(1, GROUP // block_features(format_)) if format_.decoded else 1
