@@ -42,6 +42,7 @@ QUANTIZERS = {
     "GPTQModel's GPTQ, act-order, static groups": gptq_model,
 }
 BATCH = 8  # sequences of one of AutoRound's iterations
+SCORED = 2  # sequences that AutoScheme scores at a time
 ITERATIONS = 200  # AutoRound's default
 OVERHEAD = 0.25  # bits of scales and zero points
 
@@ -110,7 +111,7 @@ class AutoRoundModel:
         experts = sum(math.prod(folder.raw_block(*key).shape) for key, _ in self.names())
         average = (bits * experts + 16 * kept) / (experts + kept) + 1e-6  # AutoScheme counts attention, too
         text = {"dataset": str(self.file), "seqlen": LENGTH * 7 // 8}  # decoded text can come back as fewer tokens
-        scheme = AutoScheme(average, options, ignore_scale_zp_bits=True, nsamples=len(self.tokens), batch_size=BATCH,
+        scheme = AutoScheme(average, options, ignore_scale_zp_bits=True, nsamples=len(self.tokens), batch_size=SCORED,
                             low_gpu_mem_usage=False, low_cpu_mem_usage=False, **text)  # fmt: skip
         layers = self.quantized(scheme=scheme, iters=0, **text)[1]
         by_bits = {one.weight_bits: one for one in schemes}
