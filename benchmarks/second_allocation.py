@@ -7,9 +7,10 @@ The first allocation is that of least loss (r = 1, block granularity, the defaul
 from the model that `quantize` made of it, or `tune`. There dKL, the change of a domain's KL divergence from the
 original when one block takes another scheme, is estimated to second order in the change dy of its layer's output: the
 mean over tokens of g . dy + 1/2 (h . dy)^2, with g the gradient of the KL divergence itself and h that of the
-log-likelihood of next tokens drawn from the quantized model, whose second moment is the KL divergence's curvature. The
-second allocation minimises dKL, in each domain over the loss of uniform weights, and its checkpoint is quantized and
-tuned as the first. Text that is evaluated: `held_out`.
+log-likelihood of next tokens drawn from the quantized model, whose second moment is the KL divergence's curvature. dy
+is what the step from one scheme's GPTQ weights to the other's does, at the tuned model, too. The second allocation
+minimises dKL, in each domain over the loss of uniform weights, and its checkpoint is quantized and tuned as the first.
+Text that is evaluated: `held_out`.
 """
 
 import argparse
