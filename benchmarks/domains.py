@@ -7,45 +7,38 @@ First table: allocations of least loss (r = 1) under every objective, beside uni
 one domain is left out of the calibration text, and what guards against that: a floor on bits, a floor on an expert's
 traffic, shrinkage of an expert's losses toward the mean of its layer.
 
-Text: sequences that neither training, calibration nor the demo's evaluation read: of the four domains of the demo's
-calibration text, Python source and English of another kind (the help pages of Python's `pydoc`; both from the standard
-library). A difference comes with its standard error, paired over sequences. Weight-only schemes.
+Text: `held_out`. Differences and ratios are to uniform weights; a difference comes with its standard error, paired over
+sequences.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from held_out import DOMAINS, Model, Weights, row_of
 from loss_validation import KEYS, SCHEMES
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mxmoe_steps.allocation.blocks import Losses, read_losses, with_least_tokens
 from mxmoe_steps.allocation.build import build_problem
 from mxmoe_steps.allocation.constraints import Constraints
 from mxmoe_steps.allocation.coupled import CoupledSearch
-from mxmoe_steps.allocation.domains import count_domains, uniform_within
+from mxmoe_steps.allocation.domains import Domains, count_domains, uniform_within
 from mxmoe_steps.allocation.minimize import minimize
 from mxmoe_steps.allocation.relaxation import Relaxation
 from mxmoe_steps.allocation.times import Times
-from mxmoe_steps.data.parsing import parse_sources
-from mxmoe_steps.data.tokens import load_sequences, sequences
 from mxmoe_steps.quantizers.grid import from_tensors
 from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
-DOMAINS = {"english": "wiki-en", "french": "wiki-fr", "spanish": "wiki-es", "code": "code"}
-LENGTH, EVALUATED = 512, 6  # tokens of a sequence, and sequences of the test split that the demo evaluates
 GAP = 1e-4
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -79,52 +72,6 @@ GUARDS: dict[str, dict[str, Any]] = {
 }
 
 
-class Model:
-    """The embedded model with its expert weights replaced, and the original's log-probabilities of held-out text."""
-
-    def __init__(self, path: str, count: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).requires_grad_(False)
-        self.tokens = held_out(AutoTokenizer.from_pretrained(path), count)
-        self.original = {text: self._log_probs(tokens).half() for text, tokens in self.tokens.items()}
-
-    def _log_probs(self, tokens: torch.Tensor) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.model(tokens).logits[:, :-1].log_softmax(-1)
-
-    def load(self, weights: dict[tuple[int, int, str], torch.Tensor]) -> None:
-        """Put these weights in place of the blocks' own."""
-        for (layer, expert, block), weight in weights.items():
-            moe = self.model.model.layers[layer].mlp
-            if expert == SHARED:
-                getattr(moe.shared_expert, f"{block}_proj").weight.copy_(weight)
-            elif block == "down":
-                moe.experts.down_proj[expert].copy_(weight)
-            else:
-                moe.experts.gate_up_proj[expert].chunk(2)[BLOCKS.index(block)].copy_(weight)
-
-    def kl(self, texts: list[str]) -> dict[str, np.ndarray]:
-        """Text -> nats per token of every sequence."""
-        found = {}
-        for text in texts:
-            log_q, log_p = self._log_probs(self.tokens[text]), self.original[text].float()
-            found[text] = (log_p.exp() * (log_p - log_q)).sum(-1).mean(-1).double().numpy()
-        return found
-
-
-def held_out(tokenizer: Any, count: int) -> dict[str, torch.Tensor]:
-    """Text -> tokens int64 [count, LENGTH]."""
-    sources = parse_sources({name: {"package": package} for name, package in DOMAINS.items()})
-    found = {}
-    for name in DOMAINS:
-        tokens = load_sequences(sources, name, "test", tokenizer, LENGTH, EVALUATED + count, seed=0)
-        found[name] = torch.from_numpy(tokens[EVALUATED:])
-    library = Path(json.__file__).parents[1]
-    code = [(library / f"{name}.py").read_text(encoding="utf-8") for name in ("argparse", "tarfile", "inspect", "ast")]
-    for name, texts in (("Python", code), ("pydoc", [topics[key] for key in sorted(topics)])):
-        found[name] = torch.from_numpy(sequences(texts, tokenizer, LENGTH, count, seed=0))
-    return found
-
-
 class Calibration:
     """Losses and quantized weights of every block under every scheme, of some domains."""
 
@@ -136,7 +83,7 @@ class Calibration:
         self.keys = [(*place, BLOCKS[kind]) for place, kind in zip(places, blocks.kind.tolist(), strict=True)]
         self.weights = {scheme.name: dict(_weights(folder, scheme.name)) for scheme in self.losses.schemes}
 
-    def of(self, choice: np.ndarray) -> dict[tuple[int, int, str], torch.Tensor]:
+    def of(self, choice: np.ndarray) -> Weights:
         """Weights of a choice, schemes by number, int64 [B]."""
         names = [scheme.name for scheme in self.losses.schemes]
         return {key: self.weights[names[column]][key] for key, column in zip(self.keys, choice.tolist(), strict=True)}
@@ -172,20 +119,26 @@ class Calibration:
         """Schemes by number, int64 [B], of least loss."""
         floor = guard.pop("floor", 0.0)
         losses = self.guarded(**guard)
-        candidates, bits = list(losses.schemes), f"{budget:g}"
-        floors = (("all", floor),) if floor else ()
-        uniform = uniform_within(losses, candidates, bits)
+        uniform = uniform_within(losses, list(losses.schemes), f"{budget:g}")
         weights = {"even": guard["even"]} if guard.get("even") else {}
         domains = count_domains(losses, uniform, objective, weights, capped or [])  # type: ignore[arg-type]
         losses = replace(losses, loss=domains.loss(losses.by_domain))
-        every, times = np.ones(len(self.keys), bool), Times.zeros(*losses.loss.shape)
-        constraints = Constraints(min_bits=floors, tie_gate_up=True)
-        problem, assigned = build_problem(losses, candidates, times, "block", bits, constraints, every)
-        if domains.coupled:
-            found = CoupledSearch(problem, domains).minimize(1.0, 0.0, GAP)
-        else:
-            found = minimize(Relaxation(problem), 1.0, 0.0, GAP)
-        return assigned.schemes(found.choice)
+        constraints = Constraints(min_bits=(("all", floor),) if floor else (), tie_gate_up=True)
+        return least_loss(losses, budget, constraints, domains)
+
+
+def least_loss(
+    losses: Losses, budget: float, constraints: Constraints, coupled_by: Domains | None = None
+) -> np.ndarray:
+    """Schemes by number, int64 [B], of least loss at block granularity, whatever their time."""
+    every, times = np.ones(len(losses.blocks), bool), Times.zeros(*losses.loss.shape)
+    candidates = list(losses.schemes)
+    problem, assigned = build_problem(losses, candidates, times, "block", f"{budget:g}", constraints, every)
+    if coupled_by is not None and coupled_by.coupled:
+        found = CoupledSearch(problem, coupled_by).minimize(1.0, 0.0, GAP)
+    else:
+        found = minimize(Relaxation(problem), 1.0, 0.0, GAP)
+    return assigned.schemes(found.choice)
 
 
 def _weights(folder: Path, name: str) -> Iterator[tuple[tuple[int, int, str], torch.Tensor]]:
@@ -211,21 +164,6 @@ def calibrate_without(left_out: str, args: argparse.Namespace) -> Path:
     return out
 
 
-def row_of(found: dict[str, np.ndarray], base: dict[str, np.ndarray], **names: Any) -> dict[str, Any]:
-    """KL of every text and of all; against ``base``: the difference of all, its paired error, and the worst ratio."""
-    each = {text: float(values.mean()) for text, values in found.items()}
-    ratios = {text: value / float(base[text].mean()) for text, value in each.items()}
-    differences = [found[text] - base[text] for text in found]
-    error = sum(one.var(ddof=1) / len(one) for one in differences) ** 0.5 / len(
-        differences
-    )  # texts are given, not drawn
-    worst = max(ratios, key=lambda text: ratios[text])
-    return {
-        **names, "all": float(np.mean(list(each.values()))), "minus uniform": float(np.mean(differences)),
-        "+-": error, "worst": f"{worst} {ratios[worst]:.3f}", **each,
-    }  # fmt: skip
-
-
 def main() -> None:
     """Run the study and print two tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -244,16 +182,12 @@ def main() -> None:
     pd.set_option("display.width", 250)
     model, rows = Model(args.model, args.sequences), []
 
-    def measured(calibration: Calibration, choice: np.ndarray, texts: list[str]) -> dict[str, np.ndarray]:
-        model.load(calibration.of(choice))
-        return model.kl(texts)
-
-    whole, texts = Calibration(Path(args.results) / "calibrate" / "gptq"), list(model.tokens)
+    whole = Calibration(Path(args.results) / "calibrate" / "gptq")
     for budget in () if args.only == "forgotten" else args.budgets:
-        base = measured(whole, whole.uniform(budget), texts)
+        base = model.kl(whole.of(whole.uniform(budget)))
         rows.append(row_of(base, base, budget=budget, objective="uniform GPTQ"))
         for name in args.objectives:
-            found = measured(whole, whole.allocate(budget, **OBJECTIVES[name]), texts)
+            found = model.kl(whole.of(whole.allocate(budget, **OBJECTIVES[name])))
             rows.append(row_of(found, base, budget=budget, objective=name))
             print(pd.DataFrame(rows[-1:]).round(4).to_string(header=False), file=sys.stderr, flush=True)
     if rows:
@@ -262,9 +196,9 @@ def main() -> None:
     for left_out in () if args.only == "objectives" else args.forgotten:
         calibration = Calibration(calibrate_without(left_out, args))
         for budget in args.budgets:
-            base = measured(calibration, calibration.uniform(budget), list(DOMAINS))
+            base = model.kl(calibration.of(calibration.uniform(budget)), list(DOMAINS))
             guards = {"uniform GPTQ": base} | {
-                name: measured(calibration, calibration.allocate(budget, "relative", **guard), list(DOMAINS))
+                name: model.kl(calibration.of(calibration.allocate(budget, "relative", **guard)), list(DOMAINS))
                 for name, guard in GUARDS.items()
                 if name in args.guards
             }

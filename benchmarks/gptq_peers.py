@@ -11,7 +11,7 @@ the last quarter; the table has its sum over all blocks relative to round-to-nea
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -87,22 +87,24 @@ CONTENDERS: dict[str, Quantize] = {
 }
 
 
-def moments(folder: ModelFolder, layer: int, captured: list[dict[str, torch.Tensor]], part: slice) -> list[Hessians]:
-    """Hessians of gate, up and down of the routed experts from some quarters of the tokens of every domain."""
+def moments(
+    folder: ModelFolder, layer: int, experts: Sequence[int], captured: list[dict[str, torch.Tensor]], part: slice
+) -> list[Hessians]:
+    """Hessians of gate, up and down of some experts from some quarters of the tokens of every domain."""
     tensors = {
         name: torch.cat([quarter for domain in captured for quarter in domain[name].chunk(4)[part]])
         for name in captured[0]
     }
     inputs = LayerInputs(tensors, folder.experts)
-    gate, up = (read_block(folder, layer, range(folder.experts), block).float() for block in BLOCKS[:2])
-    gating = read_gating(folder, layer, range(folder.experts))
+    gate, up = (read_block(folder, layer, experts, block).float() for block in BLOCKS[:2])
+    gating = read_gating(folder, layer, experts)
     width, hidden = gate.shape[1:]
-    entering = torch.zeros(folder.experts, hidden, hidden, dtype=torch.float64)
-    inner = torch.zeros(folder.experts, width, width, dtype=torch.float64)
-    for expert in range(folder.experts):
-        blocks = gate[expert], up[expert]
-        add_moments(entering[expert], inner[expert], inputs.batches(expert), *blocks, gating[expert])
-    tokens = torch.tensor([inputs.tokens(expert) for expert in range(folder.experts)])
+    entering = torch.zeros(len(experts), hidden, hidden, dtype=torch.float64)
+    inner = torch.zeros(len(experts), width, width, dtype=torch.float64)
+    for place, expert in enumerate(experts):
+        blocks = gate[place], up[place]
+        add_moments(entering[place], inner[place], inputs.batches(expert), *blocks, gating[place])
+    tokens = torch.tensor([inputs.tokens(expert) for expert in experts])
     first = Hessians(entering, tokens, entering.sum(0) / tokens.sum(), DAMPING)
     return [first, first, Hessians(inner, tokens, inner.sum(0) / tokens.sum(), DAMPING)]
 
@@ -115,13 +117,13 @@ def main() -> None:
     parser.add_argument("--schemes", nargs="+", default=["w2a16", "w3a16", "w4a16"])
     args = parser.parse_args()
     folder = open_model(args.model)
-    rows = []
+    routed, rows = range(folder.experts), []
     for layer in folder.moe_layers:
         captured = [load_file(file) for file in sorted(Path(args.capture).glob(f"*/layer-{layer:03d}.safetensors"))]
-        known, held_out = (moments(folder, layer, captured, part) for part in (slice(3), slice(3, None)))
+        known, held_out = (moments(folder, layer, routed, captured, part) for part in (slice(3), slice(3, None)))
         for scheme in map(parse_scheme, args.schemes):
             for block, seen, unseen in zip(BLOCKS, known, held_out, strict=True):
-                weight = read_block(folder, layer, range(folder.experts), block).float()
+                weight = read_block(folder, layer, routed, block).float()
                 for name, quantize in CONTENDERS.items():
                     change = quantize(weight, seen, scheme).double() - weight.double()
                     errors = [((change @ part.sums) * change).sum((1, 2)) for part in (seen, unseen)]

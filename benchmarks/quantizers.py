@@ -38,10 +38,12 @@ UNTIMED = {  # an allocation that nothing was solved for
 
 
 def step(name: str, **options: object) -> None:
-    """Run one step of the pipeline."""
+    """Run one step of the pipeline; what a step says that fails ends the program."""
     lists = {key: value if isinstance(value, list) else [value] for key, value in options.items()}
     words = [word for key, values in lists.items() for word in (f"--{key}", *map(str, values))]
-    subprocess.run([sys.executable, "-m", f"mxmoe_steps.{name}", *words], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-m", f"mxmoe_steps.{name}", *words], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{name}: {done.stderr}")
 
 
 def damage(
