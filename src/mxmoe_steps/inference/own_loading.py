@@ -22,13 +22,13 @@ class OwnLoading:
     def __init__(self, model: Any, paths: Iterable[str], names: Mapping[str, str], files: Sequence[str | Path]) -> None:
         self._names, self._files = names, files
         self._modules = {path: model.get_submodule(path) for path in paths}
-        stored = set()  # beginnings of their names
+        names_begin = set(self._modules)  # in the model, and in the files
         for path in self._modules:
             model.set_submodule(path, nn.Module())
             own = next(name for name in names if name.startswith(f"{path}."))
-            stored.add(names[own].removesuffix(own.removeprefix(path)))
+            names_begin.add(names[own].removesuffix(own.removeprefix(path)))
         self._unexpected = model._keys_to_ignore_on_load_unexpected
-        ours = {rf"^{re.escape(name)}\." for name in stored}
+        ours = {rf"^{re.escape(name)}\." for name in names_begin}
         model._keys_to_ignore_on_load_unexpected = {*(self._unexpected or ()), *ours}
 
     def finish(self, model: Any) -> None:

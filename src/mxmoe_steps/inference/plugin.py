@@ -18,6 +18,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.deferred_stop import defer_stop_checks
 from mxmoe_steps.inference.gpu import log, use_kernels
 from mxmoe_steps.inference.own_loading import OwnLoading
+from mxmoe_steps.models.adapters import family_of
 from mxmoe_steps.models.audit import audit
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.finite import bad_numbers
@@ -46,8 +47,10 @@ class Plugin(MixedPrecisionQuantizer):
         folder = open_model(Path(checkpoint_files[0]).parent)
         audit(folder, model, get_model_conversion_mapping(model, None, self), self)
         if device_map is None:
-            inner = ("experts", *([folder.family.shared] if folder.family.shared else []))
-            paths = [f"{folder.family.moe_path(layer)}.{name}" for layer in folder.moe_layers for name in inner]
+            family = family_of(folder.path, model.config.to_dict())  # of the model's class, which may be of text alone
+            inner = ("experts", *([family.shared] if family.shared else []))
+            layers = map(int, self.quantization_config.blocks)
+            paths = [f"{family.moe_path(layer)}.{name}" for layer in layers for name in inner]
             self._experts = OwnLoading(model, paths, self.packed_names, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
