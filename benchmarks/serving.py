@@ -26,7 +26,6 @@ what the file has. Without parts, the checkpoints are written to ``--folder`` an
 """
 
 import argparse
-import collections
 import json
 import os
 import random
@@ -157,31 +156,32 @@ def fix_routing() -> None:
 
 
 class Graphs:
-    """Counts the replays of CUDA graphs.
+    """Knows which CUDA graphs were replayed.
 
-    The graph of a batch is the one that is replayed most: where prompts fill more than a step, some sequences end later
-    than others, in the graph of a smaller batch.
+    The graph of a batch is the slowest of them: where prompts fill more than a step, some sequences begin and end later
+    than others, in graphs of smaller batches.
     """
 
     def __init__(self) -> None:
         import torch
 
-        self.replays: collections.Counter[Any] = collections.Counter()
+        self.replayed: set[Any] = set()
         self.replay = replay = torch.cuda.CUDAGraph.replay
 
-        def count(graph: Any) -> None:
-            self.replays[graph] += 1
+        def note(graph: Any) -> None:
+            self.replayed.add(graph)
             replay(graph)
 
-        torch.cuda.CUDAGraph.replay = count
+        torch.cuda.CUDAGraph.replay = note
 
     def milliseconds(self) -> float:
         """Of the GPU for the graph of the batch since the last clear; NaN if there was none."""
+        return max(map(self.milliseconds_of, self.replayed), default=float("nan"))
+
+    def milliseconds_of(self, graph: Any) -> float:
+        """Of the GPU for one graph."""
         import torch
 
-        if not self.replays:
-            return float("nan")
-        ((graph, _),) = self.replays.most_common(1)
         times = []
         for _ in range(7):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -302,7 +302,7 @@ def offline(arguments: argparse.Namespace) -> None:
 
     if "decode" in arguments.parts:
         for batch in batches:
-            graphs.replays.clear()
+            graphs.replayed.clear()
             seconds(batch, PROMPT, SKIPPED)
             short, long = (median(batch, PROMPT, new) for new in (SKIPPED, SKIPPED + NEW))
             found(**{f"graph {batch}": graphs.milliseconds(), f"step {batch}": (long - short) / NEW * 1e3})
