@@ -23,7 +23,7 @@ from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.formats import kernel_format
 from mxmoe_steps.models.families import ModelFolder, open_model
 from mxmoe_steps.models.places import Place
-from mxmoe_steps.models.published import published_scheme, read_published
+from mxmoe_steps.models.published import kept_block, published_scheme, read_published
 from mxmoe_steps.models.raw import tensors_of
 from mxmoe_steps.models.sources.formats import source_formats
 from mxmoe_steps.models.sources.tensor import Dequantized
@@ -282,7 +282,7 @@ def test_all_codes_of_words_and_blocks_that_are_cut(tmp_path: Path) -> None:
         ((name, own_parts),) = source.find(stored).items()
         tensor = Dequantized.of(name, {part: stored[one] for part, one in own_parts.items()}, source, "bfloat16")
         tensor.check_kept(Place(name), source.scheme())
-        kept = tensor.kept(Place(name), source.scheme())
+        kept = kept_block(tensor, Place(name), source.scheme())
         assert np.array_equal(kept.dequantize().numpy(), weight)
         again = from_tensors(kept.scheme, weight.shape[1], kept.tensors())
         assert np.array_equal(again.dequantize().numpy(), weight)

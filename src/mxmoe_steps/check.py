@@ -156,7 +156,7 @@ def without_kernels(options: CheckOptions, folder: "ModelFolder") -> Iterator[st
     from mxmoe_steps.kernels.plan import plan_layer
     from mxmoe_steps.schemes import SHARED, parse_scheme
 
-    reasons: dict[str, list[int]] = {}
+    reasons: dict[str, dict[int, None]] = {}
     for layer in folder.moe_layers:
         hidden, inner = folder.raw_block(layer, 0, "down").shape
         shared = folder.raw_block(layer, SHARED, "down").shape[1] if folder.family.shared is not None else 0
@@ -165,10 +165,10 @@ def without_kernels(options: CheckOptions, folder: "ModelFolder") -> Iterator[st
             try:
                 plan_layer(experts, hidden, inner, shared)
             except UserError as error:
-                reasons.setdefault(str(error), []).append(layer)
+                reasons.setdefault(str(error), {})[layer] = None
     for why, layers in reasons.items():
         yield (
-            f"{len(layers)} layers, the first one {layers[0]}, will run reference arithmetic on GPUs, and predicted"
+            f"{len(layers)} layers, the first one {min(layers)}, will run reference arithmetic on GPUs, and predicted"
             f" times are what kernels would take: {why}"
         )
 

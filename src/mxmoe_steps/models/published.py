@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.models.families import ModelFolder
+from mxmoe_steps.models.places import Place
 from mxmoe_steps.models.sources.tensor import Dequantized
 from mxmoe_steps.schemes import SHARED, Scheme
 
@@ -82,6 +83,14 @@ def _is_kept(folder: ModelFolder, layer: int, expert: int, block: str, scheme: S
     return True
 
 
+def kept_block(tensor: Dequantized, place: Place, scheme: Scheme) -> "QuantizedWeight":
+    """The block at ``place`` of a ``tensor`` with its publisher's codes and scales."""
+    from mxmoe_steps.quantizers.grid import from_tensors
+
+    whole = from_tensors(scheme, *tensor.kept(place, scheme))
+    return whole[place.rows(len(whole.codes))]
+
+
 def read_published(
     folder: ModelFolder, layer: int, experts: Sequence[int], block: str, scheme: Scheme, originals: "torch.Tensor"
 ) -> "QuantizedWeight":
@@ -98,7 +107,7 @@ def read_published(
         place = folder.place(layer, expert, block)
         tensor = folder.raw(place.tensor)
         assert isinstance(tensor, Dequantized)
-        stack.append(tensor.kept(place, scheme))
+        stack.append(kept_block(tensor, place, scheme))
         restored = stack[-1].dequantize().to(original.dtype)
         if not (stack[-1].scales > 0).all() or not torch.equal(restored, original):
             raise UserError(

@@ -16,8 +16,6 @@ from mxmoe_steps.schemes import Scheme
 if TYPE_CHECKING:
     import torch
 
-    from mxmoe_steps.quantizers.grid import QuantizedWeight
-
 _TORCH = {  # safetensors -> PyTorch; scales that are exponents stay bytes
     **FLOATS, "U8": "uint8", "I8": "int8", "I32": "int32", "I64": "int64", "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "uint8",
@@ -68,15 +66,12 @@ class Dequantized(RawTensor):
             raise self.source.unkept(f"{place.tensor} is transposed, and its scales are not those of output features")
         self.source.check_kept(place.tensor, self.parts, scheme)
 
-    def kept(self, place: Place, scheme: Scheme) -> "QuantizedWeight":
-        """The block at ``place`` with its publisher's codes and scales."""
-        from mxmoe_steps.quantizers.grid import from_tensors
-
+    def kept(self, place: Place, scheme: Scheme) -> "tuple[int, dict[str, torch.Tensor]]":
+        """Input features and `Scheme.parts` of the matrix, of one expert or of all its tensor, that has the block at
+        ``place``."""
         matrix = self if place.expert is None else self._expert(place.expert)
         parts = {part: _load(raw) for part, raw in matrix.parts.items()}
-        in_features = matrix.shape[0 if self.source.transposed else 1]
-        whole = from_tensors(scheme, in_features, self.source.kept(parts, scheme))
-        return whole[place.rows(len(whole.codes))]
+        return matrix.shape[0 if self.source.transposed else 1], self.source.kept(parts, scheme)
 
     def get_shape(self) -> list[int]:
         """As of safetensors' slice."""
