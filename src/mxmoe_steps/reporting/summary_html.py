@@ -44,7 +44,7 @@ def headline_html(table: pd.DataFrame, estimate: bool) -> str:
 
 
 def table_html(table: pd.DataFrame, estimate: bool) -> str:
-    """The summary table, grouped by budget."""
+    """The summary table, grouped by budget; what was measured has a table of its own."""
     times = time_columns(table)
     texts = [name for name in table.columns if name.startswith("perplexity_")]
     label = "est." if estimate else "pred."
@@ -52,8 +52,6 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
     heads = ["checkpoint", "quantizer", "bits", "perplexity", "KL", "MB", "not experts", "of 16 bits"]
     heads += ["of published"] if published != _BITS else []
     heads += [f"{label} µs, {tokens} tok" for tokens in times.values()]
-    measured = {name: name.split("_")[3] for name in table.columns if name.startswith("measured_")}
-    heads += [f"{'GEMMs' if '_gemms_' in name else 'layer'} µs, {tokens} tok" for name, tokens in measured.items()]
     heads += [f"ppl {name.removeprefix('perplexity_')}" for name in texts]
     rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
     budget = None
@@ -68,7 +66,7 @@ def table_html(table: pd.DataFrame, estimate: bool) -> str:
         cells += [f"{row['perplexity']:.3f}", f"{row['kl']:.5f}", f"{row['size_mb']:.2f}", f"{row['other_mb']:.2f}"]
         cells += [f"{row['of_16_bit']:.1%}"]
         cells += [f"{row['of_published']:.1%}"] if published != _BITS else []
-        cells += ["" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in (*times, *measured)]
+        cells += ["" if pd.isna(row[name]) else f"{row[name]:.2f}" for name in times]
         cells += [f"{row[name]:.2f}" for name in texts]
         kind = row["kind"].split()[0]
         rows.append(f'<tr class="{kind}">' + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>")
