@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from held_out import load_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -27,7 +28,7 @@ from mxmoe_steps.evaluate import Reference, score
 from mxmoe_steps.models.streaming import StreamedModel
 from mxmoe_steps.quantizers.grid import from_tensors
 from mxmoe_steps.quantizers.method import method_names
-from mxmoe_steps.schemes import BLOCKS, SHARED, parse_scheme
+from mxmoe_steps.schemes import BLOCKS, parse_scheme
 from mxmoe_steps.tables import LOSSES, read_table
 
 SCHEMES = ["w1a16_g128_asym", "w2a16_g128_asym", "w3a16_g128_asym", "w4a16_g128_asym", "w8a16_g-1_sym"]
@@ -79,15 +80,9 @@ class Bench:
     @torch.no_grad()
     def measure(self, choice: np.ndarray) -> tuple[float, float]:
         """KL divergence from the original and perplexity, over all texts."""
-        for number, (layer, expert, block) in enumerate(self.blocks):
-            moe = self.model.model.layers[layer].mlp
-            weight = self.weights[choice[number]][number].to(self.model.device)
-            if expert == SHARED:
-                getattr(moe.shared_expert, f"{block}_proj").weight.copy_(weight)
-            elif block == "down":
-                moe.experts.down_proj[expert].copy_(weight)
-            else:
-                moe.experts.gate_up_proj[expert].chunk(2)[BLOCKS.index(block)].copy_(weight)
+        load_weights(
+            self.model, {block: self.weights[choice[number]][number] for number, block in enumerate(self.blocks)}
+        )
         found = []
         with self.head.head():
             for text, tokens in self.tokens.items():
