@@ -121,8 +121,8 @@ def by_highs(problem: Problem, a: float, b: float, seconds: float) -> tuple[floa
         members.setdefault(item[:2], []).append(number[item])
     for index in members.values():
         row(1, 1, index, [1.0] * len(index))
-    row(-highspy.kHighsInf, problem.budget / problem.params, list(range(count)),
-        [problem.bits[item] / problem.params for item in items])  # fmt: skip
+    unit = int(np.gcd.reduce([int(problem.bits[item]) for item in items]))  # so that no tolerance hides a bit
+    row(-highspy.kHighsInf, problem.budget // unit, list(range(count)), [problem.bits[item] / unit for item in items])
     for unit, times, kernels in of_units:
         inside = [item for item in items if item[0] == unit]
         index = [number[item] for item in inside]
