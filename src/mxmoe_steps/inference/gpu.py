@@ -55,7 +55,7 @@ class KernelMoe(nn.Module):
         super().__init__()
         self.layer, self.number = layer, register(layer)
         self.family = family
-        self.factor: float = 1.0 if family.routed_factor is None else getattr(moe, family.routed_factor)
+        self.factor: float | None = None if family.routed_factor is None else getattr(moe, family.routed_factor)
         for name in (family.router, family.shared_gate):
             if name is not None:
                 self.add_module(name, moe.get_submodule(name))
@@ -83,7 +83,7 @@ class KernelMoe(nn.Module):
             scores, _ = router(tokens)  # of all experts; those that are not chosen have 0
             return scores.topk(router.top_k)
         _, weights, expert_ids = router(*self._routed_by(tokens))
-        return weights * self.factor, expert_ids
+        return weights if self.factor is None else weights * self.factor, expert_ids
 
     def _of_scaled(self, tokens: torch.Tensor, expert_ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """A token for every choice, times its weight, and one for the shared expert, which is the layer's last."""

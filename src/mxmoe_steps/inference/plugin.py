@@ -58,17 +58,17 @@ class Plugin(MixedPrecisionQuantizer):
             self._experts.finish(model)
             self._experts = None
         destination = _destination.get()
-        self.arrange(model, destination or model.device)
+        self.arrange(model, destination)
         if destination is not None:
             model.to(destination)
         if (bad := bad_numbers(model)) is not None:
             raise UserError(f"{model.name_or_path}: {bad} holds NaN or infinity; run the quantize step again")
         model.mxmoe = Arrangement(model)
 
-    def arrange(self, model: Any, device: torch.device) -> None:
+    def arrange(self, model: Any, destination: torch.device | None = None) -> None:
         """Where the model goes to a GPU, or is on one, move its experts to the kernels."""
-        if device.type == "cuda":
-            self._compileable = use_kernels(model, map(int, self.quantization_config.blocks), _destination.get())
+        if (destination or model.device).type == "cuda":
+            self._compileable = use_kernels(model, map(int, self.quantization_config.blocks), destination)
 
     @property
     def is_compileable(self) -> bool:
@@ -89,7 +89,7 @@ class Arrangement(nn.Module):
     def _apply(self, *arguments: Any, **options: Any) -> "Arrangement":
         super()._apply(*arguments, **options)
         (model,) = self.model
-        model.hf_quantizer.arrange(model, model.device)
+        model.hf_quantizer.arrange(model)
         return self
 
 

@@ -38,15 +38,15 @@ def bad_numbers(root: nn.Module) -> str | None:
                 alike.setdefault(key, []).append((f"{path}.{name}" if path else name, tensor.detach()))
     for (check, _, _), tensors in alike.items():
         for batch in _batches(tensors):
-            values = [tensor.flatten() for _, tensor in batch]
-            if any_bad(values[0] if len(values) == 1 else torch.cat(values), check):
-                return next(name for name, tensor in batch if any_bad(tensor.flatten(), check))
+            values = [tensor for _, tensor in batch]
+            if any_bad(values[0] if len(values) == 1 else torch.cat([each.flatten() for each in values]), check):
+                return next(name for name, tensor in batch if any_bad(tensor, check))
     return None
 
 
 def any_bad(values: torch.Tensor, check: Check) -> bool:
     """Whether ``check`` calls an element bad."""
-    return any(bool(_bad(part, check)) for part in values.split(_TOGETHER))
+    return any(bool(_bad(part, check)) for part in values.flatten().split(_TOGETHER))
 
 
 def _bad(values: torch.Tensor, check: Check) -> torch.Tensor:

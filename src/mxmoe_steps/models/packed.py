@@ -119,7 +119,7 @@ def make_linear(scheme: Scheme, out_features: int, in_features: int, rotated: bo
 def stored_block(linear: Any, name: str) -> StoredBlock:
     """What `make_linear` has made, as a checkpoint stores it."""
     scheme = linear.scheme if isinstance(linear, PackedLinear) else ORIGINAL
-    parts = {name: tensor.detach() for name, tensor in (*linear.named_parameters(), *linear.named_buffers())}
+    parts = {part: tensor.detach() for part, tensor in (*linear.named_parameters(), *linear.named_buffers())}
     return StoredBlock(name, scheme, linear.out_features, linear.in_features, getattr(linear, "rotated", False), parts)
 
 
