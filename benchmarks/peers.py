@@ -30,7 +30,7 @@ from gptq_peers import gptq_model, llm_compressor, moments, rounded
 from held_out import DOMAINS, LENGTH, Model, Weights, packed_weights, row_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from tuning import Study, add_options
+from tuning import Study, parsed
 
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.weights import read_block
@@ -162,11 +162,8 @@ def contenders(args: argparse.Namespace, study: Study, bits: int) -> Iterator[tu
 def main() -> None:
     """Run the comparison and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
     parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens of each domain")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    pd.set_option("display.width", 250)
+    args = parsed(parser)
     study, model, rows = Study(args, args.sequences), Model(args.model, args.evaluated), []
     for budget in args.budgets:
         base = None

@@ -30,7 +30,7 @@ from held_out import LENGTH, Model, Weights, load_weights, packed_weights, row_o
 from quantizers import UNTIMED
 from torch import nn
 from transformers import AutoModelForCausalLM
-from tuning import Study, add_options
+from tuning import Study, parsed
 
 from mxmoe_steps.allocation.blocks import Losses, with_least_tokens
 from mxmoe_steps.allocation.constraints import Constraints
@@ -165,11 +165,8 @@ def written(args: argparse.Namespace, calibration: Calibration, choice: np.ndarr
 def main() -> None:
     """Run the study and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
     parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens of each domain")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    pd.set_option("display.width", 250)
+    args = parsed(parser)
     study, model, rows = Study(args, args.sequences), Model(args.model, args.evaluated), []
     calibration = Calibration(study.folder / "calibrate")
 

@@ -212,7 +212,7 @@ SERVING_RUNS = {
 
 def serving(part: str) -> str:
     """Figures of a part by run and size: ``graph``, ``step``, ``first token`` in milliseconds."""
-    figures = {run: {k: v for one in found for k, v in one.items()} for run, found in _serving().items()}
+    figures = _serving()
     sizes = [name.removeprefix(f"{part} ") for name in figures["w4a16"] if name.startswith(f"{part} ")]
     rows = [
         (label, *(f"{figures[run][f'{part} {size}']:#.3g}".rstrip(".") for size in sizes))
@@ -223,15 +223,18 @@ def serving(part: str) -> str:
 
 def serving_http() -> str:
     """Tokens a second of the server."""
-    figures = {run: {k: v for one in found for k, v in one.items()} for run, found in _serving().items()}
+    figures = _serving()
     rates = [f"{figures[run]['tokens/s 64']:,.0f}" for run in ("w4a16", "W4A16")]
     many = f"256 requests at a time: {figures['w4a16']['tokens/s 256']:,.0f} under w4a16"
     return f"{rates[0]} tokens a second under w4a16 and {rates[1]} under vLLM's W4A16; {many}"
 
 
-def _serving() -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = read(MEASUREMENTS / "serving.json")
-    return found
+def _serving() -> dict[str, dict[str, float]]:
+    """Figures by run, of all its rounds."""
+    return {
+        run: {k: v for one in found for k, v in one.items()}
+        for run, found in read(MEASUREMENTS / "serving.json").items()
+    }
 
 
 def serving_families() -> str:
@@ -275,9 +278,7 @@ def mma_peers() -> str:
     us, peers = mma_us(), read(MEASUREMENTS / "mma_peers.json")
     tokens = peers["tokens"]
     rows = []
-    for run in dict.fromkeys(run for _, run, _ in us if " " not in run):
-        if not (peer := peers["schemes"].get(run)):
-            continue
+    for run, peer in peers["schemes"].items():
         ratios = {
             workload: [theirs / us[workload, run, count] for theirs, count in zip(times, tokens, strict=True)]
             for workload, times in peer["us"].items()

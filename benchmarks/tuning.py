@@ -117,8 +117,8 @@ class Study:
         return self.made("tune", f"tune-{name}-{steps}-{rate:g}", steps=steps, rate=rate, **options)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Those of `Study`, and what is evaluated."""
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line, with options of `Study` and of what is evaluated; sets threads and the width of tables."""
     parser.add_argument("--results", default="results/demo-moe")
     parser.add_argument("--model", default="resources/demo-moe")
     parser.add_argument("--work", default="results/tuning", help="folder for captures, tables and checkpoints")
@@ -127,18 +127,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--evaluated", type=int, default=8, help="held-out sequences per text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    pd.set_option("display.width", 250)
+    return args
 
 
 def main() -> None:
     """Run the study and print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser)
     parser.add_argument("--sequences", nargs="+", type=int, default=[16, 32], help="of 512 tokens of each domain")
     parser.add_argument("--steps", nargs="+", type=int, default=[200], help="of tuning")
     parser.add_argument("--rates", nargs="+", type=float, default=[2.5e-3], help="of tuning")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    pd.set_option("display.width", 250)
+    args = parsed(parser)
     model, rows = Model(args.model, args.evaluated), []
     for sequences in args.sequences:
         study = Study(args, sequences)
