@@ -55,7 +55,8 @@ BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
 PREFILLS = (512, 2048, 8000)  # tokens; a model of 8192 gives one more
 CONCURRENT = (64, 256)
 PROMPT, NEW, SKIPPED = 64, 128, 8  # tokens of a decode; steps before it counts
-MOST_TOKENS = 8192
+MOST_TOKENS = 8192  # of a sequence
+MOST_STEP = max(BATCHES) * PROMPT  # tokens: all sequences begin in one step, and end in one
 PORT = 8817
 SERVER = "MXMOE_BENCHMARK_SERVER"  # set in the server and its processes
 REPLAYS = 20
@@ -123,7 +124,7 @@ def engine_options(run: str, path: Path, batches: list[int], attention: str | No
         "dtype": "bfloat16",
         "max_model_len": MOST_TOKENS,
         "max_num_seqs": max(batches),
-        "max_num_batched_tokens": MOST_TOKENS,
+        "max_num_batched_tokens": MOST_STEP,
         "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.85,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": batches},
@@ -148,7 +149,7 @@ def fix_routing() -> None:
         name = self.layer_name
         if name not in noise:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            values = torch.randn(2 * MOST_TOKENS, router_logits.shape[1], generator=generator)
+            values = torch.randn(MOST_STEP, router_logits.shape[1], generator=generator)
             noise[name] = values.to(router_logits)
         return forward(self, hidden_states, noise[name][: len(router_logits)], *rest, **options)
 
