@@ -33,10 +33,18 @@ def test_a_missing_tensor_is_named(demo: Path, demo_tokens: torch.Tensor, tmp_pa
     assert "the checkpoint lacks tensors: layer 3, expert 2, up: scales is missing" in log
 
 
-@pytest.mark.parametrize(("lora", "eplb", "why"), [(object(), False, "LoRA"), (None, True, "EPLB")])
-def test_options_are_refused_by_name(lora: object, eplb: bool, why: str) -> None:
-    options = SimpleNamespace(lora_config=lora, parallel_config=SimpleNamespace(enable_eplb=eplb))
-    with pytest.raises(UserError, match=f"^{why} .* does not work with packed experts"):
+@pytest.mark.parametrize(
+    ("lora", "eplb", "load_format", "why"),
+    [
+        (object(), False, "auto", "LoRA"),
+        (None, True, "auto", "EPLB"),
+        (None, False, "dummy", "--load-format dummy"),
+    ],
+)
+def test_options_are_refused_by_name(lora: object, eplb: bool, load_format: str, why: str) -> None:
+    parallel, loading = SimpleNamespace(enable_eplb=eplb), SimpleNamespace(load_format=load_format)
+    options = SimpleNamespace(lora_config=lora, parallel_config=parallel, load_config=loading)
+    with pytest.raises(UserError, match=f"^{why} .*does not work with packed experts"):
         layer.check_options(options)
 
 
@@ -64,7 +72,7 @@ def test_tensors_are_copied_where_their_memory_may_be_reused(lasting: bool) -> N
     assert bool(blocks.finish()[5, "up"].parts["weight"].all()) is not lasting
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0", "dev"])
 def test_versions_of_vllm(version: str) -> None:
     with pytest.raises(UserError, match=rf"^vLLM {version}: packed checkpoints need vLLM from 0\.25\.1 up to"):
         check_version(version)

@@ -57,10 +57,10 @@ class Share:
         features = shape[block == "down"]
         width, rest = divmod(features, self.ranks)
         why = None
-        if scheme.scale_rows > 1:
-            why = "rows share its scales"
-        elif rest:
+        if rest:
             why = f"{features} features do not divide by {self.ranks} ranks"
+        elif block != "down" and width % scheme.scale_rows:
+            why = f"{scheme.scale_rows} rows share scales, and the {width} output features of a rank cut through them"
         elif block == "down" and not scheme.is_original:
             group = scheme.group_size(features)
             if rotated:
@@ -90,7 +90,8 @@ class Share:
             first, last = first * scheme.weight_bits // 8, last * scheme.weight_bits // 8
         elif part in ("scales", "zeros"):
             group = scheme.group_size(in_features)
-            first, last = first // group, -(-last // group)
+            size = tensor.shape[1] // -(-in_features // group)  # bytes of a float32 that is stored so, or 1
+            first, last = size * (first // group), size * -(-last // group)
         return tensor[:, first:last]
 
 

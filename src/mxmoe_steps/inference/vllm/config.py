@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from mxmoe_steps.errors import UserError
@@ -22,7 +22,11 @@ _LAYER = re.compile(r"(?:^|(?<!mtp)\.)layers\.(\d+)\.")
 
 def check_version(found: str) -> None:
     """`UserError` unless this is a version of vLLM that has what is used here."""
-    if not Version(OLDEST) <= Version(found) < Version(TOO_NEW):
+    try:
+        works = Version(OLDEST) <= Version(found) < Version(TOO_NEW)
+    except InvalidVersion:  # "dev", of a source tree that was not built
+        works = False
+    if not works:
         raise UserError(f"vLLM {found}: packed checkpoints need vLLM from {OLDEST} up to and not including {TOO_NEW}")
 
 
@@ -106,7 +110,8 @@ class PackedConfig(QuantizationConfig):
         if not isinstance(layer, LinearBase):
             return None
         *_, module, name = prefix.split(".")
-        if number is not None and module == self.family.shared and str(SHARED) in self.checkpoint.blocks[str(number)]:
+        is_shared = module in (self.family.shared, self.family.stored_shared)  # vLLM's classes name it as published
+        if number is not None and is_shared and str(SHARED) in self.checkpoint.blocks[str(number)]:
             return PackedLinearMethod(self._packed_layer(number), BLOCKS_OF[name])
         return UnquantizedLinearMethod()
 
