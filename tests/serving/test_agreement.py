@@ -50,9 +50,16 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert difference(folder, TOKENS, **OPTIONS.get(family, {})).max() < TOLERANCE
 
 
-def test_experts_without_a_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "family",
+    [
+        "nemotron_h",  # experts without a gate
+        "laguna",  # the router's correction is stored among the experts, the shared expert under another name
+    ],
+)
+def test_what_vllm_has_on_gpus_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_cpu_gaps(monkeypatch.setattr)
-    assert difference(make_tiny(tmp_path, "nemotron_h", engine.dealt(engine.A16)), TOKENS).max() < TOLERANCE
+    assert difference(make_tiny(tmp_path, family, engine.dealt(engine.A16)), TOKENS).max() < TOLERANCE
 
 
 def test_all_schemes_and_rotation(tmp_path: Path) -> None:

@@ -35,11 +35,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "glm4v_moe": {"use_qk_norm": False},
     **dict.fromkeys(("llama4", "llama4_text"), {"interleave_moe_layer_step": 2, "attention_chunk_size": 128}),
     "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"], **_SIGMOID, **_LATENT},
-    "axk2": {"first_k_dense_replace": 1, "index_head_dim": 128, "index_topk": 2048, **_SIGMOID, **_LATENT},
     "mistral3": _LATENT,
     "aria": {"model_type": "aria_text"},
     "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 96, "route_norm": True, "qk_norm": True},
-    "cohere2_moe": {"sliding_window": 64},
+    "cohere2_moe": {"sliding_window": 64, "tie_word_embeddings": True},
     "lfm2_moe": {"tie_word_embeddings": True},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "swa_num_attention_heads": 2, "rope_theta": 5e6,

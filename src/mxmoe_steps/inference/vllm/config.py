@@ -76,9 +76,17 @@ class PackedConfig(QuantizationConfig):
         """Static in the base class, called on the instance."""
         from mxmoe_steps.inference.vllm.stream import PackedTensors
 
-        return PackedTensors(take=self.take)
+        return PackedTensors(published=self.published)
 
     get_cache_scale_mapper = get_checkpoint_weight_mapper  # its name up to vLLM 0.31
+
+    def published(self, name: str, tensor: torch.Tensor) -> str | None:
+        """None where the tensor is taken, else its name as vLLM's classes know it: they read what is published, and a
+        packed checkpoint names the decoder as transformers does."""
+        if self.take(name, tensor):
+            return None
+        decoder = f"{self.family.decoder}."
+        return self.family.prefixes[0] + name.removeprefix(decoder) if name.startswith(decoder) else name
 
     def take(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor of the checkpoint is of a packed block; what this rank keeps of it is kept then."""
