@@ -88,10 +88,17 @@ def test_gate_and_up_are_cut_rotated_or_not() -> None:
 
 def test_a_missing_part_is_named() -> None:
     blocks = share_of("w4a16", "up", 0, 1)
+    blocks.add(SHARED, "up", parse_scheme("w16a16"), (N, K), rotated=False)
+    says = "no packed tensor has come for layer 3, expert 5, up: qweight, nor any other: .* past the quantization method"
+    with pytest.raises(UserError, match=says):
+        blocks.finish()
+    blocks.load(SHARED, "up", "weight", torch.zeros(N, K))
     parts = whole("w4a16")
     blocks.load(5, "up", "qweight", parts["qweight"])
     with pytest.raises(UserError, match="lacks tensors: layer 3, expert 5, up: scales and 1 others are missing"):
         blocks.finish()
+    with pytest.raises(UserError, match="layer 3, the shared expert, up: weight comes twice"):
+        blocks.load(SHARED, "up", "weight", torch.zeros(N, K))
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ class Blocks:
             expected = {part: (DTYPES[dtype], size) for part, (dtype, size) in scheme.parts(*shape).items()}
         if biased:
             expected["bias"] = None, shape[:1]
-        name = f"layer {self._layer}, expert {expert}, {block}"
+        name = f"layer {self._layer}, {'the shared expert' if expert == SHARED else f'expert {expert}'}, {block}"
         stored = StoredBlock(name, scheme, *own, rotated and not scheme.is_original, {})
         self._blocks[expert, block] = _Block(shape, expected, stored)
         self._missing |= dict.fromkeys((expert, block, part) for part in expected)
@@ -157,9 +157,12 @@ class Blocks:
         """The blocks, by expert and kind; `UserError` unless all tensors have come."""
         if self._missing:
             expert, block, part = next(iter(self._missing))
+            first = f"{self._blocks[expert, block].stored.name}: {part}"
+            if len(self._missing) == sum(len(found.expected) for found in self._blocks.values()):
+                raise UserError(
+                    f"no packed tensor has come for {first}, nor any other: the checkpoint lacks them, or vLLM's model"
+                    " class reads its files past the quantization method"
+                )
             more = f" and {len(self._missing) - 1} others are" if len(self._missing) > 1 else " is"
-            raise UserError(
-                f"the checkpoint lacks tensors: layer {self._layer}, expert {expert}, {block}: {part}{more} missing;"
-                f" {_FIX}"
-            )
+            raise UserError(f"the checkpoint lacks tensors: {first}{more} missing; {_FIX}")
         return {place: found.stored for place, found in self._blocks.items()}
