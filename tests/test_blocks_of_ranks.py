@@ -73,7 +73,7 @@ def test_ranks_together_compute_the_whole(text: str, block: str, ranks: int) -> 
         ("down", "w4a16_g32", 64, False, "4 input features of a rank fill no whole bytes"),
         ("down", "w4a16_g32", 3, False, "256 features do not divide by 3 ranks"),
         ("down", "w4a16_g128", 2, True, "its inputs are rotated as a whole"),
-        ("gate", "w8a16_g32_fp8_published", 8, False, "32 rows share scales, .* 16 output features .* cut through them"),
+        ("gate", "w8a16_g32_fp8_published", 8, False, "32 rows share scales, .* 16 output features of a rank cut"),
         ("down", "w8a16_g96_fp8_published", 2, False, "groups of 96 and the 128 input features of a rank do not nest"),
     ],
 )
@@ -89,8 +89,8 @@ def test_gate_and_up_are_cut_rotated_or_not() -> None:
 def test_a_missing_part_is_named() -> None:
     blocks = share_of("w4a16", "up", 0, 1)
     blocks.add(SHARED, "up", parse_scheme("w16a16"), (N, K), rotated=False)
-    says = "no packed tensor has come for layer 3, expert 5, up: qweight, nor any other: .* past the quantization method"
-    with pytest.raises(UserError, match=says):
+    says = "for layer 3, expert 5, up: qweight, nor any other: .* reads its files past the quantization method"
+    with pytest.raises(UserError, match=f"^no packed tensor has come {says}"):
         blocks.finish()
     blocks.load(SHARED, "up", "weight", torch.zeros(N, K))
     parts = whole("w4a16")

@@ -71,9 +71,9 @@ def _keep_order(linear: Any, **_: Any) -> None:
 def fill_cpu_gaps(replace: Callable[[Any, str, Any], Any] = setattr) -> None:
     """What vLLM 0.32 has for GPUs and not for CPUs: experts without a gate, router corrections without groups, and a
     start with numba imported, as its class of Kimi K2.5 does: it looks into every module, and fails on llvmlite's."""
-    from vllm.triton_utils import dispatcher
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.triton_utils import dispatcher
 
     check, routing, rebind = FusedMoEConfig.__post_init__, CPURouter._compute_routing, dispatcher._rebind_kernels
 

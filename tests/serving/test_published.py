@@ -11,8 +11,7 @@ from published import FP8, PUBLISHED, compressed, fp8, is_expert, is_projection,
 from tiny import EXTRA, OPTIONS
 
 TOKENS = torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(1))
-WIDE = {"hidden_size": 256, "moe_intermediate_size": 256, "intermediate_size": 256}  # whole blocks of 128 on two ranks
-TWO = {"tensor_parallel_size": 2}
+WIDE = dict.fromkeys(("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size"), 256)  # two ranks' 128
 INT8 = compressed("pack-quantized", num_bits=8, type="int", strategy="channel")
 PUBLISHERS: dict[str, Any] = {  # family, quantization_config, which weights, how
     "mxfp4": PUBLISHED["mxfp4"],
@@ -27,8 +26,8 @@ PUBLISHERS: dict[str, Any] = {  # family, quantization_config, which weights, ho
     [
         ("mxfp4", "w4a16_mxfp4_published", {}, {}),
         ("int4", "w4a16_g32_published", EXTRA["deepseek_v3"], OPTIONS["deepseek_v3"]),
-        ("int8", "w8a16_published", {"moe_intermediate_size": 128}, TWO),
-        ("fp8", "w8a16_fp8_published", WIDE | {"shared_expert_intermediate_size": 256}, TWO),
+        ("int8", "w8a16_published", {}, {}),
+        ("fp8", "w8a16_fp8_published", WIDE, {"tensor_parallel_size": 2}),
     ],
 )
 def test_published_blocks(

@@ -91,7 +91,7 @@ def test_versions_of_the_format(demo: Path) -> None:
 
 def test_models_of_another_type(demo: Path) -> None:
     config = PackedConfig.from_config(json.loads((demo / "config.json").read_text())["quantization_config"])
-    model = SimpleNamespace(to_dict=lambda: {"model_type": "llama"})
+    model = SimpleNamespace(model_type="llama", to_dict=lambda: {"model_type": "llama"})
     with pytest.raises(
         UserError, match=r"^folder/config\.json: model_type 'llama' is not supported; supported are afmoe"
     ):
@@ -99,6 +99,13 @@ def test_models_of_another_type(demo: Path) -> None:
     model.to_dict = lambda: {"model_type": "dbrx"}
     with pytest.raises(UserError, match="experts lie in one matrix of all experts' rows"):
         config.maybe_update_config("folder", model)
+
+
+def test_nothing_of_a_draft_model_is_packed(demo: Path) -> None:
+    config = PackedConfig.from_config(json.loads((demo / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config("folder", SimpleNamespace(model_type="qwen3_next_mtp"))
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"  # mtp.layers.0 in the checkpoint, renamed by the class
+    assert config.published(name, torch.empty(0)) == name
 
 
 def test_what_vllm_asks_of_its_model_classes() -> None:

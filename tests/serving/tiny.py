@@ -10,6 +10,7 @@ from packed import pack
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # the only sizes of vLLM's latent attention on a CPU
 _SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 _FULL = {"layer_types": ["full_attention", "full_attention"]}  # on a CPU linear attention is for bfloat16 alone
+_LLAMA = {"interleave_moe_layer_step": 2, "attention_chunk_size": 128}
 
 # Keys that published config.json have, and sizes
 EXTRA: dict[str, dict[str, Any]] = {
@@ -33,7 +34,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"], "attention_bias": True, "lm_head_bias": True},
     "qwen3_vl_moe": {"norm_topk_prob": True},
     "glm4v_moe": {"use_qk_norm": False},
-    **dict.fromkeys(("llama4", "llama4_text"), {"interleave_moe_layer_step": 2, "attention_chunk_size": 128}),
+    **dict.fromkeys(("llama4", "llama4_text"), _LLAMA),
     "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"], **_SIGMOID, **_LATENT},
     "mistral3": _LATENT,
     "aria": {"model_type": "aria_text"},

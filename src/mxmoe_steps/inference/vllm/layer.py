@@ -63,6 +63,11 @@ class PackedLayer:
         expert_ids = expert_ids if self.local is None else self.local[expert_ids]
         return self.compute(hidden, expert_ids, weights if self.scale == 1.0 else weights * self.scale)
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all has come, and something computes."""
+        return self.compute is not _not_loaded
+
     def load(self, expert: int, block: str, part: str, tensor: torch.Tensor) -> None:
         """Keep this rank's share of a whole tensor of the checkpoint; `UserError` where no block here waits for it."""
         if not self.blocks:
