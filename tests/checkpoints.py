@@ -61,9 +61,21 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, **extra: Any) ->
 
 
 def name_as_published(family: str, path: Path) -> None:
-    """What transformers does not undo when it saves: it gives layers of kimi_k25 the name of those that see."""
-    for file in path.glob("model*") if family == "kimi_k25" else ():
-        file.write_bytes(file.read_bytes().replace(b"language_model.model.blocks.", b"language_model.model.layers."))
+    """What transformers does not undo when it saves kimi_k25: layers have the name of those that see, and a norm the
+    path of its module."""
+    if family != "kimi_k25":
+        return
+
+    def published(text: str) -> str:
+        return text.replace("language_model.model.blocks.", "language_model.model.layers.").replace(
+            "model.mm_projector.", "mm_projector."
+        )
+
+    for file in path.glob("*.safetensors"):
+        tensors = {published(name): tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    for index in path.glob("*.index.json"):
+        index.write_text(published(index.read_text()))
 
 
 def make_checkpoint(family: str, path: Path, **extra: Any) -> None:

@@ -1,4 +1,5 @@
-"""Packed checkpoints made straight from a model folder by rounding to nearest: no capture, no calibration."""
+"""Packed checkpoints made straight from a model folder, no capture and no calibration: blocks are rounded to nearest,
+or stay as published."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from mxmoe_steps.allocation.files import write_allocation
 from mxmoe_steps.atomic import canonical_json
 from mxmoe_steps.models.families import open_model
 from mxmoe_steps.models.identity import fingerprint
+from mxmoe_steps.models.published import is_published, read_published
 from mxmoe_steps.models.weights import read_block
 from mxmoe_steps.quantizers.grid import round_to_nearest
 from mxmoe_steps.quantizers.hadamard import rotate
@@ -33,9 +35,13 @@ def pack(
             for block, name in zip(BLOCKS, names, strict=True):
                 if name == "w16a16":
                     continue
-                weight = read_block(source, layer, [expert], block)[0].float()
-                weight = rotate(weight) if is_rotated(quantizer) else weight
-                for part, tensor in round_to_nearest(weight, parse_scheme(name)).tensors().items():
+                original, scheme = read_block(source, layer, [expert], block), parse_scheme(name)
+                weight = rotate(original[0].float()) if is_rotated(quantizer) else original[0].float()
+                if scheme.published and is_published(source, layer, [expert], scheme):
+                    quantized = read_published(source, layer, [expert], block, scheme, original)[0]
+                else:
+                    quantized = round_to_nearest(weight, scheme)
+                for part, tensor in quantized.tensors().items():
                     stores.setdefault(name, {})[f"{layer}.{expert}.{block}.{part}"] = tensor
     store, allocation = folder / "packed", folder / "allocation.json"
     store.mkdir(parents=True)

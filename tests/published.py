@@ -125,13 +125,14 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], Callable[[str], bool], Callable[
 }  # fmt: skip
 
 
-def publish(format_: str, folder: Path, more: Tensors | None = None) -> tuple[Path, Path]:
+def publish(format_: str, folder: Path, more: Tensors | None = None, **sizes: Any) -> tuple[Path, Path]:
     """A tiny model as ``published`` in a source format, and in ``plain`` bfloat16 with the weights that it means.
 
-    ``more``: tensors that it has besides, quantized like the others where their names are like theirs.
+    ``more``: tensors that it has besides, quantized like the others where their names are like theirs. ``sizes``: other
+    ones than `checkpoints.SIZES`.
     """
     family, config, chosen, quantized = PUBLISHED[format_]
-    make_checkpoint(family, folder / "plain", dtype=torch.bfloat16)
+    make_checkpoint(family, folder / "plain", dtype=torch.bfloat16, **sizes)
     first = min((folder / "plain").glob("*.safetensors"))
     save_file(load_file(first) | (more or {}), first, metadata={"format": "pt"})
     (folder / "published").mkdir()

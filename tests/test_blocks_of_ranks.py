@@ -1,5 +1,6 @@
 """A rank's share of packed blocks: cuts put together give the whole, and what does not fit is named."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,17 @@ from mxmoe_steps.models.shards import packed_name
 from mxmoe_steps.quantizers.grid import round_to_nearest
 from mxmoe_steps.schemes import SHARED, parse_scheme
 
-N, K = 64, 256
+N, K = 128, 256
 
 
 def whole(text: str, seed: int = 0, biased: bool = False) -> dict[str, torch.Tensor]:
     """A block [N, K] as a checkpoint stores it."""
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(seed))
     scheme = parse_scheme(text)
-    parts = {"weight": weight} if scheme.is_original else round_to_nearest(weight, scheme).tensors()
+    parts = {"weight": weight}
+    if not scheme.is_original:
+        made = round_to_nearest(weight, scheme)
+        parts = (replace(made, scales=made.scales.float()) if scheme.scale_rows > 1 else made).tensors()
     return parts | ({"bias": weight[:, 0].clone()} if biased else {})
 
 
@@ -44,7 +48,13 @@ def loaded(text: str, block: str, rank: int, ranks: int, biased: bool = False) -
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("block", ["gate", "up", "down"])
-@pytest.mark.parametrize("text", ["w4a16_g128", "w3a16_g32", "w1a16_g64", "w8a16", "w2a16_g-1_sym", "w16a16"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("w4a16_g128", "w3a16_g32", "w1a16_g64", "w8a16", "w2a16_g-1_sym", "w16a16"),
+        *("w4a16_mxfp4_published", "w4a16_g32_published", "w8a16_published", "w8a16_g32_fp8_published"),
+    ],
+)
 def test_ranks_together_compute_the_whole(text: str, block: str, ranks: int) -> None:
     x = torch.randn(7, K, generator=torch.Generator().manual_seed(1))
     expected = loaded(text, block, 0, 1, biased=True)(x)
@@ -57,18 +67,19 @@ def test_ranks_together_compute_the_whole(text: str, block: str, ranks: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("text", "ranks", "rotated", "why"),
+    ("block", "text", "ranks", "rotated", "why"),
     [
-        ("w4a16_g96", 2, False, "groups of 96 and the 128 input features of a rank do not nest"),
-        ("w4a16_g32", 64, False, "4 input features of a rank fill no whole bytes"),
-        ("w4a16_g32", 3, False, "256 features do not divide by 3 ranks"),
-        ("w4a16_g128", 2, True, "its inputs are rotated as a whole"),
-        ("w8a16_fp8_published", 2, False, "rows share its scales"),
+        ("down", "w4a16_g96", 2, False, "groups of 96 and the 128 input features of a rank do not nest"),
+        ("down", "w4a16_g32", 64, False, "4 input features of a rank fill no whole bytes"),
+        ("down", "w4a16_g32", 3, False, "256 features do not divide by 3 ranks"),
+        ("down", "w4a16_g128", 2, True, "its inputs are rotated as a whole"),
+        ("gate", "w8a16_g32_fp8_published", 8, False, "32 rows share scales, and the 16 .* cut through them"),
+        ("down", "w8a16_g96_fp8_published", 2, False, "groups of 96 and the 128 input features of a rank do not nest"),
     ],
 )
-def test_what_cannot_be_cut(text: str, ranks: int, rotated: bool, why: str) -> None:
-    with pytest.raises(UserError, match=rf"^layer 3: a down block .* {why}; use expert parallelism"):
-        share_of(text, "down", 0, ranks, rotated)
+def test_what_cannot_be_cut(block: str, text: str, ranks: int, rotated: bool, why: str) -> None:
+    with pytest.raises(UserError, match=rf"^layer 3: a {block} block .* {why}; use expert parallelism"):
+        share_of(text, block, 0, ranks, rotated)
 
 
 def test_gate_and_up_are_cut_rotated_or_not() -> None:
@@ -77,17 +88,24 @@ def test_gate_and_up_are_cut_rotated_or_not() -> None:
 
 def test_a_missing_part_is_named() -> None:
     blocks = share_of("w4a16", "up", 0, 1)
+    blocks.add(SHARED, "up", parse_scheme("w16a16"), (N, K), rotated=False)
+    says = "for layer 3, expert 5, up: qweight, nor any other: .* reads its files past the quantization method"
+    with pytest.raises(UserError, match=f"^no packed tensor has come {says}"):
+        blocks.finish()
+    blocks.load(SHARED, "up", "weight", torch.zeros(N, K))
     parts = whole("w4a16")
     blocks.load(5, "up", "qweight", parts["qweight"])
     with pytest.raises(UserError, match="lacks tensors: layer 3, expert 5, up: scales and 1 others are missing"):
         blocks.finish()
+    with pytest.raises(UserError, match="layer 3, the shared expert, up: weight comes twice"):
+        blocks.load(SHARED, "up", "weight", torch.zeros(N, K))
 
 
 @pytest.mark.parametrize(
     ("part", "change", "why"),
     [
-        ("qweight", lambda t: t[:, :-1], r"qweight is torch.uint8 \[64, 127\], expected torch.uint8 \[64, 128\]"),
-        ("scales", lambda t: t.float(), r"scales is torch.float32 \[64, 2\], expected torch.bfloat16 \[64, 2\]"),
+        ("qweight", lambda t: t[:, :-1], r"qweight is torch.uint8 \[128, 127\], expected torch.uint8 \[128, 128\]"),
+        ("scales", lambda t: t.float(), r"scales is torch.float32 \[128, 2\], expected torch.bfloat16 \[128, 2\]"),
         ("weight", lambda t: t, "weight comes twice, or is no part of a block under w4a16_g128_asym"),
     ],
 )

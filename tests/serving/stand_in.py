@@ -1,5 +1,6 @@
 """What stands in on a CPU for GPU kernels, ours and vLLM's, so that what is around them can be tested there."""
 
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -68,11 +69,13 @@ def _keep_order(linear: Any, **_: Any) -> None:
 
 
 def fill_cpu_gaps(replace: Callable[[Any, str, Any], Any] = setattr) -> None:
-    """What vLLM 0.32 has for GPUs and not for CPUs: experts without a gate, and router corrections without groups."""
+    """What vLLM 0.32 has for GPUs and not for CPUs: experts without a gate, router corrections without groups, and a
+    start with numba imported, as its class of Kimi K2.5 does: it looks into every module, and fails on llvmlite's."""
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+    from vllm.triton_utils import dispatcher
 
-    check, routing = FusedMoEConfig.__post_init__, CPURouter._compute_routing
+    check, routing, rebind = FusedMoEConfig.__post_init__, CPURouter._compute_routing, dispatcher._rebind_kernels
 
     def unchecked(config: Any) -> None:
         with suppress(NotImplementedError):
@@ -89,5 +92,11 @@ def fill_cpu_gaps(replace: Callable[[Any, str, Any], Any] = setattr) -> None:
             weights = weights / weights.sum(-1, keepdim=True)
         return weights * router.routed_scaling_factor, expert_ids.to(torch.int32)
 
+    def rebind_others(overrides: Any) -> None:
+        hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.startswith("llvmlite")}
+        rebind(overrides)
+        sys.modules.update(hidden)
+
     replace(FusedMoEConfig, "__post_init__", unchecked)
+    replace(dispatcher, "_rebind_kernels", rebind_others)
     replace(CPURouter, "_compute_routing", corrected)

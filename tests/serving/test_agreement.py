@@ -1,5 +1,6 @@
 """What vLLM computes from a packed checkpoint: the log-probabilities of `load_quantized`."""
 
+import json
 import weakref
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,18 @@ from typing import Any
 import engine
 import pytest
 import torch
+from checkpoints import make_checkpoint
+from packed import pack
+from safetensors.torch import load_file, save_file
 from stand_in import Kernels, fill_cpu_gaps, stand_in
-from tiny import OPTIONS, make_tiny
+from tiny import EXTRA, OPTIONS, make_tiny
 
 from mxmoe_steps.inference import gpu
 from mxmoe_steps.inference.vllm import blocks
 from mxmoe_steps.models.packed import StoredBlock
 
 TOLERANCE = 1e-4
+LAST = "model.layers.1."  # of two
 TOKENS = torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(1))
 
 
@@ -50,9 +55,32 @@ def test_every_family(family: str, tmp_path: Path) -> None:
     assert difference(folder, TOKENS, **OPTIONS.get(family, {})).max() < TOLERANCE
 
 
-def test_experts_without_a_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "family",
+    [
+        "nemotron_h",  # experts without a gate
+        "laguna",  # the router's correction is stored among the experts, the shared expert under another name
+    ],
+)
+def test_what_vllm_has_on_gpus_alone(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill_cpu_gaps(monkeypatch.setattr)
-    assert difference(make_tiny(tmp_path, "nemotron_h", engine.dealt(engine.A16)), TOKENS).max() < TOLERANCE
+    assert difference(make_tiny(tmp_path, family, engine.dealt(engine.A16)), TOKENS).max() < TOLERANCE
+
+
+def test_a_draft_model(tmp_path: Path) -> None:
+    """Its layer predicts tokens ahead, is of 16 bits, and has the number of a packed one."""
+    make_checkpoint("qwen3_next", tmp_path / "model", **EXTRA["qwen3_next"])
+    index = tmp_path / "model" / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    weights = {name: tensor for file in set(names.values()) for name, tensor in load_file(index.parent / file).items()}
+    ahead = {f"mtp.layers.0.{name.removeprefix(LAST)}": weights[name] for name in names if name.startswith(LAST)}
+    ahead |= {f"mtp.{norm}.weight": torch.zeros(64) for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    ahead["mtp.fc.weight"] = torch.ones(64, 128) / 128
+    save_file(ahead, index.parent / "ahead.safetensors", metadata={"format": "pt"})
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names | dict.fromkeys(ahead, "ahead.safetensors")}))
+    folder = pack(tmp_path / "model", tmp_path / "packed", engine.dealt(engine.A16))
+    draft = {"method": "mtp", "num_speculative_tokens": 1}
+    assert difference(folder, TOKENS, speculative_config=draft).max() < TOLERANCE
 
 
 def test_all_schemes_and_rotation(tmp_path: Path) -> None:

@@ -33,10 +33,18 @@ def test_a_missing_tensor_is_named(demo: Path, demo_tokens: torch.Tensor, tmp_pa
     assert "the checkpoint lacks tensors: layer 3, expert 2, up: scales is missing" in log
 
 
-@pytest.mark.parametrize(("lora", "eplb", "why"), [(object(), False, "LoRA"), (None, True, "EPLB")])
-def test_options_are_refused_by_name(lora: object, eplb: bool, why: str) -> None:
-    options = SimpleNamespace(lora_config=lora, parallel_config=SimpleNamespace(enable_eplb=eplb))
-    with pytest.raises(UserError, match=f"^{why} .* does not work with packed experts"):
+@pytest.mark.parametrize(
+    ("lora", "eplb", "load_format", "why"),
+    [
+        (object(), False, "auto", "LoRA"),
+        (None, True, "auto", "EPLB"),
+        (None, False, "dummy", "--load-format dummy"),
+    ],
+)
+def test_options_are_refused_by_name(lora: object, eplb: bool, load_format: str, why: str) -> None:
+    parallel, loading = SimpleNamespace(enable_eplb=eplb), SimpleNamespace(load_format=load_format)
+    options = SimpleNamespace(lora_config=lora, parallel_config=parallel, load_config=loading)
+    with pytest.raises(UserError, match=f"^{why} .*does not work with packed experts"):
         layer.check_options(options)
 
 
@@ -64,7 +72,7 @@ def test_tensors_are_copied_where_their_memory_may_be_reused(lasting: bool) -> N
     assert bool(blocks.finish()[5, "up"].parts["weight"].all()) is not lasting
 
 
-@pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.24.0", "0.34.0", "1.0", "dev"])
 def test_versions_of_vllm(version: str) -> None:
     with pytest.raises(UserError, match=rf"^vLLM {version}: packed checkpoints need vLLM from 0\.25\.1 up to"):
         check_version(version)
@@ -83,7 +91,7 @@ def test_versions_of_the_format(demo: Path) -> None:
 
 def test_models_of_another_type(demo: Path) -> None:
     config = PackedConfig.from_config(json.loads((demo / "config.json").read_text())["quantization_config"])
-    model = SimpleNamespace(to_dict=lambda: {"model_type": "llama"})
+    model = SimpleNamespace(model_type="llama", to_dict=lambda: {"model_type": "llama"})
     with pytest.raises(
         UserError, match=r"^folder/config\.json: model_type 'llama' is not supported; supported are afmoe"
     ):
@@ -93,15 +101,22 @@ def test_models_of_another_type(demo: Path) -> None:
         config.maybe_update_config("folder", model)
 
 
-def test_what_vllm_asks_of_its_model_classes() -> None:
-    taken: list[str] = []
+def test_nothing_of_a_draft_model_is_packed(demo: Path) -> None:
+    config = PackedConfig.from_config(json.loads((demo / "config.json").read_text())["quantization_config"])
+    config.maybe_update_config("folder", SimpleNamespace(model_type="qwen3_next_mtp"))
+    name = "model.layers.0.mlp.experts.0.up_proj.weight"  # mtp.layers.0 in the checkpoint, renamed by the class
+    assert config.published(name, torch.empty(0)) == name
 
-    def take(name: str, _: torch.Tensor) -> bool:
-        taken.append(name)
-        return name.startswith("ours")
+
+def test_what_vllm_asks_of_its_model_classes() -> None:
+    seen: list[str] = []
+
+    def published(name: str, _: torch.Tensor) -> str | None:
+        seen.append(name)
+        return None if name.startswith("ours") else name.replace("transformers.", "")
 
     theirs = WeightsMapper(orig_to_new_prefix={"old": "new"}, orig_to_new_substr={"gone": None})
-    for mapper in (theirs | PackedTensors(take=take), PackedTensors(take=take) | theirs):
-        names = [name for name, _ in mapper.apply((name, torch.empty(0)) for name in ("ours.old", "old.1", "gone"))]
-        assert names == ["new.1"]
-    assert taken == 2 * ["ours.old", "old.1", "gone"]
+    stored = ["ours.old", "transformers.old.1", "gone"]
+    for mapper in (theirs | PackedTensors(published=published), PackedTensors(published=published) | theirs):
+        assert [name for name, _ in mapper.apply((name, torch.empty(0)) for name in stored)] == ["new.1"]
+    assert seen == 2 * stored

@@ -10,6 +10,7 @@ from packed import pack
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64}  # the only sizes of vLLM's latent attention on a CPU
 _SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 _FULL = {"layer_types": ["full_attention", "full_attention"]}  # on a CPU linear attention is for bfloat16 alone
+_LLAMA = {"interleave_moe_layer_step": 2, "attention_chunk_size": 128}
 
 # Keys that published config.json have, and sizes
 EXTRA: dict[str, dict[str, Any]] = {
@@ -33,7 +34,12 @@ EXTRA: dict[str, dict[str, Any]] = {
     "phimoe": {"architectures": ["PhiMoEForCausalLM"], "attention_bias": True, "lm_head_bias": True},
     "qwen3_vl_moe": {"norm_topk_prob": True},
     "glm4v_moe": {"use_qk_norm": False},
-    "llama4": {"interleave_moe_layer_step": 2, "attention_chunk_size": 128},
+    **dict.fromkeys(("llama4", "llama4_text"), _LLAMA),
+    "kimi_k25": {"architectures": ["KimiK25ForConditionalGeneration"], **_SIGMOID, **_LATENT},
+    "mistral3": _LATENT,
+    "aria": {"model_type": "aria_text"},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 96, "route_norm": True, "qk_norm": True},
+    "cohere2_moe": {"sliding_window": 64, "tie_word_embeddings": True},
     "lfm2_moe": {"tie_word_embeddings": True},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1], "moe_layer_freq": [0, 1], "swa_num_attention_heads": 2, "rope_theta": 5e6,
@@ -53,8 +59,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
         ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "kimi_linear", "lfm2_moe"),
         _ROTARY,
     ),
-    **dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "llama4", "gemma4"), _TEXT),
-}
+    **dict.fromkeys(("qwen3_5_moe", "qwen3_vl_moe", "glm4v_moe", "llama4", "gemma4", "mistral3", "aria"), _TEXT),
+    "kimi_k25": {
+        "limit_mm_per_prompt": {"vision_chunk": 0}, "skip_tokenizer_init": False,
+        "tokenizer": str(Path(__file__).parents[2] / "resources" / "demo-moe"), **_ROTARY,
+    },
+}  # fmt: skip
+
+# Published files beside config.json and weights
+FILES: dict[str, dict[str, Any]] = {
+    "kimi_k25": {
+        "preprocessor_config.json": {
+            "media_proc_cfg": {
+                "patch_size": 4, "merge_kernel_size": 2, "temporal_merge_kernel_size": 4, "in_patch_limit": 64,
+                "in_patch_limit_each_frame": 64, "in_patch_limit_video": 64, "patch_limit_on_one_side": 16,
+                "fixed_output_tokens": None, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+            },
+        },
+    },
+}  # fmt: skip
 
 
 def make_tiny(folder: Path, family: str, schemes: Any, quantizer: str = "rtn", **extra: Any) -> Path:
@@ -65,4 +88,6 @@ def make_tiny(folder: Path, family: str, schemes: Any, quantizer: str = "rtn", *
     if architectures is not None:
         config = folder / "model" / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": architectures}))
+    for name, content in FILES.get(family, {}).items():
+        (folder / "model" / name).write_text(json.dumps(content))
     return pack(folder / "model", folder / "packed", schemes, quantizer)

@@ -57,10 +57,10 @@ class Share:
         features = shape[block == "down"]
         width, rest = divmod(features, self.ranks)
         why = None
-        if scheme.scale_rows > 1:
-            why = "rows share its scales"
-        elif rest:
+        if rest:
             why = f"{features} features do not divide by {self.ranks} ranks"
+        elif block != "down" and width % scheme.scale_rows:
+            why = f"{scheme.scale_rows} rows share scales, and the {width} output features of a rank cut through them"
         elif block == "down" and not scheme.is_original:
             group = scheme.group_size(features)
             if rotated:
@@ -90,7 +90,8 @@ class Share:
             first, last = first * scheme.weight_bits // 8, last * scheme.weight_bits // 8
         elif part in ("scales", "zeros"):
             group = scheme.group_size(in_features)
-            first, last = first // group, -(-last // group)
+            size = tensor.shape[1] // -(-in_features // group)  # bytes of a float32 that is stored so, or 1
+            first, last = size * (first // group), size * -(-last // group)
         return tensor[:, first:last]
 
 
@@ -127,7 +128,7 @@ class Blocks:
             expected = {part: (DTYPES[dtype], size) for part, (dtype, size) in scheme.parts(*shape).items()}
         if biased:
             expected["bias"] = None, shape[:1]
-        name = f"layer {self._layer}, expert {expert}, {block}"
+        name = f"layer {self._layer}, {'the shared expert' if expert == SHARED else f'expert {expert}'}, {block}"
         stored = StoredBlock(name, scheme, *own, rotated and not scheme.is_original, {})
         self._blocks[expert, block] = _Block(shape, expected, stored)
         self._missing |= dict.fromkeys((expert, block, part) for part in expected)
@@ -156,9 +157,12 @@ class Blocks:
         """The blocks, by expert and kind; `UserError` unless all tensors have come."""
         if self._missing:
             expert, block, part = next(iter(self._missing))
+            first = f"{self._blocks[expert, block].stored.name}: {part}"
+            if len(self._missing) == sum(len(found.expected) for found in self._blocks.values()):
+                raise UserError(
+                    f"no packed tensor has come for {first}, nor any other: the checkpoint lacks them, or vLLM's model"
+                    " class reads its files past the quantization method"
+                )
             more = f" and {len(self._missing) - 1} others are" if len(self._missing) > 1 else " is"
-            raise UserError(
-                f"the checkpoint lacks tensors: layer {self._layer}, expert {expert}, {block}: {part}{more} missing;"
-                f" {_FIX}"
-            )
+            raise UserError(f"the checkpoint lacks tensors: {first}{more} missing; {_FIX}")
         return {place: found.stored for place, found in self._blocks.items()}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from mxmoe_steps.errors import UserError
@@ -22,7 +22,11 @@ _LAYER = re.compile(r"(?:^|(?<!mtp)\.)layers\.(\d+)\.")
 
 def check_version(found: str) -> None:
     """`UserError` unless this is a version of vLLM that has what is used here."""
-    if not Version(OLDEST) <= Version(found) < Version(TOO_NEW):
+    try:
+        works = Version(OLDEST) <= Version(found) < Version(TOO_NEW)
+    except InvalidVersion:  # "dev", of a source tree that was not built
+        works = False
+    if not works:
         raise UserError(f"vLLM {found}: packed checkpoints need vLLM from {OLDEST} up to and not including {TOO_NEW}")
 
 
@@ -35,6 +39,7 @@ class PackedConfig(QuantizationConfig):
         self.model: dict[str, Any]  # config.json
         self.family: Family
         self.layers: dict[int, Any] = {}  # their `PackedLayer`s
+        # Of the model that is made. A draft model, of layers that predict tokens ahead, has none.
         self.layers_stored = frozenset(map(int, self.checkpoint.blocks))
 
     def get_name(self) -> str:
@@ -65,6 +70,9 @@ class PackedConfig(QuantizationConfig):
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """vLLM tells the model's config, before it builds anything; `UserError` for one of no family."""
+        if hf_config.model_type.endswith("_mtp"):  # a draft model with a config of its own
+            self.layers_stored = frozenset()
+            return
         self.model = hf_config.to_dict()
         self.family = family_of(Path(model_name), self.model)
 
@@ -72,9 +80,19 @@ class PackedConfig(QuantizationConfig):
         """Static in the base class, called on the instance."""
         from mxmoe_steps.inference.vllm.stream import PackedTensors
 
-        return PackedTensors(take=self.take)
+        return PackedTensors(published=self.published)
 
     get_cache_scale_mapper = get_checkpoint_weight_mapper  # its name up to vLLM 0.31
+
+    def published(self, name: str, tensor: torch.Tensor) -> str | None:
+        """None where the tensor is taken, else its name as vLLM's classes know it: they read what is published, and a
+        packed checkpoint names the decoder as transformers does."""
+        if not self.layers_stored:
+            return name
+        if self.take(name, tensor):
+            return None
+        decoder = f"{self.family.decoder}."
+        return self.family.prefixes[0] + name.removeprefix(decoder) if name.startswith(decoder) else name
 
     def take(self, name: str, tensor: torch.Tensor) -> bool:
         """Whether a tensor of the checkpoint is of a packed block; what this rank keeps of it is kept then."""
@@ -96,8 +114,10 @@ class PackedConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from mxmoe_steps.inference.vllm.routed import PackedExpertsMethod
-        from mxmoe_steps.inference.vllm.shared import BLOCKS_OF, PackedLinearMethod
+        from mxmoe_steps.inference.vllm.shared import PackedLinearMethod
 
+        if self.layers and all(packed.is_loaded for packed in self.layers.values()):
+            self.layers_stored = frozenset()  # a draft model is made after the model, with this config
         number = self._layer_number(prefix)
         if isinstance(layer, RoutedExperts):
             if number is None:
@@ -105,10 +125,17 @@ class PackedConfig(QuantizationConfig):
             return PackedExpertsMethod(layer.moe_config, self._packed_layer(number))
         if not isinstance(layer, LinearBase):
             return None
-        *_, module, name = prefix.split(".")
-        if number is not None and module == self.family.shared and str(SHARED) in self.checkpoint.blocks[str(number)]:
-            return PackedLinearMethod(self._packed_layer(number), BLOCKS_OF[name])
+        if number is not None and (blocks := self._shared_blocks(number, prefix)):
+            return PackedLinearMethod(self._packed_layer(number), blocks)
         return UnquantizedLinearMethod()
+
+    def _shared_blocks(self, number: int, prefix: str) -> tuple[str, ...]:
+        """Blocks of the layer's shared expert that the linear layer ``prefix`` has; none if it is of something else."""
+        from mxmoe_steps.inference.vllm.shared import BLOCKS_OF
+
+        *_, module, name = prefix.split(".")
+        is_shared = module in (self.family.shared, self.family.stored_shared)  # vLLM's classes name it as published
+        return BLOCKS_OF.get(name, ()) if is_shared and str(SHARED) in self.checkpoint.blocks[str(number)] else ()
 
     def _layer_number(self, prefix: str) -> int | None:
         """Of the layer with packed experts that ``prefix`` is in. Those of multi-token prediction stay 16-bit."""

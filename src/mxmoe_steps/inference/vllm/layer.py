@@ -30,6 +30,7 @@ from mxmoe_steps.schemes import SHARED, Scheme
 logger = init_logger("vllm.mxmoe")  # vLLM configures loggers below its own
 
 _LASTING = ("auto", "hf", "safetensors")  # load formats whose tensors stay as they are: others reuse buffers
+_NOT_READ = ("dummy", "sharded_state", "runai_streamer_sharded", "tensorizer")  # that read no checkpoint's files
 
 
 class PackedLayer:
@@ -61,6 +62,11 @@ class PackedLayer:
             hidden, weights = (hidden * weights).to(hidden.dtype), torch.ones_like(weights)
         expert_ids = expert_ids if self.local is None else self.local[expert_ids]
         return self.compute(hidden, expert_ids, weights if self.scale == 1.0 else weights * self.scale)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether all has come, and something computes."""
+        return self.compute is not _not_loaded
 
     def load(self, expert: int, block: str, part: str, tensor: torch.Tensor) -> None:
         """Keep this rank's share of a whole tensor of the checkpoint; `UserError` where no block here waits for it."""
@@ -169,9 +175,11 @@ class SharedExpert(nn.Module):
 
 def check_options(engine: VllmConfig) -> None:
     """`UserError` for what packed experts cannot do."""
+    load_format = engine.load_config.load_format
     for refused, option, why in (
         (engine.lora_config is not None, "LoRA (--enable-lora)", "they take no adapters"),
         (engine.parallel_config.enable_eplb, "EPLB (--enable-eplb)", "they are not moved between ranks"),
+        (load_format in _NOT_READ, f"--load-format {load_format}", "they are read from the checkpoint's own files"),
     ):
         if refused:
             raise UserError(f"{option} does not work with packed experts: {why}; leave it out")

@@ -5,11 +5,14 @@ gets no parameters, and their tensors do not come through its loaders (`mxmoe_st
 """
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.inference.vllm.blocks import Blocks, Share, place_in_experts
@@ -65,13 +68,22 @@ class PackedExpertsMethod(FusedMoEMethodBase):
             packed.local = torch.full((moe.num_experts,), len(here))  # a number that no expert here has
             packed.local[here] = torch.arange(len(here))
 
-        layer.load_weights = self._load  # of models that tell vLLM's loader of no quantization method, as jamba
+        layer.load_weights = partial(self._load, dict(layer.named_parameters(recurse=False)))
 
-    def _load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-        """In place of its loader: names that begin with the number of an expert."""
+    def _load(self, own: dict[str, nn.Parameter], weights: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
+        """In place of the layer's loader: its ``own`` parameters, and what begins with the number of an expert.
+
+        The router's correction is such a parameter; vLLM 0.32 leaves it out (laguna). Blocks come here where the model
+        tells vLLM's loader of no quantization method, as jamba.
+        """
+        loaded = []
         for name, tensor in weights:
-            self.packed.load(*place_in_experts(name), tensor)
-        return ()
+            if name in own:
+                default_weight_loader(own[name], tensor)
+                loaded.append(name)
+            else:
+                self.packed.load(*place_in_experts(name), tensor)
+        return loaded
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         """Check that all have come."""

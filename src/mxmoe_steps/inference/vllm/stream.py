@@ -16,11 +16,12 @@ from vllm.model_executor.models.utils import WeightsMapper
 class PackedTensors(WeightsMapper):
     """Takes tensors from the stream; other names are mapped by what this is joined with.
 
-    ``take``: gets a name and a tensor, and says whether the tensor is one of ours. vLLM joins the mapper of its model
-    class with that of the quantization method by ``|`` and applies it to names and tensors.
+    ``published``: gets a name and a tensor, and gives the name that the tensor has as published, or None where the
+    tensor is one of ours. vLLM joins the mapper of its model class with that of the quantization method by ``|`` and
+    applies it to names and tensors.
     """
 
-    take: Callable[[str, torch.Tensor], bool] | None = None
+    published: Callable[[str, torch.Tensor], str | None] | None = None
 
     def __or__(self, other: WeightsMapper) -> "PackedTensors":
         """Ours first."""
@@ -32,10 +33,11 @@ class PackedTensors(WeightsMapper):
 
     def _with(self, names: WeightsMapper) -> "PackedTensors":
         mappings: dict[str, Any] = {field.name: getattr(names, field.name) for field in fields(WeightsMapper)}
-        return PackedTensors(**mappings, take=self.take)
+        return PackedTensors(**mappings, published=self.published)
 
     def apply(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[tuple[str, torch.Tensor]]:
         """What is not ours, under new names."""
-        take = self.take
-        assert take is not None
-        return super().apply((name, tensor) for name, tensor in weights if not take(name, tensor))
+        published = self.published
+        assert published is not None
+        named = ((published(name, tensor), tensor) for name, tensor in weights)
+        return super().apply((name, tensor) for name, tensor in named if name is not None)
