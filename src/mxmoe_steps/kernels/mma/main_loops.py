@@ -36,6 +36,7 @@ class MainLoop:
     """Multiplies a warp's share of a tile into sums (4, token blocks, row blocks); ``slots`` of the tile."""
 
     most_ahead: ClassVar[int] = 4  # token blocks whose next fragments have registers, too
+    in_order: ClassVar[bool] = False  # whether warps sync before they fetch more, or ptxas fetches all steps at once
 
     config: MmaConfig
     tile: Tile
@@ -94,7 +95,10 @@ class MainLoop:
     def ahead(self, fetches: list[Callable[[], Any]]) -> Iterator[Any]:
         """What ``fetches`` give, each asked for before the one ahead of it is used, if registers suffice."""
         if len(self.token_blocks) > self.most_ahead:
-            yield from (fetch() for fetch in fetches)
+            for fetch in fetches:
+                if self.in_order:
+                    cute.arch.sync_warp()
+                yield fetch()
             return
         following = fetches[0]()
         for fetch in fetches[1:]:
@@ -133,6 +137,8 @@ class RowsLoop(MainLoop):
 
 class DecodedLoop(MainLoop):
     """Weights that are decoded in registers, from chunks."""
+
+    in_order = True
 
     def views(self) -> tuple[Chunks, ...]:
         """Of the chunks' parts for this lane, by row block."""
