@@ -55,7 +55,8 @@ BATCHES = (1, 4, 8, 16, 32, 64, 128, 256)
 PREFILLS = (512, 2048, 8000)  # tokens; a model of 8192 gives one more
 CONCURRENT = (64, 256)
 PROMPT, NEW, SKIPPED = 64, 128, 8  # tokens of a decode; steps before it counts
-MOST_TOKENS = 8192
+MOST_TOKENS = 8192  # of a sequence
+MOST_STEP = max(BATCHES) * PROMPT  # tokens: all sequences begin in one step, and end in one
 PORT = 8817
 SERVER = "MXMOE_BENCHMARK_SERVER"  # set in the server and its processes
 REPLAYS = 20
@@ -123,7 +124,7 @@ def engine_options(run: str, path: Path, batches: list[int], attention: str | No
         "dtype": "bfloat16",
         "max_model_len": MOST_TOKENS,
         "max_num_seqs": max(batches),
-        "max_num_batched_tokens": MOST_TOKENS,
+        "max_num_batched_tokens": MOST_STEP,
         "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.85,
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": batches},
@@ -148,7 +149,7 @@ def fix_routing() -> None:
         name = self.layer_name
         if name not in noise:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-            values = torch.randn(2 * MOST_TOKENS, router_logits.shape[1], generator=generator)
+            values = torch.randn(MOST_STEP, router_logits.shape[1], generator=generator)
             noise[name] = values.to(router_logits)
         return forward(self, hidden_states, noise[name][: len(router_logits)], *rest, **options)
 
@@ -267,10 +268,11 @@ def offline(arguments: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
     from vllm.inputs import TokensPrompt
 
+    figures: Figures = {}
+    write(arguments.out, figures)  # imported
     if not sys.stdin.readline():
         return
     run, path, batches = arguments.one, arguments.folder / arguments.one, arguments.batches
-    figures: Figures = {}
 
     def found(**cells: float) -> None:
         figures.update(cells)
@@ -313,7 +315,10 @@ def offline(arguments: argparse.Namespace) -> None:
 
 
 class Alone:
-    """A process for `offline`: it imports vLLM at once, while another run is measured, and then waits."""
+    """A process for `offline`: it imports vLLM at once, together with those of the other runs, and then waits.
+
+    No process imports while another one measures: up to 2048 tokens, a prompt's first token waits for the host.
+    """
 
     def __init__(self, run: str, arguments: argparse.Namespace, folder: Path, out: Path) -> None:
         self.run, self.out = run, out
@@ -321,6 +326,11 @@ class Alone:
         command += ["--parts", *arguments.parts, "--batches", *map(str, arguments.batches)]
         command += ["--repeats", str(arguments.repeats), *attention_option(arguments.attention_backend)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr)
+
+    def ready(self) -> None:
+        """Return once it has imported, or has failed to."""
+        while self.process.poll() is None and not self.out.is_file():
+            time.sleep(0.1)
 
     def figures(self, timeout: float) -> Figures:
         """What it has measured when it ends, or after so many seconds."""
@@ -452,24 +462,23 @@ def measure(arguments: argparse.Namespace, temporary: Path) -> Results:
     """Every run in its turn."""
     out, folder = arguments.out, arguments.folder or temporary
     results = read_results(out) if out and out.is_file() else {}
-    turns = [run for _ in range(arguments.rounds) for run in arguments.runs]
-    paths = {run: prepare(run, folder, arguments.layers) for run in turns}
+    paths = {run: prepare(run, folder, arguments.layers) for run in arguments.runs}
     apart = bool(set(arguments.parts) - {"http"})
-    waiting: Alone | None = None
-    for turn, run in enumerate(turns):
-        figures: Figures = {}
+    for turn in range(arguments.rounds):
+        processes = {}
         if apart:
-            process = waiting or Alone(run, arguments, folder, temporary / f"{turn}.json")
-            if (following := turn + 1) < len(turns):
-                waiting = Alone(turns[following], arguments, folder, temporary / f"{following}.json")
-            figures |= process.figures(arguments.timeout)
-        if "http" in arguments.parts:
-            figures |= http(run, paths[run], arguments)
-        if figures:
-            print(run, {cell: round(figure, 3) for cell, figure in figures.items()}, flush=True)
-            results.setdefault(run, []).append(figures)
-            if out:
-                write(out, results)
+            processes = {run: Alone(run, arguments, folder, temporary / f"{turn}-{run}.json") for run in paths}
+        for process in processes.values():
+            process.ready()
+        for run, path in paths.items():
+            figures = processes[run].figures(arguments.timeout) if apart else {}
+            if "http" in arguments.parts:
+                figures |= http(run, path, arguments)
+            if figures:
+                print(run, {cell: round(figure, 3) for cell, figure in figures.items()}, flush=True)
+                results.setdefault(run, []).append(figures)
+                if out:
+                    write(out, results)
     return results
 
 

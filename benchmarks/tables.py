@@ -224,9 +224,13 @@ def serving(part: str) -> str:
 def serving_http() -> str:
     """Tokens a second of the server."""
     figures = _serving()
-    rates = [f"{figures[run]['tokens/s 64']:,.0f}" for run in ("w4a16", "W4A16")]
-    many = f"256 requests at a time: {figures['w4a16']['tokens/s 256']:,.0f} under w4a16"
-    return f"{rates[0]} tokens a second under w4a16 and {rates[1]} under vLLM's W4A16; {many}"
+    said = [
+        f"{requests} requests at a time: {figures['w4a16'][cell]:,.0f} tokens a second under w4a16,"
+        f" {figures['W4A16'][cell]:,.0f} under vLLM's W4A16"
+        for requests in (64, 256)
+        for cell in [f"tokens/s {requests}"]
+    ]
+    return "; ".join(said)
 
 
 def _serving() -> dict[str, dict[str, float]]:

@@ -62,6 +62,7 @@ rule calibrate_part:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("calibrate"),
+        gpu_mb=gpu_share("calibrate"),
     params:
         flags=lambda wildcards: CALIBRATE_FLAGS[wildcards.quantizer],
         made_from=made_from(LOSSES),
@@ -92,6 +93,7 @@ rule calibrate:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("calibrate"),
+        gpu_mb=gpu_share("calibrate"),
     params:
         code=lambda wildcards: CALIBRATE_CODE[wildcards.quantizer],
         model=CONTENTS.model(),

@@ -78,6 +78,7 @@ rule capture_part:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("capture"),
+        gpu_mb=gpu_share("capture"),
     params:
         flags=lambda wildcards: CAPTURE_FLAGS[wildcards.domain],
         made_from=made_from(CAPTURE),
@@ -100,6 +101,7 @@ rule capture:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("capture"),
+        gpu_mb=gpu_share("capture"),
     params:
         decided_by=lambda wildcards: CAPTURE_PARAMS[wildcards.domain],
         flags=lambda wildcards: CAPTURE_FLAGS[wildcards.domain],

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 from mxmoe_steps.check import CheckOptions
-from mxmoe_steps.measure import has_gpu
 
 READERS = {
     "trace",

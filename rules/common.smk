@@ -31,6 +31,7 @@ from mxmoe_steps.provenance import stamps
 from mxmoe_steps.values import typed
 from mxmoe_steps.workflow import plan
 from mxmoe_steps.workflow.contents import Contents
+from mxmoe_steps.workflow.gpu import gpu_memory, has_gpu
 
 update_config(config, typed(workflow.config_settings.config))
 STATE = Path(".snakemake/mxmoe")
@@ -58,6 +59,7 @@ FRONTIERS = {point.frontier: point for point in POINTS.values()}
 CALIBRATED = sorted({point.quantizer for point in POINTS.values()})
 PART_BORDERS = plan.part_borders(CONFIG, MODEL)
 MEMORY = plan.memory_of_steps(CONFIG, MODEL)
+GPU_MEMORY = gpu_memory() if workflow.local_exec and has_gpu() else 0
 DOMAINS = CONFIG.domains
 
 HASHES = Hashes(STATE / "hashes.json")
@@ -129,3 +131,19 @@ def folder_of(name):
 def memory(step):
     """Resource function of a job: its memory, and as much again at each new attempt."""
     return lambda wildcards, attempt: attempt * MEMORY[step]
+
+
+def gpu_share(step):
+    """Resource function of a job: memory of this machine's GPU, of which all jobs at work have no more than it has.
+
+    What a step needs at most it may need there. Jobs that measure time have the GPU for themselves.
+    """
+    if step in ("measure", "time"):
+        return GPU_MEMORY
+    if CONFIG.runtime.device == "cpu":
+        return 0
+    return lambda wildcards, attempt: min(GPU_MEMORY, attempt * MEMORY[step])
+
+
+if "gpu_mb" not in workflow.global_resources:
+    workflow.register_resource("gpu_mb", GPU_MEMORY)

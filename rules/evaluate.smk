@@ -57,6 +57,7 @@ rule evaluate_original:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("evaluate"),
+        gpu_mb=gpu_share("evaluate"),
     params:
         **ORIGINAL_PARAMS,
         flags=just(ORIGINAL_FLAGS),
@@ -80,6 +81,7 @@ rule evaluate:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("evaluate"),
+        gpu_mb=gpu_share("evaluate"),
     params:
         **EVALUATE_CODE,
         flags=just(EVALUATE_FLAGS),

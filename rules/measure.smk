@@ -25,6 +25,7 @@ rule measure:
         f"{OUT}/benchmarks/measure.tsv"
     resources:
         mem_mb=memory("measure"),
+        gpu_mb=gpu_share("measure"),
     params:
         **MEASURE_CODE,
         flags=just(MEASURE_FLAGS),

@@ -50,6 +50,7 @@ rule tasks:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("tasks"),
+        gpu_mb=gpu_share("tasks"),
         whole_models=int(workflow.local_exec),
     params:
         **TASKS_CODE,

@@ -60,6 +60,7 @@ rule time:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("time"),
+        gpu_mb=gpu_share("time"),
     params:
         **TIME_PARAMS,
         flags=just(TIME_FLAGS),

@@ -56,6 +56,7 @@ rule trace_part:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("trace"),
+        gpu_mb=gpu_share("trace"),
     params:
         flags=just(TRACE_FLAGS),
         made_from=made_from(TRACE_FILES["traffic"]),
@@ -78,6 +79,7 @@ rule trace:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("trace"),
+        gpu_mb=gpu_share("trace"),
     params:
         **TRACE_CODE,
         **TRACE_CONTENTS,

@@ -62,6 +62,7 @@ rule tune_part:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("tune"),
+        gpu_mb=gpu_share("tune"),
     params:
         flags=just(TUNE_FLAGS),
         made_from=made_from(TUNED),
@@ -87,6 +88,7 @@ rule tune:
     threads: CONFIG.runtime.threads
     resources:
         mem_mb=memory("tune"),
+        gpu_mb=gpu_share("tune"),
     params:
         **TUNE_PARAMS,
         flags=just(TUNE_FLAGS),

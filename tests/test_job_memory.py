@@ -51,7 +51,7 @@ def test_memory_follows_the_model_and_the_text() -> None:
     assert job_memory(deep, 2, 8 * 512, 1)["trace"] > 3 * 2 * (1 << 14)
 
 
-def test_every_job_that_runs_a_model_has_a_gpu_on_a_cluster() -> None:
+def test_every_job_that_uses_a_gpu_has_one_on_a_cluster() -> None:
     resources = yaml.safe_load((ROOT / "profiles" / "slurm" / "config.yaml").read_text(encoding="utf-8"))
     rules = {
         line.split()[1].rstrip(":")
@@ -59,7 +59,7 @@ def test_every_job_that_runs_a_model_has_a_gpu_on_a_cluster() -> None:
         for line in file.read_text(encoding="utf-8").splitlines()
         if line.startswith("rule ")
     }
-    steps = ("trace", "capture", "calibrate", "measure", "evaluate", "tasks")
+    steps = ("trace", "capture", "calibrate", "tune", "measure", "evaluate", "tasks", "time")
     with_gpu = {rule for rule in rules if rule.split("_")[0] in steps}
     assert set(resources["set-resources"]) == with_gpu
     assert all(one == {"slurm_partition": "gpu", "gres": "gpu:1"} for one in resources["set-resources"].values())

@@ -77,7 +77,7 @@ def test_unknown_gpu_and_missing_tensor_cores():
 ROOT = Path(__file__).parents[1]
 SMS = 132
 TRUE = {"launch_us": 6.0, "loop_launch_us": 0.15, "loop_tile_us": 0.05, "tail": 0.7, "exposed": 0.2,
-        "bandwidth_gbs": 3000.0}  # fmt: skip
+        "bandwidth_gbs": 3000.0, "activation_gbs": 2000.0}  # fmt: skip
 MACHINE = {"capability": [8, 0], "compiler": "none", "cuda": "13.0", "date": "2026-11-28", "driver": "", "sms": 108,
            "torch": "2.13.0"}  # fmt: skip
 FORMATS = tuple(sorted(kernel_format(parse_scheme(name)) for name in ("w16a16", "w4a16", "w8a8_fp8", "w2a16")))

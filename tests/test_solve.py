@@ -253,6 +253,7 @@ def toy(tmp_path_factory) -> dict:
     facts = {
         "sms": 4,
         "bandwidth_gbs": 60.0,
+        "activation_gbs": 60.0,
         "launch_us": 0.5,
         "estimate": True,
         "device": "toy",

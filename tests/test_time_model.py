@@ -27,8 +27,9 @@ W4, W8 = parse_scheme("w4a16"), parse_scheme("w8a8")
 
 def gpu(**changes) -> Profile:
     tiles = {W4: np.array([[16, 1.0, 0.1], [64, 2.0, 0.2]]), W8: np.array([[16, 1.0, 0.05]])}
-    given = {"sms": 4, "bandwidth_gbs": 100.0, "launch_us": 5.0, "loop_launch_us": 0.5, "loop_tile_us": 0.25,
-             "tail": 0.75, "exposed": 0.125, "estimate": True, "device": "toy", **changes}  # fmt: skip
+    given = {"sms": 4, "bandwidth_gbs": 100.0, "activation_gbs": 80.0, "launch_us": 5.0, "loop_launch_us": 0.5,
+             "loop_tile_us": 0.25, "tail": 0.75, "exposed": 0.125, "estimate": True, "device": "toy",
+             **changes}  # fmt: skip
     by_scheme = given.pop("tiles", tiles)
     return Profile(tiles={(phase, s): cells for phase in PHASES for s, cells in by_scheme.items()}, **given)
 
@@ -63,7 +64,7 @@ def test_times_by_hand():
     assert sides.more_longest[gate, 0] == pytest.approx(0.75 * 0.25)
     # Expert 1: idle in step one; its bytes count half.
     weights = 128 * 256 * 4.25 / 8
-    moved = (0.5 * weights + 10 * (256 * 2 + 128 * 2)) / 1e5
+    moved = 0.5 * weights / 1e5 + 10 * (256 * 2 + 128 * 2) / 8e4
     assert sides.memory[6, 0] == pytest.approx(moved + 0.125 * sides.compute[6, 0])
     assert sides.more_memory[6, 0] == pytest.approx(0.125 * sides.more_compute[6, 0])
     # The shared expert sees all 40 tokens: three 16-tiles. Its width is two experts: gate and up are two pieces of

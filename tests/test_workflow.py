@@ -96,6 +96,36 @@ def test_a_local_profile_compiles_measures_and_times(project: Path) -> None:
         assert {rule: jobs[rule] for rule in ("compile", "measure", "profile", "time") if rule in jobs} == steps
 
 
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_jobs_share_a_gpu_by_memory_and_measure_alone(done: Path, device: str) -> None:
+    settings = yaml.safe_load(yaml.safe_dump(SETTINGS))
+    settings["calibrate"]["schemes"] = ["w2a16", "w4a16", "w8a8_fp8"]
+    settings["profile"]["hardware"], settings["runtime"]["device"] = "local", device
+    command = [
+        "--cores",
+        "2",
+        "--dry-run",
+        "--forceall",
+        "--config",
+        *(f"{key}={value}" for key, value in settings.items()),
+    ]
+    run = (
+        "from mxmoe_steps.workflow import gpu; gpu.has_gpu = lambda: True; gpu.gpu_memory = lambda: 24564\n"
+        f"from snakemake.cli import main; main({command!r})"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", run], cwd=done, env=environment(done), capture_output=True, text=True, check=True
+    ).stdout
+    jobs = re.findall(r"^rule (\w+):.*?^    resources: (.*?)$", said, re.M | re.S)
+    shares = {
+        rule: int(asked.get("gpu_mb", 0)) for rule, text in jobs if (asked := dict(re.findall(r"(\w+)=(\d+)", text)))
+    }
+    assert (shares["measure"], shares["time"]) == (24564, 24564)
+    assert (shares["solve"], shares["compile"]) == (0, 0)
+    modest = [shares[rule] for rule in ("trace", "capture", "calibrate", "evaluate")]
+    assert all(1024 < share < 8192 for share in modest) if device == "cuda" else modest == [0] * 4
+
+
 def test_comments_key_order_and_docstrings_run_nothing(project: Path) -> None:
     write_settings(project, dict(reversed(list(SETTINGS.items()))), header="# a comment\n")
     module = project / "src" / "mxmoe_steps" / "calibrate.py"

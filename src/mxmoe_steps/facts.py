@@ -123,6 +123,7 @@ class _Ratios(TypedDict):
 class _Gpu(TypedDict):
     __pydantic_config__ = STRICT  # type: ignore[misc]
 
+    activation_gbs: Positive
     arch: Name
     bandwidth_gbs: Positive
     device: Name

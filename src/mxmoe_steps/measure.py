@@ -7,7 +7,6 @@ the kernels do not run on, the table is empty and `profile` writes the data-shee
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from pydantic import Field
@@ -27,11 +26,6 @@ class MeasureOptions(StepOptions):
     rounds: Count = Field(5, description="times that every launch is visited")
     repeats: Count = Field(3, description="replays that count at each visit, by their median")
     out: OutFile = Field(description="parquet file to write")
-
-
-def has_gpu() -> bool:
-    """Whether this machine seems to have an NVIDIA GPU; no PyTorch."""
-    return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def environment(step: str = "measure") -> dict[str, Any]:

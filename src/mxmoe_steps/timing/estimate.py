@@ -112,4 +112,4 @@ def estimate_profile(schemes: list[Scheme], hardware: dict[str, Any]) -> tuple[d
     }
     facts = {key: hardware[key] for key in ("device", "arch", "sms", "bandwidth_gbs", "launch_us", "source")}
     ideal = {"loop_launch_us": 0.0, "loop_tile_us": 0.0, "tail": 1 - 1 / hardware["sms"], "exposed": 0.0}
-    return columns, {**facts, **ideal, "estimate": True}
+    return columns, {**facts, **ideal, "activation_gbs": hardware["bandwidth_gbs"], "estimate": True}

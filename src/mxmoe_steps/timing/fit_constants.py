@@ -27,12 +27,13 @@ FOLDS = 5  # held-out problems are predicted by a fit to the other folds
 @dataclass(frozen=True)
 class Features:
     """What the model needs of L launches, float64 [L]: work and its other-loop tiles per SM, the longest tile,
-    megabytes moved, main loops of the kernel, and the measured time."""
+    megabytes moved and those of activations among them, main loops of the kernel, and the measured time."""
 
     work: NDArray[np.float64]
     foreign: NDArray[np.float64]  # tiles x other main loops / multiprocessors
     longest: NDArray[np.float64]
     megabytes: NDArray[np.float64]
+    activations: NDArray[np.float64]
     loops: NDArray[np.float64]
     us: NDArray[np.float64]
 
@@ -42,14 +43,14 @@ class Features:
 
 def features(measurements: list[Measurement], tiles: Tiles, sms: int) -> Features:
     """Features of fused launches."""
-    return Features(*np.array([_features(one, tiles, sms) for one in measurements], np.float64).reshape(-1, 6).T)
+    return Features(*np.array([_features(one, tiles, sms) for one in measurements], np.float64).reshape(-1, 7).T)
 
 
 def _features(one: Measurement, tiles: Tiles, sms: int) -> tuple[float, ...]:
     n, k, phase = np.array([one["out_features"]]), np.array([one["in_features"]]), one["phase"]
     rows, names = np.array(one["rows"], np.int64), np.array(one["schemes"])
     loops = sum(len(tiles[phase, name]) for name in one["carried"])
-    work = foreign = longest = moved = 0.0
+    work = foreign = longest = weights = activations = 0.0
     for name in sorted(set(one["schemes"])):
         own = rows[names == name][None]
         cells, scheme = tiles[phase, name][:, :3], parse_scheme(name)
@@ -59,47 +60,53 @@ def _features(one: Measurement, tiles: Tiles, sms: int) -> tuple[float, ...]:
         work += float(busy.sum())
         foreign += float(tile_count) * (loops - len(cells))
         longest = max(longest, float(long.max()))
-        moved += float((own > 0).sum() * weight_bytes[0] + own.sum() * token_bytes[0])
-    return work / sms, foreign / sms, longest, moved / 1e6, loops, median_us(one)
+        weights += float((own > 0).sum() * weight_bytes[0])
+        activations += float(own.sum() * token_bytes[0])
+    megabytes = (weights + activations) / 1e6
+    return work / sms, foreign / sms, longest, megabytes, activations / 1e6, loops, median_us(one)
 
 
 def predict(data: Features, constants: dict[str, float]) -> NDArray[np.float64]:
     """Microseconds [L] by the formula of `timing.model`."""
     work = data.work + constants["loop_tile_us"] * data.foreign
-    memory = data.megabytes * 1e3 / constants["bandwidth_gbs"] + constants["exposed"] * work
+    memory = (data.megabytes - data.activations) * 1e3 / constants["bandwidth_gbs"]
+    memory = memory + data.activations * 1e3 / constants["activation_gbs"] + constants["exposed"] * work
     side = np.maximum(work + constants["tail"] * data.longest, memory)
     return np.asarray(constants["launch_us"] + constants["loop_launch_us"] * data.loops + side)
 
 
 def fit_constants(data: Features) -> dict[str, float]:
     """The constants of least error, see `timing.model.CONSTANTS`; `UserError` if no launch waits for memory."""
-    best = (np.inf, np.zeros(5), 0.0)
+    best = (np.inf, np.zeros(6), 0.0)
     for loop_tile_us in LOOP_GRID:
         work = data.work + loop_tile_us * data.foreign
         for equal in SIDES:
             error, solution = _alternate(data, work, work >= equal * data.megabytes)
             if error < best[0]:
                 best = (error, solution, float(loop_tile_us))
-    _, (launch, loop, tail, per_megabyte, exposed), loop_tile_us = best
+    _, (launch, loop, tail, per_megabyte, more, exposed), loop_tile_us = best
     if per_megabyte <= 0:
         raise UserError("the measurements show no launch that waits for memory: run measure again")
-    values = (launch, loop, loop_tile_us, tail, exposed, 1e3 / per_megabyte)
+    values = (launch, loop, loop_tile_us, tail, exposed, 1e3 / per_megabyte, 1e3 / (per_megabyte + more))
     return dict(zip(CONSTANTS, map(float, values), strict=True))
 
 
 def _alternate(
     data: Features, work: NDArray[np.float64], compute: NDArray[np.bool_]
 ) -> tuple[float, NDArray[np.float64]]:
-    """Least error over launch, launch per loop, tail, microseconds per MB and exposed, from the given sides."""
-    best = (np.inf, np.zeros(5))
+    """Least error over launch, launch per loop, tail, microseconds per MB, what more one of activations takes, and
+    exposed, from the given sides."""
+    best = (np.inf, np.zeros(6))
     for _ in range(PASSES):
         zero = np.zeros_like(work)
         columns = [
             np.ones_like(work), data.loops, np.where(compute, data.longest, zero),
-            np.where(compute, zero, data.megabytes), np.where(compute, zero, work),
+            np.where(compute, zero, data.megabytes), np.where(compute, zero, data.activations),
+            np.where(compute, zero, work),
         ]  # fmt: skip
         solution = _not_negative(np.stack(columns, 1) / data.us[:, None], 1 - np.where(compute, work, zero) / data.us)
-        busy, moving = work + solution[2] * data.longest, solution[3] * data.megabytes + solution[4] * work
+        busy = work + solution[2] * data.longest
+        moving = solution[3] * data.megabytes + solution[4] * data.activations + solution[5] * work
         modelled = solution[0] + solution[1] * data.loops + np.maximum(busy, moving)
         error = float(np.abs(modelled / data.us - 1).sum())
         if error < best[0] and solution[3] > 0:

@@ -2,11 +2,13 @@
 
 A layer is two grouped GEMMs, gate+up of all experts and down of all experts. A launch takes
 
-    launch_us + loop_launch_us F + max(W + tail x longest tile in use, bytes / bandwidth + exposed W)
+    launch_us + loop_launch_us F + max(W + tail x longest tile in use, M + exposed W)
     W = sum over tiles of (tile_us + kstep_us K / 128 + loop_tile_us (F - F of its own scheme)) / P
+    M = bytes of weights / bandwidth + bytes of activations / activation bandwidth
 
 with P multiprocessors: Graham's bound for list scheduling (1969, theorem 1; there the tail is 1 - 1/P), or the memory
-floor and the part of the compute that it does not hide. A kernel carries F main loops, one per scheme and token tile.
+floor and the part of the compute that it does not hide. Activations are tokens' rows, in and out. A kernel carries F
+main loops, one per scheme and token tile.
 Between the two lies SwiGLU, launch_us + its bytes / bandwidth; where it is part of the first launch, what is left is
 nothing, or launch_us + bytes / bandwidth of the products that are quantized for the second.
 Every term is linear in the choices or a maximum over them, so the time of a model is a sum of maxima of linear
@@ -20,7 +22,7 @@ from mxmoe_steps.schemes import Scheme
 
 KSTEP = 128  # input features per k-step
 OUTPUT_BYTES = 2  # bfloat16
-CONSTANTS = ("launch_us", "loop_launch_us", "loop_tile_us", "tail", "exposed", "bandwidth_gbs")
+CONSTANTS = ("launch_us", "loop_launch_us", "loop_tile_us", "tail", "exposed", "bandwidth_gbs", "activation_gbs")
 
 
 def tile_counts(rows: NDArray[np.int64], sizes: NDArray[np.float64]) -> NDArray[np.int64]:

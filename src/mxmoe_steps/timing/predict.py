@@ -32,8 +32,8 @@ def block_times(
 ) -> Times:
     """Times of every block under the kernels of S schemes for the sampled traffic.
 
-    ``compute`` is the block's part of W, ``longest`` tail x its longest tile, ``memory`` bytes / bandwidth + exposed x
-    its part of W. ``one_phase``: schemes whose kernel's phases all launches have; by default they follow from what a
+    ``compute`` is the block's part of W, ``longest`` tail x its longest tile, ``memory`` its part of M + exposed x its
+    part of W. ``one_phase``: schemes whose kernel's phases all launches have; by default they follow from what a
     launch carries. `UserError` where blocks and traffic are of different models.
     """
     rows, weight = _rows_and_weights(blocks, traffic)
@@ -97,8 +97,9 @@ def _sides(
             sides.longest[of, column] = profile.tail * longest
             sides.more_longest[of, column] = profile.tail * (longer - longest)
         weight_bytes, token_bytes = bytes_moved(out, inner, scheme)
-        moved = slices * ((weight * (rows > 0)).sum(1) * weight_bytes + (weight * rows).sum(1) * token_bytes)
-        sides.memory[:, column] = moved / (profile.bandwidth_gbs * 1e3) + profile.exposed * sides.compute[:, column]
+        used, tokens = slices * (weight * (rows > 0)).sum(1), slices * (weight * rows).sum(1)
+        moving = profile.memory_us(used * weight_bytes, tokens * token_bytes)
+        sides.memory[:, column] = moving + profile.exposed * sides.compute[:, column]
         sides.more_memory[:, column] = profile.exposed * sides.more_compute[:, column]
     return sides
 

@@ -32,6 +32,7 @@ class Profile:
     tail: float
     exposed: float
     bandwidth_gbs: float
+    activation_gbs: float
     estimate: bool
     device: str
     architecture: Architecture = DEFAULT  # of GPUs without kernels, too
@@ -40,6 +41,12 @@ class Profile:
     def schemes(self) -> list[Scheme]:
         """Schemes with a kernel."""
         return sorted({scheme for _, scheme in self.tiles})
+
+    def memory_us(
+        self, weight_bytes: NDArray[np.float64], activation_bytes: NDArray[np.float64]
+    ) -> NDArray[np.float64]:
+        """Microseconds that bytes take to move, M of `timing.model`, elementwise."""
+        return weight_bytes / (self.bandwidth_gbs * 1e3) + activation_bytes / (self.activation_gbs * 1e3)
 
     def loops(self, phase: str, schemes: Collection[Scheme]) -> int:
         """Main loops of the kernel that carries ``schemes``."""

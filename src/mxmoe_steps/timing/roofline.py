@@ -34,7 +34,7 @@ def layer_roofline(
     weight = np.where(shared[:, None], 1 / rows.shape[1], traffic.weight[index][:, blocks.expert].T)
     slices, out, inner = cut_shared(blocks)
     phases = step_phases(blocks, traffic, carried, profile.sms, profile.architecture)
-    compute, moved = np.zeros(len(blocks)), np.zeros(len(blocks))
+    compute, moved, moving = np.zeros((3, len(blocks)))
     for one, (kernel, launch) in enumerate(zip(kernels, blocks.launch.tolist(), strict=True)):
         phase, at = phases[launch], slice(one, one + 1)
         others = profile.loops(phase, carried) - profile.loops(phase, [kernel])
@@ -43,8 +43,9 @@ def layer_roofline(
         compute[one] = slices[one] * (weight[at] * work).sum() / profile.sms
         weights, tokens = bytes_moved(out[at], inner[at], kernel)
         used = float((weight[at] * (rows[at] > 0)).sum())
-        moved[one] = slices[one] * (used * weights[0] + (weight[at] * rows[at]).sum() * tokens[0])
-    memory = moved / (profile.bandwidth_gbs * 1e3) + profile.exposed * compute
+        parts = slices[at] * used * weights, slices[at] * (weight[at] * rows[at]).sum() * tokens
+        moved[at], moving[at] = sum(parts), profile.memory_us(*parts)
+    memory = moving + profile.exposed * compute
     operations = 2 * (weight * rows).sum(1) * blocks.params
     experts = []
     for launch, name in enumerate(LAUNCH_NAMES):
