@@ -4,7 +4,9 @@ import importlib.util
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from kernel_weights import random_weight
 from mxmoe_steps.kernels.architecture import ROTATED_KERNELS
 from mxmoe_steps.kernels.build import TokenKernel, build, default_cache
 from mxmoe_steps.kernels.codes.format import GROUP
-from mxmoe_steps.kernels.formats import FORMATS
+from mxmoe_steps.kernels.formats import CODES, FORMATS
 from mxmoe_steps.kernels.layouts import kernel_weights
 from mxmoe_steps.kernels.lint import disassemble, disassembler, inspect, spills_in_loops
 from mxmoe_steps.kernels.mma.architecture import GPUS, ON_HOPPER, MmaSync
@@ -181,26 +183,40 @@ def test_every_kernel_fits_in_shared_memory(architecture: MmaSync) -> None:
             assert used <= MOST_SHARED[architecture.target]
 
 
-MIXTURE = [  # a format of every main loop
-    format_
-    for format_ in FORMATS
-    if format_.name
-    in (
-        *("w16a16", "w4a16_g128_asym", "w8a8_g-1_sym", "w4a8_g128_sym", "w8a8_g-1_sym_fp8", "w4a8_g128_sym_fp8"),
-        "w4a4_g128_sym",
-    )
-]
+BY_NAME = {format_.name: format_ for format_ in FORMATS}
+MIXTURE = (  # a format of every main loop
+    *("w16a16", "w4a16_g128_asym", "w8a8_g-1_sym", "w4a8_g128_sym", "w8a8_g-1_sym_fp8", "w4a8_g128_sym_fp8"),
+    "w4a4_g128_sym",
+)
+LARGE_TILES = {  # prefill kernels by their formats: of every code on the A100, whose warps have the most sums
+    "sm_80": (
+        *((code.variants()[-1].name,) for code in CODES if code.operand in GPUS[0].operands),
+        ("w16a16", "w4a16_g128_asym", "w8a8_g-1_sym"),
+    ),
+    "sm_86": (("w4a4_g128_sym",),),
+    "sm_89": (("w16a16",),),
+    "sm_120a": (("w4a16_g128_asym",), ("w2a16_g128_asym",)),
+}
+
+
+def kernels() -> Iterator[Any]:
+    """Of every GPU a latency kernel of all main loops, and its `LARGE_TILES`."""
+    for architecture in GPUS:
+        mixture = tuple(name for name in MIXTURE if BY_NAME[name].operand in architecture.operands)
+        for phase, names in (("latency", mixture), *(("prefill", one) for one in LARGE_TILES[architecture.target])):
+            label = names[0] if len(names) == 1 else f"{len(names)}-formats"
+            yield pytest.param(architecture, phase, names, id=f"{architecture.target}-{phase}-{label}")
+
+
 OPCODE = {"bf16": "HMMA", "fp8": "QMMA", "int8": "IMMA", "int4": "IMMA"}
 
 
 @needs_compiler
-@pytest.mark.parametrize("architecture", GPUS, ids=lambda one: one.target)
-@pytest.mark.parametrize("phase", ["latency", "prefill"])
-def test_machine_code_is_native_and_keeps_to_registers(architecture: MmaSync, phase: str, cache: Path) -> None:
-    formats = [format_ for format_ in MIXTURE if format_.operand in architecture.operands]
-    if phase == "prefill":  # the largest tiles: a format for each GPU
-        formats = [formats[GPUS.index(architecture) - 2]]
-    config = architecture.config(tuple(formats), phase)
+@pytest.mark.parametrize(("architecture", "phase", "names"), list(kernels()))
+def test_machine_code_is_native_and_keeps_to_registers(
+    architecture: MmaSync, phase: str, names: tuple[str, ...], cache: Path
+) -> None:
+    config = architecture.config(tuple(BY_NAME[name] for name in names), phase)
     sass = disassemble(build(config, cache).with_suffix(".cubin"))
     code = inspect(sass)
     steps = Counter()

@@ -7,8 +7,9 @@ from cutlass._mlir.dialects import llvm
 
 from mxmoe_steps.kernels.mma.config import MmaConfig
 
-_WAIT = "{{ .reg .pred p; A: mbarrier.{}_wait.parity.shared.b64 p, [$0], $1; @p bra B; {}bra A; B: }}"
-_NAP = ".reg .b32 t; mov.b32 t, 20; nanosleep.u32 t; "  # or those that wait take turns from those that multiply
+# Each in the shape of a loop with which ptxas keeps the main loops free of spills; with the other's it does not
+_SUSPEND = "{ .reg .pred p; A: mbarrier.try_wait.parity.shared.b64 p, [$0], $1; @p bra B; bra A; B: }"
+_POLL = "{ .reg .pred p; A: mbarrier.test_wait.parity.shared.b64 p, [$0], $1; @!p nanosleep.u32 20; @!p bra A; }"
 
 
 def _ordered(text: str, *arguments: Int32) -> None:
@@ -33,9 +34,9 @@ def arrive_when_copied(barrier: Any) -> None:
 
 
 def wait(config: MmaConfig, barrier: Any, parity: Int32) -> None:
-    """Until the phase of ``parity`` is complete."""
-    text = _WAIT.format("try", "") if config.suspends else _WAIT.format("test", _NAP)
-    _ordered(text, barrier.toint(), parity)
+    """Until the phase of ``parity`` is complete. Where it polls, it naps, or those that wait take turns from those that
+    multiply."""
+    _ordered(_SUSPEND if config.suspends else _POLL, barrier.toint(), parity)
 
 
 def copy(target: Int32, source: Int64, size: Int32) -> None:

@@ -79,12 +79,12 @@ class Consumer:
             problem.token_scales[config.operands.index(format_.operand)],
             problem.channel_scales[config.formats.index(format_)],
         )
-        channels = epilogue.channels(place)
+        factors = epilogue.fetch(place)
         kind = Int32 if format_.operand == "int8" and not format_.decoded else Float32
         acc = cute.make_rmem_tensor((4, config.token_blocks(tile), config.row_blocks), kind)
         acc.fill(0)
         slots = ceil_div(problem.features, tile.slot_features)
         position = loop_of(tile)(config, tile, self.ring, warp, slots).run(acc, position)
         first_row = place.row_tile * config.rows + warp.row * config.warp_rows
-        epilogue.finish(acc, channels, place, problem.out, first_row < problem.out_features)
+        epilogue.finish(acc, factors, place, problem.out, first_row < problem.out_features)
         return position

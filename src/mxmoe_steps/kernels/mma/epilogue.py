@@ -32,6 +32,16 @@ def store_if(condition: Boolean, words: cute.Tensor, target: Int64) -> None:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """What a warp multiplies the sums by, on its way while its tile is multiplied: of the thread's rows (row of two,
+    row block); of the warp's tokens (word), token ``32 w + l`` in word w of lane l, since all of a thread's own would
+    not fit beside the sums of large tiles."""
+
+    channels: cute.Tensor
+    tokens: cute.Tensor
+
+
+@dataclass(frozen=True)
 class Epilogue:
     """``staging``: shared memory, of all warps' tokens and then of parts' sums; ``token_scales``: [rows],
     ``channel_scales``: [entries, N], of the tile's operand and format."""
@@ -53,36 +63,38 @@ class Epilogue:
         return self.warp.column * (self.token_blocks * MMA_TOKENS)
 
     @cute.jit
-    def channels(self, place: Place) -> cute.Tensor:
-        """Factors of the thread's rows (row of two, row block), on their way while its tile is multiplied."""
+    def fetch(self, place: Place) -> Factors:
+        """The factors of what the warp will store."""
         format_, warp = self.tile.format, self.warp
-        factors = cute.make_rmem_tensor((2, self.config.row_blocks), Float32)
-        first = place.row_tile * self.config.rows + warp.row * self.config.warp_rows + (warp.lane >> 2)
-        for m in cutlass.range_constexpr(self.config.row_blocks):
-            for r in cutlass.range_constexpr(2):
-                factors[r, m] = Float32(1.0)
-                if const_expr(format_.channel_scaled):
-                    factors[r, m] = self.channel_scales[place.entry, first + m * MMA_ROWS + 8 * r]
-        return factors
+        channels = cute.make_rmem_tensor((2, self.config.row_blocks), Float32)
+        channels.fill(1.0)
+        if const_expr(format_.channel_scaled):
+            first = place.row_tile * self.config.rows + warp.row * self.config.warp_rows + (warp.lane >> 2)
+            for m in cutlass.range_constexpr(self.config.row_blocks):
+                for r in cutlass.range_constexpr(2):
+                    channels[r, m] = self.channel_scales[place.entry, first + m * MMA_ROWS + 8 * r]
+        tokens = cute.make_rmem_tensor(((self.token_blocks * MMA_TOKENS + 31) // 32,), Float32)
+        tokens.fill(1.0)
+        if const_expr(format_.token_scaled):
+            for word in cutlass.range_constexpr(cute.size(tokens)):
+                token = self.first_token + 32 * word + warp.lane
+                if token < place.rows:
+                    tokens[word] = self.token_scales[place.first + token]
+        return Factors(channels, tokens)
+
+    def token_factors(self, factors: Factors, block: int) -> tuple[Float32, ...]:
+        """Those of the thread's two tokens of a token block, from the lanes that hold them."""
+        if not self.tile.format.token_scaled:
+            return Float32(1.0), Float32(1.0)
+        word, first = divmod(block * MMA_TOKENS, 32)
+        lane = first + 2 * (self.warp.lane & 3)
+        return tuple(cute.arch.shuffle_sync(factors.tokens[word], lane + i) for i in range(2))
 
     @cute.jit
-    def tokens(self, place: Place) -> cute.Tensor:
-        """Factors of the thread's tokens (token of two, token block)."""
-        factors = cute.make_rmem_tensor((2, self.token_blocks), Float32)
-        factors.fill(1.0)
-        if const_expr(self.tile.format.token_scaled):
-            for n in cutlass.range_constexpr(self.token_blocks):
-                for i in cutlass.range_constexpr(2):
-                    token = self.first_token + n * MMA_TOKENS + 2 * (self.warp.lane & 3) + i
-                    if token < place.rows:
-                        factors[i, n] = self.token_scales[place.first + token]
-        return factors
-
-    @cute.jit
-    def finish(self, acc: cute.Tensor, channels: cute.Tensor, place: Place, out: cute.Tensor, stored: Boolean) -> None:
+    def finish(self, acc: cute.Tensor, factors: Factors, place: Place, out: cute.Tensor, stored: Boolean) -> None:
         """Add up parts, scale, round and store, if the rows are ``stored``."""
         if const_expr(self.config.split == 1):
-            self.store(acc, channels, place, out, stored)
+            self.store(acc, factors, place, out, stored)
         else:
             self.leave(acc)
             meet(WRITTEN, 32 * self.config.warps)
@@ -90,7 +102,7 @@ class Epilogue:
                 self.add(acc)
             meet(READ, 32 * self.config.warps)
             if self.warp.part == 0:
-                self.store(acc, channels, place, out, stored)
+                self.store(acc, factors, place, out, stored)
 
     def sums_of(self, acc: cute.Tensor, part: Any) -> cute.Tensor:
         """Where this thread's sums of a part lie: (element)."""
@@ -118,11 +130,10 @@ class Epilogue:
                 acc[e] = acc[e] + sums[e]
 
     @cute.jit
-    def store(self, acc: cute.Tensor, channels: cute.Tensor, place: Place, out: cute.Tensor, stored: Boolean) -> None:
+    def store(self, acc: cute.Tensor, factors: Factors, place: Place, out: cute.Tensor, stored: Boolean) -> None:
         """Scale, round and store the warp's tile."""
         config, lane = self.config, self.warp.lane
         pitch, columns = config.staging_pitch, config.stored_rows
-        tokens = self.tokens(place)
         staged = min(STAGED_TOKENS, self.token_blocks * MMA_TOKENS)
         own_at = (self.warp.column * ROW_WARPS + self.warp.row) * (STAGED_TOKENS * pitch)
         own = self.staging + cute.assume(own_at, divby=16)
@@ -136,7 +147,7 @@ class Epilogue:
         for start in cutlass.range_constexpr(0, self.token_blocks * MMA_TOKENS, staged):
             cute.arch.sync_warp()
             for n in cutlass.range_constexpr(staged // MMA_TOKENS):
-                self.stage(acc, channels, tokens, start // MMA_TOKENS + n, own + n * MMA_TOKENS * pitch)
+                self.stage(acc, factors, start // MMA_TOKENS + n, own + n * MMA_TOKENS * pitch)
             cute.arch.sync_warp()
             for j in cutlass.range_constexpr(0, staged, at_once):
                 words = cute.make_rmem_tensor((4,), Int32)
@@ -147,17 +158,16 @@ class Epilogue:
                 store_if(stored & there, words, address + Int64(2 * (start + j)) * Int64(out.shape[1]))
 
     @cute.jit
-    def stage(
-        self, acc: cute.Tensor, channels: cute.Tensor, tokens: cute.Tensor, n: cutlass.Constexpr, target: Any
-    ) -> None:
+    def stage(self, acc: cute.Tensor, factors: Factors, n: cutlass.Constexpr, target: Any) -> None:
         """The token block ``n`` of the warp's tile to its staged tokens."""
         growth, lane = self.tile.format.growth, self.warp.lane
         at = cute.assume((lane >> 2) * self.config.staging_pitch + (lane & 3) * 4, divby=4)
+        tokens = self.token_factors(factors, n)
         for m in cutlass.range_constexpr(self.config.row_blocks):
             values = cute.make_rmem_tensor((2, 2), Float32)  # token, row
             for e in cutlass.range_constexpr(4):
-                factor = channels[row_of(e), m] * Float32(growth)
-                values[e] = Float32(acc[e, n, m]) * factor * tokens[e % 2, n]
+                factor = factors.channels[row_of(e), m] * Float32(growth)
+                values[e] = Float32(acc[e, n, m]) * factor * tokens[e % 2]
             rounded = cute.make_fragment_like(values, BFloat16)
             rounded.store(values.load().to(BFloat16))
             if const_expr(self.config.gated):

@@ -35,7 +35,8 @@ class Warp:
 class MainLoop:
     """Multiplies a warp's share of a tile into sums (4, token blocks, row blocks); ``slots`` of the tile."""
 
-    most_ahead: ClassVar[int] = 4  # token blocks whose next fragments have registers, too
+    most_ahead: ClassVar[int] = 8  # token blocks whose next fragments have registers, too
+    most_at_once: ClassVar[int] = 8  # token blocks of which ptxas may fetch more than the next fragments
 
     config: MmaConfig
     tile: Tile
@@ -98,6 +99,8 @@ class MainLoop:
             return
         following = fetches[0]()
         for fetch in fetches[1:]:
+            if len(self.token_blocks) > self.most_at_once:
+                cute.arch.sync_warp()  # nothing is fetched across it
             current, following = following, fetch()
             yield current
         yield following
@@ -111,8 +114,6 @@ class MainLoop:
 
 class RowsLoop(MainLoop):
     """Weights in rows, as the tokens are. Fragments of a step are fetched while the step before is multiplied."""
-
-    most_ahead = 8
 
     def multiply_slot(self, acc: cute.Tensor, views: Any, begin: Int32) -> None:
         """As `MainLoop.multiply_slot`."""
@@ -133,6 +134,8 @@ class RowsLoop(MainLoop):
 
 class DecodedLoop(MainLoop):
     """Weights that are decoded in registers, from chunks."""
+
+    most_at_once = 4
 
     def views(self) -> tuple[Chunks, ...]:
         """Of the chunks' parts for this lane, by row block."""
