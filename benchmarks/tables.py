@@ -46,58 +46,77 @@ def digits(value: float) -> str:
     return f"{value:.0f}" if value >= 999.95 else f"{value:.1f}"
 
 
+MEASURED = ("h100", "h200")
+
+
 @cache
-def profile() -> dict[str, Any]:
-    """Facts of the measurements and of the fit to them."""
-    path = measured_file("h100")
+def profile(hardware: str) -> dict[str, Any]:
+    """Facts of the measurements of a GPU and of the fit to them."""
+    path = measured_file(hardware)
     assert path is not None
     rows, facts = read_measurements(path)
     return facts | fit(rows, facts["sms"], HOPPER)[1]
 
 
-def profile_machine() -> str:
-    facts = profile()
-    machine = f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['compiler']}"
-    return f"{machine}, {facts['date']}, {facts['rounds']} rounds"
+def profile_machines() -> str:
+    said = []
+    for facts in map(profile, MEASURED):
+        machine = f"{facts['device']}, driver {facts['driver']}, torch {facts['torch']}, {facts['compiler']}"
+        said.append(f"- {machine}, {facts['date']}, {facts['rounds']} rounds")
+    return "\n".join(said)
 
 
 def profile_errors() -> str:
-    facts = profile()
-    names = {"single": "one scheme", "mixed": "mixed schemes"}
-    rows = [
-        (names[kind], str(one["problems"]), percent(one["median"]), percent(one["p95"]))
-        for kind, one in facts["errors"].items()
-    ]
-    repeat, count = facts["repeat_spread"], sum(one["problems"] for one in facts["errors"].values())
-    spread = ("repeats of one launch (spread)", str(count), percent(repeat["median"]), percent(repeat["p95"]))
-    return markdown(("held out", "launches", "median error", "95th percentile"), [*rows, spread])
+    """Medians and 95th percentiles of errors; the launches are the same on every GPU."""
+    rows = []
+    for kind, name in (("single", "one scheme"), ("mixed", "mixed schemes")):
+        found = [profile(hardware)["errors"][kind] for hardware in MEASURED]
+        rows.append(
+            (name, str(found[0]["problems"]), *(percent(one[key]) for one in found for key in ("median", "p95")))
+        )
+    spreads = [profile(hardware)["repeat_spread"] for hardware in MEASURED]
+    launches = sum(int(count) for _, count, *_ in rows)
+    spread = [percent(one[key]) for one in spreads for key in ("median", "p95")]
+    rows.append(("repeats of one launch (spread)", str(launches), *spread))
+    head = [f"{hardware.upper()}, {what}" for hardware in MEASURED for what in ("median error", "95th percentile")]
+    return markdown(("held out", "launches", *head), rows)
 
 
 def profile_summary() -> str:
-    single, mixed = (profile()["errors"][kind] for kind in ("single", "mixed"))
+    single, mixed = (profile("h100")["errors"][kind] for kind in ("single", "mixed"))
     alone = f"{percent(single['median'])} at the median and {percent(single['p95'])} at the 95th percentile"
     return f"{alone}, {100 * mixed['median']:.1f} and {percent(mixed['p95'])} for mixtures"
 
 
 def profile_constants() -> str:
-    return markdown(("constant", ""), [(f"`{name}`", f"{profile()[name]:.4g}") for name in CONSTANTS])
+    rows = [(f"`{name}`", *(f"{profile(hardware)[name]:.4g}" for hardware in MEASURED)) for name in CONSTANTS]
+    return markdown(("constant", *(hardware.upper() for hardware in MEASURED)), rows)
 
 
 def profile_fused() -> str:
-    ratios = profile()["fused_over_apart"]
-    ends = [str(one["tokens_from"] - 1) for one in ratios[1:]]
-    ranges = [f"{one['tokens_from']} to {end} tokens" for one, end in zip(ratios, ends, strict=False)]
-    names = [*ranges, f"{ratios[-1]['tokens_from']} tokens and more"]
+    """Medians and extremes of time fused over time apart, by tokens."""
+    ratios = [profile(hardware)["fused_over_apart"] for hardware in MEASURED]
+    ends = [str(one["tokens_from"] - 1) for one in ratios[0][1:]]
+    names = [f"{one['tokens_from']} to {end} tokens" for one, end in zip(ratios[0], ends, strict=False)]
+    names.append(f"{ratios[0][-1]['tokens_from']} tokens and more")
     rows = [
-        (name, str(one["launches"]), *(f"{one[key]:.2f}" for key in ("median", "least", "most")))
-        for name, one in zip(names, ratios, strict=True)
+        (
+            name,
+            str(same[0]["launches"]),
+            *(f"{one['median']:.2f} ({one['least']:.2f} to {one['most']:.2f})" for one in same),
+        )
+        for name, *same in zip(names, *ratios, strict=True)
     ]
-    return markdown(("fused / one launch per scheme", "launches", "median", "least", "most"), rows)
+    head = [f"{hardware.upper()}, median (least to most)" for hardware in MEASURED]
+    return markdown(("fused / one launch per scheme", "launches", *head), rows)
 
 
 def profile_phase() -> str:
-    lost = profile()["phase_loss"]
-    return f"{percent(lost['median'])} at the median and {percent(lost['p95'])} at the 95th percentile"
+    said = []
+    for hardware in MEASURED:
+        lost = profile(hardware)["phase_loss"]
+        said.append(f"{percent(lost['median'])} at the median and {percent(lost['p95'])} at the 95th percentile")
+    return f"{said[0]} of launches on the H100, {said[1]} on the H200"
 
 
 @cache
@@ -304,7 +323,7 @@ def mma_shares() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "profile-machine": profile_machine,
+    "profile-machines": profile_machines,
     "profile-errors": profile_errors,
     "profile-summary": profile_summary,
     "profile-constants": profile_constants,

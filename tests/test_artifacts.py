@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     losses = write_losses(folder / "losses", SCHEMES, layers=2, experts=3)
     trace = write_trace(folder / "trace", layers=2, experts=3, top_k=2)
-    run(profile, "--hardware", "h200", "--schemes", *SCHEMES, "w16a16", "--out", folder / "profile.parquet")
+    run(profile, "--hardware", "h20", "--schemes", *SCHEMES, "w16a16", "--out", folder / "profile.parquet")
     inputs = ("--losses", *losses, "--trace", trace, "--profile", folder / "profile.parquet")
     for scope in ("layer", "model"):
         out = folder / f"{scope}.json"
@@ -223,5 +223,5 @@ def test_damaged_data_sheets(tmp_path: Path, data: st.DataObject) -> None:
     damaged.write_text(data.draw(mutated_json(original)), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(estimate, "HARDWARE", damaged)
-        said = refusal(lambda: estimate.estimate_profile([parse_scheme("w4a16")], estimate.read_hardware("h200")))
+        said = refusal(lambda: estimate.estimate_profile([parse_scheme("w4a16")], estimate.read_hardware("h20")))
     assert not said or "hardware.json" in said or "has no bf16 tensor cores" in said

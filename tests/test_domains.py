@@ -82,11 +82,11 @@ def test_the_hull_is_optimal_for_every_r(seed: int) -> None:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Two layers of three experts and a shared one, and a text of one domain."""
     folder = tmp_path_factory.mktemp("inputs")
-    run(profile_step, "--hardware", "h200", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h200.parquet")
+    run(profile_step, "--hardware", "h20", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h20.parquet")
     return {
         "losses": write_losses(folder / "losses", SCHEMES, layers=2, experts=3),
         "trace": write_trace(folder / "trace", layers=2, experts=3, top_k=2),
-        "profile": str(folder / "h200.parquet"),
+        "profile": str(folder / "h20.parquet"),
     }
 
 

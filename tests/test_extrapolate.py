@@ -37,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Losses of two domains, a profile, an extrapolation to the demo model's shape."""
     folder = tmp_path_factory.mktemp("made")
     losses = write_losses(folder / "losses", SCHEMES, layers=2, experts=5, domains=("prose", "code"))
-    run(profile, "--hardware", "h200", "--schemes", *SCHEMES, "w16a16", "--out", folder / "profile.parquet")
+    run(profile, "--hardware", "h20", "--schemes", *SCHEMES, "w16a16", "--out", folder / "profile.parquet")
     asked = ["--losses", *losses, "--profile", folder / "profile.parquet", "--candidates", *SCHEMES]
     asked += ["--shape", "demo-moe", "--budget-bits", "4.5", "2.3", "--tokens", 16, 512, "--gap", 0]
     run(extrapolate, *asked, "--out", folder / "found.json")

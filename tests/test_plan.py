@@ -36,7 +36,7 @@ def contents(place: Path, config: Config | None = None) -> dict[str, str | None]
     found = Contents(config or config_of(), "model", open_original("model"), Hashes(place / "hashes.json"))
     return {
         "model": found.model(), "tokenizer": found.tokenizer(), "copied": found.copied(),
-        "texts": found.texts(["words"]), "h100": found.hardware("h100"), "h200": found.hardware("h200"),
+        "texts": found.texts(["words"]), "h100": found.hardware("h100"), "h20": found.hardware("h20"),
     }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_contents_follow_bytes_and_nothing_else(place: Path) -> None:
     assert [str(before[name]).split("@")[0] for name in ("model", "tokenizer", "copied", "texts", "h100")] == [
         "weights", "tokenizer", "copied", "texts", "measurements"
     ]  # fmt: skip
-    assert json.loads(str(before["h200"]))["device"]
+    assert json.loads(str(before["h20"]))["device"]
     for file in [*(place / "model").iterdir(), place / "words.txt"]:
         os.utime(file, (1, 1))
     (place / "model" / "notes.md").write_text("nothing", encoding="utf-8")

@@ -41,7 +41,7 @@ def test_an_edit_is_seen_in_results_that_were_copied(project: Path) -> None:
         edit(project, change)
         assert planned(project) == jobs
     edit(project, damp)
-    snakemake(project, "results/tiny/profile/h200.parquet")  # Snakemake remembers something again
+    snakemake(project, "results/tiny/profile/h20.parquet")  # Snakemake remembers something again
     assert planned(project) == DAMPED
 
 
@@ -75,7 +75,7 @@ def test_order_layout_and_bookkeeping_run_nothing(project: Path) -> None:
     sheets["a100"]["sms"] = 1
     file.write_text(json.dumps(sheets), encoding="utf-8")
     assert planned(project) == {}
-    sheets["h200"]["l2_gbs"] = 1
+    sheets["h20"]["l2_gbs"] = 1
     file.write_text(json.dumps(sheets), encoding="utf-8")
     assert planned(project) == {"profile": 1, **AFTER_CALIBRATE}
 
@@ -120,7 +120,7 @@ def test_another_version_of_a_package_runs_what_uses_it(project: Path) -> None:
 
 def test_two_models_keep_their_results_apart(project: Path) -> None:
     edit(project, changed("model", "name", value="second"), changed("calibrate", "schemes", value=["w2a16_g32"]))
-    snakemake(project, "results/second/profile/h200.parquet")
+    snakemake(project, "results/second/profile/h20.parquet")
     edit(project)
     assert planned(project) == {}
 

@@ -39,7 +39,7 @@ def inputs(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("inputs")
     losses = write_losses(folder / "losses", SCHEMES, layers=2, experts=3)
     trace = write_trace(folder / "trace", layers=2, experts=3, top_k=2)
-    run(profile_step, "--hardware", "h200", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h100.parquet")
+    run(profile_step, "--hardware", "h20", "--schemes", *SCHEMES, "w16a16", "--out", folder / "h100.parquet")
     return {"losses": losses, "trace": trace, "profile": str(folder / "h100.parquet")}
 
 

@@ -175,7 +175,7 @@ def test_from_the_traced_text_to_the_report(finished: Path, tmp_path: Path) -> N
     options = TimeOptions(
         model=str(finished / "model"), checkpoints=sorted((base / "quantize").iterdir()), trace=base / "trace",
         traffic_text="words", tokens=[2, 300], sources=sources, uniform=["w4a16_g32"], prompt=8, generated=16, rounds=2,
-        profile=base / "profile" / "h200.parquet", out=tmp_path / "times.parquet",
+        profile=base / "profile" / "h20.parquet", out=tmp_path / "times.parquet",
         throughput=tmp_path / "throughput.parquet",
     )  # fmt: skip
     routing = Routing(options.trace)

@@ -24,7 +24,7 @@ SETTINGS: dict[str, Any] = {
         "schemes": ["w2a16_g32", "w4a16_g32", "w8a8_fp8"],
         "quantizers": ["rtn", "gptq"],
     },
-    "profile": {"hardware": "h200"},  # nothing was measured on it: an estimate
+    "profile": {"hardware": "h20"},  # nothing was measured on it: an estimate
     "solve": {"traffic": "words"},
     "sweep": [{"budget_bits": [4.5], "tokens": [64]}],
     "baselines": ["rtn"],

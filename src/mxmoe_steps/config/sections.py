@@ -121,7 +121,7 @@ class Profile(Section):
 
     hardware: str = Field(
         "h100",
-        description="a GPU that the package knows (a100, h100, h200, rtx3090, rtx4090, rtx5090), or local: compile"
+        description="a GPU that the package knows (a100, h100, h200, h20, rtx3090, rtx4090, rtx5090), or local: compile"
         " kernels and measure this machine's GPU",
     )
 
