@@ -36,7 +36,7 @@ class MainLoop:
     """Multiplies a warp's share of a tile into sums (4, token blocks, row blocks); ``slots`` of the tile."""
 
     most_ahead: ClassVar[int] = 8  # token blocks whose next fragments have registers, too
-    most_at_once: ClassVar[int] = 8  # token blocks of which ptxas may fetch more than the next fragments
+    most_at_once: ClassVar[int] = 16  # token blocks of which ptxas may fetch more than the next fragments
 
     config: MmaConfig
     tile: Tile
@@ -95,15 +95,21 @@ class MainLoop:
     def ahead(self, fetches: list[Callable[[], Any]]) -> Iterator[Any]:
         """What ``fetches`` give, each asked for before the one ahead of it is used, if registers suffice."""
         if len(self.token_blocks) > self.most_ahead:
-            yield from (fetch() for fetch in fetches)
+            for fetch in fetches:
+                self.keep_order()
+                yield fetch()
             return
         following = fetches[0]()
         for fetch in fetches[1:]:
-            if len(self.token_blocks) > self.most_at_once:
-                cute.arch.sync_warp()  # nothing is fetched across it
+            self.keep_order()
             current, following = following, fetch()
             yield current
         yield following
+
+    def keep_order(self) -> None:
+        """Where registers are few, nothing is fetched across this."""
+        if len(self.token_blocks) > self.most_at_once:
+            cute.arch.sync_warp()
 
     def add(self, sums: cute.Tensor, weights: list[Any], tokens: list[Any], start: Any = None) -> None:
         """Products of one step."""
@@ -178,6 +184,8 @@ class GroupedLoop(DecodedLoop):
 
     Those of integers start at the bits of the float32 MAGIC: the same bits are MAGIC + sum, so nothing is converted.
     """
+
+    most_ahead = 4  # the sums of a group take the registers
 
     def multiply_slot(self, acc: cute.Tensor, views: Any, begin: Int32) -> None:
         """As `MainLoop.multiply_slot`."""
