@@ -21,6 +21,7 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
+from mxmoe_steps.kernels.build import TokenKernel
 from mxmoe_steps.kernels.launch import (
     Activations,
     GroupGemm,
@@ -36,6 +37,7 @@ from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan
 from mxmoe_steps.kernels.routing import Routed, activate, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
 from mxmoe_steps.kernels.stacks import Read, stack
+from mxmoe_steps.kernels.together import compile_together
 
 ReadBias = Callable[[int, str], torch.Tensor]  # a block to its bias [N]
 
@@ -99,8 +101,11 @@ class MoeLayer:
         self.down_biases: torch.Tensor | None = None
         if biases is not None:
             self.inner_biases, self.down_biases = self._biases(biases)
+        names = (*self.architecture.token_kernels, *plan.token_kernels)
+        gemms = [gemm for launch in (plan.gate_up, plan.down) for gemm in launch.kernels(self.architecture).values()]
+        compile_together((*(TokenKernel(name, self.architecture) for name in names), *gemms))
         with torch.cuda.device(device):
-            prepare(device, (*self.architecture.token_kernels, *plan.token_kernels), self.architecture)
+            prepare(device, names, self.architecture)
             self.gate_up = self._prepare(plan.gate_up, columns, read)
             self.down = self._prepare(plan.down, plan.hidden, read)
 
