@@ -133,6 +133,7 @@ def backward(model: "StreamedModel", borders: "Borders", runs: list[slice], laye
     import torch
 
     from mxmoe_steps.models.borders import hooked
+    from mxmoe_steps.models.gradients import gradients
     from mxmoe_steps.models.rows import read_rows, write_rows
 
     has_experts = layer in model.folder.moe_layers
@@ -159,7 +160,7 @@ def backward(model: "StreamedModel", borders: "Borders", runs: list[slice], laye
             above = read_rows(borders.gradient(layer + 1), "hidden", run).to(model.device)
             with torch.enable_grad():
                 output = model.run_layer(layer, hidden)
-            below, *gradient = torch.autograd.grad(output, [hidden, *probes], above)
+            below, *gradient = gradients(output, [hidden, *probes], above)
             if not below.isfinite().all():
                 raise UserError(
                     f"{model.folder.path}: layer {layer}: the loss's gradient holds NaN or infinity in {model.dtype};"
