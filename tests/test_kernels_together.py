@@ -8,7 +8,7 @@ import pytest
 
 from mxmoe_steps.kernels.architectures import DEFAULT
 from mxmoe_steps.kernels.build import TokenKernel, build, library_path
-from mxmoe_steps.kernels.together import compile_together
+from mxmoe_steps.kernels.together import build_together
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("cutlass") is None, reason="needs the extra [cuda]")
 
@@ -18,10 +18,9 @@ def test_missing_kernels_are_compiled_and_the_others_left(
 ) -> None:
     kernels = tuple(TokenKernel(name) for name in ("sort_1", "combine_bf16", "combine_float32", "swiglu", "quantize"))
     monkeypatch.setenv("MXMOE_KERNEL_CACHE", str(tmp_path / "several"))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
     written = build(kernels[0]).stat().st_mtime_ns
     with caplog.at_level(logging.WARNING, "mxmoe_steps"):
-        compile_together(kernels)
+        assert build_together(kernels, 2) == [library_path(kernel) for kernel in kernels]
     assert [record.message[:41] for record in caplog.records] == ["compiling 4 GPU kernels in 2 processes; t"]
     assert library_path(kernels[0]).stat().st_mtime_ns == written
     for kernel in kernels[1:]:
@@ -32,7 +31,8 @@ def test_missing_kernels_are_compiled_and_the_others_left(
 def test_what_fails_is_left_to_the_one_who_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MXMOE_KERNEL_CACHE", str(tmp_path))
     kernels = tuple(TokenKernel(f"unheard-of_{number}", DEFAULT) for number in range(4))
-    compile_together(kernels)
+    with pytest.raises(KeyError):
+        build_together(kernels, 2)
     assert not any(library_path(kernel).exists() for kernel in kernels)
     with pytest.raises(KeyError):
         build(kernels[0])

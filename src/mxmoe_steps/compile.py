@@ -8,8 +8,6 @@ change of the candidates compiles only what is new.
 """
 
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
@@ -50,7 +48,8 @@ def architecture_here(target: str | None) -> "Architecture | None":
 
 def compile_kernels(options: CompileOptions) -> None:
     """Compile whatever is not in the cache and copy it all to ``options.out``."""
-    from mxmoe_steps.kernels.build import build, runtime_library
+    from mxmoe_steps.kernels.build import runtime_library
+    from mxmoe_steps.kernels.together import build_together
     from mxmoe_steps.timing.launches import formats_of, kernel_configs
 
     architecture = architecture_here(options.target)
@@ -59,8 +58,7 @@ def compile_kernels(options: CompileOptions) -> None:
         formats = formats_of([parse_scheme(text) for text in options.schemes], architecture)
         configs = kernel_configs(architecture, formats)
     runtime = runtime_library()
-    with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
-        libraries = list(pool.map(build, configs))
+    libraries = build_together(configs, options.threads)
     with atomic_folder(options.out) as folder:
         for file in (runtime, *libraries):
             shutil.copy(file, folder)

@@ -10,9 +10,7 @@ both sides. With ``--throughput`` the whole models generate and prefill, too, as
 
 import sys
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
@@ -138,13 +136,10 @@ def timed_layers(options: TimeOptions, known: list[int]) -> list[int]:
 def compile_kernels(options: TimeOptions, architecture: "Architecture") -> None:
     """Whatever the checkpoints' layers will launch, several kernels at a time."""
     from mxmoe_steps.inference.build import checkpoint_kernels
-    from mxmoe_steps.kernels.build import build
+    from mxmoe_steps.kernels.together import build_together
 
     found = (kernel for folder in options.checkpoints for kernel in checkpoint_kernels(folder, architecture))
-    kernels = {kernel.name: kernel for kernel in found}
-    with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
-        for _ in pool.map(build, kernels.values()):
-            pass
+    build_together(found, options.threads)
 
 
 def time_layers(

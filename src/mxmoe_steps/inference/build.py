@@ -5,8 +5,6 @@ Writes a folder that is complete by itself: where ``MXMOE_KERNEL_CACHE`` names i
 """
 
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +13,8 @@ from pydantic import Field
 from mxmoe_steps.errors import UserError, run_cli
 from mxmoe_steps.kernels.architecture import Architecture
 from mxmoe_steps.kernels.architectures import DEFAULT, for_target
-from mxmoe_steps.kernels.build import Kernel, TokenKernel, build, runtime_library
+from mxmoe_steps.kernels.build import Kernel, TokenKernel, runtime_library
+from mxmoe_steps.kernels.together import build_together
 from mxmoe_steps.options.base import Flag, InFolder, OutFolder, StepOptions, Threads
 from mxmoe_steps.options.command_line import parse
 from mxmoe_steps.options.target import Target
@@ -58,8 +57,7 @@ def build_checkpoint(options: BuildOptions) -> None:
     architecture = for_target(options.target)
     assert architecture is not None  # the option is checked
     kernels = checkpoint_kernels(options.checkpoint, architecture)
-    with ProcessPoolExecutor(options.threads, get_context("spawn")) as pool:
-        libraries = list(pool.map(build, kernels))
+    libraries = build_together(kernels, options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
     for file in (runtime_library(), *libraries):
         shutil.copy(file, options.out)

@@ -12,6 +12,7 @@ blocks; sums are float32. Nothing waits for the GPU. What launches own is made w
 can be captured in a CUDA graph.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,7 +22,7 @@ import torch
 
 from mxmoe_steps.errors import UserError
 from mxmoe_steps.kernels.architecture import Architecture, Configuration
-from mxmoe_steps.kernels.build import TokenKernel
+from mxmoe_steps.kernels.build import Kernel, TokenKernel
 from mxmoe_steps.kernels.launch import (
     Activations,
     GroupGemm,
@@ -37,12 +38,13 @@ from mxmoe_steps.kernels.limits import MAX_ENTRIES
 from mxmoe_steps.kernels.plan import LaunchPlan, LayerPlan
 from mxmoe_steps.kernels.routing import Routed, activate, combine, dispatch, prepare, quantize, sort_by_expert, swiglu
 from mxmoe_steps.kernels.stacks import Read, stack
-from mxmoe_steps.kernels.together import compile_together
+from mxmoe_steps.kernels.together import build_together
 
 ReadBias = Callable[[int, str], torch.Tensor]  # a block to its bias [N]
 
 MOST_TOKENS = 32768  # at a time: bounds the intermediates, and 32-bit offsets into them
 MOST_ELEMENTS = 2**30
+MOST_PROCESSES = 8  # that compile
 
 IN_KERNEL_ORDER = "the experts are in kernel order; copy the checkpoint, or load it on the CPU to save it"
 
@@ -103,7 +105,7 @@ class MoeLayer:
             self.inner_biases, self.down_biases = self._biases(biases)
         names = (*self.architecture.token_kernels, *plan.token_kernels)
         gemms = [gemm for launch in (plan.gate_up, plan.down) for gemm in launch.kernels(self.architecture).values()]
-        compile_together((*(TokenKernel(name, self.architecture) for name in names), *gemms))
+        _build((*(TokenKernel(name, self.architecture) for name in names), *gemms))
         with torch.cuda.device(device):
             prepare(device, names, self.architecture)
             self.gate_up = self._prepare(plan.gate_up, columns, read)
@@ -194,6 +196,12 @@ class MoeLayer:
         gemms = {phase: GroupGemm(_kernel(config), weights, problems) for phase, config in kernels.items()}
         zeroed = plan.elsewhere and launch is plan.down  # the sum reads all rows of a token
         return LayerGemm(launch, self.architecture.by_warp(launch.formats), columns, needs, gemms, zeroed)
+
+
+@cache
+def _build(kernels: tuple[Kernel, ...]) -> None:
+    """Layers share kernels: what they need is compiled together, and looked for once."""
+    build_together(kernels, min(MOST_PROCESSES, os.cpu_count() or 1))
 
 
 @cache

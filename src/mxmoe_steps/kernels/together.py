@@ -1,4 +1,4 @@
-"""Compile a layer's kernels in several processes, before it loads the first of them.
+"""Compile several kernels in processes of their own.
 
 A kernel takes seconds to compile, and a layer has some fourteen. The processes start anew: a fork of a process that has
 started CUDA may hang, and the other ways of multiprocessing run the user's script a second time.
@@ -9,12 +9,12 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from pathlib import Path
 
-from mxmoe_steps.kernels.build import Kernel, library_path
+from mxmoe_steps.kernels.build import Kernel, build, library_path
 
-MOST_AT_ONCE = 8  # processes, of up to a gigabyte
 _COMPILE = """
 import pickle, sys
 from mxmoe_steps.kernels.build import build
@@ -25,16 +25,17 @@ for kernel in pickle.load(sys.stdin.buffer):
 log = logging.getLogger("mxmoe_steps")
 
 
-@cache
-def compile_together(kernels: tuple[Kernel, ...]) -> None:
-    """Compile those of ``kernels`` that the kernel cache lacks. What fails here is left to `build`, which says why."""
-    missing = [kernel for kernel in kernels if not library_path(kernel).is_file()]
-    at_once = min(len(missing) // 2, MOST_AT_ONCE, os.cpu_count() or 1)  # to start takes as long as a kernel
-    if at_once < 2:
-        return
-    log.warning("compiling %d GPU kernels in %d processes; they are kept for the next time", len(missing), at_once)
-    with ThreadPoolExecutor(at_once) as pool:
-        list(pool.map(_compile_apart, (missing[first::at_once] for first in range(at_once))))
+def build_together(kernels: Iterable[Kernel], processes: int) -> list[Path]:
+    """`build` of every kernel, once; of those that the cache lacks in up to so many ``processes``, of up to a
+    gigabyte."""
+    different = dict.fromkeys(kernels)
+    missing = [kernel for kernel in different if not library_path(kernel).is_file()]
+    at_once = min(len(missing) // 2, processes)  # to start takes as long as a kernel
+    if at_once > 1:
+        log.warning("compiling %d GPU kernels in %d processes; they are kept for the next time", len(missing), at_once)
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(_compile_apart, (missing[first::at_once] for first in range(at_once))))
+    return [build(kernel) for kernel in different]  # what failed there fails here, and says why
 
 
 def _compile_apart(kernels: list[Kernel]) -> None:
