@@ -217,6 +217,7 @@ def capture(options: CaptureOptions) -> None:
     from mxmoe_steps.models.streaming import StreamedModel
 
     start_torch(options)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass of attention has no deterministic form
     path = resolve_model(options.model, code=options.trust_remote_code)
     tokens = torch.from_numpy(read_texts(options, path, [options.text], "calibration")[options.text])
     model = StreamedModel(path, options.dtype, options.device, options.trust_remote_code)

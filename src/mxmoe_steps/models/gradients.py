@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -23,7 +24,13 @@ def gradients(output: torch.Tensor, inputs: Sequence[torch.Tensor], above: torch
     except RuntimeError as error:
         if "deterministic" not in str(error).lower():
             raise
-        log.warning("gradients may differ in their last bits between runs: %s", str(error).splitlines()[0])
+        _say(str(error).splitlines()[0])
     finally:
         torch.use_deterministic_algorithms(True, warn_only=True)
     return torch.autograd.grad(output, inputs, above)
+
+
+@cache
+def _say(why: str) -> None:
+    """Once, not for every run of tokens of every layer."""
+    log.warning("gradients may differ in their last bits between runs: %s", why)

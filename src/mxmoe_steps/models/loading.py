@@ -66,5 +66,4 @@ def start_torch(options: Compute) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # its backward pass has no deterministic form
     torch.backends.cuda.matmul.allow_tf32 = False
