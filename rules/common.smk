@@ -59,7 +59,8 @@ FRONTIERS = {point.frontier: point for point in POINTS.values()}
 CALIBRATED = sorted({point.quantizer for point in POINTS.values()})
 PART_BORDERS = plan.part_borders(CONFIG, MODEL)
 MEMORY = plan.memory_of_steps(CONFIG, MODEL)
-GPU_MEMORY = gpu_memory() if workflow.local_exec and has_gpu() else 0
+USES_GPU = CONFIG.runtime.device != "cpu" or CONFIG.profile.hardware == "local"
+GPU_MEMORY = gpu_memory() if USES_GPU and workflow.local_exec and has_gpu() else 0
 DOMAINS = CONFIG.domains
 
 HASHES = Hashes(STATE / "hashes.json")
