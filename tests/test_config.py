@@ -308,6 +308,14 @@ def test_schemes_have_one_name_and_true_bits(text: str, name: str, bits: float) 
         ("w3a16_mxfp4", "the only one with mxfp4 is w4a16_mxfp4"),
         ("w16a16_mxfp4", "write w16a16"),
         ("w4a16_mxfp6", "is not of the form"),
+        ("published", "scheme 'published' is another one for every model: name it in calibrate.schemes"),
+        ("w4a16_asym_published", "published weights are symmetric"),
+        ("w8a8_fp8_published", "published weights are symmetric, with 16-bit activations"),
+        ("w4a16_fp8_published", "w8a16 of square blocks if they are fp8"),
+        ("w8a16_g-1_fp8_published", "w8a16 of square blocks if they are fp8"),
+        ("w8a16_fp8", "fp8 is an 8-bit activation format"),
+        ("w16a16_published", "16-bit weights take no group"),
+        ("w4a16_published_fp8", "is not of the form"),
     ],
 )
 def test_malformed_schemes_are_explained(text: str, says: str) -> None:

@@ -328,21 +328,3 @@ def test_a_configuration_says_published(
         UserError, match=r"in several formats; .*: w4a16_g32_sym_published or w8a16_g128_sym_fp8_published"
     ):
         published_scheme(open_model(tmp_path / "mixed"))
-
-
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("published", "scheme 'published' is another one for every model: name it in calibrate.schemes"),
-        ("w4a16_asym_published", "published weights are symmetric"),
-        ("w8a8_fp8_published", "published weights are symmetric, with 16-bit activations"),
-        ("w4a16_fp8_published", "w8a16 of square blocks if they are fp8"),
-        ("w8a16_g-1_fp8_published", "w8a16 of square blocks if they are fp8"),
-        ("w8a16_fp8", "fp8 is an 8-bit activation format"),
-        ("w16a16_published", "16-bit weights take no group"),
-        ("w4a16_published_fp8", "is not of the form"),
-    ],
-)
-def test_names_that_mean_nothing(name: str, why: str) -> None:
-    with pytest.raises(UserError, match=why):
-        parse_scheme(name)
